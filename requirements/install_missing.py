@@ -1,10 +1,12 @@
-"""Installs packages of a lock file that this Python does not have in a fitting version.
+"""Installs the packages of a lock file that are missing or whose installed version does not fit.
 
     python install_missing.py [--exact] LOCK COMMAND...
 
-``COMMAND`` must install a requirements file, whose name is appended, without dependencies. An
-installed version fits if pyproject.toml allows it and no package of the lock conflicts with it.
-With ``--exact`` only the version in the lock fits.
+``LOCK`` is a file in ``requirements/``. ``COMMAND`` must install a requirements file without its
+dependencies, such as ``pip install --no-deps -r``. The file's name is appended to it.
+
+An installed version fits if pyproject.toml allows it and the requirements of all installed packages
+of the lock allow it. With ``--exact`` only the version in the lock fits.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import Version
 
 PIN = re.compile(r"^([\w.-]+)==(\S+) ; (.+?) \\\n(?:    .*\n?)+", re.M)
+"""Matches a pinned package: a line with its name, version and marker (groups 1 to 3), and the
+indented lines with its hashes."""
 MAX_PASSES = 5
-"""A newly installed package may conflict with others, which the next pass then replaces."""
+"""Largest number of passes that install packages. A newly installed package may conflict with other
+packages. The next pass replaces these."""
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Returns the version of a package; ``None`` if it is not installed."""
     try:
         return metadata.version(name)
@@ -39,15 +44,24 @@ def installed(name: str) -> str | None:
 
 
 def satisfies(requirement: Requirement) -> bool:
-    """Whether the installed version is in range, without the suffix of an image's own build."""
-    version = installed(requirement.name)
+    """Returns whether the installed version is in the required range.
+
+    Compares ``2.9.0`` for a version such as ``2.9.0a0+nv25``, which an image's own build has.
+    """
+    version = installed_version(requirement.name)
     return version is not None and requirement.specifier.contains(
         Version(version).base_version, prereleases=True
     )
 
 
 def direct_requirements(project: Path) -> list[Requirement]:
-    """Returns the requirements of all extras and of the build, not references to other extras."""
+    """Returns the requirements of the build and of all extras.
+
+    An extra can include another one by requiring the project itself. Such requirements are omitted.
+
+    Args:
+        project: The file pyproject.toml.
+    """
     content = tomllib.loads(project.read_text(encoding="utf-8"))
     extras = content["project"]["optional-dependencies"].values()
     lines = [*content["build-system"]["requires"], *(line for extra in extras for line in extra)]
@@ -55,55 +69,67 @@ def direct_requirements(project: Path) -> list[Requirement]:
     return [requirement for requirement in map(Requirement, lines) if requirement.name != name]
 
 
-def misfits(pins: dict[str, str], direct: list[Requirement]) -> Iterator[str]:
-    """Yields packages of the lock that are missing, out of range, or refused by another one."""
+def unfit_packages(pins: dict[str, str], direct: list[Requirement]) -> Iterator[str]:
+    """Yields packages that are missing, out of range, or in conflict with another package.
+
+    Args:
+        pins: The lock's version of each package.
+        direct: Requirements in pyproject.toml.
+    """
+    # The extras of each package that pyproject.toml requires. "" means no extra.
     extras = {canonicalize_name(r.name): r.extras or {""} for r in direct}
-    yield from (name for name in pins if installed(name) is None)
+    yield from (name for name in pins if installed_version(name) is None)
     yield from (canonicalize_name(r.name) for r in direct if not satisfies(r))
     for name in pins:
-        lines = (metadata.requires(name) or []) if installed(name) else []
+        lines = (metadata.requires(name) or []) if installed_version(name) else []
         for required in map(Requirement, lines):
             dependency, marker = canonicalize_name(required.name), required.marker
             applies = marker is None or any(
                 marker.evaluate({"extra": extra}) for extra in extras.get(name, {""})
             )
             if applies and dependency in pins and not satisfies(required):
-                # If the dependency has the lock's version, the package that requires it is wrong.
-                is_locked = installed(dependency) == pins[dependency]
+                # If the dependency has the lock's version, replace the package that refuses it.
+                is_locked = installed_version(dependency) == pins[dependency]
                 yield name if is_locked else dependency
 
 
 def main(lock: Path, command: list[str], exact: bool) -> None:
-    """Installs until everything fits. Prints packages that had another version than the lock's."""
-    entries = {
+    """Installs until everything fits. Prints packages that had another version than the lock's.
+
+    Exits with an error message if packages still do not fit after ``MAX_PASSES``.
+    """
+    pin_matches = {
         canonicalize_name(match[1]): match
         for match in PIN.finditer(lock.read_text(encoding="utf-8"))
         if Marker(match[3]).evaluate()
     }
-    pins = {name: match[2] for name, match in entries.items()}
+    pins = {name: match[2] for name, match in pin_matches.items()}
     direct = direct_requirements(lock.resolve().parent.parent / "pyproject.toml")
-    before = {name: installed(name) for name in pins}
+    versions_before = {name: installed_version(name) for name in pins}
     for _ in range(MAX_PASSES):
         importlib.invalidate_caches()
-        to_install = {n for n in pins if installed(n) != pins[n]}
+        to_install = {name for name in pins if installed_version(name) != pins[name]}
         if not exact:
-            to_install &= set(misfits(pins, direct))
+            to_install &= set(unfit_packages(pins, direct))
         if not to_install:
             break
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write("".join(entries[name][0] for name in sorted(to_install)))
+            file.write("".join(pin_matches[name][0] for name in sorted(to_install)))
             file.flush()
             subprocess.run([*command, file.name], check=True)
-    else:
-        listed = ", ".join(f"{n} {installed(n)} instead of {pins[n]}" for n in sorted(to_install))
+    else:  # the loop ended without ``break``
+        listed = ", ".join(
+            f"{name} {installed_version(name)} instead of {pins[name]}"
+            for name in sorted(to_install)
+        )
         fix = "remove the environment and install again"
         sys.exit(f"error: wrong versions are installed: {listed}\n  fix: {fix}")
     if not exact:
         print(f"{'package':32} {'image':24} {'lock':16}")
-        for name, version in before.items():
+        for name, version in versions_before.items():
             if version != pins[name]:
-                now = "kept" if installed(name) == version else "installed"
-                print(f"{name:32} {version or '-':24} {pins[name]:16} {now}")
+                action = "kept" if installed_version(name) == version else "installed"
+                print(f"{name:32} {version or '-':24} {pins[name]:16} {action}")
 
 
 if __name__ == "__main__":

@@ -29,20 +29,21 @@ LONGEST = (
     "test_settings",
     "test_eight_kinds",
 )
-"""Test files that take minutes. They start first, so that no worker runs long after the others."""
+"""Test files that take minutes. They start first. Otherwise one worker could still run such a file
+long after all other workers are done."""
 
 
 def pytest_configure() -> None:
-    """Lets tests import Megatron, as stages do, and hides the images of this machine's Docker."""
+    """Lets tests import Megatron, as stages do, and makes this machine's Docker unreachable."""
     prepare_imports()
     del sys.modules["wandb"]  # prepare_imports blocks it, but tests of trackers import it
-    os.environ["DOCKER_HOST"] = "unix:///no_docker.sock"
+    os.environ["DOCKER_HOST"] = "unix:///no_docker.sock"  # there is no such socket
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves ``LONGEST`` to the front; the tests of a file keep their order."""
-    order = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    """Moves the tests of ``LONGEST`` to the front. Otherwise the order of tests does not change."""
+    positions = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: positions.get(item.path.stem, len(LONGEST)))  # a stable sort
 
 
 @pytest.fixture
@@ -60,7 +61,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def launcher_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python without torch, as on a login node: what ``./install.sh launcher`` installs."""
+    """The interpreter of an environment without torch, as on a login node.
+
+    ``./install.sh launcher`` makes this environment. Tests are skipped without a package index.
+    """
     venv = tmp_path_factory.mktemp("login_node") / "venv"
     env = {**os.environ, "VENV": str(venv), "PYTHON": sys.executable}
     done = subprocess.run(

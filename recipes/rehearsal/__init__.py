@@ -1,1 +1,1 @@
-"""Runs the code of stages on tensors with full shapes but no values, on a machine without a GPU."""
+"""Rehearses stages: runs their code on fake tensors (shapes without values) and without a GPU."""

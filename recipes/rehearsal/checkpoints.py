@@ -1,7 +1,8 @@
 """Replaces reading and writing of NeMo checkpoints by checks of the tensors' keys and shapes.
 
-The shapes in a model's checkpoint follow from the model's architecture. The shapes in a training
-run's checkpoint are kept in memory when the run saves the checkpoint.
+The tensors of a rehearsal are fake, that is, have no values. The shapes in a model's checkpoint
+follow from the model's architecture. When a training run saves a checkpoint, its shapes are kept in
+memory, so that the run can resume.
 """
 
 from __future__ import annotations
@@ -43,22 +44,25 @@ OUTPUT_WEIGHT = "output_layer.weight"
 
 
 class CheckpointError(Exception):
-    """A tensor is not in the checkpoint, or has another shape there."""
+    """A tensor is not in the checkpoint, or its shape in the checkpoint is wrong."""
 
 
 @dataclass(frozen=True)
 class _SavedRun:
-    """The part of a training run's checkpoint that is kept in memory."""
+    """What is kept in memory of a training run's checkpoint."""
 
     metadata: Any
     """Sharding of the optimizer's state."""
     common: Any
     """State that is the same on all ranks."""
     shapes: Mapping[str, Shape]
+    """Global shapes of the tensors, by key."""
     objects: Mapping[str, Any]
+    """Values of the ``ShardedObject`` items, by unique key."""
 
 
-_saved: dict[Path, _SavedRun] = {}
+_saved_runs: dict[Path, _SavedRun] = {}
+"""Checkpoints that training runs of this process have saved, by folder."""
 
 
 def install() -> None:
@@ -67,25 +71,31 @@ def install() -> None:
 
 
 def _load_content_metadata(folder: str, **kwargs: object) -> Any:
-    saved = _saved.get(Path(folder))
+    """Returns a training run's metadata; ``None`` for a model's checkpoint."""
+    saved = _saved_runs.get(Path(folder))
     return saved.metadata if saved else None
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Returns the state dict's tensors, after comparing keys and shapes with the checkpoint's."""
+    """Fills a state dict with fake tensors, after comparing its shapes with the checkpoint.
+
+    Raises:
+        CheckpointError: A tensor is not in the checkpoint, or has another shape.
+    """
     state = sharded_state_dict
+    # As in Megatron, a factory splits a tensor for loading, and merges the loaded shards.
     factories, _ = extract_matching_values(
         state, lambda item: isinstance(item, ShardedTensorFactory), return_lists_as_dicts=True
     )
     apply_factories(state)
-    saved = _saved.get(Path(checkpoint_dir))
+    saved = _saved_runs.get(Path(checkpoint_dir))
     if saved:
-        # Keeps items of these types. As in Megatron, all others come from the ``common`` state.
+        # Only items of these types stay. As in Megatron, all others come from the common state.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
 
-    def load(item: Any) -> Any:
+    def load_item(item: Any) -> Any:
         if isinstance(item, ShardedTensor):
             _require_stored(item, stored)
             if item.data is None:
@@ -95,15 +105,16 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
             return saved.objects[item.unique_key] if saved else None
         return item.unwrap() if isinstance(item, LocalNonpersistentObject) else item
 
-    dict_list_map_inplace(load, state)
+    dict_list_map_inplace(load_item, state)
     if saved:
-        # ``merge`` writes into its first argument. Without a copy, ``saved`` would keep the result.
-        state = merge(dict_list_map_outplace(lambda item: item, saved.common), state)
+        # ``merge`` writes into its first argument, so it gets a copy of the saved state.
+        common = dict_list_map_outplace(lambda item: item, saved.common)
+        state = merge(common, state)
     return apply_factory_merges(state, factories)
 
 
 def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
-    """Returns the global shapes in a model's checkpoint, by key."""
+    """Returns the global shapes of the weights in a model's checkpoint, by key."""
     arch = nemo.architecture_of(checkpoint)
     return {  # the weights of all layers and experts are stacked under one key
         f"module.{weight.checkpoint_key}": (*weight.stack_sizes(arch).values(), *weight.shape(arch))
@@ -113,7 +124,7 @@ def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
 
 
 def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, ShardedTensor]:
-    """Returns tensors without storage, as ``load_tensors_metadata`` does."""
+    """Returns the checkpoint's tensors by key, without storage, as the original does."""
     checkpoint = Path(checkpoint_dir).parent
     dtype = getattr(torch, nemo.read_config(checkpoint)["torch_dtype"])
     return {
@@ -125,22 +136,30 @@ def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, Shar
 def _read_weights(
     weights: Path, stack_axes: Mapping[str, int]
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
-    """Yields empty weights in the order of ``streaming.read_weights``."""
-    for key, item in _load_tensors_metadata(str(weights)).items():
-        count = stack_axes[key]  # number of leading axes that stack layers and experts
-        for index in product(*(range(size) for size in item.global_shape[:count])):
-            yield key, index, torch.empty(item.global_shape[count:], dtype=item.dtype)
+    """Yields (key, index, weight without values), as ``streaming.read_weights`` does.
+
+    Args:
+        weights: Folder of the weights in a model's checkpoint.
+        stack_axes: Number of leading axes (layer, expert) of the stack under each key.
+    """
+    for key, stack in _load_tensors_metadata(str(weights)).items():
+        axes = stack_axes[key]
+        for index in product(*map(range, stack.global_shape[:axes])):
+            yield key, index, torch.empty(stack.global_shape[axes:], dtype=stack.dtype)
 
 
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
+    """Raises an error if the stored shapes do not have the tensor's key and global shape."""
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
-    # The padded size of the vocabulary, axis 0, depends on the tensor-parallel size. So Megatron
-    # lets it differ, in tensors with ``allow_shape_mismatch``.
+    # Axis 0 of such a tensor is the padded vocabulary, whose size depends on the tensor-parallel
+    # size. So Megatron allows another size of this axis.
     axes = slice(1 if item.allow_shape_mismatch else 0, None)
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
     if shape[axes] != stored_shape[axes]:
-        raise CheckpointError(f"{item.key} is {stored_shape} in the checkpoint, not {shape}")
+        raise CheckpointError(
+            f"{item.key} is {stored_shape} in the checkpoint, but must be {shape}"
+        )
 
 
 def _save(
@@ -150,42 +169,56 @@ def _save(
     content_metadata: Any = None,
     **kwargs: Any,
 ) -> AsyncRequest | None:
-    """Checks the tensors to save, and keeps the state of a training run, so that it can resume."""
+    """Checks the tensors to save, and keeps the state of a training run, so that it can resume.
+
+    Returns:
+        A request without work for an asynchronous save; ``None`` for a synchronous one.
+    """
     apply_factories(sharded_state_dict)
-    items = [i for i in nested_values(sharded_state_dict) if isinstance(i, ShardedTensor)]
-    for item in items:
-        item.validate_metadata_integrity()
+    tensors = [
+        item for item in nested_values(sharded_state_dict) if isinstance(item, ShardedTensor)
+    ]
+    for tensor in tensors:
+        tensor.validate_metadata_integrity()
         if isinstance(sharded_strategy, streaming.StreamedSave):
-            _require_converted_shapes(item, sharded_strategy)
-    # Only training saves asynchronously. Other checkpoints' shapes follow from the architecture.
+            _require_converted_shapes(tensor, sharded_strategy)
+    # Only training saves asynchronously. For other checkpoints nothing needs to be kept, since
+    # their shapes follow from the architecture.
     if not kwargs.get("async_sharded_save"):
         return None
     sharded, common = extract_matching_values(
         sharded_state_dict, lambda item: isinstance(item, ShardedBase)
     )
     objects = (item for item in nested_values(sharded) if isinstance(item, ShardedObject))
-    _saved[Path(checkpoint_dir)] = _SavedRun(
+    _saved_runs[Path(checkpoint_dir)] = _SavedRun(
         content_metadata,
         common,
-        shapes={item.key: tuple(item.global_shape) for item in items},
+        shapes={tensor.key: tuple(tensor.global_shape) for tensor in tensors},
         objects={item.unique_key: item.data for item in objects},
     )
-    # Writes ``metadata.json``, by which Megatron recognises a checkpoint.
+    # Writes ``metadata.json``, by which Megatron recognizes a checkpoint.
     save_config(CheckpointingConfig("torch_dist"), str(checkpoint_dir))
     return AsyncRequest(None, (), [])
 
 
 def _require_converted_shapes(item: ShardedTensor, save: streaming.StreamedSave) -> None:
-    """Converts each weight of a shard, and compares the weight's shape with the shard's."""
-    count = save.leading_axes.get(item.key)  # number of axes that stack layers and experts
-    if count is None:
+    """Converts each weight of a shard, and compares its shape with that of the stacked weights.
+
+    A key that does not have its weights from a conversion is not checked.
+    """
+    axes = save.leading_axes.get(item.key)  # number of axes that stack layers and experts
+    if axes is None:
         return
-    sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:count]
-    starts, expected = item.global_offset[:count], tuple(item.global_shape[count:])
-    for index in product(*(range(s, s + n) for s, n in zip(starts, sizes, strict=True))):
+    # ``local_shape`` does not have the prepended axes, in which a shard has size 1.
+    sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:axes]
+    starts, expected = item.global_offset[:axes], tuple(item.global_shape[axes:])
+    ranges = (range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    for index in product(*ranges):
         shape = tuple(save.source(item.key, index).shape)
         if shape != expected:
-            raise CheckpointError(f"{item.key} at {index} is made {shape}, not {expected}")
+            raise CheckpointError(
+                f"{item.key} at {index} is {shape} after conversion, but must be {expected}"
+            )
 
 
 NO_VALUES, NO_FILES = "tensors have no values", "nothing was written to the disk"

@@ -1,7 +1,7 @@
 """Replaces CUDA by a device whose tensors are fake: they have a shape and a type, but no memory.
 
 ``FakeTensorMode`` and ``_require_one_device`` refuse operations on tensors of different devices.
-This module replaces functions that need values, and those that fake tensors do not support.
+This module replaces functions that need values, and functions that fake tensors do not support.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Makes all tensors fake, and replaces the device CUDA by the fake device."""
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # of the two dispatch modes, ``_FakeCuda`` is called first
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), _FakeCuda(), _Redirect()):
             stack.enter_context(mode)
         yield
@@ -53,6 +53,7 @@ class _Redirect(TorchFunctionMode):
 
 
 def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Replaces CUDA as the positional argument of ``Tensor.to``."""
     if args and _is_cuda(args[0]):
         args = (DEVICE, *args[1:])
     return func(tensor, *args, **kwargs)
@@ -78,9 +79,9 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits a tensor; into equal chunks if the sizes do not add up.
+    """Splits a tensor. If the sizes do not add up, splits it into equal chunks instead.
 
-    Such sizes were read from a fake tensor, so they mean nothing.
+    Sizes that do not add up were read from a fake tensor, so they mean nothing.
     """
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
@@ -90,7 +91,7 @@ def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
 def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
     """Fills masked elements directly. PyTorch would put the value on a real CUDA device."""
     if isinstance(value, (int, float)) and isinstance(index, Tensor) and index.dtype == torch.bool:
-        while index.dim() < tensor.dim():
+        while index.dim() < tensor.dim():  # a mask may cover only the first dimensions
             index = index.unsqueeze(-1)
         tensor.masked_fill_(index, value)
     else:
@@ -98,10 +99,13 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
 
 
 def _attention(
-    func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
+    func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
 ) -> Any:
-    """Runs fused attention. On an unknown device, PyTorch would run several unfused operations."""
-    tensors = [t for t in (query, key, value, *args, *kw.values()) if isinstance(t, Tensor)]
+    """Runs fused attention. On an unknown device, PyTorch would run several unfused operations.
+
+    Checks the mask's device, but ignores its values and other options: they change no shape.
+    """
+    tensors = [t for t in (query, key, value, *args, *kwargs.values()) if isinstance(t, Tensor)]
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise _mixed_devices("scaled_dot_product_attention", devices)
@@ -109,16 +113,22 @@ def _attention(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Stores the same tensors as flash attention: inputs, output, and one number per query."""
+    """Stores the same tensors as flash attention: inputs, output, and one number per query.
+
+    All inputs are [batch, heads, tokens, channels].
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
-        shape = (*query.shape[:-1], value.shape[-1])
         if key.shape[-2] != value.shape[-2] or query.shape[-1] != key.shape[-1]:
-            raise ValueError(f"attention of {query.shape} to {key.shape}, {value.shape}")
+            raise ValueError(
+                "keys and values must have equally many tokens, and queries and keys equally many "
+                f"channels; got queries {query.shape}, keys {key.shape}, values {value.shape}"
+            )
+        batch, heads, tokens, _ = query.shape
         # The kernel's memory layout has tokens before heads.
-        context = query.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, context, query.new_empty(shape[:-1]).float())
+        context = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, context, query.new_empty(query.shape[:-1]).float())
         return context
 
     @staticmethod
@@ -132,7 +142,7 @@ def _log_sum_exp(func: object, tensor: Tensor, dim: int, keepdim: bool = False) 
     return (tensor - tensor.amax(dim, keepdim=True)).exp_().sum(dim, keepdim).log_()
 
 
-def _is_on_gpu(func: object, tensor: Tensor) -> bool:
+def _is_on_fake_device(func: object, tensor: Tensor) -> bool:
     return bool(tensor.device == DEVICE)
 
 
@@ -147,21 +157,25 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.pin_memory: lambda func, tensor, *args: tensor,
     Tensor.logsumexp: _log_sum_exp,
     Tensor.bincount: lambda func, tensor: tensor.new_ones(1),
-    Tensor.is_cuda.__get__: _is_on_gpu,
+    Tensor.is_cuda.__get__: _is_on_fake_device,
     Tensor.__setitem__: _set_item,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
-"""Replacements of functions. Each gets the original as its first argument. The length of a
+"""Maps functions to replacements, which get the original as first argument. The length of a
 ``bincount`` depends on values, so it is 1 here."""
 
 
-def _number(real: Tensor) -> Any:
+def _read_real_number(real: Tensor) -> Any:
     with unset_fake_temporarily():
         return real.item()
 
 
 def _all_indices(index: Tensor | None) -> list[Tensor | None]:
-    """Replaces a mask by indices of all its elements, as if it selected all of them."""
+    """Returns the indices that replace one index of ``aten.index``.
+
+    A mask is replaced by one index per dimension of the mask, as if it selected all elements. Other
+    indices stay.
+    """
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
@@ -169,30 +183,34 @@ def _all_indices(index: Tensor | None) -> list[Tensor | None]:
 
 INDEXING = {"index", "index_put", "_index_put_impl"}
 """Operations whose indices may be on the CPU while the tensor is on the GPU."""
-MIXING = {"copy", "_to_copy", "_foreach_copy", "slice_scatter", "select_scatter"} | {
-    *("fill", "index_fill", "floor_divide"),  # PyTorch does not tag them as element-wise
+MIXING = {
+    *("copy", "_to_copy", "_foreach_copy", "slice_scatter", "select_scatter"),
+    *("fill", "index_fill", "floor_divide"),  # element-wise, but PyTorch does not tag them so
 }
-"""Further operations that accept tensors of two devices."""
+"""Other operations that accept tensors of two devices."""
 
 
 @cache
 def _is_elementwise(name: str) -> bool:
-    """Whether an operation is element-wise, and so accepts 0-dimensional CPU tensors on CUDA."""
+    """Returns whether an operation is element-wise, by PyTorch's tags.
+
+    On CUDA, element-wise operations also accept 0-dimensional CPU tensors.
+    """
     packet = getattr(aten, name, None) or getattr(aten, f"{name}_")
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
-    """Refuses mixed devices that CUDA's kernels refuse and ``FakeTensor`` accepts.
+    """Refuses mixed devices that CUDA's kernels refuse but ``FakeTensor`` accepts.
 
     ``FakeTensor`` accepts a 0-dimensional CPU tensor in any operation. On CUDA, only element-wise
-    operations and those of ``MIXING`` accept it. Other kernels would read it through a pointer, so
-    PyTorch checks its device (``native_functions.yaml``). An index on the GPU cannot select from a
-    CPU tensor.
+    operations and those of ``MIXING`` accept such a tensor. Other kernels would read it through a
+    pointer, so PyTorch checks its device (``native_functions.yaml``). An index on the CPU can
+    select from a GPU tensor, but not the reverse.
 
     Raises:
-        RuntimeError: PyTorch would raise it on CUDA.
+        RuntimeError: The operation would fail on CUDA.
     """
     if func.namespace != "aten":
         return
@@ -204,6 +222,7 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     if name in INDEXING:
         is_legal = tensors[0].device == DEVICE
     elif name.startswith("_foreach_") and name not in MIXING:
+        # Element-wise operations on lists of tensors.
         is_legal = len({tensor.device for tensor in tensors if tensor.dim() > 0}) < 2
     else:
         is_legal = name in MIXING or _is_elementwise(name)
@@ -221,12 +240,12 @@ class _FakeCuda(TorchDispatchMode):
     """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
     Stores each number that code copies to the device, so that ``item`` can return it. A write in
-    place removes the stored number; only a collective keeps it.
+    place removes the stored number, unless the write is a collective.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers = WeakIdKeyDictionary()
+        self._numbers = WeakIdKeyDictionary()  # known numbers by tensor
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -241,7 +260,8 @@ class _FakeCuda(TorchDispatchMode):
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
-        # A write in place makes the number unknown. Collectives keep it, and are not in ``aten``.
+        # A write in place makes the number unknown. Collectives are not in ``aten``, so they keep
+        # the number.
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)
@@ -249,16 +269,22 @@ class _FakeCuda(TorchDispatchMode):
     def _read_number(self, tensor: FakeTensor) -> Any:
         """Returns the tensor's number if it is known, otherwise 1 in the tensor's type."""
         if tensor.constant is not None:
-            return _number(tensor.constant)
+            return _read_real_number(tensor.constant)
         if tensor in self._numbers:
             return self._numbers[tensor]
-        return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+        if tensor.dtype == torch.bool:
+            return True
+        return 1.0 if tensor.is_floating_point() else 1
 
     def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
-        """Moves a tensor without its real constant, which PyTorch would move to real CUDA."""
+        """Moves a tensor to the fake device, and stores its number if it is known.
+
+        PyTorch may keep a fake tensor's value in a real tensor, ``constant``, which it would move
+        to a real CUDA device. So the constant is removed during the move.
+        """
         constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)
         tensor.constant = constant
         if constant is not None and constant.numel() == 1:
-            self._numbers[moved] = _number(constant)
+            self._numbers[moved] = _read_real_number(constant)
         return moved

@@ -19,20 +19,25 @@ from recipes.backend.patches import Patch, apply, constant, replace_with
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""The fake device. ``install`` gives the name ``NAME`` to its type."""
-CAPABILITY = (9, 0)  # of Hopper
+"""The fake device. Its type is PyTorch's placeholder for third-party devices, which ``install``
+renames to ``NAME``."""
+CAPABILITY = (9, 0)
+"""Compute capability of Hopper GPUs."""
 MEMORY_BYTES = 80 << 30
+"""80 GiB, the memory that stages see. The launcher compares peaks with the recipe's GPU instead."""
 PROPERTIES = SimpleNamespace(
     name="rehearsal",
     major=CAPABILITY[0],
     minor=CAPABILITY[1],
     total_memory=MEMORY_BYTES,
-    pci_domain_id=0xFFFF,  # no device has this address
+    pci_domain_id=0xFFFF,  # no device has this address, so ``select_gpu`` binds no CPU cores
     pci_bus_id=0,
     pci_device_id=0,
 )
 RNG_STATE = torch.zeros(8, dtype=torch.uint8)
+"""Placeholder for the state of the random number generator."""
 TYPE_NAMES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
+"""Names that ``Tensor.type()`` returns on CUDA."""
 
 
 def install() -> None:
@@ -48,7 +53,7 @@ def install() -> None:
 
 
 def patches() -> Iterator[Patch]:
-    """Yields the patches of PyTorch."""
+    """Yields the patches of PyTorch, which ``install`` applies."""
     for name, (source_hash, replace) in FUNCTIONS.items():
         yield Patch(f"torch.cuda:{name}", "there is no GPU", source_hash, replace)
     yield Patch(
@@ -59,19 +64,20 @@ def patches() -> Iterator[Patch]:
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
-    """The module that PyTorch requires for each type of device."""
+    """The backend module of the fake device, such as ``torch.cuda`` is for CUDA."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """Returns the types of automatic mixed precision."""
+        """Returns the dtypes of automatic mixed precision."""
         return [torch.bfloat16, torch.float16]
 
 
 def _count_devices() -> int:
+    """Returns the number of GPUs: one for each rank of the node, as torchrun's variable says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _name_types(original: Any) -> Any:
-    """Returns a ``Tensor.type`` that names types on the fake device as on CUDA."""
+    """Returns a ``Tensor.type`` that returns CUDA's names for tensors on the fake device."""
 
     def type_of(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPE_NAMES:
@@ -92,10 +98,11 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
                 continue
             with torch.no_grad():
                 new = fn(old)
+            # A buffer is replaced, as PyTorch does. An unchanged parameter needs no swap.
             if new is old or name in module._buffers:
                 values[name] = new
                 continue
-            # Replaces the content of the parameter, because other objects refer to the parameter.
+            # Swaps the content of the parameter, because other objects refer to the parameter.
             torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
             # ``FakeTensor`` keeps its device in this Python attribute, which was not swapped.
             old.fake_device = new.device  # type: ignore[attr-defined]
@@ -138,4 +145,4 @@ FUNCTIONS = {
     "memory_stats": ("4f345f0de187", constant(None)),
     "set_stream": ("6f7a1ab4ffc3", constant(None)),
 }
-"""Functions of ``torch.cuda``, each with the fingerprint of the original and its replacement."""
+"""Maps names in ``torch.cuda`` to (fingerprint of the original, replacement). See ``Patch``."""

@@ -1,4 +1,7 @@
-"""Replaces safetensors in rehearsals: writes sparse files of zeros, and reads real tensors."""
+"""Replaces functions of safetensors in rehearsals, whose tensors are fake, that is, have no values.
+
+Saving writes a sparse file of zeros. Loading returns real tensors, with the file's values.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from recipes.backend.patches import apply, patches, replace_with, wrap
 
 Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Maps names of tensors to (dtype, shape)."""
 
 
 class _RealFile:
-    """Wraps an open safetensors file or a lazy slice. Reads real tensors, even in fake mode."""
+    """Wraps an open safetensors file or a lazy slice of it. Reads real tensors, even in fake mode.
+
+    Fake mode is torch's ``FakeTensorMode``, which would make each tensor that is read fake.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -30,7 +37,8 @@ class _RealFile:
     def __enter__(self) -> _RealFile:
         return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        """Does nothing: the file is closed when its last reference is freed."""
 
     def __getitem__(self, index: Any) -> Tensor:
         with unset_fake_temporarily():
@@ -51,7 +59,7 @@ class _RealFile:
 def install() -> None:
     """Replaces safetensors' functions for the rest of the process.
 
-    Must run before other modules import the functions by name.
+    Must run before other modules import these functions by name.
     """
     apply(PATCHES)
 
@@ -63,25 +71,30 @@ def _open(original: Any, *args: Any, **kwargs: Any) -> _RealFile:
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file of zeros. It is sparse: only the header takes disk space.
 
-    The library cannot do this: it writes every byte. The format is documented at
-    https://huggingface.co/docs/safetensors.
+    The library itself would write every byte. A file has the length of the header in 8 bytes, the
+    header in JSON, and the data. See https://huggingface.co/docs/safetensors.
     """
-    types = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
+    dtype_names = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    end = 0  # of the last tensor, in bytes from the start of the data
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": types[dtype], "shape": [*shape], "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": dtype_names[dtype],
+            "shape": [*shape],
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     with file.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        output.truncate(8 + len(text) + end)
+        output.truncate(8 + len(text) + end)  # extends the file without writing its data
 
 
 def _save(
     tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None
 ) -> None:
-    write_zeros(Path(file), {n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_zeros(Path(file), shapes, metadata)
 
 
 def _load(original: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

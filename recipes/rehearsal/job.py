@@ -1,6 +1,6 @@
 """Jobs of a rehearsal and their results. A job runs one rank of one stage on fake tensors.
 
-Does not import torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
 STEPS = 2
-"""Steps of a rehearsed training run. The second step has the peak memory, since the optimizer then
-has its states."""
+"""Steps of a rehearsed training run. The second step has the peak memory, because the first step
+creates the optimizer's states."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class JobInput:
     """An input of a rehearsed stage."""
 
     kind: str
-    """Type of the artifact, see ``recipes/stages/contract.py``."""
+    """Type of the artifact, see ``Kind`` in ``recipes/stages/contract.py``."""
     shape: dict[str, Any]
-    """Architecture of the input's model; for a list of shapes, the teacher's."""
+    """Architecture of the input's model. For a list of shapes, this is the teacher's."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the stage that made the input; only those in ``CACHE_FIELDS``."""
+    """Those settings in ``CACHE_FIELDS`` that the stage that made the input has."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,33 @@ class RankJob:
     """One rank of one stage, to be rehearsed."""
 
     name: str
+    """Name of the stage in the run."""
     config: dict[str, Any]
     """Settings of the stage, with fewer steps and less text but the same tensor shapes."""
     inputs: dict[str, JobInput]
+    """Inputs by role, such as ``teacher``."""
     hf_config: dict[str, Any]
     """The teacher's ``config.json``."""
     rank: int
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training, if the search also evaluates candidates on
-    this rank's device."""
+    """Settings of the search that starts this training and evaluates candidates on this rank's
+    device; ``None`` if no search does so."""
 
     @property
     def stage(self) -> str:
-        """Module of the stage."""
+        """Name of the stage's module in ``recipes.stages``."""
         return str(self.config["stage"])
 
     @property
     def devices(self) -> int:
-        """Ranks per node."""
+        """Number of ranks per node."""
         return int(self.config["resources"]["devices"])
 
     @property
     def world(self) -> int:
-        """Ranks of the stage."""
+        """Number of ranks of the stage."""
         return self.devices * int(self.config["resources"]["nodes"])
 
     @property
@@ -97,7 +99,7 @@ def jobs_of(
     Args:
         chain: Settings of all stages of a run.
         stages: All stages of the run, by name.
-        names: Stages to rehearse.
+        names: Names of the stages to rehearse.
         hf_config: The teacher's ``config.json``.
         ranks: Ranks to rehearse; ranks that a stage does not have are ignored. Default:
             ``distinct_ranks``.
@@ -111,15 +113,21 @@ def jobs_of(
         search_settings = None
         world = config.resources.ranks
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
-        if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
-            shapes = chain.shapes.get(search.inputs["candidates"], ())
+        search = chain.stages[name]
+        if isinstance(search, SuccessiveHalvingConfig):
+            # ``config`` is a training run of the search. It trains the largest candidate.
+            shapes = chain.shapes.get(search.inputs["candidates"], ())  # the largest first
             largest = next(iter(shapes), chain.teacher)
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
             search_settings = _reduced_search(search)
-        resumed = isinstance(config, TrainingConfig)
         jobs += [
             RankJob(
-                *(name, settings, inputs, dict(hf_config), rank, resumed),
+                name=name,
+                config=settings,
+                inputs=inputs,
+                hf_config=dict(hf_config),
+                rank=rank,
+                resumed=isinstance(config, TrainingConfig),
                 # A search evaluates candidates on the device of rank 0.
                 search=search_settings if rank == 0 else None,
             )
@@ -130,6 +138,7 @@ def jobs_of(
 
 
 def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
+    """Returns ``distinct_ranks`` for a stage's settings. A parallel size that is not set is 1."""
     names = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
     tensor, pipeline, expert = (settings.get(name, 1) for name in names)
     context = settings.get("context_parallel_size", 1)
@@ -142,56 +151,64 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
         return config
-    # A search of one candidate has no rounds.
-    training = training_of(config, config.rounds(config.max_candidates()) or [1], 0)
+    round_sizes = config.rounds(config.max_candidates()) or [1]  # one candidate has no rounds
+    training = training_of(config, round_sizes, 0)
     model = config.inputs["checkpoint"]
+    # ``jobs_of`` replaces the student by the largest candidate.
     inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}
     return replace(training, inputs=inputs)
 
 
 def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
-    """Returns settings with fewer steps and samples; ``None`` if the stage uses no device."""
+    """Returns settings with fewer steps and samples; ``None`` if the stage uses no device.
+
+    Each data-parallel replica gets one micro batch, or a few in training.
+    """
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    micro = settings.get("micro_batch_size", 1)
+    micro_batch = settings.get("micro_batch_size", 1)
     if isinstance(config, TrainingConfig):
         settings |= _reduced_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
-        settings |= {"num_sequences": replicas * micro, "sequences_per_shard": micro}
+        settings |= {"num_sequences": replicas * micro_batch}
+        settings |= {"sequences_per_shard": micro_batch}
     elif isinstance(config, ScoreConfig):
         replicas = config.resources.ranks // config.pipeline_model_parallel_size
-        settings |= {"block_sizes": [], "num_calibration_samples": replicas * micro}
-        settings |= {"num_loss_samples": min(micro, config.num_loss_samples)}
+        settings |= {"block_sizes": [], "num_calibration_samples": replicas * micro_batch}
+        settings |= {"num_loss_samples": min(micro_batch, config.num_loss_samples)}
     elif isinstance(config, EvaluateConfig):
-        settings |= {"num_sequences": config.resources.ranks * micro}
+        settings |= {"num_sequences": config.resources.ranks * micro_batch}
         settings |= {"num_generations": 1, "new_tokens": 1}
     elif isinstance(config, AddLayersConfig):
-        settings |= {"num_sequences": micro}
+        settings |= {"num_sequences": micro_batch}
     elif isinstance(config, (HealConfig, RankCandidatesConfig)):
-        settings |= {"num_samples": micro}
+        settings |= {"num_samples": micro_batch}
     elif not isinstance(config, (ImportConfig, ExportConfig)):
         return None
     return settings
 
 
 def _reduced_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
+    """Returns a search's settings with one micro batch of evaluation samples."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     return {**settings, "num_samples": config.distill.micro_batch_size}
 
 
 def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
-    """Returns settings for ``STEPS`` short steps.
+    """Returns the changes of settings that make a training run do ``STEPS`` short steps.
 
     A step has one micro batch more than there are pipeline stages, so that the pipeline schedule
-    reaches its steady state; or fewer, if a global batch has fewer.
+    reaches its steady state. If the configured global batch has fewer micro batches, it is kept.
     """
     pipeline = config.pipeline_model_parallel_size
     replica_ranks = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
-    batch = config.resources.ranks // replica_ranks * config.micro_batch_size
-    micro_batches = min(config.global_batch_size // batch, pipeline + 1)
+    # Sequences in one micro batch of every data-parallel replica.
+    sequences = config.resources.ranks // replica_ranks * config.micro_batch_size
+    micro_batches = min(config.global_batch_size // sequences, pipeline + 1)
     return {
+        # Only a distillation has the setting ``stop_at_recovered``.
         **({"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}),
-        "global_batch_size": batch * micro_batches,
+        "global_batch_size": sequences * micro_batches,
         "max_steps": STEPS,
         "warmup_steps": 1,
         "val_check_interval": STEPS,
@@ -203,12 +220,18 @@ def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
-    """Returns the input from ``source``: a stage of the chain, or a complete stage's directory."""
+    """Returns a job's input.
+
+    Args:
+        chain: Settings of all stages of a run.
+        stages: All stages of the run, by name.
+        source: Name of the stage that makes the input, or the directory of a completed stage.
+    """
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
     config = {name: settings[name] for name in CACHE_FIELDS if name in settings}
-    # The teacher represents the candidates, since no candidate needs more memory.
+    # The teacher represents the candidates of a search, since no candidate needs more memory.
     shape = chain.teacher if kind == "shapes" else chain.shape_of(source)
     return JobInput(kind, shape.as_dict(), config)
 
@@ -221,10 +244,11 @@ class RehearsalResult:
     """Result of the rehearsal of one rank of a stage."""
 
     seconds: float = 0
+    """Duration of the rehearsal, which says nothing about the time on a GPU."""
     error: str | None = None
-    """End of the traceback, if the stage failed."""
+    """End of the traceback, if the stage failed; otherwise ``None``."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes by label of ``MemoryTracker`` when their sum is largest."""
+    """Bytes on the device by label (see ``MemoryTracker``), when their sum is largest."""
     host: int = 0
     """Peak bytes of tensors in host memory; the peak is often in the save of a checkpoint."""
     channels: list[Channel] = field(default_factory=list)

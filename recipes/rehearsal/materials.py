@@ -1,4 +1,4 @@
-"""Makes the inputs of a rehearsed stage, with the right shapes, but without weights or text."""
+"""Writes the inputs of a rehearsed stage. They have the right shapes, but no weights or text."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ END = "<end>"
 
 
 def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
-    """Makes all inputs of a job below a run's directory."""
-    items = {name: _input(job, source, run_dir / name) for name, source in job.inputs.items()}
-    content = {name: item.manifest.content_hash() for name, item in items.items()}
-    # Training checks that the cached teacher and the training read the same text.
+    """Writes all inputs of a job below a run's directory, and returns them by role."""
+    items = {role: _input(job, source, run_dir / role) for role, source in job.inputs.items()}
+    hashes = {role: item.manifest.content_hash() for role, item in items.items()}
+    # Training checks in the manifest of a cached teacher that the teacher read the same text.
     for item in items.values():
-        item.manifest.input_content = content
+        item.manifest.input_content = hashes
     return items
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns a job's settings, changed for the generated inputs.
 
-    ``hf_path`` becomes the generated folder. With a cached teacher the sources of text get no
-    weights: all sequences of the generated cache have the number 0, which is in one source only.
+    ``hf_path`` becomes the generated folder. With a cached teacher, the setting ``weights`` of the
+    text sources is emptied. With weights, each source must have a cached sequence, but all
+    sequences of the generated cache have the number 0, which is in the first source.
     """
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         return {**job.config, "weights": {}}
@@ -59,25 +60,17 @@ def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
 
 
 def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
-    """Makes a Hugging Face folder whose weights are a sparse file of zeros."""
+    """Writes a Hugging Face folder whose weights are a sparse file of zeros."""
     _write_side_files(config, folder)
     arch = read_architecture(config, "a rehearsal")
-    family = FAMILIES[arch.hf_architecture]
-    shapes = {
-        name: (torch.bfloat16, tensor.shape)
-        for mapping, indices in family.weights_of(arch)
-        for name, tensor in zip(
-            mapping.hf_names(indices),
-            mapping.split(arch, torch.empty(mapping.shape(arch), device="meta")),
-            strict=True,
-        )
-    }
-    write_zeros(folder / "model.safetensors", shapes)
+    shapes = FAMILIES[arch.hf_architecture].hf_shapes(arch)
+    tensors = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    write_zeros(folder / "model.safetensors", tensors)
     return folder
 
 
 def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
-    """Makes one input in a directory like that of the stage that would make it."""
+    """Writes one input to a directory, laid out like that of the stage that makes such an input."""
     artifact = directory / ARTIFACT
     artifact.mkdir(parents=True)
     shape, teacher = Architecture(**source.shape), read_architecture(job.hf_config, "a rehearsal")
@@ -85,6 +78,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
     if source.kind == "dataset":
         manifest.metrics = asdict(_write_dataset(job.config, artifact))
     elif source.kind == "importance":
+        # All scores, and the teacher's loss, are placeholders.
         layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
         scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=_equal_widths(shape))
         scores.save(artifact)
@@ -95,7 +89,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
         _write_logit_cache(source, job.config["global_batch_size"], artifact)
     else:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
-        if shape != teacher:  # a pruned model has a file of the indices that were kept
+        if shape != teacher:  # the artifact of a pruned model has the kept indices, too
             kept_layers = list(range(1, shape.num_layers + 1))
             select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
             manifest.metrics = asdict(KeptLayers(kept_layers))
@@ -114,7 +108,10 @@ def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes ``config.json`` and a byte tokenizer; a rehearsal tokenizes no text."""
+    """Writes the files beside a model's weights: ``config.json`` and a tokenizer.
+
+    Any tokenizer would do, because a rehearsal tokenizes no text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,29 +127,44 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
-    """Writes each split as a sparse file of zeros.
+    """Writes each split as a sparse file of zeros, which is one document.
 
     Each source in a split has as many sequences as the stage can read, and at least one batch.
+
+    Args:
+        config: Settings of the stage that reads the dataset.
+        artifact: Folder of the dataset.
     """
     counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in counts)
-    names = list(config.get("weights") or ["rehearsal"])
-    # One sequence more, because a sequence that spans two sources is not used; and a next token.
-    tokens = (sequences + 1) * config.get("seq_length", 1) + 1
+    sources = list(config.get("weights") or ["rehearsal"])
+    # There is one more sequence, because a sequence that spans two sources is not used. There is
+    # one more token, because the last token of a sequence needs a next token.
+    source_tokens = (sequences + 1) * config.get("seq_length", 1) + 1
+    split_tokens = len(sources) * source_tokens
     for split in SPLITS:
         builder = IndexedDatasetBuilder(f"{artifact / split}.bin", dtype=np.int32)
-        builder.sequence_lengths.append(len(names) * tokens)
-        builder.document_indices.append(1)
-        builder.data_file.truncate(4 * len(names) * tokens)
+        builder.sequence_lengths.append(split_tokens)
+        builder.document_indices.append(1)  # the document ends after the first sequence
+        builder.data_file.truncate(split_tokens * np.dtype(np.int32).itemsize)
         builder.finalize(f"{artifact / split}.idx")
-    documents = dict.fromkeys(SPLITS, 1)
-    split_tokens = dict.fromkeys(SPLITS, len(names) * tokens)
-    source_tokens = {split: [SourceTokens(name, tokens) for name in names] for split in SPLITS}
-    return DatasetResult(documents, split_tokens, names, source_tokens, document_end=0)
+    return DatasetResult(
+        dict.fromkeys(SPLITS, 1),
+        dict.fromkeys(SPLITS, split_tokens),
+        sources,
+        {split: [SourceTokens(name, source_tokens) for name in sources] for split in SPLITS},
+        document_end=0,
+    )
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
-    """Writes a cached teacher in which all values are zero."""
+    """Writes a cached teacher of one shard, in which all values are zero.
+
+    Args:
+        source: The input, with the settings of the stage that would write the cache.
+        sequences: Number of cached sequences.
+        artifact: Folder of the cache.
+    """
     index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)
     write_index(artifact, index)
     tensors = {
@@ -164,13 +176,15 @@ def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None
 
 
 def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
-    """Returns equal scores of all channels and heads."""
+    """Returns ``Importance.widths`` in which all scores of channels and heads are zero."""
     axes = {
         "ffn_hidden_size": shape.ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
     }
     layers = range(1, shape.num_layers + 1)
-    widths = {f"layers.{i}.{axis}": torch.zeros(n) for i in layers for axis, n in axes.items()}
+    widths = {
+        f"layers.{i}.{axis}": torch.zeros(size) for i in layers for axis, size in axes.items()
+    }
     return {**widths, "hidden_size": torch.zeros(shape.hidden_size)}
 
 

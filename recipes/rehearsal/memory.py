@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,39 +22,48 @@ from recipes.rehearsal.fake_cuda import DEVICE
 TEMPORARY = ("activations", "logits")
 """Labels of tensors that get no other label."""
 PARENT = "parent"
-"""Label of all memory of a parent process, which uses the same GPU as the rehearsed process."""
+"""Label of the memory of a search, the parent process of a training run on the same GPU."""
 BLOCK = 512
 """CUDA's allocator rounds sizes up to a multiple of this many bytes (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
-"""ModelOpt gives the teacher's weights names that contain this."""
+"""Part of the names that ModelOpt gives to the teacher's weights."""
 
 
 @dataclass
 class _Allocation:
+    """A storage on the device that has not been freed."""
+
     size: int
+    """Bytes, rounded up to a multiple of ``BLOCK``."""
     label: str
 
 
 class MemoryTracker(TorchDispatchMode):
     """Counts the memory that operations allocate, until it is freed.
 
-    A tensor on the device has a label, which ``label`` or ``labeled`` sets. By default the label is
-    "logits" if the last dimension is the rank's shard of the vocabulary, otherwise "activations".
+    Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default label is
+    "logits" if the size of the tensor's last dimension is ``vocabulary``, otherwise "activations".
 
     Args:
-        vocabulary: Size of the rank's shard of the vocabulary, padded.
+        vocabulary: Size of the rank's shard of the vocabulary.
+
+    Attributes:
+        now: Bytes on the device by label.
+        peak: Value of ``now`` when its sum was largest.
+        host_peak: Largest number of bytes in host memory.
     """
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self._vocabulary = vocabulary
-        self._label: str | None = None
-        self._live: dict[int, _Allocation] = {}  # by storage, on the device
+        self._label: str | None = None  # set in a block of ``labeled``
+        self._live: dict[int, _Allocation] = {}  # by address of the storage, on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        # ``_reserved`` includes freed memory that CUDA's allocator would cache.
+        # ``_total`` is the sum of ``now``. ``_reserved`` also includes freed memory that CUDA's
+        # allocator would cache.
         self._total = self._highest_total = self._reserved = 0
-        self._host: dict[int, int] = {}  # bytes by storage
+        self._host: dict[int, int] = {}  # bytes by address of the storage, in host memory
         self._host_total = self.host_peak = 0
 
     def __torch_dispatch__(
@@ -85,20 +95,21 @@ class MemoryTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        size = math.ceil(storage.nbytes() / BLOCK) * BLOCK
         has_vocabulary = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
         label = self._label or ("logits" if has_vocabulary else "activations")
         self._live[key] = _Allocation(size, label)
         weakref.finalize(storage, self._remove, key)
-        self._count(label, size)
+        self._change_total(label, size)
 
     def _remove(self, key: int) -> None:
         allocation = self._live.pop(key)
-        self._count(allocation.label, -allocation.size)
+        self._change_total(allocation.label, -allocation.size)
 
-    def _count(self, label: str, size: int) -> None:
-        self.now[label] += size
-        self._total += size
+    def _change_total(self, label: str, change: int) -> None:
+        """Adds bytes, which are negative for freed memory, and updates the peak."""
+        self.now[label] += change
+        self._total += change
         self._reserved = max(self._reserved, self._total)
         if self._total > self._highest_total:
             self.reset_peak()
@@ -124,18 +135,19 @@ class MemoryTracker(TorchDispatchMode):
         self._reserved = self._total
 
     def label_as_parent(self) -> None:
-        """Labels all memory so far, live or cached, as that of a parent process.
+        """Labels all memory, live or cached, as that of a search.
 
-        Memory from now on is that of a training process, which the parent starts on the same GPU.
+        Memory that is allocated later belongs to a training process, which the search starts on the
+        same GPU.
         """
         for allocation in self._live.values():
             allocation.label = PARENT
         self.now = Counter({PARENT: self._total})
-        self._count(PARENT, self._reserved - self._total)
+        self._change_total(PARENT, self._reserved - self._total)
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Makes the present memory the peak."""
+        """Sets the peak to the present memory, even if the earlier peak is higher."""
         self._highest_total, self.peak = self._total, self.now.copy()
 
 
@@ -154,8 +166,8 @@ def install_labels(memory: MemoryTracker) -> None:
         nonlocal has_stepped
         _label_states(memory, optimizer)
         if not has_stepped:
-            # The optimizer allocates its states in the first step, and they have no label before
-            # the step's end. So the peak is measured from here on, in steps that have all states.
+            # The optimizer allocates its states in the first step. They get their label only at the
+            # end of the step. So the peak is measured in later steps.
             memory.reset_peak()
         has_stepped = True
 
@@ -169,14 +181,17 @@ def install_labels(memory: MemoryTracker) -> None:
     # No fingerprint: the original is the function of ``fake_cuda``, which checked PyTorch's.
     apply([Patch("torch.cuda:empty_cache", "cached memory is counted", "", release)])
     head = replace_with(_labeling_head(memory, predictions.float32_head))
+    # ``scoring`` has its own reference, because it imports the function by name.
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
         apply([Patch(f"{module}:float32_head", "the head's weight gets a label", "", head)])
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
 
 
-def _labeling_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """Wraps ``float32_head``, so that it labels the weight of the output head and its copy.
+def _labeling_head(
+    memory: MemoryTracker, original: Callable[[Tensor], Any]
+) -> Callable[[Tensor], Any]:
+    """Returns a ``float32_head`` that labels the weight of the output head and its float32 copy.
 
     Module hooks do not see this weight: evaluations multiply by it outside of any module.
     """
@@ -184,20 +199,23 @@ def _labeling_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Call
     def float32_head(weight: Tensor) -> Any:
         memory.label("weights", [weight])
         with memory.labeled("weights"):
-            return make(weight)
+            return original(weight)
 
     return float32_head
 
 
 def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
+    """Labels an optimizer's states and main weights."""
     for main_weight in (weight for group in optimizer.param_groups for weight in group["params"]):
         states = optimizer.state.get(main_weight, {}).values()  # indexing would create an entry
-        memory.label("optimizer", (s for s in states if isinstance(s, Tensor)))
-        if not main_weight._is_view():  # in float32, it is a view of the model's weight
+        memory.label("optimizer", (state for state in states if isinstance(state, Tensor)))
+        # With precision 32, a main weight is a view of the model's weight and takes no memory.
+        if not main_weight._is_view():
             memory.label("optimizer", [main_weight])
 
 
 def _label_weights(memory: MemoryTracker, module: nn.Module) -> None:
+    """Labels a module's weights and, if it is Megatron's data-parallel wrapper, its gradients."""
     for name, weight in module.named_parameters():
         memory.label("teacher" if TEACHER_MODULE in name else "weights", [weight])
     if isinstance(module, DistributedDataParallel):

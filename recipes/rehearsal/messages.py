@@ -1,8 +1,9 @@
 """Checks and records a rank's collectives and point-to-point messages without sending them.
 
-Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
-``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). In a rehearsal each rank
-runs without the other ranks. The module ``agreement`` compares the ranks' records afterwards.
+Tensors must meet the requirements of NCCL. These are in torch's ``ProcessGroupNCCL.cpp``:
+``_allgather_base``, ``_reduce_scatter_base``, ``alltoall_base`` and ``check_gpu_single_tensor``. In
+a rehearsal each rank runs without the other ranks, on fake tensors, which have no values. The
+module ``agreement`` compares the ranks' records afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from recipes.rehearsal.fake_cuda import DEVICE, NAME
 FAKE = "fake"
 """torch's backend whose collectives do nothing."""
 MAX_CALLERS = 3
-"""Number of callers in a call site, each in another file."""
+"""Largest number of callers in a call site. Each caller is in another file."""
 SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
 """Substrings of paths of files that are not listed as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
@@ -38,7 +39,7 @@ _channels: dict[str, Channel] = {}
 _backends: dict[str, str | None] = {}
 """The requested backend of each process group, by the group's name."""
 _reduction = ""
-"""A space and the operation of the running reduction, such as `` SUM``; empty while none runs."""
+"""Operation of the running reduction, after a space (`` SUM``); empty if none is running."""
 
 
 class MessageError(Exception):
@@ -52,13 +53,14 @@ def install() -> None:
 
 
 def recorded_channels() -> list[Channel]:
-    """Returns the calls of this rank so far, by process group and by direction of messages."""
+    """Returns this rank's channels, with the calls so far."""
     return list(_channels.values())
 
 
 def _init_process_group(
     original: Any, backend: str | None = None, *args: object, **kwargs: object
 ) -> None:
+    """Creates a fake group of all ranks, without waiting for the other ranks."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     original(FAKE, rank=rank, world_size=world, store=FakeStore())
     _register(distributed.group.WORLD, backend)
@@ -67,6 +69,7 @@ def _init_process_group(
 def _new_group(
     original: Any, ranks: Any = None, *args: Any, backend: str | None = None, **kwargs: Any
 ) -> Any:
+    """Creates a fake group, and records the creation. ``ranks=None`` means all ranks."""
     world = distributed.group.WORLD
     members = list(range(distributed.get_world_size())) if ranks is None else list(ranks)
     _record(world, f"new_group of {_describe_ranks(members)}")
@@ -77,11 +80,13 @@ def _new_group(
 
 
 def _register(group: Any, backend: str | None) -> None:
+    """Stores a group's requested backend, and creates its channel."""
     _backends[group.group_name] = backend
     _channel(group)
 
 
 def _channel(group: Any) -> Channel:
+    """Returns a process group's channel, which the first call creates."""
     ranks = distributed.get_process_group_ranks(group)
     name = WORLD
     if group is not distributed.group.WORLD:
@@ -90,7 +95,7 @@ def _channel(group: Any) -> Channel:
 
 
 def _describe_ranks(ranks: list[int]) -> str:
-    """Lists ranks. Describes equally spaced ranks by the first, the last and the step."""
+    """Lists ranks, such as "ranks 0, 3, 4". Shortens equally spaced ones to "ranks 0 to 6 by 2"."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
     if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
         return f"ranks {ranks[0]} to {ranks[-1]}" + (f" by {step}" if step > 1 else "")
@@ -108,7 +113,7 @@ def _record_message(source: int, destination: int, operation: str) -> None:
 
 
 def _site() -> str:
-    """Returns the innermost callers, one per file, except files of torch and of rehearsals."""
+    """Returns the innermost callers, one per file, without files of ``SKIPPED_FILES``."""
     frame: FrameType | None = sys._getframe(1)
     callers: dict[str, int] = {}
     while frame is not None and len(callers) < MAX_CALLERS:
@@ -135,6 +140,7 @@ def _all_gather_object(outputs: list[Any], value: Any, group: Any = None) -> Non
 def _gather_object(
     value: Any, outputs: Any = None, dst: int | None = None, group: Any = None, **kwargs: object
 ) -> None:
+    """Assumes, as ``_all_gather_object`` does, that all objects are equal."""
     _record(group or distributed.group.WORLD, f"gather_object to {dst or 0}")
     if outputs is not None:
         outputs[:] = [value] * len(outputs)
@@ -143,11 +149,12 @@ def _gather_object(
 def _broadcast_object_list(
     objects: list[Any], src: int | None = None, group: Any = None, **kwargs: object
 ) -> None:
+    """Keeps this rank's objects."""
     _record(group or distributed.group.WORLD, f"broadcast_object_list from {src or 0}")
 
 
 def _reduce(original: Any, group: Any, *tensors_and_options: Any) -> Any:
-    """Runs a reduction. Notes its operation, which c10d's operators hide from Python."""
+    """Runs a reduction. Sets ``_reduction``, because c10d's operators hide the operation."""
     global _reduction
     _reduction = f" {tensors_and_options[-1].reduceOp.op.name}"
     try:
@@ -169,9 +176,7 @@ class MessageChecker(TorchDispatchMode):
         boxed_group = next(a for a in args if isinstance(a, torch.ScriptObject))
         group = distributed.ProcessGroup.unbox(boxed_group)
         if name != "barrier":  # a barrier's tensor is a placeholder, which may be on any device
-            _require_device(
-                name, _backends[group.group_name], [t for a in args for t in _tensors(a)]
-            )
+            _require_device(name, _backends[group.group_name], _tensors(args))
         if (check := CHECKS.get(name)) is not None:
             check(name, args, group.size())
         _record_call(name, func, args, group)
@@ -181,9 +186,18 @@ class MessageChecker(TorchDispatchMode):
 
 
 def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
+    """Records a message or a collective.
+
+    Args:
+        name: Name of the operator, without ``c10d::``.
+        func: The operator.
+        args: Its arguments.
+        group: Its process group.
+    """
     this_rank = distributed.get_rank()
     if name in MESSAGES:
-        other = distributed.get_global_rank(group, args[2])  # arguments: tensors, group, rank, tag
+        # The arguments are tensors, group, the other rank's index in the group, and tag.
+        other = distributed.get_global_rank(group, args[2])
         source, destination = (this_rank, other) if name == "send" else (other, this_rank)
         _record_message(source, destination, _describe(args[0]))
         return
@@ -192,18 +206,20 @@ def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
     names = (argument.name for argument in func._schema.arguments)
     arguments = dict(zip(names, args, strict=False))
     root = f" from {arguments['root_rank']}" if "root_rank" in arguments else ""
+    # Only the tensors whose shapes must be equal on all ranks.
     tensors = args[EQUAL_ARGUMENT.get(name, 0)] if name not in WITHOUT_EQUAL_SHAPES else ()
     _record(group, f"{name.strip('_')}{_reduction}{root} {_describe(tensors)}".rstrip())
 
 
 def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
-    """Records the rows sent to and received from each rank, as messages.
+    """Records an all-to-all as messages: the rows sent to each rank, and those received from it.
 
-    The number of rows may differ between pairs of ranks, so each pair is compared on its own.
+    The number of rows may differ between pairs of ranks, so each pair is compared separately.
     """
     ranks = distributed.get_process_group_ranks(group)
     received, sent, _, received_splits, sent_splits = args[:5]
     for tensor, splits, is_sent in ((sent, sent_splits, True), (received, received_splits, False)):
+        # Without splits, all ranks get equally many rows.
         split_sizes = splits or [len(tensor) // len(ranks)] * len(ranks)
         for other, rows in zip(ranks, split_sizes, strict=True):
             source, destination = (this_rank, other) if is_sent else (other, this_rank)
@@ -212,10 +228,11 @@ def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
 
 
 def _describe(tensors: object) -> str:
-    """Describes tensors by shape and type; adds the strides of those that are not contiguous."""
+    """Describes tensors by shape and dtype. Adds the strides of tensors that are not contiguous."""
     return " and ".join(
-        f"{list(t.shape)} {_dtype(t)}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
-        for t in _tensors(tensors)
+        f"{list(tensor.shape)} {_dtype(tensor)}"
+        + ("" if tensor.is_contiguous() else f" strides {tensor.stride()}")
+        for tensor in _tensors(tensors)
     )
 
 
@@ -224,36 +241,39 @@ def _dtype(tensor: Tensor) -> str:
 
 
 MESSAGES = ("send", "recv_")
+"""Operators for messages from one rank to another; all other operators are collectives."""
 EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
-"""Index of the argument whose shapes are equal on all ranks; 0 for collectives not listed."""
+"""Index of the argument whose shapes must be equal on all ranks. For collectives that are not
+listed, the index is 0."""
 WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
 """Collectives in which no argument has equal shapes on all ranks."""
 
 
 def _tensors(value: object) -> list[Tensor]:
+    """Returns all tensors in an argument, which may be a nested list."""
     if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors(item)]
+        return [tensor for item in value for tensor in _tensors(item)]
     return [value] if isinstance(value, Tensor) else []
 
 
 def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
-    """Checks that NCCL can send tensors from their device and in their layout.
+    """Checks the device and the memory layout of tensors that NCCL would send.
 
-    Tensors may be on the CPU unless the group's backend is only NCCL. Without a backend (``None``)
-    a group has gloo and NCCL.
+    If no backend was requested (``None``), the group has two: gloo sends tensors on the CPU, and
+    NCCL those on the GPU.
     """
     if backend == "gloo":
         return
     for tensor in tensors:
         if tensor.device.type == "cpu" and backend != "nccl":
-            continue
+            continue  # gloo sends it
         _require(
             name,
             tensor.device == DEVICE,
-            f"a tensor {list(tensor.shape)} is on {tensor.device}, but NCCL needs all on the GPU",
+            f"a tensor {list(tensor.shape)} is on {tensor.device}, but NCCL needs it on the GPU",
         )
         is_sendable = _is_dense(tensor) if name in MESSAGES else tensor.is_contiguous()
-        _require(name, is_sendable, f"{list(tensor.shape)} is not contiguous")
+        _require(name, is_sendable, f"a tensor {list(tensor.shape)} is not contiguous")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -263,9 +283,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return is_dense
 
 
-def _require(name: str, fits: bool, what: str) -> None:
-    if not fits:
+def _require(name: str, is_met: bool, what: str) -> None:
+    """Raises an error with the text ``what`` if a requirement of an operator is not met."""
+    if not is_met:
         raise MessageError(f"{name}: {what}")
+
+
+# Each check below gets the operator's name and arguments, and the number of ranks of its group.
 
 
 def _check_gather_base(name: str, args: Args, size: int) -> None:
@@ -278,29 +302,37 @@ def _check_gather_base(name: str, args: Args, size: int) -> None:
 
 
 def _check_scatter_base(name: str, args: Args, size: int) -> None:
-    _check_gather_base(name, (args[1], args[0]), size)
+    shard, whole = args[:2]
+    _check_gather_base(name, (whole, shard), size)
 
 
 def _check_gather(name: str, args: Args, size: int) -> None:
     for outputs, shard in zip(*args[:2], strict=True):
-        fits = all(o.shape == shard.shape and o.dtype == shard.dtype for o in outputs)
+        are_like_shard = all(
+            output.shape == shard.shape and output.dtype == shard.dtype for output in outputs
+        )
         what = (
             f"needs {size} outputs of {list(shard.shape)} {shard.dtype}, got "
             f"{[list(output.shape) for output in outputs]}"
         )
-        _require(name, fits and len(outputs) == size, what)
+        _require(name, are_like_shard and len(outputs) == size, what)
 
 
 def _check_all_to_all(name: str, args: Args, size: int) -> None:
     received, sent, _, received_splits, sent_splits = args[:5]
     for tensor, splits in ((received, received_splits), (sent, sent_splits)):
         rows = len(tensor)
-        fits = sum(splits) == rows and len(splits) == size if splits else rows % size == 0
-        _require(name, fits, f"{list(tensor.shape)} split as {list(splits)} over {size} ranks")
+        # Without splits, all ranks get equally many rows.
+        is_valid = (sum(splits) == rows and len(splits) == size) if splits else rows % size == 0
+        what = (
+            f"the rows of a tensor {list(tensor.shape)} cannot be split over {size} ranks as "
+            f"{list(splits) or 'equal shards'}"
+        )
+        _require(name, is_valid, what)
 
 
 def _check_pairs(check: Callable[..., None]) -> Callable[..., None]:
-    """Returns a check of a coalesced collective, which checks each pair of output and input."""
+    """Returns a check that applies ``check`` to each (output, input) of a coalesced collective."""
 
     def check_each(name: str, args: Args, size: int) -> None:
         for pair in zip(*args[:2], strict=True):
@@ -317,10 +349,14 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
     "allgather_into_tensor_coalesced_": _check_pairs(_check_gather_base),
     "reduce_scatter_tensor_coalesced_": _check_pairs(_check_scatter_base),
 }
+"""Checks of the shapes of collectives, by name. Other collectives have no such check."""
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a coalesced collective, which runs ``collective`` for each output and input."""
+    """Returns a replacement of a coalesced collective: it runs ``collective`` for each pair.
+
+    A pair is an output and its input.
+    """
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
@@ -330,14 +366,16 @@ def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
     return run_each
 
 
-def _all_reduce(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
-    return torch.ops.c10d.allreduce_(tensors, group, operation, None, *args)[1]
+def _all_reduce_list(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
+    """Returns the work of an all-reduce. The argument that is None is ``sparse_indices``."""
+    _, work = torch.ops.c10d.allreduce_(tensors, group, operation, None, *args)
+    return work
 
 
 COALESCED: dict[str, Callable[..., Any]] = {
     "allgather_into_tensor_coalesced_": _separately(torch.ops.c10d._allgather_base_),
     "reduce_scatter_tensor_coalesced_": _separately(torch.ops.c10d._reduce_scatter_base_),
-    "allreduce_coalesced_": _all_reduce,
+    "allreduce_coalesced_": _all_reduce_list,
 }
 """Replacements of coalesced operators, by name."""
 

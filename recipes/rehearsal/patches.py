@@ -1,7 +1,8 @@
-"""Replaces library functions that read tensor values, or need other ranks or TransformerEngine.
+"""Patches functions that a rehearsal cannot run.
 
-A rehearsal runs a stage on fake tensors, which have no values. A process that has called
-``install`` can only rehearse.
+A rehearsal runs one rank of a stage on fake tensors, which have no values. So it cannot run
+functions that read tensor values, or need other ranks or TransformerEngine. A process that has
+called ``install`` can only rehearse.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from recipes.rehearsal import checkpoints, fake_cuda
 
 
 def install() -> None:
-    """Applies ``PATCHES`` for the rest of the process.
+    """Applies ``PATCHES`` and the patches of ``checkpoints`` for the rest of the process.
 
     Raises:
-        RecipeError: A library is not the version that the patches were written for.
+        RecipeError: A patched function is not the version that the patch was written for.
     """
     checkpoints.install()
+    # The fake device computes the logits in chunks of the same size as a GPU does.
     vocabulary.CHUNK_BYTES[fake_cuda.NAME] = vocabulary.CHUNK_BYTES["cuda"]
     apply(PATCHES)
 
 
 def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) -> None:
-    """Sets the losses that the last pipeline stage would send to the first one."""
+    """Sets placeholder losses of 1, because only the last pipeline stage computes losses.
+
+    In a real run, that stage sends its losses to the other stages.
+    """
     original(self, objective)
     self.last_means = dict.fromkeys(("loss", *objective.weights), 1.0)
 
@@ -43,18 +48,22 @@ def _without_context_parallelism(
 ) -> None:
     """Makes each rank attend only to its own shard of the sequence.
 
-    The shapes of all tensors are those of context parallelism.
+    Megatron's own attention refuses a ``context_parallel_size`` above 1, so it is 1 during the
+    call. All inputs and outputs still have the shapes of context parallelism.
     """
-    context, config.context_parallel_size = config.context_parallel_size, 1
+    context_parallel_size = config.context_parallel_size
+    config.context_parallel_size = 1
     original(self, config, *args, **kwargs)
-    config.context_parallel_size = context
+    config.context_parallel_size = context_parallel_size
 
 
 def _keep_object(value: Any, src: int = 0, group: Any = None) -> Any:
+    """Returns this rank's own object, in place of the object that rank ``src`` broadcasts."""
     return value
 
 
 def _accept_parity(original: object, parity: Any, what: str) -> Any:
+    """Returns a comparison of two models' logits without checking that the logits are equal."""
     return parity
 
 
@@ -69,22 +78,23 @@ def _load_causal_lm(folder: Path) -> PreTrainedModel:
 def _with_equal_experts(
     original: Callable[..., Tensor], self: Any, routing_map: Tensor
 ) -> np.ndarray:
-    """Routes equally many tokens to each expert; returns the tokens per local expert.
+    """Routes the same number of tokens to each expert; returns the tokens per local expert.
 
-    All numbers of tokens are NumPy arrays, because fake tensors have no values.
+    Sets the same attributes as Megatron's method. Their values are NumPy arrays, because fake
+    tensors have no values.
     """
-    original(self, routing_map)
+    original(self, routing_map)  # sets ``num_out_tokens``, which does not depend on values
     tokens_per_expert, remainder = divmod(self.num_out_tokens, self.num_experts)
-    tokens = tokens_per_expert + (np.arange(self.num_experts) < remainder)
-    local: np.ndarray = tokens[self.local_expert_indices]
+    # The tokens that this rank sends to each expert. The first ``remainder`` experts get one more.
+    sent = tokens_per_expert + (np.arange(self.num_experts) < remainder)
+    sent_to_local: np.ndarray = sent[self.local_expert_indices]
     ranks = self.tp_size * self.ep_size
     if ranks > 1:
-        self.input_splits = tokens.reshape(self.ep_size, -1).sum(axis=1)
-        self.output_splits = np.full(self.ep_size, local.sum())
-        self.output_splits_tp = np.full(self.tp_size, self.ep_size * local.sum())
-    self.num_global_tokens_per_local_expert = np.tile(local, (ranks, 1))
-    local *= ranks  # every rank sends equally many
-    return local
+        self.input_splits = sent.reshape(self.ep_size, -1).sum(axis=1)
+        self.output_splits = np.full(self.ep_size, sent_to_local.sum())
+        self.output_splits_tp = np.full(self.tp_size, self.ep_size * sent_to_local.sum())
+    self.num_global_tokens_per_local_expert = np.tile(sent_to_local, (ranks, 1))
+    return sent_to_local * ranks  # every rank sends the same number of tokens
 
 
 def _permute(
@@ -92,7 +102,8 @@ def _permute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a row per pair of token and expert, and each row's probability and token index.
 
-    Megatron's function reads the number of rows from the mask, which has no values here.
+    Megatron's function reads the token indices from ``routing_map``, which has no values here. This
+    function only has to return the right shapes, so its indices are not initialized.
     """
     indices = routing_map.new_empty(num_out_tokens, dtype=torch.int64)
     row_probs = probs.T.contiguous().flatten().index_select(0, indices)
@@ -100,6 +111,7 @@ def _permute(
 
 
 NO_MASK = "with TransformerEngine, NeMo needs no attention mask"
+"""Reason to set ``HAVE_TE``: a rehearsal represents a run on GPUs, which has TransformerEngine."""
 PATCHES = (
     *patches(
         "megatron.core.",
@@ -111,7 +123,7 @@ PATCHES = (
         ),
         (
             "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
-            "the tokens of an expert depend on values; here all experts get equally many",
+            "the tokens of an expert depend on values; here all experts get the same number",
             "df692d802fdd",
             wrap(_with_equal_experts),
         ),
@@ -135,7 +147,7 @@ PATCHES = (
     ),
     Patch(
         "modelopt.torch.utils.distributed:broadcast",
-        "a received object has no values; here it equals this rank's",
+        "a received object has no values; here each rank keeps its own object",
         "d9f91addda52",
         replace_with(_keep_object),
     ),
@@ -147,7 +159,7 @@ PATCHES = (
     ),
     *patches(
         "nemo_convert.parity:",
-        ("load_causal_lm", "transformers runs on the CPU", "", replace_with(_load_causal_lm)),
+        ("load_causal_lm", "a rehearsal has no weights to load", "", replace_with(_load_causal_lm)),
         ("Parity.require", "parity compares values", "", wrap(_accept_parity)),
     ),
 )

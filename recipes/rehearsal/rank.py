@@ -1,4 +1,7 @@
-"""Rehearses one rank of one stage: the stage's own ``run`` on the fake device."""
+"""Rehearses one rank of one stage: calls the stage's ``run`` with fake tensors.
+
+A fake tensor has a shape and a device, but no values.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,14 @@ from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
 
 MAX_FRAMES = 5
-"""Number of a traceback's frames that are reported."""
+"""Number of innermost frames of a traceback that are reported."""
 
 
 def rehearse(job: RankJob) -> RehearsalResult:
-    """Runs the job's stage. If the stage raises an error, the error is part of the result."""
+    """Runs the job's stage, and returns its peak memory and its communication with other ranks.
+
+    If the stage raises an error, the error is part of the result.
+    """
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
     memory = MemoryTracker(job.vocabulary)
@@ -54,12 +60,13 @@ def rehearse(job: RankJob) -> RehearsalResult:
             install_labels(memory)
             with device.fake_tensors(), memory, messages.MessageChecker():
                 if job.search is not None:
-                    # The search keeps the memory of this evaluation while the training runs.
+                    # The training is a child process of the search. While it runs, the search
+                    # still holds the memory of this evaluation on the same GPU.
                     _measure_candidate(job.search, inputs, run_dir)
                     memory.label_as_parent()
                 if job.resumed:
                     _stop_after_one_step(run)
-                run()
+                run()  # resumes if the call above saved a checkpoint
         except Exception:
             error = _error_text()
     return RehearsalResult(
@@ -74,24 +81,34 @@ def rehearse(job: RankJob) -> RehearsalResult:
 def _measure_candidate(
     settings: Mapping[str, Any], inputs: Mapping[str, Input], run_dir: Path
 ) -> None:
-    """Evaluates a candidate, as a search does between two rounds of training runs."""
+    """Evaluates a candidate, as a search does between two rounds of training runs.
+
+    Args:
+        settings: Settings of ``successive_halving``.
+        inputs: Inputs of the rehearsed training. The student is the candidate.
+        run_dir: The rehearsal's run directory.
+    """
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
-    candidate = Candidate("candidate", 0, shape, proxy=0, perplexity=0, kl_to_teacher=0)
+    # The measurement uses only the candidate's name, so its numbers are placeholders.
+    candidate = Candidate(
+        "candidate", parameters=0, shape=shape, proxy=0, perplexity=0, kl_to_teacher=0
+    )
     directory = run_dir / "search"
     (directory / candidate.name).mkdir(parents=True)
+    # The search looks here for the candidate that was trained in round 0.
     (directory / candidate.name / "round-0").symlink_to(inputs["student"].directory)
     search_inputs = {"checkpoint": inputs["teacher"], "data": inputs["data"]}
     search = HalvingRun(OmegaConf.to_object(config), search_inputs, directory, "")  # type: ignore[arg-type]
-    search.measure([candidate], 0)
+    search.measure([candidate], round_number=0)
 
 
 def _stop_after_one_step(run: Callable[[], object]) -> None:
-    """Runs a training whose deadline has passed: it stops after one step and saves.
+    """Runs a training whose deadline has passed: it saves a checkpoint after one step and stops.
 
     Then frees all memory of the training, as the end of a process would.
     """
-    os.environ[DEADLINE] = "0"
+    os.environ[DEADLINE] = "0"  # in seconds since 1970
     with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
@@ -105,9 +122,9 @@ def _stop_after_one_step(run: Callable[[], object]) -> None:
 def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
-    A float32 optimizer holds views of weights. The autograd graph of these views has hooks, which
-    refer to the model. The loop is in this function, since the loop variable would otherwise keep
-    the last object alive in the caller.
+    A float32 optimizer holds views of weights. The autograd graph of the views has hooks that refer
+    to the model. This loop is a function of its own: in the caller, the loop variable would keep
+    the last object alive.
     """
     for instance in gc.get_objects():
         # ``isinstance`` would raise an error at the proxy of a freed object.
@@ -116,7 +133,10 @@ def _clear_optimizers() -> None:
 
 
 def _error_text() -> str:
-    """Returns the current error and its last frames, except frames in torch and in rehearsals."""
+    """Returns the current error and its innermost frames, as in a traceback.
+
+    Leaves out frames in torch and in the code of rehearsals.
+    """
     _, error, trace = sys.exc_info()
     frames = [
         frame
@@ -128,7 +148,7 @@ def _error_text() -> str:
 
 
 def environment(job: RankJob) -> dict[str, str]:
-    """Returns the variables that torchrun would set for the rank."""
+    """Returns the environment variables that torchrun would set for the job's rank."""
     return {
         "RANK": str(job.rank),
         "LOCAL_RANK": str(job.rank % job.devices),

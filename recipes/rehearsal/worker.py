@@ -1,8 +1,11 @@
 """Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS PROCESSES``.
 
-A rehearsal runs a stage on fake tensors. ``JOBS`` is a JSON file with a list of jobs; ``PROCESSES``
-jobs run at a time. Prints a line of JSON per job, in the order of the list. The libraries are
-imported once. Each rank runs in a forked process, so that no rank changes another's globals.
+A rehearsal runs one rank of a stage on fake tensors. ``JOBS`` is a JSON file with a list of
+``RankJob``. At most ``PROCESSES`` jobs run at a time. Prints each job's ``RehearsalResult`` as a
+line of JSON, in the order of the list.
+
+The libraries are imported once. Each job runs in a forked process, so that it cannot change the
+global variables of other jobs.
 """
 
 from __future__ import annotations
@@ -33,43 +36,50 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.search.measure",
 )
-"""Modules that stages import when they run."""
+"""Modules that stages import only when they run. Importing them before the forks saves time."""
 Rehearse = Callable[[RankJob], RehearsalResult]
 Task = Callable[[], RehearsalResult]
 
 
 def main(file: Path, processes: int) -> None:
-    """Rehearses the jobs of a file, ``processes`` at a time."""
+    """Rehearses the jobs of a file, at most ``processes`` at a time, and prints the results."""
     die_with_parent()
     prepare_imports()
     jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
+    # Only results go to standard output. What libraries print there goes to standard error.
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of libraries goes to standard error
+    os.dup2(2, 1)
     rehearse = prepare()
     for result in in_forks((partial(rehearse, job) for job in jobs), processes):
         print(json.dumps(asdict(result)), file=results, flush=True)
 
 
 def prepare() -> Rehearse:
-    """Replaces CUDA and imports the modules of stages. The process can then only rehearse."""
+    """Replaces CUDA, imports the modules of stages, and returns the function that rehearses a job.
+
+    The process can then only rehearse.
+    """
     from recipes.rehearsal import fake_cuda, files, messages
 
     fake_cuda.install()
     messages.install()
     files.install()
-    # Imported after the patches: on import, some libraries look for a device, or copy references
-    # to torch functions.
+    # Imported after the calls above: when they are imported, some libraries look for a device, or
+    # copy references to torch functions.
     from recipes.rehearsal import patches, rank
 
     patches.install()
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # the garbage collector of each rank then skips what was imported
+    gc.freeze()  # the garbage collector of each fork then skips the imported modules
     return rank.rehearse
 
 
 def in_forks(tasks: Iterable[Task], processes: int) -> Iterator[RehearsalResult]:
-    """Runs each task in a forked process; yields the results in the order of the tasks."""
+    """Runs each task in a forked process; yields the results in the order of the tasks.
+
+    At most ``processes`` tasks run at a time.
+    """
     running: deque[tuple[BaseProcess, Connection]] = deque()
     for task in tasks:
         if len(running) == processes:
@@ -80,18 +90,20 @@ def in_forks(tasks: Iterable[Task], processes: int) -> Iterator[RehearsalResult]
 
 
 def _start(task: Task) -> tuple[BaseProcess, Connection]:
+    """Starts a task in a fork; returns the fork and the pipe that will receive the result."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(task, sender))
     child.start()
-    sender.close()
+    sender.close()  # now only the fork can send, so the pipe ends if the fork dies
     return child, receiver
 
 
 def _receive(child: BaseProcess, receiver: Connection) -> RehearsalResult:
+    """Waits for the result of a fork, and for the fork's end."""
     try:
         result: RehearsalResult = receiver.recv()
-    except EOFError:
+    except EOFError:  # the fork died before it sent a result
         child.join()
         result = RehearsalResult(error=f"its process ended with exit code {child.exitcode}")
     child.join()

@@ -40,12 +40,13 @@ from recipes.report.sections import (
 
 @dataclass(frozen=True)
 class LatencySetting:
-    """Engine, request and machine of a latency."""
+    """Conditions of a latency measurement. Only latencies with equal conditions are compared."""
 
     engine: str
     batch_size: int
     prompt_tokens: int
     cpu: str
+    """Name of the CPU model."""
     threads: int
 
 
@@ -61,53 +62,62 @@ class RunRow:
     """Whether the run was evaluated on the same text as most runs."""
     is_best: bool
     gap: tuple[float, float] | None
-    """Mean of this run's losses minus the best run's, and its standard error, in nats."""
+    """Mean of this run's losses minus the best run's, and its standard error, in nats; ``None`` for
+    the best run, and for runs that cannot be compared with it."""
     evaluation: EvaluationResult
     tasks: Mapping[str, float]
     """Mean score of the tasks that all runs have in common, by role."""
     disk: int | None
     """Bytes of the exported folder."""
     latency: float | None
-    """Milliseconds per token in decoding."""
+    """Milliseconds per token in decoding, in the page's ``LatencySetting``; ``None`` if the run did
+    not measure it."""
     tokens: int | None
-    """Tokens of all distillations of the run."""
+    """Training tokens of all distillations of the run; ``None`` if there are none."""
     hours: float
     """Machine hours."""
 
 
 Metric = Callable[[RunRow], float | None]
+"""Reads a value from a run's row; returns ``None`` if the run did not measure it."""
 QUALITIES: dict[str, tuple[Dimension, Metric]] = {
     "perplexity": (PERPLEXITY, lambda row: row.evaluation.distilled.perplexity),
     "kl": (DIVERGENCE, lambda row: row.evaluation.distilled.kl_to_teacher),
     "tasks": (ACCURACY, lambda row: row.tasks.get("distilled")),
 }
+"""Vertical axes of the plots."""
 COSTS: dict[str, tuple[Dimension, Metric]] = {
     "parameters": (PARAMETERS, lambda row: row.evaluation.distilled.parameters),
     "disk": (DISK, lambda row: row.disk),
     "latency": (LATENCY, lambda row: row.latency),
 }
+"""Horizontal axes of the plots."""
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
-    """Compares all runs in or below ``paths``, writes the page and returns its table's rows."""
+    """Writes a page that compares all runs in or below ``paths``; returns the rows of its table."""
     content = compare_runs([read_run(path) for path in find_runs(paths)])
     render_template("compare.html.j2", content, out)
     rows: list[RunRow] = content["rows"]
     return rows
 
 
-def describe_best(rows: Iterable[RunRow]) -> str:
+def describe_best(rows: Sequence[RunRow]) -> str:
     """Says which run is best, by which criterion, and which runs are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
-    close = [
-        row.name
-        for row in rows
-        if row.gap and row.gap[0] < (margin95(row.gap[1], row.evaluation.sequences) or 0)
-    ]
+    not_worse = [row.name for row in rows if _is_within_noise(row)]
     perplexity = best.evaluation.distilled.perplexity
     criterion = f"the lowest loss on the same held-out text, perplexity {perplexity:.2f}"
-    noise = f"; no significant difference to it at 95%: {', '.join(close)}" if close else ""
+    noise = f"; not significantly worse at 95%: {', '.join(not_worse)}" if not_worse else ""
     return f"best: {best.name}, {criterion}{noise}"
+
+
+def _is_within_noise(row: RunRow) -> bool:
+    """Returns whether the 95% interval of a run's gap to the best run reaches 0."""
+    if row.gap is None:
+        return False
+    difference, error = row.gap
+    return difference < (margin95(error, row.evaluation.sequences) or 0)
 
 
 def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -116,9 +126,9 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     Raises:
         RecipeError: Fewer than two runs were evaluated on the same text.
     """
-    text = common_text(runs)
+    most_common_text = common_text(runs)
     evaluated = [run for run in runs if run.evaluation is not None]
-    same_text = [run for run in evaluated if run.text_key() == text]
+    same_text = [run for run in evaluated if run.text_key() == most_common_text]
     if len(same_text) < 2:
         raise RecipeError(
             f"nothing to compare: of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} "
@@ -129,14 +139,16 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     best = min(same_text, key=_loss_order)
     tasks, other_tasks = split_tasks(evaluated)
     # All rows show the latency of one setting: the fastest setting of the first run with latencies.
-    latencies = next(filter(None, (dict(_latencies(run)) for run in same_text)), {})
-    latency = min(latencies, key=lambda setting: latencies[setting], default=None)
+    run_latencies = (dict(_latencies(run)) for run in same_text)
+    latencies = next((latencies for latencies in run_latencies if latencies), {})
+    fastest = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
-        _row(str(number), names[run.path], run, best if run in same_text else None, tasks, latency)
+        _row(str(number), names[run.path], run, best if run in same_text else None, tasks, fastest)
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
     first, *others = [row.evaluation.teacher for row in comparable]
+    # The page shows a teacher only if all runs have the same one.
     teacher = first if all(_is_same_teacher(first, other) for other in others) else None
     return {
         "title": f"Comparison of {len(evaluated)} runs",
@@ -148,11 +160,12 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "other_tasks": other_tasks,
         "teacher_tasks": next((r.tasks["teacher"] for r in comparable if r.tasks), None),
         "plots": list(_plots(comparable, teacher)),
-        "latency": latency,
+        "latency": fastest,
         "others": [row for row in rows if not row.comparable],
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
         "unmeasured": [names[run.path] for run in runs if run.evaluation is None],
         "differences": [
+            # Names are STAGE.SETTING; the end of a setting's name may be a unit.
             (name, [any_value(value, name.rpartition(".")[2]) for value in values])
             for name, values in differing_settings(evaluated)
         ],
@@ -160,47 +173,59 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _is_same_teacher(teacher: ModelQuality, other: ModelQuality) -> bool:
-    """Whether size and loss are equal. The last digits of a loss depend on machine and ranks."""
+    """Returns whether two teachers have the same size and almost the same loss.
+
+    The last digits of a loss depend on the machine and on the number of ranks.
+    """
     return teacher.parameters == other.parameters and math.isclose(
         teacher.loss, other.loss, rel_tol=1e-3
     )
 
 
 def _evaluation(run: RunRecord) -> EvaluationResult:
+    """Returns the evaluation of a run that was evaluated."""
     assert run.evaluation is not None
     return run.evaluation
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Names each run by the last folders of its path: as few as make all names unique.
+    """Names each run by the last folders of its path, and returns the names by path.
 
-    Names have at least two folders if any run's folder is a number, as in a sweep.
+    All names have the same number of folders: the smallest that makes the names unique. It is at
+    least two if any run's folder is a number, as in a sweep.
     """
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
-    longest = max(len(run.path.parts) for run in runs)
-    while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):
+    max_depth = max(len(run.path.parts) for run in runs)
+    while depth < max_depth and len({run.path.parts[-depth:] for run in runs}) < len(runs):
         depth += 1
     return {run.path: "/".join(run.path.parts[-depth:]) for run in runs}
 
 
 def _loss_order(run: RunRecord) -> tuple[bool, float]:
-    """Sorts runs by loss; a loss that is not a number is last."""
+    """Returns a key that sorts runs by loss. A loss of NaN is last."""
     loss = _evaluation(run).distilled.loss
     return math.isnan(loss), loss
 
 
 def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
-    """Returns the tasks that all runs with tasks measured in the same way, and all other tasks."""
+    """Returns the tasks whose scores can be compared, and all other tasks.
+
+    Scores can be compared if all runs that have tasks measured this task in the same way.
+    """
     manifests = filter(None, (run.find("task_results") for run in runs))
     keys = [_task_keys(manifest) for manifest in manifests]
     names = list(dict.fromkeys(name for run_keys in keys for name in run_keys))
+    # ``get`` returns ``None`` for a run without the task, which is another key, too.
     common = [name for name in names if len({run_keys.get(name) for run_keys in keys}) == 1]
     return common, [name for name in names if name not in common]
 
 
 def _task_keys(manifest: Manifest) -> dict[str, tuple[object, ...]]:
-    """Identifies items, prompts and precision of each task. Equal keys can be compared."""
-    # These settings choose the examples before a question.
+    """Returns a key for each task. Scores with equal keys can be compared.
+
+    A key has the metric, items, prompts and precision.
+    """
+    # These settings choose the few-shot examples before a question.
     examples = manifest.config.get("limit"), manifest.config.get("seed")
     return {
         name: (
@@ -220,7 +245,16 @@ def _row(
     tasks: Sequence[str],
     latency: LatencySetting | None,
 ) -> RunRow:
-    """Returns a run's row. ``best`` is ``None`` if the run cannot be compared with the best run."""
+    """Returns a run's row.
+
+    Args:
+        number: Number that marks the run in plots.
+        name: Name of the run.
+        run: The run.
+        best: The best run; ``None`` if ``run`` cannot be compared with it.
+        tasks: Names of the tasks that all runs have in common.
+        latency: The setting whose latency is shown; ``None`` if no run has latencies.
+    """
     results, exported = run.find("task_results"), run.exported
     trainings = (m.result_if("distill", DistillationResult) for m in run.stages.values())
     return RunRow(
@@ -240,7 +274,10 @@ def _row(
 
 
 def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
-    """Yields the student's latency in each engine, in ms, at the smallest batch and prompt."""
+    """Yields the student's decode latency in each engine, in ms, at the smallest batch and prompt.
+
+    Yields nothing for a run that did not measure speed.
+    """
     manifest = run.find("speed_results")
     if manifest is None:
         return
@@ -261,12 +298,12 @@ def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dic
         if quality == "kl" and teacher is None:
             continue
         for cost, (cost_dimension, cost_of) in COSTS.items():
-            values = [(row, cost_of(row), quality_of(row)) for row in rows]
+            points = [(row, cost_of(row), quality_of(row)) for row in rows]
             marks = [
-                quality_mark("distilled", row.number, row.evaluation, x)
+                quality_mark("distilled", row.number, row.evaluation, x)  # with an interval
                 if quality == "perplexity"
                 else Mark(row.number, "distilled", x, y)
-                for row, x, y in values
+                for row, x, y in points
                 if x is not None and y is not None and math.isfinite(y)
             ]
             if len(marks) > 1:
@@ -279,7 +316,10 @@ def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dic
 
 
 def _teacher_mark(row: RunRow, quality: str) -> list[Mark]:
-    """Returns the mark of a run's teacher; no mark for KL, which is 0."""
+    """Returns the mark of a run's teacher in a plot of quality against parameters.
+
+    Returns an empty list if the quality was not measured, and for the KL, which is 0.
+    """
     teacher = row.evaluation.teacher
     value = row.tasks.get("teacher") if quality == "tasks" else teacher.perplexity
     if quality == "kl" or value is None:

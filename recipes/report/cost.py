@@ -30,9 +30,10 @@ TRAINING_FACTOR = 1 + FORWARDS_PER_BACKWARD
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Tokens that passed through models in a stage, and the FLOPs of these passes."""
+    """Tokens that a stage passed through its models, and the FLOPs of the passes."""
 
     label: str
+    """Name of the stage or of its computation, for the report."""
     tokens: int
     student: float
     """FLOPs of the student, and of fitting the student's weights by least squares."""
@@ -50,7 +51,13 @@ class ModelFlops:
 def cost_sections(
     inputs: Inputs, earlier: Mapping[str, Manifest], passes: list[ModelFlops]
 ) -> dict[str, object]:
-    """Returns the template variables of the sections ``cost`` and ``provenance``."""
+    """Returns the template variables of the sections ``cost`` and ``provenance``.
+
+    Args:
+        inputs: The report's inputs.
+        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
+        passes: FLOPs of the stages that run models; see ``model_flops``.
+    """
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     manifests = [manifest for _, manifest in stages]
@@ -62,7 +69,7 @@ def cost_sections(
             _resource(m.config, "nodes") * _resource(m.config, "devices") for m in manifests
         ),
         "passes": passes,
-        "largest": {  # the lengths of bars are relative to these, so they must not be 0
+        "largest": {  # the lengths of bars are divided by these maxima, which must not be 0
             "bytes": max(m.total_bytes() for m in manifests) or 1,
             "seconds": max(m.seconds for m in manifests) or 1,
             "peak": max(m.peak_rss_bytes for m in manifests) or 1,
@@ -73,8 +80,8 @@ def cost_sections(
 
 
 def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
-    """Returns each library's versions; several if stages ran in different environments."""
-    by_library: dict[str, dict[str, None]] = {}
+    """Returns each library's versions: several if stages ran in different environments."""
+    by_library: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set of versions
     for manifest in manifests:
         for library, version in manifest.versions.items():
             by_library.setdefault(library, {})[version] = None
@@ -84,24 +91,29 @@ def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
 def distillations(
     stages: Mapping[str, Manifest],
 ) -> list[tuple[str, Manifest, DistillationResult]]:
-    """Returns name, manifest and result of all distillations, in the order of time."""
+    """Returns name, manifest and result of all distillations, in the order in which they started.
+
+    Args:
+        stages: Manifests of stages, by name.
+    """
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
     phases = [(name, manifest, result) for name, manifest, result in results if result]
     return sorted(phases, key=lambda item: item[1].started_at)
 
 
 def datasets(stages: Iterable[Manifest]) -> list[DatasetResult]:
-    """Returns the prepared texts, in the order of time."""
+    """Returns the results of all stages that prepared text, in the order in which they started."""
     results = [(m.started_at, m.result_if("prepare_data", DatasetResult)) for m in stages]
     return [result for _, result in sorted(results, key=lambda item: item[0]) if result]
 
 
 def machine_hours(manifest: Manifest) -> float:
-    """Returns a stage's hours, multiplied by its number of machines."""
+    """Returns a stage's duration in hours, multiplied by its number of nodes."""
     return manifest.seconds / 3600 * _resource(manifest.config, "nodes")
 
 
 def _resource(config: Mapping[str, Any], name: str) -> int:
+    """Returns a number in a stage's ``resources``, such as ``nodes``; 1 if it is not set."""
     return int((config.get("resources") or {}).get(name, 1))
 
 
@@ -109,6 +121,8 @@ def model_flops(
     manifests: Mapping[str, Manifest], earlier: Mapping[str, Manifest]
 ) -> list[ModelFlops]:
     """Returns the FLOPs of each stage that runs models and records the number of tokens.
+
+    The list is empty if a manifest does not have the shape of the teacher or of the student.
 
     Args:
         manifests: Manifests of the report's inputs, by name.
@@ -122,11 +136,12 @@ def model_flops(
         rows += _earlier_flops(name, manifest, earlier, teacher)
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
     final = student
-    if "sizes" in manifests:  # the evaluated model is the student with added layers
+    if "sizes" in manifests:  # then the evaluated model is the student with added layers
         rows += _added_layers_flops(manifests["sizes"], teacher)
         final = _shape(manifests["sizes"]) or student
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
+    # The evaluation runs three models. The pruned model has the student's shape.
     pruned_flops, final_flops, teacher_flops = (
         tokens * _forward_flops(arch, evaluation) for arch in (student, final, teacher)
     )
@@ -134,8 +149,9 @@ def model_flops(
 
 
 def _added_layers_flops(manifest: Manifest, teacher: Architecture) -> list[ModelFlops]:
-    """Returns the FLOPs of measuring all numbers of added layers."""
+    """Returns the FLOPs of ``add_layers``, which measures one model for each number of layers."""
     result = manifest.result(AddLayersResult)
+    # Layers can be added only to students that have the teacher's widths.
     shapes = [replace(teacher, num_layers=number) for number in result.sizes]
     *students, teacher_flops = (
         result.tokens * _forward_flops(arch, manifest) for arch in (*shapes, teacher)
@@ -146,14 +162,19 @@ def _added_layers_flops(manifest: Manifest, teacher: Architecture) -> list[Model
 def _earlier_flops(
     name: str, manifest: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
-    """Returns the FLOPs of a stage that is not an input of the report."""
+    """Returns the FLOPs of a stage that is upstream of the report's inputs.
+
+    The list is empty if the stage runs no models, or if its FLOPs are not known.
+    """
     if scored := manifest.result_if("score", ScoreResult):
         config, tokens = manifest.config, scored.calibration_tokens
         passes = ablation_passes(
             teacher.num_layers, config["num_loss_samples"], config["block_sizes"] or []
         )
-        all_tokens = tokens + ABLATED_FRACTION * passes * config["seq_length"]
-        return [ModelFlops(name, tokens, 0, all_tokens * _forward_flops(teacher, manifest))]
+        # A pass without some layers costs as much as a full pass over fewer tokens.
+        full_pass_tokens = tokens + ABLATED_FRACTION * passes * config["seq_length"]
+        flops = full_pass_tokens * _forward_flops(teacher, manifest)
+        return [ModelFlops(name, tokens, 0, flops)]
     if corrected := manifest.result_if("correct_teacher", TrainingResult):
         flops = TRAINING_FACTOR * corrected.tokens * _forward_flops(teacher, manifest)
         return [ModelFlops(name, corrected.tokens, 0, flops)]
@@ -168,30 +189,39 @@ def _earlier_flops(
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)
         )
-        fit = tokens * least_squares_flops(teacher, student)  # counted as the student's
-        return [ModelFlops(name, tokens, student_flops + fit, teacher_flops)]
+        fit_flops = tokens * least_squares_flops(teacher, student)  # counted as the student's
+        return [ModelFlops(name, tokens, student_flops + fit_flops, teacher_flops)]
     return _distillation_flops(name, manifest, earlier, teacher)
 
 
 def _distillation_flops(
     label: str, distilled: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
+    """Returns the FLOPs of a distillation; an empty list for other stages.
+
+    Args:
+        label: Label of the distillation in the report.
+        distilled: Manifest of the stage.
+        earlier: Manifests of all stages upstream of the report's inputs, by the stage's name.
+        teacher: Shape of the teacher.
+    """
     training, student = distilled.result_if("distill", DistillationResult), _shape(distilled)
     if training is None or student is None:
         return []
     tokens = training.tokens
-    cached = any(
+    has_cached_teacher = any(
         manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in earlier.values()
     )
     student_flops = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
-    live = uses_teacher(distilled.config) and not cached
-    teacher_flops = tokens * _forward_flops(teacher, distilled) if live else 0
+    has_live_teacher = uses_teacher(distilled.config) and not has_cached_teacher
+    teacher_flops = tokens * _forward_flops(teacher, distilled) if has_live_teacher else 0
     seconds = tokens / training.tokens_per_second
     return [ModelFlops(label, tokens, student_flops, teacher_flops, seconds)]
 
 
 def _shape(manifest: Manifest) -> Architecture | None:
+    """Returns the architecture of a stage's model; ``None`` if the manifest does not have it."""
     return Architecture(**manifest.architecture) if manifest.architecture else None
 
 

@@ -29,17 +29,25 @@ LABELS = {
     "kv_channels": "Head size",
     "vocab_size": "Vocabulary",
 }
-"""Labels of fields whose names ``label_of`` does not make readable."""
+"""Labels of fields whose names, with spaces for underscores, would not be readable."""
 DASH = Markup('<span class="none">–</span>')
+"""Represents a value of ``None``."""
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Renders a template into one file, which loads no other files. Values in HTML are escaped."""
+    """Renders a template into one file, which loads no other files.
+
+    Args:
+        template: File name of the template. Values in HTML templates are escaped.
+        content: The template's variables, by name.
+        path: The file to write.
+    """
     write_text_atomically(path, _environment().get_template(template).render(content))
 
 
 @cache
 def _environment() -> Environment:
+    """Returns the Jinja environment, with the filters and macros that all templates can use."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html.j2"]),
@@ -52,12 +60,22 @@ def _environment() -> Environment:
     environment.filters["licence"] = with_restriction
     environment.globals |= {"roles": ROLES, "margin95": margin95}
     macros = environment.get_template("macros.html.j2").make_module()
-    environment.globals |= {n: v for n, v in vars(macros).items() if not n.startswith("_")}
+    # All macros become global, so that templates need not import them.
+    environment.globals |= {
+        name: macro for name, macro in vars(macros).items() if not name.startswith("_")
+    }
     return environment
 
 
 def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
-    """Formats a value as in 1.5 kB. ``prefixes`` are the prefixes of 1000, 1000² and so on."""
+    """Formats a value with a unit prefix, such as "1.5 kB".
+
+    Args:
+        value: The value, in the unit without a prefix.
+        prefixes: One letter for each power of 1000, such as "kMGT".
+        unit: The unit, such as "B".
+    """
+    # ``power`` is the number of factors of 1000 that the prefix represents.
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     if 0 < power < len(prefixes) and abs(value) / 1000**power >= 999.95:  # would round to 1,000.0
         power += 1
@@ -66,21 +84,29 @@ def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds as seconds, minutes or hours."""
+    """Formats a duration, such as "1.5 s", "2 min 05 s" or "3 h 07 min"."""
     if seconds < 59.95:  # more would round to 60.0 s
         return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, seconds_of_minute = divmod(round(seconds), 60)
     hours, minutes_of_hour = divmod(minutes, 60)
-    return f"{hours} h {minutes_of_hour:02} min" if hours else f"{minutes} min {seconds:02} s"
+    if hours:
+        return f"{hours} h {minutes_of_hour:02} min"
+    return f"{minutes} min {seconds_of_minute:02} s"
 
 
 def plain(text: str) -> str:
-    """Returns text without line breaks and Markdown syntax, for use within a line of Markdown."""
+    """Replaces line breaks and Markdown syntax by spaces, for text within a line of Markdown."""
     return re.sub(r"[`<>|\[\]!\s]+", " ", text).strip()
 
 
 def _optional(format_value: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a filter that shows ``None`` as a dash, and all digits of a value in a tooltip."""
+    """Returns a Jinja filter that also accepts ``None`` and adds a tooltip.
+
+    ``None`` is shown as a dash. The tooltip has all digits of the value.
+
+    Args:
+        format_value: Formats a value that is not ``None``. Its other arguments are the filter's.
+    """
 
     def format_or_dash(value: float | None, *args: object) -> Markup:
         if value is None:
@@ -104,10 +130,17 @@ FORMATS: dict[str, Callable[..., Markup]] = {
     "times": _optional(lambda v: f"{v:.2f}×"),
     "short": _optional(lambda v: number(v, 3)),
 }
+"""Jinja filters by name. ``points`` shows a fraction in percentage points, with its sign."""
 
 
 def any_value(value: object, name: str) -> Markup:
-    """Formats a value of any type. The last word of ``name``, its field's name, may be a unit."""
+    """Formats a value of any type.
+
+    Args:
+        value: The value. Each item of a list is formatted.
+        name: Name or label of the value's field. If its last word is a unit, as in
+            ``total_bytes``, the value is formatted with this unit.
+    """
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -118,11 +151,15 @@ def any_value(value: object, name: str) -> Markup:
         return Markup.escape(value)
     unit = name.lower().replace(" ", "_").rpartition("_")[2]
     if unit in ("bytes", "seconds", "flops", "parameters"):
-        return FORMATS[{"seconds": "duration"}.get(unit, unit)](value)
-    return FORMATS["count" if isinstance(value, int) or value.is_integer() else "short"](value)
+        return FORMATS["duration" if unit == "seconds" else unit](value)
+    is_whole = isinstance(value, int) or value.is_integer()
+    return FORMATS["count" if is_whole else "short"](value)
 
 
 def label_of(name: str) -> str:
-    """Returns a field's name in words."""
+    """Returns a field's name in words, for example "Teacher loss" for ``teacher_loss``.
+
+    A dot, as in ``plan.seconds``, becomes a colon.
+    """
     text = name.replace("_", " ").replace(".", ": ")
     return LABELS.get(name) or text[:1].upper() + text[1:]

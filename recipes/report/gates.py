@@ -1,6 +1,7 @@
 """Gates: requirements on measured values of a run, such as ``recovered.sciq >= 0.95``.
 
-A gate is parsed as NAME OP NUMBER. It is never executed as code.
+A gate is parsed as NAME OP NUMBER. It is never executed as code. The metrics below are all values
+that a gate can require. A metric of a benchmark has the benchmark's name after a dot.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
+# NAME may have one dot, before a benchmark's name. NUMBER may have a sign and an exponent.
 _GATE = re.compile(
     r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"
     r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
@@ -41,29 +43,31 @@ TEXT_METRICS: dict[str, Callable[[EvaluationResult], float | None]] = {
     "kl_to_teacher": lambda e: e.distilled.kl_to_teacher,
     "top1_agreement": lambda e: e.distilled.top1_agreement,
 }
-"""Metrics of the distilled model on held-out text (kind ``eval_results``)."""
+"""Metrics of the distilled model on held-out text (artifact type ``eval_results``)."""
 TASK_METRICS: dict[str, Callable[[TaskScores], float | None]] = {
     "recovered": lambda t: t.recovered,
     "score": lambda t: t.distilled.value,
     "difference": lambda t: t.differences.distilled.value,
     "difference_low": lambda t: t.differences.distilled.low,
 }
-"""Metrics of one benchmark (kind ``task_results``). Differences are distilled minus teacher."""
+"""Metrics of one benchmark (artifact type ``task_results``). Differences are distilled minus
+teacher; ``difference_low`` is the lower end of the 95% interval."""
 SERVED_METRICS: dict[str, Callable[[ServedTask], float | None]] = {
     "served_score": lambda t: t.served.value,
     "served_difference": lambda t: t.difference.value,
     "served_difference_low": lambda t: t.difference.low,
 }
-"""Metrics of the served model on one benchmark (kind ``served_results``). Differences are served
-minus student."""
+"""Metrics of the served model on one benchmark (artifact type ``served_results``). Differences are
+served minus student, that is, minus the model before its conversion for the server."""
 SERVED_PERPLEXITY = "served_perplexity_ratio"
-"""Perplexity of the served model divided by the student's (kind ``served_results``)."""
+"""Perplexity of the served model divided by the student's (artifact type ``served_results``)."""
 SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the minimum over
-all engines, batch sizes and prompts. The baseline, transformers, counts only without an engine."""
+"""Speed-ups of the student over the teacher (artifact type ``speed_results``). A gate uses the
+minimum over all engines, batch sizes and prompt lengths. If no engine was measured, it uses the
+minimum in the baseline, transformers."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class Gate:
     """A measured value's name and required range."""
 
     name: str
+    """Name of a metric, such as ``perplexity``, ``recovered.sciq`` or ``speedup.decode``."""
     operator: str
+    """A key of ``OPERATORS``."""
     threshold: float
 
     def __str__(self) -> str:
@@ -80,14 +86,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate with the measured value, which is ``None`` if it could not be measured."""
+    """A gate with the measured value, which is ``None`` if the value is undefined or unknown."""
 
     gate: Gate
     measured: float | None
 
     @property
     def passed(self) -> bool:
-        """Whether the value is in range; false if it could not be measured."""
+        """Whether the value is in the required range; false without a value."""
         compare = OPERATORS[self.gate.operator]
         return self.measured is not None and compare(self.measured, self.gate.threshold)
 
@@ -95,6 +101,7 @@ class Verdict:
         if self.measured is not None:
             text = f"measured {self.measured:.4g}"
         elif self.gate.name.startswith("recovered"):
+            # ``recovered`` divides by the quality that pruning lost.
             text = "undefined, because the loss added by pruning is within noise"
         else:
             text = "not measured"
@@ -102,10 +109,10 @@ class Verdict:
 
 
 def parse_gate(text: str) -> Gate:
-    """Parses ``NAME OP NUMBER``.
+    """Parses a gate of the form ``NAME OP NUMBER``. Does not check that the metric exists.
 
     Raises:
-        RecipeError: The text has another form.
+        RecipeError: The text does not have this form.
     """
     match = _GATE.fullmatch(text)
     if not match:
@@ -117,15 +124,15 @@ def parse_gate(text: str) -> Gate:
 
 
 def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
-    """Returns the names of all values that stages measure.
+    """Returns the names of all metrics that stages measure, as in gates.
 
     Args:
-        stages: The settings of each stage, and the kind of its result, such as ``eval_results``.
+        stages: The settings of each stage, and the type of its artifact, such as ``eval_results``.
     """
     names: list[str] = []
     for config, kind in stages:
         if kind == "eval_results":
-            names += TEXT_METRICS
+            names += TEXT_METRICS.keys()
         tasks: list[str] = getattr(config, "tasks", [])
         if kind == "task_results":
             names += [f"{metric}.{task}" for task in tasks for metric in TASK_METRICS]
@@ -138,7 +145,12 @@ def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
 
 
 def gate_problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]:
-    """Yields a problem for each gate on a value that the recipe does not measure."""
+    """Yields a problem for each gate on a metric that the recipe does not measure.
+
+    Args:
+        gates: The gates.
+        names: Names of the metrics that the recipe measures; see ``metric_names``.
+    """
     for gate in gates:
         if gate.name not in names:
             yield Problem(
@@ -156,28 +168,31 @@ def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdic
 
     Args:
         gates: The gates.
-        results: Manifests by stage, in order: a later stage's value replaces an earlier one's.
+        results: Manifests by name. If several have a metric, the last one's value is used.
     """
     values = {name: value for manifest in results.values() for name, value in _values(manifest)}
     return [Verdict(gate, values[gate.name]) for gate in gates if gate.name in values]
 
 
 def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
-    """Yields the metrics of one result, by their names in gates."""
+    """Yields name and value of each metric of one result.
+
+    A value is ``None`` if it is undefined, or if the stage could not measure it.
+    """
     if manifest.kind == "eval_results":
         evaluation = manifest.result(EvaluationResult)
         yield from ((name, metric(evaluation)) for name, metric in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", get(scores)) for name, get in TASK_METRICS.items())
+            yield from ((f"{name}.{task}", read(scores)) for name, read in TASK_METRICS.items())
     if manifest.kind == "served_results":
         result = manifest.result(ServedResult)
         for task, served in result.tasks.items():
-            yield from ((f"{name}.{task}", get(served)) for name, get in SERVED_METRICS.items())
+            yield from ((f"{name}.{task}", read(served)) for name, read in SERVED_METRICS.items())
         text = result.text
         ratio = text.served_perplexity / text.student_perplexity if text else None
         yield SERVED_PERPLEXITY, ratio
     if manifest.kind == "speed_results":
         speedups = manifest.result(BenchmarkResults).engine_speedups()
-        for name, metric in SPEEDUP_METRICS.items():
-            yield f"speedup.{name}", min(map(metric, speedups), default=None)
+        for name, speedup_of in SPEEDUP_METRICS.items():
+            yield f"speedup.{name}", min(map(speedup_of, speedups), default=None)

@@ -1,4 +1,7 @@
-"""Writes the exported model's card: origin, measured quality, and commands that serve the model."""
+"""Writes the exported model's card: origin, measured quality, and commands that serve the model.
+
+The card is a ``README.md`` with a YAML header, which the Hugging Face hub reads.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,12 @@ def write_card(
         recipe: Name of the recipe.
         stages: The inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are required; each
             optional input adds lines to the card.
-        earlier: Manifests of all earlier stages by name, such as a first phase of the distillation.
+        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
     inputs = {name: item.manifest for name, item in stages.items()}
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     shape = Architecture(**model.architecture) if model.architecture else None
+    # The last part of a path or address, without the options after ``#``.
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name = plain(f"{teacher_name}-{recipe}")
     manifests = [*earlier.values(), *inputs.values()]
@@ -62,12 +66,12 @@ def write_card(
     content = {
         "header": header.to_yaml(),
         "name": name,
-        # A local path stays private.
+        # The card is public, so it does not show a local path.
         "teacher": teacher if is_hub_id(teacher) or "://" in teacher else teacher_name,
         "recipe": recipe,
         "licence": model_licence(folder),
         "model": model,
-        # Manifests; the card shows the shapes in them.
+        # Manifests whose architectures the card shows, by label. The teacher is an optional input.
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "needs_transformers_4": shape is not None and is_refused_by_transformers_5(shape),
         "experts": shape.num_moe_experts if shape else 0,
@@ -90,22 +94,30 @@ def write_card(
 
 
 def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
-    """Returns whether no text of the model has a document of the text that was evaluated.
+    """Returns whether the text of the evaluation shares no document with any training text.
 
-    This holds for the evaluated text itself, whose splits share no document, and for text whose
-    preparation had its held-out documents as an input.
+    Args:
+        manifests: Manifests of all stages that made the model.
+        evaluation: Manifest of the evaluation.
     """
-    texts = [manifest for manifest in manifests if manifest.stage == "prepare_data"]
+    datasets_used = [manifest for manifest in manifests if manifest.stage == "prepare_data"]
     evaluated = evaluation.inputs.get("data")
-    return bool(texts) and all(
-        evaluated in (text.fingerprint, text.inputs.get("held_out"))
-        and not text.result(DatasetResult).sample
-        for text in texts
+    # A dataset's own splits share no document. A dataset with the input ``held_out`` shares no
+    # document with the held-out split of that input. Text of ``data.prefix``, which has a
+    # ``sample``, was not compared with held-out text.
+    return bool(datasets_used) and all(
+        evaluated in (dataset.fingerprint, dataset.inputs.get("held_out"))
+        and not dataset.result(DatasetResult).sample
+        for dataset in datasets_used
     )
 
 
 def _origin(manifests: Sequence[Manifest]) -> str:
-    """Says how the model was made: how it was pruned, adjusted and trained."""
+    """Describes how the model was made, such as "pruned, then distilled with NeMo from ...".
+
+    Args:
+        manifests: Manifests of all stages that made the model.
+    """
     by_stage = {manifest.stage: manifest for manifest in manifests}
     steps = []
     if pruned := by_stage.get("prune"):
@@ -113,21 +125,25 @@ def _origin(manifests: Sequence[Manifest]) -> str:
         steps.append("pruned" + f" ({', '.join(criteria)})" * bool(criteria))
     if "heal" in by_stage:
         steps.append("adjusted by least squares")
-    trained = [manifest.config for manifest in manifests if manifest.stage == "distill"]
-    if any(map(uses_teacher, trained)):
+    distill_configs = [manifest.config for manifest in manifests if manifest.stage == "distill"]
+    if any(map(uses_teacher, distill_configs)):
         correction = " after fine-tuning it on the training text" * ("correct_teacher" in by_stage)
         steps.append(f"distilled with NeMo from the unpruned model{correction}")
-    elif trained:
+    elif distill_configs:
         steps.append("trained with NeMo on text, without a teacher")
     return ", then ".join(steps)
 
 
 def _pruning_criteria(pruned: Manifest, teacher: Manifest) -> Iterator[str]:
-    """Yields how pruning chose layers and widths, if it removed any."""
+    """Yields how pruning chose layers, if it removed any, and the same for widths.
+
+    Args:
+        pruned: Manifest of ``prune``.
+        teacher: Manifest of the import of the teacher.
+    """
     shape = pruned.architecture or {}
-    changed = {
-        axis for axis, size in (teacher.architecture or shape).items() if size != shape[axis]
-    }
+    teacher_shape = teacher.architecture or shape
+    changed = {axis for axis, size in teacher_shape.items() if size != shape[axis]}
     method = pruned.config["layer_importance"]
     if pruned.config["drop_layers"]:
         yield "layers: named in the settings"
@@ -140,7 +156,10 @@ def _pruning_criteria(pruned: Manifest, teacher: Manifest) -> Iterator[str]:
 
 
 def _accepted_stages(stages: Inputs, earlier: Mapping[str, Manifest]) -> list[str]:
-    """Returns the stages whose results the user kept although settings or code changed."""
+    """Returns the names of stages whose stale results the user kept.
+
+    A result is stale if settings, inputs, code or libraries changed after it was made.
+    """
     manifests = {**earlier, **{item.directory.name: item.manifest for item in stages.values()}}
     return [name for name, manifest in manifests.items() if manifest.accepted]
 
@@ -152,7 +171,10 @@ def _added_layers(model: Manifest) -> list[int]:
 
 
 def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
-    """Returns the teacher's layers that the model does not have, counted from 1."""
+    """Returns the teacher's layers that the model does not have, counted from 1.
+
+    The list is empty if the layers of the model or the teacher are not known.
+    """
     kept = inputs["checkpoint"].result(KeptLayers).kept_layers
     shape = inputs["teacher"].architecture if "teacher" in inputs else None
     if kept is None or shape is None:
@@ -161,16 +183,17 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
 
 
 def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
-    """Returns the name, licence and note of each text source.
+    """Returns the name, licence and note of each text source, without duplicates.
 
-    The path of a local file stays private.
+    The card is public, so the name of a local file does not have its folder.
     """
-    sources: dict[tuple[str, str, str], None] = {}
+    sources: dict[tuple[str, str, str], None] = {}  # an ordered set
     for text in texts:
         for entry in text.sources:
             path = parse_source(entry).path
-            # Like ``plain``, but keeps the brackets of a pattern, except where they make a link.
             name = path if "://" in path else Path(path).name
+            # Like ``plain``, but keeps brackets, which a file pattern may have. A space between
+            # "]" and "(" prevents that Markdown reads them as a link.
             name = re.sub(r"[`<>|\s]+|(?<=\])(?=\()", " ", name)
             sources[name, text.licence(entry), NOT_COMPARED if text.sample else ""] = None
     return list(sources)
@@ -179,8 +202,9 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
 def _licence_fields(folder: Path, restricted: Iterable[str]) -> dict[str, Any]:
     """Returns the header's fields on the licence.
 
-    They are those of the teacher's card. If licences of the training text forbid commercial use,
-    ``license_name`` names them, too: a plan reads it if the student becomes a teacher.
+    The fields are those of the teacher's card. If licences of the training text forbid commercial
+    use, ``license_name`` names these licences, too. If the student is later used as a teacher, the
+    plan of that run reads the restriction from this field.
 
     Args:
         folder: The folder with the teacher's card.
@@ -190,8 +214,11 @@ def _licence_fields(folder: Path, restricted: Iterable[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in card_fields(folder).items():
         if key in keys and value:
-            names = [_one_line(str(v)) for v in (value if isinstance(value, list) else [value])]
-            fields[key] = names if isinstance(value, list) else names[0]
+            # A model may have a list of licences.
+            if isinstance(value, list):
+                fields[key] = [_one_line(str(item)) for item in value]
+            else:
+                fields[key] = _one_line(str(value))
     if "license_name" in fields:  # a name without ``license: other`` is not valid on the hub
         fields.setdefault("license", "other")
     if text_licences := dict.fromkeys(restricted):
@@ -208,12 +235,18 @@ def _one_line(text: str) -> str:
 
 
 def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterator[EvalResult]:
-    """Yields the student's results for ``model-index``, the hub's list of results in a card."""
+    """Yields the student's results for ``model-index``, the hub's list of results in a card.
+
+    Args:
+        evaluation: Quality on held-out text. Each of its sources becomes a dataset of the hub.
+        tasks: Manifest of the benchmarks; ``None`` if they were not run.
+    """
     result = partial(EvalResult, task_type="text-generation")
     qualities = {name: source.distilled for name, source in evaluation.sources.items()}
     for name, quality in (qualities or {"held-out text": evaluation.distilled}).items():
         source = _one_line(name)
-        # Libraries merge results of equal type and config, whatever their dataset's name.
+        # Libraries merge results with equal ``dataset_type`` and ``dataset_config``, even if
+        # ``dataset_name`` differs. So each source needs its own ``dataset_config``.
         dataset = {"dataset_type": "text", "dataset_name": source, "dataset_config": source}
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
         yield result(**dataset, metric_type="perplexity", metric_value=perplexity)

@@ -1,8 +1,8 @@
 """Renders a run's report from manifests and logged metrics.
 
-Every number comes from a manifest, or from a file whose hash is in a manifest. Only training curves
-come from a file without a hash, the metrics log. The page shows rounded numbers, and has the exact
-value of each as a tooltip.
+Every number comes from a manifest, or from a file whose hash is in a manifest. The training curves
+are an exception: they come from the metrics log, which has no hash. The page shows rounded numbers.
+The tooltip of a number has its exact value.
 """
 
 from __future__ import annotations
@@ -69,30 +69,32 @@ CONTENTS = {
     "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Titles of the sections, in order. A key is the name of the section's template and of a variable;
-a section is left out if this variable is empty."""
+"""Titles of the sections, in order. A key is the name of the section's template, and also of a
+template variable. If the variable is empty, the section is left out."""
 LOSS_TERMS = {
     "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
     "loss": ("total", "total"),
 }
-"""Label and CSS class of each term of the training loss, by its name in the log. Classes of models
-are used for their colours."""
+"""Label and CSS class of each term of the training loss, by its name in the log. Some classes are
+named after models. Here they only set the color of the line."""
 CURVES = {
     "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
     "grad_norm": ("Gradient norm", "quiet"),
 }
-"""Title and CSS class (colour) of each further training curve, by its name in the log."""
+"""Title and CSS class (color) of each other training curve, by its name in the log."""
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the report as one HTML file, which loads no other files."""
+    """Writes the report to ``path`` as one HTML file, which loads no other files."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
+    # The report is about a distillation, or about a search alone, which has no evaluation.
+    has_evaluation = "evaluation" in inputs
     content: dict[str, object] = {
-        **dict.fromkeys(CONTENTS),  # no section is shown unless it gets a value below
+        **dict.fromkeys(CONTENTS),  # a section without a value below is left out
         "title": cfg.title or "Report",
         "description": cfg.description,
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -100,10 +102,9 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
         "versions": versions([*manifests.values(), *earlier.values()]),
         "gates": judge(map(parse_gate, cfg.gates), manifests),
         **sections(manifests, earlier),
-        **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
-        **cost_sections(
-            inputs, earlier, model_flops(manifests, earlier) if "evaluation" in inputs else []
-        ),
+        **(_distillation(inputs, earlier) if has_evaluation else {}),
+        **cost_sections(inputs, earlier, model_flops(manifests, earlier) if has_evaluation else []),
+        # The templates of these sections use the variables of ``cost_sections``.
         "cost": True,
         "provenance": True,
     }
@@ -112,7 +113,12 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 
 
 def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, object]:
-    """Returns the template variables of the sections about a distillation."""
+    """Returns the template variables of the sections about a distillation.
+
+    Args:
+        inputs: The report's inputs.
+        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
+    """
     manifests = {name: item.manifest for name, item in inputs.items()}
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
@@ -120,7 +126,8 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     final = manifests.get("sizes", manifests["distilled"])  # with added layers, if there are any
     teacher_size, student_size = manifests["teacher"].parameters, final.parameters
     distilled = inputs["distilled"]
-    student_fingerprint = distilled.manifest.inputs.get("student")  # before distillation
+    # The stage that made the student before the distillation, such as ``prune`` or ``heal``.
+    student_fingerprint = distilled.manifest.inputs.get("student")
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
     phases = distillations({**earlier, distilled.directory.name: distilled.manifest})
     texts = datasets([*earlier.values(), manifests["data"]])
@@ -130,12 +137,15 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     }
     return {
         "prepared": prepared,
-        "sources": {  # licence and note, by source; of all phases of the training
+        "sources": {  # maps each source of all training phases to its licence and a note
             source: (text.licence(source), NOT_COMPARED if text.sample else "")
             for text in texts
             for source in text.sources
         },
-        "conversations": {name: describe_counts(n) for name, n in prepared.conversations.items()},
+        "conversations": {
+            source: describe_counts(counts) for source, counts in prepared.conversations.items()
+        },
+        # The fraction of the teacher's parameters that the student does not have.
         "removed": 1 - student_size / teacher_size if teacher_size and student_size else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,
@@ -149,6 +159,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         **(_layers(pruned) if pruned else {}),
         "serve": list(run_servers(inputs)),
         "settings": distilled.manifest.config,
+        # ``None`` if another stage than ``distill`` made the student.
         "trained": distilled.manifest.result_if("distill", DistillationResult),
         "trained_stage": distilled.directory.name,
         "trained_tokens": sum(result.tokens for _, _, result in phases),
@@ -160,7 +171,10 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
 
 
 def _generations(evaluation: Input) -> list[dict[str, str]]:
-    """Returns prompts with the continuations of all models."""
+    """Returns the prompts of an evaluation, each with the continuation of every model.
+
+    The list is empty if the evaluation generated no text.
+    """
     path = evaluation.artifact / "results.json"
     results = read_json(path) if path.is_file() else {}
     generations: list[dict[str, str]] = results.get("generations", [])
@@ -168,7 +182,10 @@ def _generations(evaluation: Input) -> list[dict[str, str]]:
 
 
 def _training_plots(distilled: Input) -> dict[str, Any]:
-    """Returns the plots of the training curves that were logged."""
+    """Returns the plots of the training curves that were logged, and what their legend needs.
+
+    The keys are attributes of the template variable ``distillation``.
+    """
     log = result_metrics(distilled.directory)
     steps = steps_of(log, "distill")
     terms = list(_loss_terms(steps))
@@ -178,18 +195,22 @@ def _training_plots(distilled: Input) -> dict[str, Any]:
         if points:
             name = f"plot-{key.replace('_', '-')}"
             series = Series(title, style, points, noisy=key == "grad_norm")
+            # An axis from 0 would flatten the curve of the validation loss.
             plot = line_plot(name, title, [series], height=130, zero=key != "val_loss")
             curves.append((title, plot))
     return {
         "terms": terms,
-        "smoothed": len(steps) >= 2 * SMOOTHING,
+        "smoothed": len(steps) >= 2 * SMOOTHING,  # the condition of ``line_plot``
         "loss": line_plot("plot-loss", "Training loss by step", terms) if terms else None,
         "curves": curves,
     }
 
 
 def _loss_terms(steps: list[Record]) -> Iterator[Series]:
-    """Yields the loss terms that are not zero, and the total unless it equals one of them."""
+    """Yields the curves of the loss terms that are not always zero.
+
+    Leaves out a curve that equals an earlier one, as the total does if the loss has one term.
+    """
     previous: list[list[Point]] = []
     for key, (label, style) in LOSS_TERMS.items():
         points = _points(steps, key)
@@ -200,7 +221,11 @@ def _loss_terms(steps: list[Record]) -> Iterator[Series]:
 
 def _points(records: list[Record], key: str) -> list[Point]:
     """Returns pairs of step and value, for the records that have the value."""
-    return [(float(r["done"]), float(r[key])) for r in records if r.get(key) is not None]
+    return [  # ``done`` is the number of completed steps
+        (float(record["done"]), float(record[key]))
+        for record in records
+        if record.get(key) is not None
+    ]
 
 
 def _layers(pruned: PruneResult) -> dict[str, object]:
@@ -210,5 +235,5 @@ def _layers(pruned: PruneResult) -> dict[str, object]:
     return {
         "layers": pruned,
         "layers_plot": layer_plot("plot-layers", title, scores, set(pruned.kept_layers)),
-        "logarithmic": is_skewed(scores.values()),
+        "logarithmic": is_skewed(scores.values()),  # whether ``layer_plot`` has this scale
     }

@@ -17,10 +17,10 @@ from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
-"""Settings that name a stage or say where it runs. They are not compared."""
+"""Settings that only name a stage or say where it runs. Comparisons of runs leave them out."""
 
 TextKey = tuple[str, object, int, int | None, str]
-"""Hash of a held-out text, sequence length, numbers of sequences and predictions, and precision."""
+"""Hash of the held-out text, sequence length, sequence count, prediction count, and precision."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,18 @@ class RunRecord:
     incomplete: tuple[str, ...] = ()
     """Planned stages that are not complete."""
     losses: tuple[float, ...] = field(default=(), repr=False)
-    """The distilled model's loss on each held-out sequence, in nats."""
+    """The distilled model's loss on each held-out sequence, in nats; empty if not measured."""
 
     def find(self, kind: str) -> Manifest | None:
-        """Returns the manifest of the first stage with this kind of result."""
+        """Returns the manifest of the first stage with this ``Manifest.kind``, if there is one."""
         return next((m for m in self.stages.values() if m.kind == kind), None)
 
     @property
     def exported(self) -> Manifest | None:
-        """The student's export: it has the input ``evaluation``, unlike the export of a teacher."""
+        """Manifest of the student's export; ``None`` if there is none.
+
+        Unlike the export of a teacher, it has the input ``evaluation``.
+        """
         exports = (m for m in self.stages.values() if m.stage == "export_hf")
         return next((m for m in exports if "evaluation" in m.inputs), None)
 
@@ -52,17 +55,22 @@ class RunRecord:
         return manifest.result(EvaluationResult) if manifest else None
 
     def text_key(self) -> TextKey | None:
-        """Identifies the evaluated text. Perplexities with equal keys can be compared."""
+        """Identifies the evaluated text; ``None`` without an evaluation.
+
+        Perplexities can be compared if their keys are equal.
+        """
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
-        # Only held-out files are hashed, so that runs with other training text can be compared.
-        content = evaluation.input_content.get("data", "")
+        # The key contains only hashes of the held-out files, because runs with other training text
+        # can be compared. The evaluation recorded one hash of all files. It takes their place if
+        # this run does not have the evaluated data set, for example because it was computed again.
+        data_hash = evaluation.input_content.get("data", "")
         data = self.find("dataset")
-        files = data.files if data and data.content_hash() == content else {}
+        files = data.files if data and data.content_hash() == data_hash else {}
         heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
-            " ".join(heldout) or content,
+            " ".join(heldout) or data_hash,
             evaluation.config.get("seq_length"),
             self.evaluation.sequences,
             self.evaluation.predictions,
@@ -71,7 +79,7 @@ class RunRecord:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Returns the run directories in and below the paths, in order, without duplicates.
+    """Returns the run directories among and below the paths, in order, without duplicates.
 
     Raises:
         RecipeError: A path is not a directory, or contains no run.
@@ -93,20 +101,21 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def runs_below(path: Path) -> list[Path]:
-    """Returns the runs in a folder, also those of sweeps, in numeric order: 2 before 10."""
-    patterns = ("*", "*/*", "*/*/*")
-    runs = [file.parent for each in patterns for file in path.glob(f"{each}/{RUN_FILE}")]
+    """Returns the runs below a folder, also those of sweeps, in numeric order: 2 before 10."""
+    patterns = ("*", "*/*", "*/*/*")  # runs/sweeps/TIME/NUMBER is three levels below runs
+    runs = [file.parent for pattern in patterns for file in path.glob(f"{pattern}/{RUN_FILE}")]
 
-    def order(run: Path) -> list[tuple[int, str]]:
-        return [(int(p) if p.isdigit() else -1, p) for p in run.relative_to(path).parts]
+    def sort_key(run: Path) -> list[tuple[int, str]]:
+        names = run.relative_to(path).parts
+        return [(int(name) if name.isdigit() else -1, name) for name in names]
 
-    return sorted(runs, key=order)
+    return sorted(runs, key=sort_key)
 
 
 def read_run(path: Path) -> RunRecord:
     """Reads the results of a run.
 
-    A stage counts as incomplete if it was planned with other settings after it ran: its result does
+    A stage whose settings were changed after it ran counts as incomplete, because its result does
     not belong to the last plan.
 
     Raises:
@@ -128,9 +137,9 @@ def read_run(path: Path) -> RunRecord:
 
 
 def common_text(runs: Sequence[RunRecord]) -> TextKey | None:
-    """Returns the text that most runs were evaluated on; of equally frequent texts, the first."""
+    """Returns the key of the text that most runs were evaluated on; ``None`` if none were."""
     texts = Counter(run.text_key() for run in runs if run.evaluation is not None)
-    return texts.most_common(1)[0][0] if texts else None
+    return texts.most_common(1)[0][0] if texts else None  # the first of equally frequent texts
 
 
 def paired_difference(
@@ -142,13 +151,16 @@ def paired_difference(
     """
     if len(losses) != len(reference):
         return None
-    gaps = [a - b for a, b in zip(losses, reference, strict=True)]
-    error = standard_error(gaps)
-    return None if error is None else (fmean(gaps), error)
+    differences = [a - b for a, b in zip(losses, reference, strict=True)]
+    error = standard_error(differences)
+    return None if error is None else (fmean(differences), error)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
-    """Returns the settings that differ, with each run's value, or ``None`` if a run lacks one."""
+    """Returns the names of settings that differ, each with its value in every run.
+
+    The value is ``None`` for a run without the setting.
+    """
     settings = [dict(_settings(run)) for run in runs]
     names = sorted({name for run_settings in settings for name in run_settings})
     rows = [(name, [run_settings.get(name) for run_settings in settings]) for name in names]
@@ -156,6 +168,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object
 
 
 def _settings(run: RunRecord) -> Iterator[tuple[str, object]]:
+    """Yields the recipe's name, and each setting as ``STAGE.SETTING`` with its value."""
     yield "recipe", run.recipe
     for name, manifest in run.stages.items():
         for key, value in manifest.config.items():

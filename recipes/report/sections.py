@@ -38,7 +38,8 @@ ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=T
 EVALUATION_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Maps a model's role in the measurement of speed to its role in the evaluation."""
 MAX_LABELS = 8
-"""If a search has more candidates, its plot labels only the chosen one and the Pareto front."""
+"""If a search has more candidates, its plot labels only the chosen one and the Pareto front,
+because labels would overlap."""
 
 
 def sections(
@@ -81,7 +82,11 @@ def sections(
 
 
 def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str, object]:
-    """Returns the tasks, a plot of their scores, and plots of scores during the training."""
+    """Returns the tasks, a plot of their scores, and plots of scores during the training.
+
+    ``distilled`` is the manifest of the distilled model. Without a training there are no plots of
+    scores during it.
+    """
     rows = {
         name: [
             (role, score.value, margin95(score.standard_error, task.items))
@@ -98,13 +103,14 @@ def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str,
 
 
 def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[tuple[str, Markup]]:
-    """Yields each task with a plot of its score against the number of training tokens."""
+    """Yields the name of each task scored during the training, and a plot of score by tokens."""
     step_tokens = training.tokens / training.steps
     for number, (name, task) in enumerate(results.tasks.items()):
         if not task.steps:
             continue
-        scores = {0: task.pruned, **task.steps, training.steps: task.distilled}
+        scores = {0: task.pruned, **task.steps, training.steps: task.distilled}  # by training step
         student = [(step * step_tokens, score.value) for step, score in scores.items()]
+        # The teacher's score does not change: a horizontal line.
         teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(training.tokens))]
         lines = [
             Series("student", "distilled", student, noisy=False),
@@ -115,21 +121,26 @@ def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
     """Returns the measurements, the scale of the bars, and the best speed-up in decoding."""
-    bars = [1.0]  # each bar has a mark at a speed-up of 1
+    bar_lengths = [1.0]  # each bar has a mark at a speed-up of 1
     for speedup in results.speedups:
-        bars += [speedup.prefill, speedup.prefill_roofline or 0]
-        bars += [speedup.decode, speedup.decode_roofline]
+        bar_lengths += [speedup.prefill, speedup.prefill_roofline or 0]
+        bar_lengths += [speedup.decode, speedup.decode_roofline]
     return {
         "speed": results,
-        "bar_scale": 1.08 * max(bars),  # the longest bar leaves a margin of 8%
+        "bar_scale": 1.08 * max(bar_lengths),  # the longest bar leaves a margin of 8%
         "fastest": max(results.engine_speedups(), key=lambda speedup: speedup.decode, default=None),
     }
 
 
 def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dict[str, object]:
-    """Returns the candidates, their plot, the axes in which they differ, and the latency model."""
+    """Returns the candidates, their plot, the axes in which they differ, and the latency model.
+
+    ``earlier`` maps the names of all earlier stages to their manifests.
+    """
     candidates = search.candidates
-    # Perplexities are comparable after the same training. Training starts without reconstruction.
+    # Perplexities are comparable only after the same training. So only candidates with the most
+    # training can be on the Pareto front. If none was trained, only reconstructed ones can be on
+    # it. Training starts without reconstruction, so ``healed`` says nothing after training.
     states = [(c.tokens, c.healed and not c.tokens) for c in candidates]
     marks = [
         Mark(
@@ -159,11 +170,14 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
 
 
 def sizes_section(result: AddLayersResult) -> dict[str, object]:
-    """Returns the models with added layers of the teacher, and a plot of their KL."""
+    """Returns the students with added layers of the teacher, and a plot of their KL by size.
+
+    The marks' labels are numbers of layers.
+    """
     marks = [
         Mark(
             str(num_layers),
-            # The model that was written has the colour of distilled models.
+            # The CSS class: the model that the stage wrote has the colour of distilled models.
             "distilled" if num_layers == len(result.kept_layers) else "quiet",
             float(quality.parameters),
             quality.kl_to_teacher,
@@ -177,11 +191,14 @@ def sizes_section(result: AddLayersResult) -> dict[str, object]:
 
 
 def quality_mark(role: str, label: str, evaluation: EvaluationResult, cost: float) -> Mark:
-    """Returns a mark at a model's perplexity, with the 95% interval."""
+    """Returns a mark at a model's perplexity, with the 95% interval.
+
+    ``role`` is a key of ``evaluation.models()`` and the mark's CSS class.
+    """
     quality = evaluation.models()[role]
     margin = margin95(quality.loss_standard_error, evaluation.sequences)
     # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
-    # The limit prevents an overflow. Such an interval is not drawn.
+    # exp overflows above 709. Intervals with a margin of 700 are too large to be drawn anyway.
     value, factor = quality.perplexity, math.exp(min(margin or 0, 700))
     interval = (value / factor, value * factor) if margin is not None else None
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
@@ -194,7 +211,7 @@ def trade_offs(
 
     Args:
         evaluation: Quality of the models.
-        rows: Measured engines. Plots show them at the smallest batch and prompt.
+        rows: Measurements of engines. Plots show those of the smallest batch and prompt.
 
     Yields:
         Title, note and plot.
@@ -212,21 +229,23 @@ def trade_offs(
         ("plot-by-latency", "Decode latency per token", LATENCY, lambda row: row.decode_latency_ms),
     ):
         marks = [
-            quality_mark(role, numbers[row.engine], evaluation, cost)
+            quality_mark(EVALUATION_ROLES[row.role], numbers[row.engine], evaluation, cost)
             for row in rows
             if row.setting == setting and (cost := cost_of(row)) is not None
-            for role in [EVALUATION_ROLES[row.role]]
         ]
         if marks:
             yield title, note, trade_off_plot(name, marks, dimension, PERPLEXITY)
 
 
 def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
-    """Returns a number for each engine. Plots show the number, because names would overlap."""
+    """Maps each engine's name to a number. Plots show the number, because names would overlap."""
     names = dict.fromkeys(row.engine for row in rows)
     return {name: str(number) for number, name in enumerate(names, 1)}
 
 
 def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
-    """Returns the smallest batch size and its shortest prompt, which show latency best."""
+    """Returns the smallest batch size and its shortest prompt, which show latency best.
+
+    Returns ``None`` if nothing was measured.
+    """
     return min((row.setting for row in rows), default=None)

@@ -13,12 +13,12 @@ from recipes.core.stage import Input
 from recipes.engines.results import EngineResult
 from recipes.engines.server import trtllm_command
 
-GENAI = (
+GENAI_CODE = (
     "import openvino_genai as g; "
     'print(g.LLMPipeline({engine}, "CPU").generate("Hello", max_new_tokens=64))'
 )
 OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
-"""Optimum does not detect the task. By default it quantises large models to 8 bits."""
+"""Optimum does not detect the task. Without a weight format it quantises large models to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,19 @@ class ServerCommand:
 
 
 def folder_servers(folder: str, shape: Architecture | None) -> Iterator[ServerCommand]:
-    """Yields commands of servers that load a Hugging Face folder directly."""
+    """Yields commands of servers that load a Hugging Face folder directly.
+
+    ``shape`` is ``None`` if it is unknown. Then vLLM is assumed to support the model.
+    """
     if shape is None or _is_loaded_by_vllm(shape):
         yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
     yield ServerCommand("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
 
 
 def _is_loaded_by_vllm(shape: Architecture) -> bool:
-    """Whether vLLM supports the shape: for Qwen2, it takes hidden size / heads as the head size."""
-    width = shape.num_attention_heads * shape.kv_channels
-    return shape.hf_architecture != "Qwen2ForCausalLM" or width == shape.hidden_size
+    """Whether vLLM supports the shape. Its Qwen2 requires a head size of hidden size / heads."""
+    query_width = shape.num_attention_heads * shape.kv_channels
+    return shape.hf_architecture != "Qwen2ForCausalLM" or query_width == shape.hidden_size
 
 
 def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerCommand]:
@@ -50,8 +53,9 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
     export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
     yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
-    usual_name = ARCHITECTURES.get(shape.hf_architecture)
-    # llama.cpp's converter writes the family's usual architecture, even if the shape needs another.
+    usual_name = ARCHITECTURES.get(shape.hf_architecture)  # None for families not listed there
+    # llama.cpp's converter writes the family's usual architecture. Some width-pruned shapes need
+    # another one, see ``architecture_name``. For them there is no command.
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
         yield ServerCommand("llama.cpp", convert)
@@ -59,11 +63,15 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
 
 
 def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
-    """Yields commands for the inputs of a report, with paths relative to the run's directory."""
+    """Yields commands for the inputs of a report, to be run in the run's directory.
+
+    Paths of inputs from other runs are absolute; all others are relative to the run's directory.
+    """
     run_dir = inputs["exported"].directory.parent
+    artifacts = {name: item.artifact for name, item in inputs.items()}
     paths = {
         name: str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
-        for name, path in ((name, item.artifact) for name, item in inputs.items())
+        for name, path in artifacts.items()
     }
     if "engine" in inputs:
         engine, backend = paths["engine"], inputs["engine"].manifest.result(EngineResult).backend
@@ -81,9 +89,11 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
 
 
 def _genai(engine: str) -> ServerCommand:
-    code = GENAI.format(engine=json.dumps(engine))
+    """Returns the command that loads an engine's folder in OpenVINO GenAI and generates text."""
+    code = GENAI_CODE.format(engine=json.dumps(engine))  # the JSON string is a Python literal, too
     return ServerCommand("OpenVINO GenAI", f"python -c {shlex.quote(code)}", tested=True)
 
 
 def _llama_server(file: str) -> ServerCommand:
+    """Returns the command that serves a GGUF file."""
     return ServerCommand("llama.cpp", shlex.join(["llama-server", "-m", file]))

@@ -9,7 +9,8 @@ from recipes.core.stage import StageConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
-"""Fingerprints of code do not cover templates, so stages declare these as external files."""
+"""Folder of the Jinja templates. Fingerprints of code do not cover templates, so stages declare
+them as external files."""
 CARD_TEMPLATE = TEMPLATES / "model_card.md.j2"
 
 
@@ -22,5 +23,5 @@ class ReportConfig(StageConfig):
     description: str = ""
     """Purpose of the recipe, in one line."""
     gates: list[str] = field(default_factory=list)
-    """Gates, which the report shows with the measured values. The launcher checks the gates, so a
-    changed threshold reruns only the report."""
+    """Conditions such as ``recovered.sciq >= 0.95``, which the report shows with the measured
+    values. The launcher checks them, so a changed threshold reruns only the report."""

@@ -16,18 +16,21 @@ from recipes.data.results import DatasetResult
 
 
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
-    """Returns all stages that the inputs depend on, without the inputs themselves.
+    """Returns the manifests of all stages that the inputs depend on, without the inputs themselves.
 
-    A stage must have the fingerprint that a later stage recorded, so results of older settings in
-    the same directory are left out. If several stages have one name, all but one get their
-    fingerprint in addition.
+    A later stage recorded the fingerprint of each of its inputs. Only a stage with a recorded
+    fingerprint is returned, so a result that was computed again with other settings is left out.
+
+    Returns:
+        Manifests by stage name. If the name is taken by an input or by another stage, the key is
+        the name and the start of the fingerprint.
     """
     runs = _run_directories(item.directory.parent for item in inputs.values())
     folders = [path for run in runs for path in sorted(run.iterdir()) if path.is_dir()]
-    complete = ((path.name, read_manifest(path)) for path in folders)
-    by_fingerprint = {m.fingerprint: (name, m) for name, m in complete if m is not None}
+    manifests = ((path.name, read_manifest(path)) for path in folders)  # None if not complete
+    by_fingerprint = {m.fingerprint: (name, m) for name, m in manifests if m is not None}
     visited = {item.manifest.fingerprint for item in inputs.values()}
-    used_names = {item.directory.name for item in inputs.values()}
+    input_names = {item.directory.name for item in inputs.values()}
     # Fingerprints of stages that are still to be visited.
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
@@ -35,17 +38,17 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
         fingerprint = queue.pop()
         if fingerprint not in visited and fingerprint in by_fingerprint:
             name, manifest = by_fingerprint[fingerprint]
-            is_used = name in used_names or name in stages
-            stages[f"{name} {fingerprint[:8]}" if is_used else name] = manifest
+            is_taken = name in input_names or name in stages
+            stages[f"{name} {fingerprint[:8]}" if is_taken else name] = manifest
             queue += manifest.inputs.values()
         visited.add(fingerprint)
     return stages
 
 
 def _run_directories(runs: Iterable[Path]) -> list[Path]:
-    """Returns runs and all other runs that their stages have inputs from, directly or indirectly.
+    """Returns the runs, and all runs that their stages take inputs from, directly or indirectly.
 
-    A run that was deleted is left out.
+    Deleted runs are left out.
     """
     queue, visited = list(runs), dict[Path, None]()
     while queue:
@@ -60,7 +63,15 @@ def _run_directories(runs: Iterable[Path]) -> list[Path]:
 
 
 def inputs_from_other_runs(stages: Mapping[str, StageConfig]) -> dict[str, Input]:
-    """Returns the complete inputs that a run's stages take from other runs, by directory."""
+    """Returns the complete inputs that a run's stages take from other runs.
+
+    Args:
+        stages: All stages of the run, by name.
+
+    Returns:
+        Inputs by the directory that the settings name.
+    """
+    # A source is a stage of this run or the directory of another run's stage.
     sources = {source for config in stages.values() for source in config.inputs.values()}
     manifests = {source: manifest_of(source) for source in sorted(sources - stages.keys())}
     return {source: Input(Path(source).resolve(), m) for source, m in manifests.items() if m}

@@ -1,4 +1,4 @@
-"""Successive halving: prunes, trains and measures candidates, in directories below ``work``."""
+"""Prunes, trains and measures the candidates of ``successive_halving``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ POLL_SECONDS = 0.5
 
 
 class HalvingRun:
-    """Prunes and trains candidates in ``CANDIDATE/prune``, ``CANDIDATE/round-0`` and so on.
+    """Prunes candidates in ``CANDIDATE/prune``, and trains them in ``CANDIDATE/round-0`` and so on.
 
     Args:
         cfg: The stage's config.
         inputs: The stage's inputs.
-        directory: Parent of these directories. It exists until the stage is complete, so that a
-            killed search can resume.
-        layer_importance: Setting of ``prune``.
+        directory: Parent of the candidates' directories. It is kept until the stage is complete, so
+            that a killed search can resume.
+        layer_importance: The setting ``layer_importance`` of ``prune``.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class HalvingRun:
         self, candidates: Sequence[Candidate], round_number: int, training: DistillConfig
     ) -> None:
         """Trains every candidate for one round; the candidates are distributed over the ranks.
+
+        Returns after all ranks have trained their candidates. Skips completed trainings.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
@@ -75,7 +77,9 @@ class HalvingRun:
         return directory
 
     def measure(self, candidates: Sequence[Candidate], round_number: int) -> list[TokenQuality]:
-        """Measures every candidate on validation text after a round, on rank 0.
+        """Measures every candidate on validation text after a round.
+
+        Rank 0 measures. The other ranks wait, and read the results from a file.
 
         Raises:
             StoppedByDeadlineError: The deadline passed before the last model was loaded.
@@ -85,20 +89,22 @@ class HalvingRun:
         from recipes.data.token_sequences import read_sequences
         from recipes.evaluation.text_quality import measure_checkpoints
 
-        def find_in_time(artifact: Path) -> Path:
+        def find_checkpoint_in_time(artifact: Path) -> Path:
             require_time_left(f"measuring round {round_number}")
             return nemo.find_checkpoint(artifact)
 
         results = self._directory / f"round-{round_number}.json"
         if rank() == 0 and not results.exists():  # a killed search may have measured this round
-            length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
+            length, batch_size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
-            teacher = find_in_time(self._inputs["checkpoint"].artifact)
-            students = (  # a generator, so that each is looked up just before it is loaded
-                find_in_time(self._round_dir(candidate, round_number) / ARTIFACT)
+            teacher = find_checkpoint_in_time(self._inputs["checkpoint"].artifact)
+            students = (  # a generator, so that the deadline is checked before each is loaded
+                find_checkpoint_in_time(self._round_dir(candidate, round_number) / ARTIFACT)
                 for candidate in candidates
             )
-            qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
+            qualities = measure_checkpoints(
+                teacher, students, text, self._cfg.precision, batch_size
+            )
             write_text_atomically(results, json.dumps([asdict(quality) for quality in qualities]))
             release_cached_memory()  # the next round's training is another process on this GPU
         _wait_until(results.exists)
@@ -107,8 +113,11 @@ class HalvingRun:
         ]
 
 
-def _wait_until(finished: Callable[[], object]) -> None:
-    """Waits for another rank. If the other rank fails, torchrun ends this process."""
+def _wait_until(is_finished: Callable[[], object]) -> None:
+    """Waits for another rank until ``is_finished`` returns a true value.
+
+    If the other rank fails, torchrun ends this process.
+    """
     with pause_watchdog():
-        while not finished():
+        while not is_finished():
             time.sleep(POLL_SECONDS)

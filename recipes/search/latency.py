@@ -1,4 +1,4 @@
-"""Fits the latency of a decoding step, as a function of the shape, to timed engines."""
+"""Builds engines to time, and fits the latency of a decoding step by shape to their times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.engines.backends import BUILDERS
 from recipes.engines.results import BenchmarkRow
 from recipes.engines.timing import TimedModel
 from recipes.search.settings import MeasureLatencyConfig
-from recipes.search.space import LatencyFit, Service, name_of, read_gigabytes
+from recipes.search.space import LatencyFit, Service, gigabytes_per_step, name_of
 
 
 def build_random_engine(
@@ -58,7 +58,10 @@ def build_random_engine(
 
 
 def step_ms(row: BenchmarkRow) -> float:
-    """Returns the milliseconds of a batch's decoding step, from the median rate."""
+    """Returns the milliseconds of a decoding step, in which each sequence gets one token.
+
+    Computes them from the median rate of the batch.
+    """
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
@@ -67,20 +70,23 @@ def fit_latency(
 ) -> LatencyFit:
     """Fits a latency model by least squares of relative errors, with coefficients of at least 0.
 
+    ``LatencyFit`` documents the coefficients.
+
     Args:
         shapes: Timed shapes of at least two sizes.
         step_times: Milliseconds of a decoding step of each shape.
         service: Precision, batch size and context length of the timed steps.
 
     Raises:
-        RecipeError: Smaller shapes were not faster.
+        RecipeError: Smaller shapes were not faster, so only the fixed time is not 0.
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    # Each equation is divided by its time: the right sides are then 1, and errors are relative.
+    # Each shape has an equation: step_ms + layer_ms * layers + gigabyte_ms * gigabytes = time.
+    # The equation is divided by its time. Its right side is then 1, and errors are relative.
     rows = [
-        [1 / time, shape.num_layers / time, read_gigabytes(shape, service) / time]
+        [1 / time, shape.num_layers / time, gigabytes_per_step(shape, service) / time]
         for shape, time in zip(shapes, step_times, strict=True)
     ]
     coefficients, _ = nnls(np.array(rows), np.ones(len(rows)))

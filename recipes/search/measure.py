@@ -1,7 +1,7 @@
 """Measures the quality of candidate shapes.
 
-The weights of one model are sorted by importance. A candidate's weights are slices of them, which
-need no copy.
+The teacher's weights are sorted by importance. A candidate's weights are slices of the sorted
+weights, which need no copy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ from recipes.search.space import name_of
 def measure_shapes(
     cfg: RankCandidatesConfig, inputs: Inputs, shapes: list[Architecture], log: MetricsLog
 ) -> list[Candidate]:
-    """Measures every pruned shape; heals the best ones by least squares and measures them again."""
+    """Measures every pruned shape; heals the best ones by least squares and measures them again.
+
+    Returns:
+        A candidate for each shape, in the same order.
+    """
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
@@ -56,10 +60,10 @@ def measure_shapes(
     for number, candidate in enumerate(best):
         shape = candidate.shape
 
-        # ``healed`` is the number of shapes healed before this one. A closure over ``number`` would
-        # use the loop's current value.
-        def progress(done: int, total: int, healed: int = number) -> None:
-            log.progress("heal", healed * total + done, len(best) * total)
+        # ``done`` and ``total`` count the layers reconstructed for this shape. The log counts them
+        # over all shapes. The default value binds the loop's variable at once.
+        def progress(done: int, total: int, shapes_done: int = number) -> None:
+            log.progress("heal", shapes_done * total + done, len(best) * total)
 
         model = Predictor.of(_heal(cfg, teacher, importance, shape, batches, progress))
         states = compute_states(model, text, cfg.micro_batch_size)
@@ -79,15 +83,15 @@ def _measure_pruned(
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and every pruned shape as a candidate."""
     teacher_shape = nemo.architecture_of(teacher)
-    # Before the first measurement, so that missing scores of one shape are found at once.
-    kept = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
+    # All layers are selected before the first measurement: missing scores raise an error early.
+    kept_layers = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
     model = load_transformers(teacher, dtype_of(cfg.precision))
     sorted_model = SortedModel(model, teacher_shape, importance.widths)
     all_layers = range(1, teacher_shape.num_layers + 1)
     unpruned = sorted_model.predictor(teacher_shape, all_layers)
     teacher_states = compute_states(unpruned, text, cfg.micro_batch_size)
     candidates = []
-    for number, (shape, layers) in enumerate(zip(shapes, kept, strict=True), 1):
+    for number, (shape, layers) in enumerate(zip(shapes, kept_layers, strict=True), 1):
         states = compute_states(sorted_model.predictor(shape, layers), text, cfg.micro_batch_size)
         quality = token_quality(teacher_states, states, text)
         candidates.append(_candidate(cfg, shape, quality, healed=False))
@@ -115,12 +119,16 @@ def _heal(
 def _candidate(
     cfg: RankCandidatesConfig, shape: Architecture, quality: TokenQuality, healed: bool
 ) -> Candidate:
-    """Returns a measured shape; raises if its ``proxy`` is NaN, which cannot be ranked."""
+    """Returns a shape with its quality as a candidate.
+
+    Raises:
+        RecipeError: The metric ``cfg.proxy`` is NaN, which cannot be ranked.
+    """
     proxy = float(getattr(quality, cfg.proxy))
     if math.isnan(proxy):
-        how, setting = ("reconstructed", "num_healed=0") if healed else ("pruned", "precision=32")
+        state, setting = ("reconstructed", "num_healed=0") if healed else ("pruned", "precision=32")
         raise RecipeError(
-            f"{cfg.proxy} of the {how} candidate {name_of(shape)} is not a number.",
+            f"{cfg.proxy} of the {state} candidate {name_of(shape)} is not a number.",
             f"set stages.rank_candidates.{setting}",
         )
     return Candidate(
@@ -136,8 +144,8 @@ def _candidate(
 class SortedModel:
     """A transformers model that can take any smaller shape without copying its weights.
 
-    The weights are sorted by importance, so the first rows and columns of a weight are the pruned
-    weight.
+    The rows and columns of each weight are sorted by importance. So the pruned weight consists of
+    the first rows and columns.
 
     Args:
         model: The teacher; its weights and layers are replaced in place.
@@ -150,6 +158,7 @@ class SortedModel:
     ) -> None:
         self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
+        # Each weight's name, its parameter, which gets slices, and the whole sorted tensor.
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():
@@ -158,16 +167,17 @@ class SortedModel:
             self._weights.append((name, parameter, parameter.data))
 
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
-        """Returns the model in a shape, with only these layers, counted from 1.
+        """Gives the model a shape and only these layers, counted from 1, and returns its predictor.
 
         Every call changes the same model, so only the predictor of the last call may be used.
         """
         for name, parameter, weight in self._weights:
             parameter.data = leading_submatrix(name, weight, shape, self._teacher_shape)
-        kept = [self._layers[layer - 1] for layer in layers]
-        for layer in kept:
-            per_group = shape.num_attention_heads // shape.num_query_groups
-            layer.self_attn.num_key_value_groups = per_group
-        self._model.model.layers = torch.nn.ModuleList(kept)
-        self._model.config.num_hidden_layers = len(kept)
+        kept_layers = [self._layers[layer - 1] for layer in layers]
+        for layer in kept_layers:
+            # Despite its name, transformers' attribute is the number of heads per query group.
+            heads_per_group = shape.num_attention_heads // shape.num_query_groups
+            layer.self_attn.num_key_value_groups = heads_per_group
+        self._model.model.layers = torch.nn.ModuleList(kept_layers)
+        self._model.config.num_hidden_layers = len(kept_layers)
         return Predictor.of(self._model)

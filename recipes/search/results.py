@@ -32,7 +32,7 @@ class Candidate:
     """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
     """Whether no other candidate dominates this one in size and ``proxy`` (``pareto_front``). If
-    any candidates were reconstructed, only these are compared."""
+    some candidates were reconstructed, only those can be on the front."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class SearchResult:
     candidates: list[Candidate]
     """In the order of ``rank_candidates``. The chosen candidate need not be the first."""
     budget: dict[str, float]
+    """Limits by their names in ``Budget``."""
 
     def chosen(self) -> Candidate | None:
         """Returns the candidate that ``successive_halving`` chose; ``None`` before that stage."""
@@ -49,24 +50,26 @@ class SearchResult:
 
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
-    """Writes the candidates to a file for people to read; stages read them from the manifest."""
+    """Writes the candidates to a file for people. Stages read candidates from the manifest."""
     text = json_text([asdict(candidate) for candidate in candidates], indent=1)
     write_text_atomically(out / CANDIDATES_FILE, text + "\n")
 
 
 @dataclass(frozen=True)
 class TimedShape:
-    """Milliseconds of a decoding step of one shape: measured, and by the latency model (fitted)."""
+    """Milliseconds of a decoding step of one shape."""
 
     name: str
     step_ms: float
+    """Measured milliseconds."""
     fitted_ms: float
+    """Milliseconds by the latency model."""
     is_fitted: bool
     """Whether the latency model was fitted to this shape."""
 
     @property
     def error(self) -> float:
-        """Returns the relative error of the latency model."""
+        """Relative error of the latency model; positive if it predicts too much time."""
         return self.fitted_ms / self.step_ms - 1
 
 
@@ -75,7 +78,9 @@ class LatencyResult:
     """The latency model and the timed engines; the first engine is the teacher's."""
 
     measured: LatencyFit
+    """The latency model."""
     threads: int
+    """CPU threads of each engine."""
     backend: str
     precision: str
     shapes: list[TimedShape]

@@ -37,11 +37,11 @@ class EnumerateShapesConfig(StageConfig):
     """How the student is served."""
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
-        """Returns the shapes within the budget, the largest first."""
+        """Returns the shapes that cannot grow within the budget, the largest first."""
         return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
 
     def with_measured_latency(self, inputs: Inputs) -> EnumerateShapesConfig:
-        """Returns these settings with the latency model of the inputs, if there is one."""
+        """Returns these settings with the latency model of the input ``latency``, if it exists."""
         if "latency" not in inputs:
             return self
         fit = inputs["latency"].manifest.result(LatencyResult).measured
@@ -57,10 +57,11 @@ class MeasureLatencyConfig(StageConfig):
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """The search's space. The latency model is fitted to its corners: the teacher, and shapes with
-    one axis or all axes at the minimum. A shape in its middle is timed to check the model."""
+    """The search's space. The latency model is fitted to the corners of the space: the teacher, and
+    shapes with one axis or all axes at the minimum. A shape in the middle is timed to check the
+    latency model."""
     service: Service = field(default_factory=Service)
-    """The search's service; a timed step has its batch size and context length."""
+    """How the search's student is served. Timed steps have this batch size and context length."""
     new_tokens: Annotated[int, integer(2)] = 32
     """Number of generated tokens; the time of a step is the mean over them."""
     repetitions: Count = 3
@@ -102,7 +103,7 @@ class SuccessiveHalvingConfig(StageConfig):
     """Number of best-ranked candidates in the first round. Every round drops half of them.
     A single candidate is chosen without training."""
     also: list[str] = field(default_factory=list)
-    """Names of further candidates of the first round, in addition to the best-ranked ones."""
+    """Names of candidates that join the best-ranked ones in the first round."""
     max_tokens: Tokens = 200_000
     """Number of tokens of all training runs together."""
     num_samples: Count = 16
@@ -112,10 +113,10 @@ class SuccessiveHalvingConfig(StageConfig):
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; the number of steps follows from ``max_tokens``."""
     hardware: str = field(default="cpu", metadata={"resource": True})
-    """Hardware profile of the chosen recipe."""
+    """Hardware profile of the recipe that the stage writes for the chosen candidate."""
 
     def rounds(self, candidates: int) -> list[int]:
-        """Returns the number of candidates in each round."""
+        """Returns the number of candidates in each round, from the number in the first round."""
         counts = []
         while candidates > 1:
             counts.append(candidates)

@@ -1,6 +1,6 @@
 """Lists the shapes that a teacher can be pruned to within a budget. Does not import torch.
 
-A shape is listed only if one more step on any axis would exceed the budget.
+A shape is listed only if it cannot grow: one more step on any axis would exceed the budget.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_he
 
 @dataclass
 class Space:
-    """Axes that the search may prune, their steps, and how far each may be pruned."""
+    """Sizes that the search may use on each axis."""
 
     num_layers_divisor: Count = 1
     """The number of layers is either the teacher's or a multiple of this."""
@@ -56,8 +56,8 @@ class Budget:
     """
 
     parameters: Positive | None = None
-    """Number of parameters, with embeddings. A value of at most 1, here and in the next three
-    settings, is a fraction of the teacher's."""
+    """Number of parameters, with embeddings. In this and the next three settings, a value of at
+    most 1 is a fraction of the teacher's."""
     weight_bytes: Positive | None = None
     """Bytes of the weights in an engine with ``service.precision``."""
     memory_bytes: Positive | None = None
@@ -110,11 +110,11 @@ class Service:
     measured: LatencyFit | None = None
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
     speed: str | None = None
-    """Device and its rates, if the result depends on them; set automatically. With a budget that
-    does not limit speed, they change only a table, so they are not in the fingerprint."""
+    """Device and its rates; set automatically, but only if the budget limits speed. Otherwise the
+    rates change only a table, so they are not in the fingerprint."""
 
     def with_speed(self) -> Service:
-        """Returns these settings with ``speed``."""
+        """Returns these settings with ``speed``, which the fingerprint contains."""
         rates = f"{self.flops_per_second:g} FLOP/s, {self.bytes_per_second:g} bytes/s"
         return replace(self, speed=f"{self.device}, {rates}")
 
@@ -130,15 +130,17 @@ class Service:
 
 
 def search_sizes(shape: Architecture) -> dict[str, int]:
-    """Returns the sizes of ``SEARCH_AXES``."""
+    """Returns a shape's size on each of ``SEARCH_AXES``."""
     return {axis: getattr(shape, axis) for axis in SEARCH_AXES}
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
     """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``.
 
-    ``prune`` requires that each size is a multiple of its divisor, so divisors fit these sizes.
+    ``prune`` requires that the hidden and feed-forward sizes are multiples of its divisors, which
+    are 64 or more by default. So the settings also contain divisors that fit these sizes.
     """
+    # Only the names of the hidden and feed-forward sizes contain "hidden".
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,
@@ -164,12 +166,15 @@ def memory_bytes(shape: Architecture, service: Service) -> int:
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Returns the time of a decoding step, by the fit ``measured`` or else by roofline."""
+    """Returns the milliseconds of a decoding step.
+
+    Uses the latency model ``service.measured``, or else the roofline of the device.
+    """
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
         return 1e3 * decode_seconds(shape, batch, context, service.storage, roofline)
-    fit, gigabytes = service.measured, read_gigabytes(shape, service)
+    fit, gigabytes = service.measured, gigabytes_per_step(shape, service)
     return fit.step_ms + fit.layer_ms * shape.num_layers + fit.gigabyte_ms * gigabytes
 
 
@@ -178,8 +183,8 @@ def tokens_per_second(shape: Architecture, service: Service) -> float:
     return 1e3 * service.batch_size / latency_ms(shape, service)
 
 
-def read_gigabytes(shape: Architecture, service: Service) -> float:
-    """Returns the bytes that a step at ``context_length`` reads from weights and cache, in 10⁹."""
+def gigabytes_per_step(shape: Architecture, service: Service) -> float:
+    """Returns the bytes of weights and KV cache that a decoding step reads, in units of 10⁹."""
     batch, context = service.batch_size, service.context_length
     return decode_traffic(shape, batch, context, service.storage) / 1e9
 
@@ -191,8 +196,8 @@ SHAPE_COSTS: dict[str, Callable[[Architecture, Service], float]] = {
     "latency_ms": latency_ms,
     "tokens_per_second": tokens_per_second,
 }
-"""Quantities that a budget can limit."""
-AT_LEAST = ("tokens_per_second",)
+"""Quantities that a budget can limit, and the functions that compute them."""
+MINIMUMS = ("tokens_per_second",)
 """Quantities that must be at least their limit; all others must be at most their limit."""
 
 
@@ -200,42 +205,42 @@ def absolute_limits(
     teacher: Architecture, budget: Mapping[str, float], service: Service
 ) -> dict[str, float]:
     """Returns a budget's limits, with fractions multiplied by the teacher's cost."""
-    return {
-        name: limit * SHAPE_COSTS[name](teacher, service)
-        if limit <= 1 and name not in AT_LEAST
-        else limit
-        for name, limit in budget.items()
-    }
+    limits = {}
+    for name, limit in budget.items():
+        is_fraction = limit <= 1 and name not in MINIMUMS
+        limits[name] = limit * SHAPE_COSTS[name](teacher, service) if is_fraction else limit
+    return limits
 
 
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
     """Lists the shapes that cannot grow within a budget of ``SHAPE_COSTS``, the largest first."""
-    allowed = absolute_limits(teacher, budget, service)
-    choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
+    limits = absolute_limits(teacher, budget, service)
+    allowed_sizes = {axis: _allowed_sizes(teacher, space, axis) for axis in SEARCH_AXES}
 
     def fits(shape: Architecture) -> bool:
-        costs = {name: SHAPE_COSTS[name](shape, service) for name in allowed}
+        costs = {name: SHAPE_COSTS[name](shape, service) for name in limits}
         return all(
-            costs[name] >= limit if name in AT_LEAST else costs[name] <= limit
-            for name, limit in allowed.items()
+            costs[name] >= limit if name in MINIMUMS else costs[name] <= limit
+            for name, limit in limits.items()
         )
 
     def one_step_larger(shape: Architecture) -> Iterator[Architecture]:
-        for axis, values in choices.items():
-            above = [value for value in values if value > getattr(shape, axis)]
-            if above:
-                yield _resize(shape, {axis: min(above)})
+        """Yields, for each axis, the shape with the next larger size on it."""
+        for axis, sizes in allowed_sizes.items():
+            larger_sizes = [size for size in sizes if size > getattr(shape, axis)]
+            if larger_sizes:
+                yield _resize(shape, {axis: min(larger_sizes)})
 
     shapes = []
-    ffn_sizes = sorted(choices["ffn_hidden_size"], reverse=True)
+    ffn_sizes = sorted(allowed_sizes["ffn_hidden_size"], reverse=True)
     for layers, hidden, heads in product(
-        *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
+        *(allowed_sizes[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
         # Feed-forward sizes are in descending order, and if one fits, all smaller ones fit. So
-        # bisection finds the largest that fits.
+        # ``fits`` is false for the first sizes and then true. Bisection finds the first true.
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if index < len(ffn_sizes):
             shape = replace(base, ffn_hidden_size=ffn_sizes[index])
@@ -246,50 +251,56 @@ def enumerate_shapes(
 
 def corner_shapes(teacher: Architecture, space: Space) -> list[Architecture]:
     """Returns the teacher, and shapes with one axis or all axes at their minimum."""
-    smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
+    smallest = {axis: min(_allowed_sizes(teacher, space, axis)) for axis in SEARCH_AXES}
     one_axis_pruned = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
     return list(dict.fromkeys([teacher, *one_axis_pruned, _resize(teacher, smallest)]))
 
 
 def middle_shape(teacher: Architecture, space: Space) -> Architecture:
     """Returns the shape with the middle one of the allowed sizes on each axis."""
-    choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
-    return _resize(teacher, {axis: sizes[len(sizes) // 2] for axis, sizes in choices.items()})
+    allowed_sizes = {axis: _allowed_sizes(teacher, space, axis) for axis in SEARCH_AXES}
+    middle_sizes = {axis: sizes[len(sizes) // 2] for axis, sizes in allowed_sizes.items()}
+    return _resize(teacher, middle_sizes)
 
 
 def layer_choices(teacher: Architecture, space: Space) -> list[int]:
     """Returns the numbers of layers that shapes may have."""
-    return _choices(teacher, space, "num_layers")
+    return _allowed_sizes(teacher, space, "num_layers")
 
 
 def impossible_axes(teacher: Architecture, space: Space) -> list[str]:
     """Returns the axes without an allowed size that tensor parallelism can split."""
-    return [axis for axis in SEARCH_AXES if not _choices(teacher, space, axis)]
+    return [axis for axis in SEARCH_AXES if not _allowed_sizes(teacher, space, axis)]
 
 
 def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
     return replace(shape, **sizes)
 
 
-def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
-    """Returns the allowed sizes of an axis, with the teacher's if tensor parallelism divides it."""
-    full: int = getattr(teacher, axis)
+def _allowed_sizes(teacher: Architecture, space: Space, axis: str) -> list[int]:
+    """Returns the allowed sizes of an axis in ascending order, the teacher's size included.
+
+    Sizes that tensor parallelism cannot split are left out, even the teacher's.
+    """
+    teacher_size: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"
-    least = full * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
-    least -= 1e-9  # 30 * (1 - 0.7) is slightly more than 9
+    max_pruning = space.max_depth_pruning if is_depth else space.max_width_pruning
+    smallest = teacher_size * (1 - max_pruning)
+    smallest -= 1e-9  # tolerates rounding errors: 30 * (1 - 0.7) is slightly more than 9
     if axis == "num_attention_heads":
-        # A step is a head of each query group. With step ``full``, only ``full`` is allowed.
-        step = teacher.num_query_groups if space.prune_heads else full
+        # A step is one head per query group. If heads are not pruned, only the teacher's number
+        # is allowed.
+        step = teacher.num_query_groups if space.prune_heads else teacher_size
     else:
         divisor = getattr(space, f"{axis}_divisor")
         step = hidden_divisor(teacher, divisor) if axis == "hidden_size" else divisor
     ranks = 1 if is_depth else space.tensor_model_parallel_size
-    sizes = {full, *range(step, full, step)}
-    return sorted(size for size in sizes if size >= least and size % ranks == 0)
+    sizes = {teacher_size, *range(step, teacher_size, step)}
+    return sorted(size for size in sizes if size >= smallest and size % ranks == 0)
 
 
 def name_of(shape: Architecture) -> str:
-    """Returns a short name made of the sizes."""
+    """Returns a short name made of the sizes of ``SEARCH_AXES``."""
     return (
         f"l{shape.num_layers}-h{shape.hidden_size}-f{shape.ffn_hidden_size}"
         f"-a{shape.num_attention_heads}"

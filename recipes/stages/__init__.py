@@ -1,1 +1,1 @@
-"""The stages, one module each, named as their folders in ``conf/stage``."""
+"""The stages, one module each. A module has the name of its settings' folder in ``conf/stage``."""

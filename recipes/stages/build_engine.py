@@ -3,7 +3,7 @@
 Reads a Hugging Face folder or a NeMo checkpoint, and held-out text if configured. Writes the
 engine. ``backend=openvino`` builds on any CPU. ``tensorrt_llm`` builds a TensorRT engine, and
 ``tensorrt_llm_pytorch`` prepares the checkpoint for TensorRT-LLM's PyTorch backend; both need a GPU
-and NVIDIA's image.
+and NVIDIA's image. Only OpenVINO engines are compared, because TensorRT-LLM does not return logits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from recipes.stages.contract import Stage
 
 
 def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Builds the engine, and compares its logits with the model's if the backend exposes them."""
+    """Builds the engine, and compares it with the model if the backend returns logits."""
     require_backend(cfg.backend)
     source, log = inputs["checkpoint"], metrics_log(out)
+    # The three steps: convert a NeMo checkpoint if necessary, build, compare.
     log.progress("engine", 0, 3)
     folder = model_folder(source, out.parent / "source")
     log.progress("engine", 1, 3)
     start = time.monotonic()
     BUILDERS[cfg.backend](cfg, folder, out)
-    seconds = time.monotonic() - start
+    build_seconds = time.monotonic() - start
     log.progress("engine", 2, 3)
     comparison = None
-    if cfg.backend == "openvino":  # TensorRT-LLM does not expose logits
+    if cfg.backend == "openvino":  # TensorRT-LLM does not return logits
         from recipes.engines.checks import compare_engine
 
         comparison = compare_engine(cfg, folder, out, inputs.get("data"), log)
@@ -41,7 +42,7 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     result = EngineResult(
         backend=cfg.backend,
         precision=cfg.precision,
-        build_seconds=round(seconds, 3),
+        build_seconds=round(build_seconds, 3),
         bytes=folder_bytes(out),
         **(vars(comparison) if comparison else {}),
     )
@@ -64,6 +65,7 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
     # The engine and the Hugging Face folder of its model, each with at most 4 bytes per parameter.
+    # The model is at most as large as the teacher.
     disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
     check_machine=lambda config: require_backend(config.backend),
 )

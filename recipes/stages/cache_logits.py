@@ -1,7 +1,7 @@
 """Stores the teacher's logits for the training text, so that distillation runs without a teacher.
 
-Reads the teacher and the prepared text. Writes the teacher's largest log-probabilities for each
-token of the text, in several files (shards).
+Reads the teacher and the prepared text. Writes the teacher's ``top_k`` largest log-probabilities at
+each position of the text, in several files (shards).
 """
 
 from __future__ import annotations
@@ -22,68 +22,79 @@ from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 
 SHARDS = "shards"
-"""Folder in ``work/`` for complete shards. A resumed stage continues after the last shard."""
+"""Folder in ``work/`` for complete shards. A resumed stage keeps them."""
 
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem for each setting that does not fit the teacher."""
+    """Yields problems of ``top_k``, the weights, the sequence length and the size of the text."""
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
-    # By default, this stage has the weights of ``distill``, which trains on the same sequences.
+    # By default, ``weights`` are those of ``distill``, which trains on the cached sequences. So a
+    # problem names ``stages.distill``.
     yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if not planned_sequences(cfg, chain):
         yield Problem(
             rules.UNKNOWN_TEXT,
-            f"{cfg.name} caches the logits of all text, and the size of the text is not known, so "
-            f"the plan has neither the hours nor the disk space of {cfg.name}",
+            f"{cfg.name} caches the logits of the whole text, whose size is not known, so the plan "
+            f"has neither the hours nor the disk space of {cfg.name}",
             f"set stages.{cfg.name}.num_sequences, or stages.prepare_data.max_tokens",
         )
 
 
 def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns how many sequences will be cached; 0 if this is the text's size and is not known."""
+    """Returns how many sequences will be cached; 0 if unknown.
+
+    By default, the whole text is cached. The number is unknown if the text's size is unknown.
+    """
     if cfg.num_sequences is not None:
         return cfg.num_sequences
-    tokens, _ = training_tokens(chain, cfg.inputs.get("data", ""))
-    total = math.fsum(tokens.values())
+    tokens_by_source, _ = training_tokens(chain, cfg.inputs.get("data", ""))
+    total = math.fsum(tokens_by_source.values())  # infinite if the size of a source is unknown
     return max(1, int(total / cfg.seq_length)) if total < math.inf else 0
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the teacher's forward passes for plans: one step if the text's size is not known."""
-    tensor, micro = cfg.tensor_model_parallel_size, cfg.micro_batch_size
-    layout = Layout(cfg.resources.nodes, cfg.resources.devices, tensor, micro_batch_size=micro)
-    batch = micro * max(1, layout.ranks // tensor)
+    """Returns the teacher's forward passes, for plans; one step if their number is unknown."""
+    tensor, micro_batch_size = cfg.tensor_model_parallel_size, cfg.micro_batch_size
+    layout = Layout(
+        cfg.resources.nodes, cfg.resources.devices, tensor, micro_batch_size=micro_batch_size
+    )
+    data_parallel_size = max(1, layout.ranks // tensor)
+    global_batch_size = micro_batch_size * data_parallel_size
     return Workload(
-        trained=None,
+        trained=None,  # no model is trained
         teacher=chain.teacher,
         layout=layout,
         seq_length=cfg.seq_length,
-        global_batch_size=batch,
-        steps=max(1, planned_sequences(cfg, chain) // batch),
+        global_batch_size=global_batch_size,
+        steps=max(1, planned_sequences(cfg, chain) // global_batch_size),
         bf16=cfg.precision == "bf16-mixed",
     )
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns the cache's size; 0 if it is the text's size and is not known."""
+    """Returns the cache's size in bytes; 0 if the number of sequences is unknown."""
     tokens = planned_sequences(cfg, chain) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 
 def progress(work: Path) -> str | None:
-    """Returns the number of complete shards of unfinished work."""
+    """Returns the number of complete shards, such as "3 shards"; ``None`` if there are none.
+
+    Args:
+        work: The stage's folder of unfinished work.
+    """
     count = len(list((work / SHARDS).glob("*.safetensors")))
     return f"{count} shard{'s' * (count > 1)}" if count else None
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Runs the teacher on sequences that no shard has yet, and links all shards into ``out``."""
+    """Runs the teacher on the sequences of missing shards, and links all shards into ``out``."""
     from nemo_convert import hf, nemo
     from recipes.distillation.logit_cache_writer import cache_logits
 

@@ -1,4 +1,7 @@
-"""Defines a stage for the launcher, which plans it, and the worker, which runs it."""
+"""Defines the interface of a stage.
+
+The launcher plans stages through this interface, and the worker runs them.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,16 @@ Kind = Literal[
     "search_results",
     "report",
 ]
-"""Types of the results of stages."""
+"""Types of the artifacts that stages write."""
 Kinds = tuple[Kind, ...]
 
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
-    """Returns the architectures that a stage's input may have; empty if they are not known yet."""
-    for name in ("candidates", "shapes"):  # inputs from a search, which have many shapes
+    """Returns the architectures that a stage's input may have, the largest first.
+
+    The result is empty if a search that lists them must run first.
+    """
+    for name in ("candidates", "shapes"):  # inputs from a search, which may have many shapes
         if name in config.inputs:
             return chain.shapes.get(config.inputs[name], ())
     source = config.inputs.get("checkpoint") or config.inputs.get("student")
@@ -54,30 +60,45 @@ def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
-    """Yields changes of settings that save memory, the change with the least side effects first."""
-    batch: dict[str, Any] = {"micro_batch_size": 1}
+    """Yields changes of a stage's settings that save memory, the least intrusive change first.
+
+    A change maps names of settings, also nested ones such as ``resources.devices``, to new values.
+    """
+    small_batch: dict[str, Any] = {"micro_batch_size": 1}
     bf16 = {"precision": "bf16-mixed"}
-    sizes = PARALLEL_SIZES[1:]
     pipelines = [  # one rank for each pipeline stage
-        {"pipeline_model_parallel_size": size, "resources.devices": size} for size in sizes
+        {"pipeline_model_parallel_size": size, "resources.devices": size}
+        for size in PARALLEL_SIZES[1:]  # without 1
     ]
-    combined = [{**pipeline, **batch} for pipeline in pipelines]
-    samples = vars(config).get("num_calibration_samples", 0) // 2
-    fewer = {"num_calibration_samples": max(1, samples)}
-    changes = (batch, bf16, {**bf16, **batch}, *pipelines, *combined, fewer, {**fewer, **batch})
+    half_samples = vars(config).get("num_calibration_samples", 0) // 2
+    fewer_samples = {"num_calibration_samples": max(1, half_samples)}
+    changes = (
+        small_batch,
+        bf16,
+        {**bf16, **small_batch},
+        *pipelines,
+        *({**pipeline, **small_batch} for pipeline in pipelines),
+        fewer_samples,
+        {**fewer_samples, **small_batch},
+    )
     for change in changes:
+        # Skips settings that this stage does not have.
         if all(hasattr(config, name.partition(".")[0]) for name in change):
             yield change
-    if "distill" in vars(config):  # a search
+    if "distill" in vars(config):  # a search, which trains candidates
         yield from _smaller_trainings(vars(config)["distill"].resources.devices)
 
 
 def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
-    """Yields changes of the settings of a search's trainings, which have ``devices`` devices."""
-    batch: dict[str, Any] = {"distill.micro_batch_size": 1}
-    for base in (batch, {**batch, "distill.recompute_granularity": "full"}):
+    """Yields changes that save memory in a search's training runs.
+
+    Args:
+        devices: Devices per training run before the change.
+    """
+    small_batch: dict[str, Any] = {"distill.micro_batch_size": 1}
+    for base in (small_batch, {**small_batch, "distill.recompute_granularity": "full"}):
         yield base
-        for size in PARALLEL_SIZES[1:]:
+        for size in PARALLEL_SIZES[1:]:  # without 1
             yield {
                 **base,
                 "distill.tensor_model_parallel_size": size,
@@ -86,13 +107,19 @@ def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
 
 
 def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Returns settings with changes, whose keys may name nested settings: ``resources.devices``."""
+    """Returns a copy of settings with changes.
+
+    Args:
+        config: Settings of a stage, or nested settings.
+        changes: New values by name. A dot separates nested names: ``resources.devices``.
+    """
     for key, value in changes.items():
-        name, _, nested = key.partition(".")
-        new = with_changes(vars(config)[name], {nested: value}) if nested else value
-        changed = replace(config, **{name: new})
+        name, _, nested_key = key.partition(".")
+        if nested_key:
+            value = with_changes(vars(config)[name], {nested_key: value})
+        changed = replace(config, **{name: value})
         if isinstance(config, StageConfig):
-            changed.name = config.name  # ``replace`` sets the module's name
+            changed.name = config.name  # ``replace`` has set the module's name
         config = changed
     return config
 
@@ -102,7 +129,7 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
 
     Args:
         result: The stage's result; ``None`` on ranks other than 0, if only rank 0 has it.
-        checkpoint: A NeMo checkpoint with the same architecture and tokenizer.
+        checkpoint: A NeMo checkpoint with the same architecture and tokenizer as the written one.
     """
     from nemo_convert import hf, nemo
 
@@ -117,22 +144,23 @@ class Stage(Generic[ConfigT]):
 
     config: type[ConfigT]
     kind: Kind
-    """Type of the stage's result."""
+    """Type of the artifact that the stage writes."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
     """Runs the stage on every rank. The path is an empty directory for the artifact."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
-    """Yields problems of the settings. Takes less than a second and does not import torch."""
+    """Yields problems of the settings. Takes less than a second. Must not import torch."""
     single_rank_reason: str = ""
     """Why the stage needs exactly one rank; empty if it supports several ranks."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Required inputs, each with the types that it may have."""
+    """Required inputs: maps each name to the artifact types that it may have."""
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Optional inputs, each with the types that it may have."""
+    """Optional inputs: maps each name to the artifact types that it may have."""
     starts: tuple[str, ...] = ()
-    """Stages that this stage starts. Their code is part of this stage's code fingerprint."""
+    """Other stages that this stage runs as part of its own work, as a search does. Their code is
+    part of this stage's code fingerprint."""
     devices: Callable[[ConfigT, Chain], int] = lambda config, chain: config.resources.devices
-    """Devices per node that the stage uses. A search, and a stage that runs engines, may start one
-    process that uses several."""
+    """Devices per node that the stage uses; by default one for each process. A search and a stage
+    that runs engines may use more devices than processes."""
     needs_torch: bool = True
     """Whether the stage imports torch. If not, it starts without torchrun."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
@@ -140,11 +168,13 @@ class Stage(Generic[ConfigT]):
     needs_tensorrt_llm: Callable[[ConfigT, Chain], bool] = lambda config, chain: False
     """Whether the stage runs TensorRT-LLM, which has its own container image."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
-    """Files and folders outside the run that the result depends on."""
+    """Files and folders outside the run that the result depends on, each with a name for the
+    fingerprint."""
     external_files: tuple[str, ...] = ("**/*",)
-    """Patterns of the files in these folders that the result depends on."""
+    """Glob patterns of the files that the result depends on, in the folders of ``external``."""
     libraries: tuple[str, ...] = ()
-    """Libraries that only some stages compute with. Their versions are in the fingerprint."""
+    """Libraries that the stage uses in addition to those of all stages. Their versions are in the
+    fingerprint."""
     programs: tuple[str, ...] = ()
     """Programs that the stage runs if they are on ``PATH``. Their versions are in the
     fingerprint."""
@@ -153,21 +183,23 @@ class Stage(Generic[ConfigT]):
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
     """Architectures that the result may have, the largest first; by default those of the input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """For plans: the training, or the teacher's forward passes over a text."""
+    """Returns the training, or the teacher's forward passes over a text, for plans. ``None`` for
+    stages that do neither."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
-    """For plans: the cost of a stage that runs models and has no ``workload``. For a search it
-    includes the training of candidates."""
+    """Returns the cost of a stage that runs models and has no ``workload``, for plans. The cost of
+    a search includes the training of candidates. ``None`` for other stages."""
     names_accepted_results: bool = False
-    """Whether the result is a document that says which stale results the user accepted."""
+    """Whether the result is a document that lists the stale results that the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
-    """Returns the settings, with those of other stages that the result depends on."""
+    """Returns the settings, completed with values that follow from other stages or the machine."""
     progress: Callable[[Path], str | None] = lambda work: None
-    """Returns the progress of unfinished work in a folder, such as "step 50"; ``None`` if none."""
+    """Returns the progress of the unfinished work in the folder ``work``, such as "step 50";
+    ``None`` without such work."""
     check_machine: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` if this machine lacks what the stage needs."""
 
     def image(self, config: ConfigT, chain: Chain) -> str | None:
-        """Returns the stage's container image; ``None`` without a container."""
+        """Returns the stage's container image; ``None`` if the stage runs outside containers."""
         return chain.image_of(config.stage, self.needs_tensorrt_llm(config, chain))
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
@@ -185,20 +217,29 @@ class Stage(Generic[ConfigT]):
             yield from shape_layout_problems(self.workload(config, chain), shapes, chain.hardware)
 
     def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Yields a problem if ``inference_cost`` needs more memory than a rank has."""
+        """Yields a problem if the stage needs more memory than a rank has, by ``inference_cost``.
+
+        The problem's fix is the first of ``smaller_settings`` that is valid and fits into memory.
+
+        Args:
+            name: The stage's name.
+            config: The stage's settings.
+            chain: Stages of the run.
+        """
         if self.inference_cost is None:
             return
-        hardware, cost = chain.hardware, self.inference_cost
+        hardware, inference_cost = chain.hardware, self.inference_cost
         available = hardware.memory_of_rank(config.resources.devices)
-        needed = cost(config, chain).memory.total
+        needed = inference_cost(config, chain).memory.total
         if needed <= available:
             return
         fix = "use a device with more memory"
         for changes in smaller_settings(config):
             smaller = with_changes(config, changes)
+            # A change may use more devices. On a CPU, ranks share the memory.
             memory = hardware.memory_of_rank(smaller.resources.devices)
             is_valid = not has_error(self.problems(smaller, chain))
-            if is_valid and cost(smaller, chain).memory.total <= memory:
+            if is_valid and inference_cost(smaller, chain).memory.total <= memory:
                 settings = (f"stages.{name}.{key}={value}" for key, value in changes.items())
                 fix = f"set {' '.join(settings)}"
                 break

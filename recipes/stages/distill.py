@@ -51,7 +51,10 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems that would stop the training later, and a note on omitted hidden states."""
+    """Yields problems that would stop the training later.
+
+    Also yields a note if the loss on hidden states omits layers.
+    """
     yield from training_problems(cfg, chain)
     yield from loss_problems(cfg)
     yield from _hidden_state_problems(cfg, chain)
@@ -59,8 +62,9 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         yield from _cache_problems(cfg, cache)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
-    steps = cfg.student_steps
-    if steps != sorted(set(steps)) or any(step >= cfg.max_steps for step in steps):
+    steps = cfg.student_steps  # steps after which the student is saved, before the end
+    is_ascending = steps == sorted(set(steps))
+    if not is_ascending or any(step >= cfg.max_steps for step in steps):
         yield Problem(
             rules.STUDENT_STEPS,
             f"invalid student_steps={steps}: must be ascending steps from 1 to "
@@ -71,7 +75,15 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
-    """Checks that validations measure the KL to the teacher, which ``stop_at_recovered`` needs."""
+    """Checks what ``stop_at_recovered`` needs.
+
+    A validation before the end must measure the student's KL to the teacher.
+
+    Args:
+        cfg: Settings with ``stop_at_recovered``.
+        live_teacher: Shape of a teacher that runs in training; ``None`` if its logits are cached or
+            the loss does not use them.
+    """
     if live_teacher is None or not cfg.kd_weight:
         yield Problem(
             rules.STOP,
@@ -95,19 +107,22 @@ def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Ite
 
 
 def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks pairs of layers; yields a note if a loss on hidden states omits layers.
+    """Checks the pairs of layers whose hidden states the loss compares.
 
-    Both name the cost of comparing all layers.
+    With pipeline parallelism, only layers on the last pipeline stage can be compared. A problem or
+    note about this says how long a training without pipeline parallelism takes.
     """
     stages = cfg.pipeline_model_parallel_size
     student = chain.shape_of(cfg.inputs.get("student"))
     layers = student.num_layers
-    if not cfg.hidden_weight or not 1 < stages <= layers:
+    # ``layout_problems`` reports more pipeline stages than layers.
+    is_pipelined = 1 < stages <= layers
+    if not cfg.hidden_weight or not is_pipelined:
         yield from pair_problems(cfg, student, chain.teacher)
         return
     cost = _cost_without_pipeline(cfg, chain)
     yield from pair_problems(cfg, student, chain.teacher, cost)
-    if not cfg.hidden_pipeline_stages:
+    if not cfg.hidden_pipeline_stages:  # the user has not chosen which layers are compared
         first = last_stage_layers(layers, stages).start
         yield Problem(
             rules.HIDDEN_RANGE,
@@ -121,7 +136,7 @@ def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
     """Says how many hours the training takes on the same ranks without pipeline parallelism."""
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
-    # With a loss on hidden states, all candidate layouts keep this pipeline size, 1.
+    # With a loss on hidden states, ``workloads_on_all_layouts`` does not change the pipeline size.
     unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours
@@ -135,7 +150,7 @@ def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
 
 
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:
-    """Returns the settings of the teacher's logit cache, of this or another run.
+    """Returns the settings of the stage that caches the teacher's logits, in this or another run.
 
     Returns ``None`` for a live teacher, which computes its logits during the training.
     """
@@ -143,7 +158,7 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     stage = chain.stages.get(source or "")
     if stage is not None:
         return stage if isinstance(stage, CacheLogitsConfig) else None
-    manifest = manifest_of(source)
+    manifest = manifest_of(source)  # the source is a directory of another run
     if manifest is None or manifest.kind != CACHE_KIND:
         return None
     settings = {name: manifest.config[name] for name in CACHE_FIELDS}
@@ -151,9 +166,9 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
 
 
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
-    """Checks that the settings of a logit cache fit the distillation."""
+    """Checks that a distillation can train on the logits of a cache."""
     for name in ("seq_length", "temperature", "top_k"):
-        # ``top_k=None`` takes the value of the cache.
+        # Distillation with ``top_k=None`` uses the value of the cache.
         value, cached = getattr(cfg, name), getattr(cache, name)
         if value not in (None, cached):
             yield Problem(
@@ -164,7 +179,8 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
     if cfg.context_parallel_size > 1:
         yield Problem(
             rules.CACHED_TEACHER,
-            f"context_parallel_size={cfg.context_parallel_size} with a cached teacher",
+            f"context_parallel_size={cfg.context_parallel_size}, but a cached teacher has the "
+            "logits of whole sequences",
             "use teacher=live, or context_parallel_size=1",
         )
     if cfg.hidden_weight:
@@ -176,23 +192,29 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
     if cache.tail_draws and cfg.logits_loss != TAIL_DRAWS_LOSS:
         yield Problem(
             rules.CACHED_TEACHER,
-            f"logits_loss={cfg.logits_loss} with a teacher cached with tail_draws",
-            f"use {TAIL_DRAWS_LOSS}, or cache with tail_draws=0",
+            f"logits_loss={cfg.logits_loss}, but the teacher was cached with "
+            f"tail_draws={cache.tail_draws}",
+            f"use logits_loss={TAIL_DRAWS_LOSS}, or cache the teacher again with tail_draws=0",
         )
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
-    """Returns the training for plans. A teacher whose logits are cached or unused costs nothing."""
+    """Returns the training's workload, for plans.
+
+    A teacher whose logits are cached or not used costs nothing.
+    """
     cache = _cached_teacher(cfg, chain)
-    live = cache is None and uses_teacher(vars(cfg))
+    runs_teacher = cache is None and uses_teacher(vars(cfg))
+    live_teacher = chain.teacher if runs_teacher else None
     student = chain.shape_of(cfg.inputs.get("student"))
     num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
-    training = training_workload(cfg, student, chain.teacher if live else None, num_logits_losses)
-    stops = cfg.stop_at_recovered is not None
+    training = training_workload(cfg, student, live_teacher, num_logits_losses)
+    may_stop_early = cfg.stop_at_recovered is not None
     return replace(
         training,
-        validations=training.validations + stops,  # one before the first step
-        teacher_in_validation=stops,
+        # An early stop needs one more validation, before the first step.
+        validations=training.validations + may_stop_early,
+        teacher_in_validation=may_stop_early,
         hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, chain.teacher.num_layers),
         teacher_is_cached=cache is not None,
         cached_sequences=cache.num_sequences if cache else None,
@@ -200,9 +222,10 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
 
 
 def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
-    """Returns the disk space of all students and checkpoints."""
+    """Returns the bytes on disk of the student, its checkpoints and ``student_steps``."""
     parameters = chain.shape_of(cfg.inputs.get("student")).parameters()
-    return training_bytes(cfg, parameters) + 4 * parameters * len(cfg.student_steps)
+    student_bytes = 4 * parameters  # in float32
+    return training_bytes(cfg, parameters) + student_bytes * len(cfg.student_steps)
 
 
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -220,22 +243,23 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         )
     objective = Objective.of(cfg, inputs, nemo.architecture_of(student))
     log = metrics_log(out)
-    # ``stop_at_recovered`` also counts the KL that healing has removed (``stop_reason``).
+    # ``stop_at_recovered`` also counts the KL that healing has removed. ``stop_reason`` reads the
+    # fraction that remains from the metrics file, so it is logged with a progress record.
     if heal_result := inputs["student"].manifest.result_if("heal", HealResult):
         log.progress("student", 1, 1, **{INITIAL_KL: heal_result.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
-    kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-    distilled = None
+    kept_layers = inputs["student"].manifest.result(KeptLayers).kept_layers
+    full_result = None
     if rank() == 0:  # only rank 0 writes metrics
-        trained = result(cfg, metrics_file(out))
+        training = result(cfg, metrics_file(out))
         cache = objective.teacher.cache
-        sources = trained_sources(cfg, trained, inputs, cache.sequences if cache else None)
-        distilled = replace(trained, kept_layers=kept, sources=sources)
-    return checkpoint_outcome(distilled, student)
+        sources = trained_sources(cfg, training, inputs, cache.sequences if cache else None)
+        full_result = replace(training, kept_layers=kept_layers, sources=sources)
+    return checkpoint_outcome(full_result, student)
 
 
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
-    """Returns the result of a training run from its metrics file."""
+    """Reads the result of a training run from its metrics file, without layers and sources."""
     training = training_result(cfg, file)
     return DistillationResult(
         **vars(training),

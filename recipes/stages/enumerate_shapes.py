@@ -1,5 +1,7 @@
 """Lists the architectures within a budget that cannot grow on any axis.
 
+An architecture cannot grow if one more step on any axis would exceed the budget.
+
 Reads the teacher's ``config.json``, and a latency model if configured. Writes ``shapes.json``.
 """
 
@@ -29,10 +31,14 @@ EMPTY_BUDGET_FIX = (
     "raise the budget (but lower tokens_per_second), or raise max_depth_pruning and "
     "max_width_pruning in space"
 )
+"""Fix if no architecture fits. Unlike all other limits, ``tokens_per_second`` is a minimum."""
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the budget is missing, fits no architecture, or fits the teacher."""
+    """Yields problems of the teacher, the search space and the budget.
+
+    The budget must be set, must fit an architecture, and must not fit the teacher.
+    """
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "a search does not support MoE models", "use a dense model")
         return
@@ -51,7 +57,8 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
     elif not (shapes := cfg.shapes(chain.teacher)):
         limits = absolute_limits(chain.teacher, budget, cfg.service)
         yield Problem(rules.BUDGET, f"no architecture fits the budget {limits}", EMPTY_BUDGET_FIX)
-    # A teacher within the budget is the only shape listed. A measured latency may exclude it later.
+    # If the teacher is within the budget, it is the only listed shape. With the input ``latency``,
+    # only the measured latency shows whether the teacher is within the budget.
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
             f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
@@ -66,14 +73,15 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def resolve_from_chain(cfg: EnumerateShapesConfig, chain: Chain) -> EnumerateShapesConfig:
-    """Adds the device to the settings that the result depends on, if the budget limits speed."""
-    if cfg.budget.latency_ms is cfg.budget.tokens_per_second is None:
+    """Adds the device to the fingerprint if the budget limits speed."""
+    limits_speed = cfg.budget.latency_ms is not None or cfg.budget.tokens_per_second is not None
+    if not limits_speed:
         return cfg
     return replace(cfg, service=cfg.service.with_speed())
 
 
 def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Writes ``shapes.json``; the result has a table of the shapes."""
+    """Writes the shapes to ``shapes.json``, and returns them as a table in the result."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
     cfg = cfg.with_measured_latency(inputs)
     budget = absolute_limits(teacher, cfg.budget.limits(), cfg.service)
@@ -89,25 +97,31 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
-    """Returns a table of the costs of the teacher and of each architecture."""
+    """Returns a table with a row of ``SHAPE_COSTS`` for the teacher and for each architecture."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
-    source = "measured" if service.measured else f"by roofline of {service.device}"
+    latency_source = "measured" if service.measured else f"by roofline of {service.device}"
     return Table(
-        f"Architectures within the budget; latency {source}",
+        f"Architectures within the budget; latency {latency_source}",
         ["shape", *SHAPE_COSTS],
         [[name, *(cost(shape, service) for cost in SHAPE_COSTS.values())] for name, shape in rows],
     )
 
 
+def external(cfg: EnumerateShapesConfig) -> dict[str, Path]:
+    """Returns the teacher's folder, if the teacher is local."""
+    return {"config": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
+
+
 STAGE = Stage(
     config=EnumerateShapesConfig,
     kind="shapes",
+    # With measured latency, the shapes are not known before the run.
     shapes=lambda cfg, chain: [] if "latency" in cfg.inputs else cfg.shapes(chain.teacher),
     run=run,
     check=check,
     single_rank_reason="the stage takes only a moment",
     resolve_from_chain=resolve_from_chain,
-    external=lambda config: {"config": p} if (p := Path(config.hf_path)).is_dir() else {},
+    external=external,
     external_files=("config.json",),
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,

@@ -1,7 +1,7 @@
 """Evaluates the teacher, the pruned and the distilled model on the same held-out text.
 
-Reads the three models and the prepared text. Writes ``results.json`` with the losses of all
-sequences and generated text.
+Reads the three models and the prepared text. Writes ``results.json`` with each model's loss on each
+sequence and the text that it generates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks the lengths of prompts and sequences, and that each rank gets a sequence."""
+    """Checks the lengths of prompts and sequences, and that each rank gets a sequence or more."""
     if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,
@@ -37,7 +37,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of evaluating all models."""
+    """Estimates the cost of evaluating all models on one rank's sequences."""
     pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
@@ -46,7 +46,7 @@ def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures perplexity, KL to the teacher and top-1 agreement, in total and by source."""
+    """Measures perplexity, KL and top-1 agreement with the teacher, in total and by text source."""
     from nemo_convert import nemo
     from recipes.evaluation.text_quality import measure
 

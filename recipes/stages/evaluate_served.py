@@ -1,7 +1,8 @@
 """Evaluates an engine or a GGUF file, and compares it with the student that it was built from.
 
-Reads the built model, the student, and held-out text if configured. Writes the answers of both
-models to all items. OpenVINO runs in this process; llama.cpp and TensorRT-LLM run as servers.
+Reads the built model (the engine or GGUF file), the student, and held-out text if configured.
+Writes the answers of both models to all benchmark items. OpenVINO runs in this process; llama.cpp
+and TensorRT-LLM run as servers.
 """
 
 from __future__ import annotations
@@ -23,30 +24,32 @@ from recipes.planning.inference_cost import InferenceCost, benchmark_cost
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
-GENERATED = ("gsm8k_cot",)
+GENERATION_TASKS = ("gsm8k_cot",)
 """Tasks of ``offline_tasks`` in which the model generates text. The other tasks compare the
 log-probabilities of given answers."""
 
 
 def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of tasks and sequences, and of a server that is missing or cannot answer."""
+    """Yields problems of tasks, of sequences, and of a missing or unsuitable server."""
     yield from task_problems(cfg, chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if needs_tensorrt_llm(cfg, chain):
-        for name in sorted({*cfg.tasks} & TASKS.keys() - {*GENERATED}):
+        # Of tasks outside ``TASKS`` it is not known whether the model generates text.
+        for name in sorted({*cfg.tasks} & TASKS.keys() - {*GENERATION_TASKS}):
             yield Problem(
                 rules.SERVED,
                 f"task {name} needs log-probabilities of prompts, which trtllm-serve does not "
                 "return",
-                f"set stages.{cfg.name}.tasks=[{','.join(GENERATED)}]",
+                f"set stages.{cfg.name}.tasks=[{','.join(GENERATION_TASKS)}]",
             )
     elif cfg.limit is None:
         yield Problem(
             rules.SERVED_TIME,
-            f"{cfg.name} answers all items on a CPU, in llama.cpp one token at a time: it takes "
-            "longer than the plan says, for a large model many hours, and it cannot resume",
-            f"set stages.{cfg.name}.limit=100, which is the number of items of each task",
+            f"{cfg.name} answers all items on a CPU, in llama.cpp one token at a time: the stage "
+            "takes longer than the plan says, for a large model many hours, and cannot resume",
+            f"set stages.{cfg.name}.limit=100 to answer only the first 100 items of each task",
         )
+    # The artifact is either an engine or a GGUF file.
     is_gguf = engine_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():
         yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)
@@ -58,12 +61,11 @@ def needs_tensorrt_llm(cfg: EvaluateServedConfig, chain: Chain) -> bool:
 
 
 def inference_cost(cfg: EvaluateServedConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of both models over all items. Both have the student's shape."""
+    """Estimates the cost of running both models on all items. Both have the student's shape."""
     student = chain.shape_of(cfg.inputs.get("checkpoint"))
     bf16, models = cfg.precision == "bf16-mixed", (student, student)
-    # ``width``: tokens of a forward pass.
-    (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
-    return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
+    tokens, generations = task_tokens(cfg)
+    return benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware, generations)
 
 
 def run(cfg: EvaluateServedConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -1,7 +1,7 @@
 """Evaluates the teacher, the pruned and the distilled model on benchmark items with lm-eval.
 
-Reads the three models, and students that were saved before the end of the training. Writes the
-answers to all items. The items are divided among the ranks.
+Reads the three models, and the students that ``distill`` saved at ``student_steps``. Writes each
+model's answers to all items. The items are divided among the ranks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of running all models on one rank's items."""
     pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
-    steps = len(distill.student_steps) if isinstance(distill, DistillConfig) else 0
-    models = (chain.teacher, pruned, *[distilled] * (1 + steps))
+    num_earlier = len(distill.student_steps) if isinstance(distill, DistillConfig) else 0
+    students = [distilled] * (1 + num_earlier)  # the final one and those of earlier steps
+    models = (chain.teacher, pruned, *students)
     bf16 = cfg.precision == "bf16-mixed"
-    # ``width``: tokens of a forward pass.
-    (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
-    cost = benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
+    tokens, generations = task_tokens(cfg)
+    cost = benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware, generations)
     return replace(cost, keeps_answers=True)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Evaluates the models in turn, and compares them item by item."""
+    """Evaluates the models one after the other, and compares their answers item by item."""
     from recipes.evaluation.task_scores import score
 
     return Outcome(score(cfg, inputs, out, metrics_log(out)))

@@ -34,7 +34,7 @@ class ExportGgufConfig(StageConfig):
 
 
 def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the writer does not support the model's family or tokenizer."""
+    """Yields a problem if GGUF export does not support the model's family or tokenizer."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
         yield Problem(
@@ -43,10 +43,10 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
             "set gguf=null",
         )
     try:
-        # A hub model may not be downloaded yet. A folder without this file has another tokenizer.
         folder = local_folder(chain.hf_path)
+        # A hub model may not be downloaded yet. A tokenizer of another format has other files.
         if folder and (folder / TOKENIZER).is_file():
-            pre_tokenizer_name(read_json(folder / TOKENIZER))
+            pre_tokenizer_name(read_json(folder / TOKENIZER))  # raises an error if unsupported
     except RecipeError as error:
         yield Problem(rules.FORMAT, error.what, error.fix)
     except (AttributeError, KeyError, TypeError):
@@ -54,7 +54,7 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: ExportGgufConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Writes the GGUF file."""
+    """Converts the Hugging Face folder to a GGUF file."""
     source, log = inputs["checkpoint"], metrics_log(out)
     result = write(source.artifact, out / FILE, cfg.type, partial(log.progress, "gguf"))
     return Outcome.of(result, source.manifest)
@@ -68,5 +68,6 @@ STAGE = Stage(
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",)},
     needs_gpu=lambda config, chain: False,
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
+    # An upper bound: the teacher's size in float32.
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),
 )

@@ -1,6 +1,7 @@
 """Converts a NeMo checkpoint to a Hugging Face folder, and checks that the logits are equal.
 
-Reads the checkpoint, and results of other stages for the model card. Writes the folder.
+Reads the checkpoint, and results of other stages for the model card. Writes the folder. For a
+student, the folder has a new model card.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts the model, compares the logits before and after, and writes the model card."""
+    """Converts the model, compares its logits before and after, and writes a student's card."""
     from nemo_convert import convert, hf, nemo, parity
     from recipes.report.model_card import write_card
     from recipes.report.upstream import upstream
@@ -44,7 +45,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
     comparison = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
-    if "evaluation" in inputs:  # only students are evaluated; a teacher keeps its own card
+    if "evaluation" in inputs:  # only for a student; an exported teacher keeps its own card
         write_card(out, cfg.teacher, cfg.recipe, inputs, upstream(inputs))
     log.progress("export", 2, 2)
     result = ParityResult(comparison.max_logit_difference, comparison.tokens)
@@ -58,7 +59,8 @@ STAGE = Stage(
     run=run,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # All are for the model card. ``measure_speed`` cannot be an input: it depends on this stage.
+    # All are for the model card. Speed is not in the card, because ``measure_speed`` reads this
+    # stage's output.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
@@ -68,6 +70,7 @@ STAGE = Stage(
     },
     external=lambda config: {"card": CARD_TEMPLATE},
     names_accepted_results=True,
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
+    # An upper bound: the teacher's size in float32.
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),
     inference_cost=inference_cost,
 )

@@ -1,7 +1,7 @@
 """Reconstructs (heals) a pruned model by least squares, so that it approximates the teacher.
 
 Reads the pruned model, its teacher, and calibration and validation text. Writes the reconstructed
-checkpoint. Measures the KL to the teacher on validation text, before and after.
+checkpoint. Measures the KL to the teacher on validation text, before and after reconstruction.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks the sequences, that the model is dense, and that it was pruned from the teacher."""
+    """Checks ``seq_length``, and that the model is dense and was pruned from the teacher."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
@@ -37,14 +37,15 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
             f"{cfg.name} does not support MoE models",
             "set heal=null",
         )
-    pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
-    if pruned is None:  # a stage of another run
+    pruning = chain.stages.get(cfg.inputs.get("checkpoint", ""))
+    if pruning is None:  # the checkpoint comes from another run
         return
-    source, teacher = pruned.inputs.get("checkpoint"), cfg.inputs.get("teacher")
-    if not isinstance(pruned, PruneConfig):
+    source, teacher = pruning.inputs.get("checkpoint"), cfg.inputs.get("teacher")
+    if not isinstance(pruning, PruneConfig):
         yield Problem(
             rules.HEALING,
-            f"the checkpoint of {cfg.name} is {cfg.inputs['checkpoint']}, which does not prune",
+            f"the checkpoint of {cfg.name} comes from the stage {cfg.inputs['checkpoint']}, which "
+            "does not prune",
             f"set stages.{cfg.name}.inputs.checkpoint to a stage that prunes",
         )
     elif source != teacher:
@@ -56,9 +57,9 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing, and of comparing the teacher with both students.
+    """Estimates the cost of healing, and of comparing two students with the teacher.
 
-    The students are the pruned model before and after healing.
+    The two students are the pruned model before and after healing.
     """
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
@@ -68,14 +69,14 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` includes only one of the students, which have the same shape.
+    # ``comparison`` includes the forward passes of one student. The other has the same shape.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
-    # The whole cost counts as float32, because healing takes most of the time.
+    # All FLOPs count as float32, because healing runs in float32 and takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Reconstructs and saves the model, and measures its KL to the teacher before and after."""
+    """Reconstructs and saves the model. Measures its KL to the teacher before and after."""
     from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
     from recipes.data.token_sequences import read_sequences
@@ -89,11 +90,11 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     student, weights = nemo.architecture_of(pruned), dict(hf_weights(pruned))
     data, length = inputs["data"], cfg.seq_length
-    text = read_sequences(data, "calibration", length, cfg.num_calibration_samples)
-    batches = text.tokens.split(cfg.micro_batch_size)
+    calibration = read_sequences(data, "calibration", length, cfg.num_calibration_samples)
+    batches = calibration.tokens.split(cfg.micro_batch_size)
     kept = KeptIndices.load(inputs["checkpoint"].artifact)
     progress = partial(metrics_log(out).progress, "heal")
-    heal_weights(teacher, student, kept, weights, batches, progress)
+    heal_weights(teacher, student, kept, weights, batches, progress)  # changes ``weights``
     save_weights(pruned, student, weights, out / pruned.name)
     del weights  # frees memory for the comparison
     validation = read_sequences(data, "validation", length, cfg.num_samples)
@@ -103,7 +104,7 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     result = HealResult(
         kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,
-        calibration_tokens=text.tokens.numel(),
+        calibration_tokens=calibration.tokens.numel(),
         kl_pruned=before.kl_to_teacher,
         kl_healed=after.kl_to_teacher,
     )
@@ -122,5 +123,6 @@ STAGE = Stage(
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
+    # At most float32, 4 bytes per parameter.
     disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
 )

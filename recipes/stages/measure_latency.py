@@ -1,9 +1,9 @@
 """Fits a latency model for the search to the measured speed of a few architectures.
 
 Reads the teacher's config and tokenizer. Builds and times engines for the corners of the search
-space, and fits the latency model to their times. An engine in the middle of the space is not part
-of the fit and shows the model's error. The engines have random weights, which do not affect the
-time. Writes ``latency.json``.
+space, and fits the latency model to their times. Also times an engine for the middle of the space.
+Its time is not part of the fit and shows the latency model's error. The engines have random
+weights, which do not affect the time. Writes ``latency.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies the search space and the serving settings, with the device, from the search."""
+    """Copies the search space and the serving settings from ``enumerate_shapes``.
+
+    The serving settings include the device and its rates, so both are in the fingerprint.
+    """
     for stage in chain.stages.values():
         if isinstance(stage, EnumerateShapesConfig):
             return replace(cfg, space=stage.space, service=stage.service.with_speed())
@@ -43,25 +46,29 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the budget, of the engine's settings and of the requests' lengths."""
+    """Yields problems of the budget, of the engine's settings and of the timed requests."""
     cfg = resolve_from_chain(cfg, chain)
-    searches = (s for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig))
-    if any(s.budget.latency_ms is s.budget.tokens_per_second is None for s in searches):
+    budgets = [s.budget for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig)]
+    # Only these two limits depend on the latency model.
+    if any(b.latency_ms is None and b.tokens_per_second is None for b in budgets):
         yield Problem(
             rules.BUDGET,
             "measure_latency would build and time engines, but the budget does not limit latency",
-            "set budget.latency_ms or tokens_per_second, or leave out latency_model=measured",
+            "set budget.latency_ms or budget.tokens_per_second, or leave out "
+            "latency_model=measured",
         )
     setting = "stages.measure_latency.engine"
     if cfg.engine.precision in CALIBRATED_FORMATS:
         yield Problem(
             rules.FORMAT,
-            f"engines in {cfg.engine.precision} need calibrated weights, and measure_latency has "
-            "random weights",
+            f"engines in {cfg.engine.precision} need calibrated weights, but measure_latency "
+            "builds engines with random weights",
             f"set {setting}.precision=bf16, or use latency_model=roofline",
         )
-    builds = any(isinstance(stage, BuildEngineConfig) for stage in chain.stages.values())
-    if chain.hardware.on_gpu and cfg.engine.backend == "openvino" and not builds:
+    # Engines are timed with the settings of ``build_engine``. Without this stage, OpenVINO is only
+    # a default, which does not fit a search for a GPU.
+    has_engine = any(isinstance(stage, BuildEngineConfig) for stage in chain.stages.values())
+    if chain.hardware.on_gpu and cfg.engine.backend == "openvino" and not has_engine:
         yield Problem(
             rules.FORMAT,
             f"OpenVINO engines run on the CPU, but the search is for {chain.hardware.name}",
@@ -72,25 +79,31 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     if request.prompt_tokens < 1:
         yield Problem(
             rules.LENGTH,
-            f"new_tokens={cfg.new_tokens} leaves no room for a prompt in "
-            f"service.context_length={cfg.service.context_length}",
+            f"new_tokens={cfg.new_tokens} is too large for service.context_length="
+            f"{cfg.service.context_length}: a prompt would have less than one token",
             "lower new_tokens, or raise service.context_length",
         )
-    smaller = "lower service.batch_size, service.context_length or new_tokens"
-    yield from request_problems(request, cfg.engine, setting, smaller)
-    limit = chain.teacher.max_position_embeddings
-    if (length := request.prompt_tokens + request.new_tokens) > limit:
+    smaller_request_fix = "lower service.batch_size, service.context_length or new_tokens"
+    yield from request_problems(request, cfg.engine, setting, smaller_request_fix)
+    positions = chain.teacher.max_position_embeddings
+    length = request.prompt_tokens + request.new_tokens
+    if length > positions:
         yield Problem(
             rules.LENGTH,
-            f"requests have {length} tokens, more than the model's {limit} positions",
+            f"timed requests have {length} tokens, more than the model's {positions} positions",
             "lower service.context_length",
         )
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Returns an upper bound: for each shape, a bfloat16 model and a float32 engine."""
+    """Returns an upper bound in bytes.
+
+    Each shape has a bfloat16 model and an engine in at most float32. No shape is larger than the
+    teacher.
+    """
     num_shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # the corners and the middle
-    return num_shapes * (2 + 4) * chain.teacher.parameters()
+    model_bytes, engine_bytes = 2, 4  # per parameter
+    return num_shapes * (model_bytes + engine_bytes) * chain.teacher.parameters()
 
 
 def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -102,9 +115,10 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side_files))
     corners, middle = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
-    shapes = [*corners, *([] if middle in corners else [middle])]
+    # In a small space, the middle is also a corner.
+    shapes = corners if middle in corners else [*corners, middle]
     scratch = out.parent / "engines"
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
     models = []
     for done, shape in enumerate(shapes):
         log.progress("engine", done, len(shapes))
@@ -113,7 +127,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     threads = cfg.threads or cpu_threads()
     start = partial(start_worker, scratch / "trtllm_bench", threads)
     rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
-    step_times = [step_ms(row) for row in rows]
+    step_times = [step_ms(row) for row in rows]  # a row for each shape, in the order of ``shapes``
     latency_model = fit_latency(corners, step_times[: len(corners)], cfg.service)
     service = replace(cfg.service, measured=latency_model)
     result = LatencyResult(

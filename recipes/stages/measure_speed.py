@@ -44,62 +44,68 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem for each request that the models or their engines do not support."""
+    """Yields problems of the largest batch of requests, and of engines that cannot be compared."""
     positions = chain.teacher.max_position_embeddings
-    largest = RequestShape(max(cfg.batch_sizes), max(cfg.prompt_tokens), cfg.new_tokens)
-    if (length := largest.prompt_tokens + largest.new_tokens) > positions:
+    largest_batch = RequestShape(max(cfg.batch_sizes), max(cfg.prompt_tokens), cfg.new_tokens)
+    length = largest_batch.prompt_tokens + largest_batch.new_tokens
+    if length > positions:
         yield Problem(
             rules.LENGTH,
             f"prompt_tokens + new_tokens is {length}, but the model has {positions} positions",
             "lower prompt_tokens or new_tokens",
         )
-    engines = {}
+    engines = []  # in the order of ``ENGINE_ROLES``: teacher, student
     for name in (f"{role}_engine" for role in ENGINE_ROLES):
         if engine := engine_of(cfg.inputs.get(name, ""), chain):
-            engines[name] = engine
-            smaller = "lower batch_sizes, prompt_tokens or new_tokens"
-            yield from request_problems(largest, engine, cfg.inputs[name], smaller)
+            engines.append(engine)
+            other_fix = "lower batch_sizes, prompt_tokens or new_tokens"
+            yield from request_problems(largest_batch, engine, cfg.inputs[name], other_fix)
     if len(engines) == len(ENGINE_ROLES):
-        yield from _pair_problems(*engines.values())
+        yield from _pair_problems(*engines)
 
 
 def _pair_problems(teacher: BuildEngineConfig, student: BuildEngineConfig) -> Iterator[Problem]:
     """Yields a problem for each setting in which the engines must agree.
 
-    The types of weights may differ, to measure a quantized student. Its KV cache may differ, too.
+    The weights' precisions may differ, because the student may be quantized. If they differ, the
+    types of the KV caches may differ, too.
     """
-    names = ["backend", *(["kv_cache_dtype"] if teacher.precision == student.precision else [])]
+    names = ["backend"]
+    if teacher.precision == student.precision:
+        names.append("kv_cache_dtype")
     for name in names:
-        of_teacher, of_student = getattr(teacher, name), getattr(student, name)
-        if of_teacher != of_student:
+        teacher_value, student_value = getattr(teacher, name), getattr(student, name)
+        if teacher_value != student_value:
             yield Problem(
                 rules.ENGINE_PAIR,
-                f"the teacher's engine has {name}={of_teacher}, the student's {of_student}",
+                f"the teacher's engine has {name}={teacher_value}, the student's {student_value}",
                 f"build both engines with the same {name}",
             )
 
 
 def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
-    """Estimates the minimum cost of all requests to both engines, without the baseline's time.
+    """Estimates the minimum cost of all requests to both engines.
 
-    On a CPU, all models are in memory at the same time; baselines are in float32.
+    The baseline's time is not counted. On GPUs, the memory is that of the larger engine; on a CPU,
+    that of all engines and baselines together.
     """
     shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
-    requests = (1 + cfg.repetitions) * shapes  # one more for the warm-up run
+    requests = (1 + cfg.repetitions) * shapes  # the shapes once more for the warm-up
     costs, baseline_bytes = [], 0
     for role in ENGINE_ROLES:
         # If the engine's settings are not known, this assumes the defaults.
         engine = engine_of(cfg.inputs.get(f"{role}_engine", ""), chain) or BuildEngineConfig()
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
         costs.append(serving_cost(arch, requests, cfg.new_tokens, engine.storage, devices))
-        baseline_bytes += 4 * arch.parameters() * cfg.baseline
+        if cfg.baseline:
+            baseline_bytes += 4 * arch.parameters()  # float32
     memories = [cost.memory for cost in costs]
-    together = Memory(
+    all_models = Memory(
         weights=sum(memory.weights for memory in memories) + baseline_bytes,
         activations=sum(memory.activations for memory in memories),
     )
     return InferenceCost(
-        largest(*memories) if chain.hardware.on_gpu else together,
+        largest(*memories) if chain.hardware.on_gpu else all_models,
         sum((cost.compute for cost in costs), Compute()),
         all(cost.bf16 for cost in costs),
         sum(cost.generated_bytes for cost in costs),
@@ -107,17 +113,17 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
 
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
-    """Returns whether one of the engines, in this or another run, is TensorRT-LLM's."""
+    """Returns whether TensorRT-LLM builds one of the engines, in this or in another run."""
     return any_tensorrt_llm([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
 
 
 def devices(cfg: MeasureSpeedConfig, chain: Chain) -> int:
-    """Returns the devices of the larger engine. The engines run one after the other."""
+    """Returns the number of devices of the larger engine, because the engines run in turn."""
     return engine_devices([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures both engines and, if configured, the baseline; computes the speed-ups."""
+    """Measures both engines and, with ``baseline``, both transformers models; adds speed-ups."""
     from recipes.engines import machine_rates
 
     models = _timed_models(cfg, inputs, out.parent)
@@ -140,35 +146,54 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[TimedModel]:
-    """Returns teacher and student as engines; with the baseline, also as transformers models."""
+    """Returns the engines of teacher and student; with ``baseline``, also the float32 models.
+
+    NeMo checkpoints are converted to Hugging Face folders in ``scratch``.
+    """
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
     engines = [timed_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
     baselines = [
-        TimedModel(e.role, BASELINE, Storage("fp32"), e.folder, e.folder, e.architecture)
-        for e in engines
+        TimedModel(
+            role=engine.role,
+            backend=BASELINE,
+            storage=Storage("fp32"),
+            path=engine.folder,
+            folder=engine.folder,
+            architecture=engine.architecture,
+        )
+        for engine in engines
     ]
     return [*engines, *(baselines if cfg.baseline else ())]
 
 
 def timed_engine(role: str, engine: Input, folder: Path) -> TimedModel:
-    """Returns the engine of a model in ``folder``."""
-    built = built_engine(engine.manifest)
+    """Returns an engine to measure.
+
+    Args:
+        role: ``teacher`` or ``student``.
+        engine: Output of ``build_engine``.
+        folder: Hugging Face folder of the engine's model.
+    """
+    settings = built_engine(engine.manifest)
     return TimedModel(
-        role,
-        built.backend,
-        built.storage,
-        engine.artifact,
-        folder,
-        Architecture(**(engine.manifest.architecture or {})),
-        built.tensor_parallel_size,
+        role=role,
+        backend=settings.backend,
+        storage=settings.storage,
+        path=engine.artifact,
+        folder=folder,
+        architecture=Architecture(**(engine.manifest.architecture or {})),
+        tensor_parallel_size=settings.tensor_parallel_size,
     )
 
 
 def _roofline(machine: MachineRates, model: TimedModel) -> Roofline:
-    """Returns the rates that bound a model's speed. Only ``fp32`` engines compute in float32."""
-    rates = machine.flops_per_second
-    fastest = rates["float32"] if model.storage.precision == "fp32" else max(rates.values())
-    return Roofline(fastest, machine.bytes_per_second)
+    """Returns the machine's peak rates, which bound a model's speed.
+
+    Only ``fp32`` engines compute in float32. Others may compute in the fastest dtype.
+    """
+    rates = machine.flops_per_second  # by dtype
+    peak_flops = rates["float32"] if model.storage.precision == "fp32" else max(rates.values())
+    return Roofline(peak_flops, machine.bytes_per_second)
 
 
 STAGE = Stage(

@@ -56,24 +56,27 @@ Costs = Mapping[str, tuple[Workload, TrainingCost]]
 
 @dataclass
 class PlanConfig(StageConfig):
-    """Settings of ``plan``, copied from the other stages. If these change, ``plan`` runs again."""
+    """Settings of ``plan``, computed from the other stages. If one changes, ``plan`` runs again."""
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Trainings, and teachers' passes over a text, by stage."""
+    """Fields of a ``Workload`` by stage, for stages that train or that cache a teacher's logits."""
     inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Costs of the other stages that run models, by stage."""
+    """Fields of an ``InferenceCost`` by stage, for the other stages that run models."""
     preparation_seconds: dict[str, PositiveOrZero] = field(default_factory=dict)
-    """Expected time of each stage that tokenizes text of a known size."""
+    """Expected seconds of each stage that tokenizes text of a known size."""
     not_estimated: list[str] = field(default_factory=list)
     """Stages whose time is not estimated, such as builds of engines."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """The hardware profile."""
+    """Fields of ``Hardware``: the hardware profile."""
     from_published_config: bool = False
     """Whether shapes come from a bundled copy of the config, because config.json cannot be read."""
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """Copies workloads, costs and hardware from the chain; unset memory becomes this machine's."""
+    """Copies workloads, costs and hardware from the chain.
+
+    If the hardware profile sets no memory, this machine's memory is used.
+    """
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     preparation = preparation_seconds(chain)
     estimated = {cfg.name, *chain.workloads, *chain.inference_costs, *preparation}
@@ -95,15 +98,15 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _machine_rates()) is not None:
         hardware = replace(hardware, **asdict(rates))
-    costs = {
+    costs: Costs = {
         name: (workload, training_cost(workload, hardware)) for name, workload in workloads.items()
     }
     hours = {name: cost.hours for name, (_, cost) in costs.items()}
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     hours |= {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
     result = PlanResult(
-        summary_of(costs, hardware, cfg.from_published_config),
-        [
+        summary=summary_of(costs, hardware, cfg.from_published_config),
+        tables=[
             *tables(costs, hardware),
             *inference_table(inference, hardware),
             *_table(
@@ -115,8 +118,8 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
             ),
             *_table("Time not estimated", ({"stage": name} for name in cfg.not_estimated)),
         ],
-        {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
-        {name: 3600 * stage_hours for name, stage_hours in hours.items()},
+        tokens_per_second={name: cost.tokens_per_second for name, (_, cost) in costs.items()},
+        seconds={name: 3600 * stage_hours for name, stage_hours in hours.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
@@ -124,18 +127,19 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _typed(cls: type[T], plain: dict[str, Any]) -> T:
-    """Restores a dataclass from the output of ``asdict``."""
+    """Restores a dataclass and its nested dataclasses from the output of ``asdict``."""
     typed: T = TypeAdapter(cls).validate_python(plain)
     return typed
 
 
 def _machine_rates() -> TrainingRates | None:
-    """Returns this machine's rates (FLOPs and bytes per second), from the cache or measured.
+    """Reads this machine's rates from the cache, or measures and caches them.
 
     Rates that were measured while other programs ran are not cached.
 
     Returns:
-        The rates; ``None`` if they are neither cached nor measurable, because torch is missing.
+        FLOPs and bytes per second; ``None`` if they are not cached and torch, which the measurement
+        needs, is missing.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -151,7 +155,7 @@ def _machine_rates() -> TrainingRates | None:
 
 
 def read_rates(threads: int) -> TrainingRates | None:
-    """Reads this processor's rates from the user's cache; ``None`` if they are not cached."""
+    """Reads this machine's rates from the user's cache; ``None`` if it has no valid rates."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return TrainingRates(**json.loads(_rates_file(threads).read_text(encoding="utf-8")))
     return None
@@ -166,6 +170,7 @@ def write_rates(threads: int, rates: TrainingRates) -> None:
 
 
 def _rates_file(threads: int) -> Path:
+    """Returns the cache file, named by a digest of all that may change the rates."""
     lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
     key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
     key |= {"torch": installed_version("torch"), "format": RATES_FORMAT}
@@ -173,7 +178,11 @@ def _rates_file(threads: int) -> Path:
 
 
 def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
-    """Returns the plan's summary: sums over all workloads, and the largest memory."""
+    """Returns the plan's summary by label.
+
+    It has the assumed hardware, sums over all workloads, and the memory of the workload that needs
+    the most.
+    """
     training_costs = [cost for _, cost in costs.values()]
     largest_memory = max((cost.memory.total for cost in training_costs), default=0)
     return {
@@ -217,7 +226,7 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
 
 
 def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
-    """Returns at most one table: memory and time of the stages with an ``InferenceCost``."""
+    """Returns a table of the memory and time of stages with an ``InferenceCost``, if any."""
     available = hardware.memory_of_rank(1)
     return _table(
         "Other stages",
@@ -233,14 +242,18 @@ def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> l
     )
 
 
-def _table(title: str, rows: Iterable[Row]) -> list[Table]:
-    """Returns a list with one table; an empty list without rows. All rows have the same columns."""
-    listed = list(rows)
-    cells = [list(row.values()) for row in listed]
-    return [Table(title, list(listed[0]), cells)] if listed else []
+def _table(title: str, row_iterable: Iterable[Row]) -> list[Table]:
+    """Returns a list with one table, or an empty list if there are no rows.
+
+    Rows map columns to cells. All rows must have the same columns in the same order.
+    """
+    rows = list(row_iterable)
+    cells = [list(row.values()) for row in rows]
+    return [Table(title, list(rows[0]), cells)] if rows else []
 
 
 def _model_rows(costs: Costs) -> Iterable[Row]:
+    """Yields a row for each distinct architecture, named after the first stage that has it."""
     seen: list[Architecture] = []
     for name, (workload, _) in costs.items():
         for role, arch in (("trained", workload.trained), ("teacher", workload.teacher)):
@@ -252,7 +265,7 @@ def _model_rows(costs: Costs) -> Iterable[Row]:
                 "layers": arch.num_layers,
                 "hidden": arch.hidden_size,
                 "feed-forward": arch.moe_ffn_hidden_size or arch.ffn_hidden_size,
-                "heads": f"{arch.num_attention_heads}/{arch.num_query_groups}",
+                "heads": f"{arch.num_attention_heads}/{arch.num_query_groups}",  # query/key-value
                 "vocabulary": arch.vocab_size,
                 "parameters": _short(arch.parameters()),
                 "bf16 GB": f"{2 * arch.parameters() / 1e9:.2f}",
@@ -265,8 +278,9 @@ def _memory_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
         available = hardware.memory_of_rank(workload.layout.devices)
         yield {
             "stage": name,
-            "layout": _layout(workload),
-            **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
+            "layout": _layout_text(workload),
+            # A column for each field of ``Memory``.
+            **{use: f"{size / 1e9:.2f}" for use, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
             "available": f"{available / 1e9:.1f}",
             "host memory to save": f"{gathering_bytes(workload) / 1e9:.1f}",
@@ -275,10 +289,13 @@ def _memory_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
 
 def _time_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
     for name, (workload, cost) in costs.items():
-        parts = {part.replace("_", " "): seconds for part, seconds in vars(cost.step).items()}
         yield {
             "stage": name,
-            **{part: f"{seconds:.3g}" for part, seconds in parts.items()},
+            # A column for each field of ``StepTime``.
+            **{
+                cause.replace("_", " "): f"{seconds:.3g}"
+                for cause, seconds in vars(cost.step).items()
+            },
             "total": f"{cost.step.total:.3g}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
             "seconds to save": f"{gathering_seconds(workload, hardware):.3g}",
@@ -288,6 +305,7 @@ def _time_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
 
 def _cost_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
     for name, (workload, cost) in costs.items():
+        # A CPU node is one device, however many ranks it has.
         devices = workload.layout.ranks if hardware.on_gpu else workload.layout.nodes
         yield {
             "stage": name,
@@ -306,7 +324,7 @@ def _layout_rows(workload: Workload, hardware: Hardware) -> Iterable[Row]:
         cost = proposal.cost
         yield {
             "devices": proposal.workload.layout.ranks,
-            "layout": _layout(proposal.workload),
+            "layout": _layout_text(proposal.workload),
             "GB": f"{cost.memory.total / 1e9:.1f}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
             "hours": f"{cost.hours:,.1f}",
@@ -315,17 +333,17 @@ def _layout_rows(workload: Workload, hardware: Hardware) -> Iterable[Row]:
         }
 
 
-def _layout(workload: Workload) -> str:
-    """Formats a layout, such as ``TP=2 DP=4 micro 1 SP``."""
+def _layout_text(workload: Workload) -> str:
+    """Formats a layout, such as ``TP=2 DP=4 micro 1 SP``: micro batch size 1, sequence parallel."""
     layout = workload.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert}
-    parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    parts += [f"DP={layout.data}", f"micro {layout.micro_batch_size}"]
+    words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    words += [f"DP={layout.data}", f"micro {layout.micro_batch_size}"]
     if layout.sequence_parallel:
-        parts.append("SP")
+        words.append("SP")
     if layout.recompute_granularity != "none":
-        parts.append(f"recompute {layout.recompute_granularity}")
-    return " ".join(parts)
+        words.append(f"recompute {layout.recompute_granularity}")
+    return " ".join(words)
 
 
 def _rounded(number: float) -> float:
@@ -334,7 +352,7 @@ def _rounded(number: float) -> float:
 
 
 def _short(number: float) -> str:
-    """Formats a number with three digits and a unit: 1.23 M, 4.5 B."""
+    """Formats a number with at most three significant digits and a unit: 1.23 M, 4.5 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

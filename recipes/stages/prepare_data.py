@@ -60,10 +60,9 @@ SEED = 1234
 """Default seed for conversations that the teacher writes."""
 SPLITS_FOLDER = "splits"
 """Folder in ``work/`` with unfinished splits, from which a killed stage resumes."""
-
 MIN_PROGRESS_TOKENS = 10_000_000
-"""A changed setting may delete unfinished work with fewer tokens, such as that of a too short text:
-one process tokenizes them again in about half a minute."""
+"""Unfinished work with fewer tokens may be deleted when a setting changes, because one process
+tokenizes them again in about half a minute."""
 
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
@@ -76,7 +75,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources, splits and conversations, without reading whole files."""
-    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_range_problems(cfg, chain)):
+    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_leak_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source, licence in known_licences(tuple(cfg.texts()), HUB_SECONDS).items():
         if licence is None and parse_source(source).hub:
@@ -86,7 +85,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             what = f"the licence of '{source}', {licence}, forbids commercial use"
             yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
     if cfg.resources.ranks > 1 and (cfg.teacher_sources() or cfg.prefix):
-        what = "a teacher's conversations and data.prefix need one rank; only text can use several"
+        what = f"teacher:// sources and data.prefix need one rank, not {cfg.resources.ranks}"
         yield Problem(rules.ONE_RANK, what, "set resources.nodes and resources.devices to 1")
     yield from _chat_problems(cfg, chain)
     if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
@@ -114,28 +113,27 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     yield from _weight_problems(cfg)
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
-            example = with_option(source, "tokens", 100000)
-            yield f"'{source}' sets no number of tokens", f"for example {example}"
-    texts: set[Source] = set()
+            fix = f"for example {with_option(source, 'tokens', 100000)}"
+            yield f"'{source}' sets no number of tokens", fix
+    # Sources that differ only in the options below contain the same text.
+    seen: set[Source] = set()
     for source in cfg.all_sources():
         text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
-        if text in texts:
+        if text in seen:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
             yield what, "remove one of the two entries"
-        texts.add(text)
+        seen.add(text)
 
 
 def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with ``data.prefix`` or the sizes of its files, each with a fix."""
     if not cfg.prefix:
         return
-    unsupported = {
-        "data.sources=[]": cfg.sources,
-        "data.format=text": cfg.chat_sources(),
-    }
+    # By fix: sources that cannot be combined with a prefix.
+    unsupported = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
     if any(unsupported.values()):
         what = "data.prefix cannot be combined with sources or conversations"
-        yield what, " ".join(fix for fix, value in unsupported.items() if value)
+        yield what, " ".join(fix for fix, sources in unsupported.items() if sources)
     source = parse_source(cfg.prefix)
     if source != Source(source.path, licence=source.licence):
         yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"
@@ -145,45 +143,46 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         yield error.what, error.fix
 
 
-def _range_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
-    """Yields a problem if text that the input ``held_out`` holds out could be trained on.
+def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
+    """Yields a problem if documents that the input ``held_out`` holds out could be trained on.
 
-    Documents of a prefix have no digests, so they cannot be compared with other documents. Held-out
-    sources have digests.
+    Documents are compared by digest. A prefix has no digests, but held-out sources have.
     """
-    name = cfg.inputs.get("held_out", "")
-    first = chain.stages.get(name)
-    if not isinstance(first, PrepareDataConfig) or not (cfg.prefix or first.prefix):
+    earlier = cfg.inputs.get("held_out", "")
+    earlier_cfg = chain.stages.get(earlier)
+    if not isinstance(earlier_cfg, PrepareDataConfig) or not (cfg.prefix or earlier_cfg.prefix):
         return
-    if first.prefix and first.heldout_sources:
+    if earlier_cfg.prefix and earlier_cfg.heldout_sources:
         return
     later = cfg.name
-    if not cfg.prefix or not first.prefix:
+    if not cfg.prefix or not earlier_cfg.prefix:
         yield (
-            f"only one of {name} and {later} has tokenized text (prefix), so {later} cannot leave "
-            f"out the documents that {name} holds out",
+            f"only one of {earlier} and {later} has tokenized text (prefix), so {later} cannot "
+            f"leave out the documents that {earlier} holds out",
             "set the prefix for both or for neither; or if their texts share no documents, remove "
             f"the input: '~stages.{later}.inputs.held_out'",
         )
         return
-    names = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
-    different = [key for key in names if vars(cfg)[key] != vars(first)[key]]
+    # If both divide the same files, all settings that affect the split boundaries must be equal.
+    keys = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
+    different = [key for key in keys if vars(cfg)[key] != vars(earlier_cfg)[key]]
     different += ["heldout_sources"] if cfg.heldout_sources else []
-    data, first_data = (paths_of(config.prefix_path)[".bin"] for config in (cfg, first))
-    if data.resolve() == first_data.resolve() and different:
-        what = f"{name} and {later} divide data.prefix={cfg.prefix} at different documents"
-        values = " ".join(f"'stages.{later}.{key}=${{stages.{name}.{key}}}'" for key in different)
-        yield what, f"set {values}, or use other text"
+    data, earlier_data = (paths_of(config.prefix_path)[".bin"] for config in (cfg, earlier_cfg))
+    if data.resolve() == earlier_data.resolve() and different:
+        what = f"{earlier} and {later} divide data.prefix={cfg.prefix} at different documents"
+        fixes = " ".join(f"'stages.{later}.{key}=${{stages.{earlier}.{key}}}'" for key in different)
+        yield what, f"set {fixes}, or use other text"
 
 
 def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with the sources' weights taken together, each with a fix."""
+    """Yields what is wrong with the sources' weights as a whole, each with a fix."""
     weighted = [source for source in cfg.sources if parse_source(source).weight]
+    unweighted = [source for source in cfg.sources if source not in weighted]
     for source in cfg.heldout_sources:
         if parse_source(source).weight:
             yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
-    for source in cfg.sources if weighted else []:
-        if source not in weighted:
+    if weighted:
+        for source in unweighted:
             yield (
                 f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do",
                 "give every training source a weight, or give none a weight",
@@ -193,13 +192,13 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Checks conversations. Reads only the model's files and the first lines of the sources."""
     chats = cfg.chat_sources()
-    if cfg.format == "chat" and not set(chats) & set(cfg.sources):
+    if cfg.format == "chat" and set(chats).isdisjoint(cfg.sources):
         yield Problem(
             rules.CHAT,
             "data.format=chat, but '#text=FIELD' makes every training source plain text",
             "give conversations: data.sources=[my.jsonl]",
         )
-    if chats and has_chat_template(chain.hf_path) is False:
+    if chats and has_chat_template(chain.hf_path) is False:  # ``None`` means unknown
         yield Problem(
             rules.CHAT,
             f"'{chats[0]}' has conversations, but {chain.hf_path} has no chat template",
@@ -212,15 +211,15 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:
-    """Returns the size of the tokens and the loss mask, without sources of unknown size."""
-    tokens = sum(number for number in source_tokens(cfg).values() if number < math.inf)
-    return int(tokens) * (TOKEN_BYTES + bool(cfg.chat_sources()))
+    """Returns the bytes of tokens and loss mask (1 each), without sources of unknown size."""
+    tokens = sum(count for count in source_tokens(cfg).values() if count < math.inf)
+    return int(tokens) * (TOKEN_BYTES + (1 if cfg.chat_sources() else 0))
 
 
 def progress(work: Path) -> str | None:
-    """Returns the number of tokens in all splits of unfinished work that should not be lost."""
-    size = sum(file.stat().st_size for file in (work / SPLITS_FOLDER).glob("*.bin"))
-    tokens = size // TOKEN_BYTES
+    """Describes unfinished work by its tokens; ``None`` below ``MIN_PROGRESS_TOKENS``."""
+    files = (work / SPLITS_FOLDER).glob("*.bin")
+    tokens = sum(file.stat().st_size for file in files) // TOKEN_BYTES
     return f"{tokens:,} tokens" if tokens >= MIN_PROGRESS_TOKENS else None
 
 
@@ -235,9 +234,10 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
 
     side_files = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side_files, cfg.document_end)
-    chat = ChatTokenizer(side_files, tokenizer.end, cfg.seq_length) if cfg.chat_sources() else None
-    if chat:
-        chat.require_template()
+    chat_tokenizer = None
+    if cfg.chat_sources():
+        chat_tokenizer = ChatTokenizer(side_files, tokenizer.end, cfg.seq_length)
+        chat_tokenizer.require_template()
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
     if "held_out" in inputs and rank() == 0:
@@ -251,16 +251,16 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             pinned_sources[source], origins[source] = file, origin
-    prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, pinned_sources)
+    prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat_tokenizer, pinned_sources)
     if rank() != 0:
         return Outcome()
     link_or_copy(folder / HELD_OUT, out / HELD_OUT)
-    # ``sizes`` has the bytes and the documents of each split.
-    tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
+    # ``sizes`` has the bytes and the documents of each split.
+    tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
-    endings = ("bin", "idx", LOSS_MASK) if chat else ("bin", "idx")
+    endings = ("bin", "idx", LOSS_MASK) if chat_tokenizer else ("bin", "idx")
     for name in (f"{split}.{ending}" for split in SPLITS for ending in endings):
         link_or_copy(folder / name, out / name)
     result = DatasetResult(
@@ -273,7 +273,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         },
         document_end=tokenizer.end,
         document_begin=tokenizer.begin,
-        seq_length=cfg.seq_length if chat else None,
+        seq_length=cfg.seq_length if chat_tokenizer else None,
         conversations=prepared.conversations,
         origins=origins,
     )
@@ -290,14 +290,14 @@ def _link_tokens(
 ) -> Outcome:
     """Divides the tokens of the files ``data.prefix`` into splits that link to these files.
 
-    If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
-    tokens.
+    If ``heldout_sources`` is set, the held-out split consists of these sources, which ``prepare``
+    has already tokenized; ``prepared`` has their counts.
     """
     from recipes.data.token_sequences import warn_of_short_sources
 
     files, log = open_token_files(cfg.prefix_path), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
-    # A person can see from the sample whether the files were written with this tokenizer.
+    # The user can see from the sample whether this tokenizer wrote the files.
     sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
     print(f"{cfg.prefix_path} starts with: {sample!r}", flush=True)
     if not require_document_end(files, tokenizer.end, lambda token: tokenizer.decode([token])):
@@ -306,8 +306,8 @@ def _link_tokens(
     if cfg.heldout_sources:
         fractions.pop("heldout")
     ranges = split_ranges(files, fractions, cfg.max_documents, cfg.max_tokens)
-    name = cfg.prefix_path.name
     tokens = {split: write_split(files, indices, out / split) for split, indices in ranges.items()}
+    name = cfg.prefix_path.name
     sources = {split: [SourceTokens(name, count)] for split, count in tokens.items()}
     documents = {split: len(indices) for split, indices in ranges.items()}
     if cfg.heldout_sources:
@@ -315,14 +315,15 @@ def _link_tokens(
             link_or_copy(out.parent / SPLITS_FOLDER / f"heldout{suffix}", out / f"heldout{suffix}")
         size, documents["heldout"] = prepared.sizes["heldout"]
         tokens["heldout"] = size // TOKEN_BYTES
-        sources["heldout"] = [SourceTokens(*item) for item in prepared.sources["heldout"].items()]
+        held_out = prepared.sources["heldout"]
+        sources["heldout"] = [SourceTokens(source, count) for source, count in held_out.items()]
     _require_sequences(tokens, cfg.seq_length, {})
     result = DatasetResult(
         documents=documents,
         tokens=tokens,
-        sources=(texts := cfg.texts()),
+        sources=cfg.texts(),
         source_tokens=sources,
-        origins={text: Origin(parse_source(text).licence) for text in texts},
+        origins={text: Origin(parse_source(text).licence) for text in cfg.texts()},
         document_end=tokenizer.end,
         document_begin=tokenizer.begin,
         sample=sample,
@@ -334,7 +335,7 @@ def _link_tokens(
 def _write_chats(
     cfg: PrepareDataConfig, teacher: Input, out: Path
 ) -> dict[str, tuple[str, Origin]]:
-    """Lets the teacher write conversations; returns file and origin of each ``teacher:`` source."""
+    """Lets the teacher write conversations; maps ``teacher:`` sources to file and origin."""
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_folder
@@ -342,11 +343,10 @@ def _write_chats(
     from recipes.evaluation.text_quality import load_transformers, model_sha256
 
     checkpoint = find_checkpoint(teacher.artifact)
-    side_files = side_folder(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
     writer = ChatWriter(
         model,
-        AutoTokenizer.from_pretrained(side_files, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(side_folder(checkpoint), trust_remote_code=False),
         model_sha256(model, checkpoint),
     )
     imported = teacher.manifest.result_if("import_hf", ImportResult)
@@ -357,10 +357,10 @@ def _write_chats(
     for source_text in cfg.teacher_sources():
         source = parse_source(source_text)
         request = ChatRequest(
-            int(source.tokens or cfg.max_tokens or 0),
-            int(source.seed or SEED),
-            cfg.seq_length,
-            source.prompts,
+            tokens=int(source.tokens or cfg.max_tokens or 0),  # ``check`` requires one of the two
+            seed=int(source.seed or SEED),
+            seq_length=cfg.seq_length,
+            prompts=source.prompts,
         )
         file = write_chats(request, writer, metrics_log(out))
         origin = Origin(source.licence or licence_note, sha256=sha256_of(file))
@@ -378,9 +378,9 @@ def _require_sequences(
     """
     short = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
     if short:
-        chats = "".join(f" Of {name}, {describe_counts(n)}." for name, n in conversations.items())
+        counts = "".join(f" Of {name}, {describe_counts(n)}." for name, n in conversations.items())
         raise RecipeError(
-            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{chats}",
+            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{counts}",
             "give more text, or set data.seq_length lower",
         )
 

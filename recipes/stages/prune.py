@@ -51,18 +51,21 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
-        # Sizes can be computed only from valid fractions.
         divisors = cfg.divisors(teacher)
-        invalid = list(fraction_problems(teacher, cfg.explicit_targets(), divisors))
-        invalid = invalid or list(target_problems(input_shape, cfg.targets(teacher), divisors))
-        yield from invalid or transformers_5_problems(cfg.name, student)
+        problems = list(fraction_problems(teacher, cfg.explicit_targets(), divisors))
+        if not problems:  # sizes can be computed only from valid fractions
+            problems = list(target_problems(input_shape, cfg.targets(teacher), divisors))
+        yield from problems or transformers_5_problems(cfg.name, student)
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, input_shape.num_layers - student.num_layers)
     yield from _large_reduction_problems(cfg, input_shape, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
-    """Checks that the input ``shape`` is a search; notes which shape the plan is for."""
+    """Checks the input ``shape``: a search of this run or the directory of a completed search.
+
+    If the search is in this run, a note says which shape the plan is for.
+    """
     source = cfg.inputs["shape"]
     if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(
@@ -70,6 +73,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             f"{cfg.name} has both targets and the result of a search ({source})",
             f"remove the targets, or the input with '~stages.{cfg.name}.inputs.shape'",
         )
+    # ``search`` is set if ``source`` is a stage of this run, ``manifest`` if it is a directory.
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
@@ -94,22 +98,28 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         yield from _shape_problems(source, student, chain.shape_of(cfg.inputs.get("checkpoint")))
         yield from searched_shape_problems(source, [student])
         # The stage that ranked the candidates is in the same run directory as the search.
-        ranking = manifest.config.get("inputs", {}).get("candidates")
-        ranked = manifest_of(str(Path(source).parent / ranking)) if ranking else None
-        if ranked is not None:
-            yield from _method_problems(cfg, ranking, ranked.config["layer_importance"])
+        ranking_name = manifest.config.get("inputs", {}).get("candidates")
+        ranking_dir = str(Path(source).parent / ranking_name) if ranking_name else ""
+        ranking_manifest = manifest_of(ranking_dir)
+        if ranking_manifest is not None:
+            method = ranking_manifest.config["layer_importance"]
+            yield from _method_problems(cfg, ranking_name, method)
 
 
 def _shape_problems(
     source: str, student: Architecture, input_shape: Architecture
 ) -> Iterator[Problem]:
-    """Checks that a model can be pruned to the shape that a search of another run chose."""
+    """Checks that a model can be pruned to the shape that a search of another run chose.
+
+    Sizes on the search's axes may be smaller than the model's. All others must be equal.
+    """
     for axis, size in vars(student).items():
-        full = vars(input_shape)[axis]
-        if size > full if axis in SEARCH_AXES else size != full:
+        input_size = vars(input_shape)[axis]
+        is_possible = size <= input_size if axis in SEARCH_AXES else size == input_size
+        if not is_possible:
             yield Problem(
                 rules.PRUNE_TARGET,
-                f"the shape of {source} has {axis}={size}, but the model to prune has {full}",
+                f"the shape of {source} has {axis}={size}, but the model to prune has {input_size}",
                 "use the shape of a search for this model, or set model.hf_path to that search's",
             )
 
@@ -117,7 +127,14 @@ def _shape_problems(
 def _method_problems(
     cfg: PruneConfig, ranking: str, method: str, other_fix: str = ""
 ) -> Iterator[Problem]:
-    """Checks that layers are chosen as the search did, whose scores suffice for every depth."""
+    """Checks that this stage chooses layers by the same method as the search.
+
+    Args:
+        cfg: Settings of this stage.
+        ranking: Name of the stage that ranked the candidates.
+        method: The ``layer_importance`` of that stage.
+        other_fix: An alternative fix, appended to the first one.
+    """
     if cfg.layer_importance != method:
         yield Problem(
             rules.LAYER_IMPORTANCE,
@@ -131,20 +148,24 @@ def _large_reduction_problems(
     cfg: PruneConfig, input_shape: Architecture, student: Architecture
 ) -> Iterator[Problem]:
     """Warns if a stage removes more parameters than one distillation can recover well."""
-    removed = 1 - student.parameters() / input_shape.parameters()
-    if removed > MAX_FRACTION:
+    removed_fraction = 1 - student.parameters() / input_shape.parameters()
+    if removed_fraction > MAX_FRACTION:
         yield Problem(
             rules.LARGE_REDUCTION,
-            f"{cfg.name} removes {removed:.0%} of the parameters at once",
+            f"{cfg.name} removes {removed_fraction:.0%} of the parameters at once",
             "prune less, or distil a larger student and prune it again in a second run: "
             "model.hf_path=FIRST_RUN/export_hf/artifact",
         )
 
 
 def _scored_model_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that scores of this run are of a model with the shape of the model to prune."""
+    """Checks that the scored model and the model to prune have the same shape.
+
+    Scores of another run are not checked here, but in ``run``.
+    """
     score = chain.stages.get(cfg.inputs.get("importance", ""))
-    scored, pruned = score and score.inputs.get("checkpoint"), cfg.inputs.get("checkpoint")
+    scored = score.inputs.get("checkpoint") if score else None
+    pruned = cfg.inputs.get("checkpoint")
     if scored and chain.shape_of(scored) != chain.shape_of(pruned):
         yield Problem(
             rules.LAYER_IMPORTANCE,
@@ -156,9 +177,10 @@ def _scored_model_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
-    """Checks the scores. Without ``block_sizes``, ``score`` measures what this stage needs."""
+    """Checks that the scores are of the right shape and suffice to drop ``num_dropped`` layers."""
     score = chain.stages.get(cfg.inputs.get("importance", ""))
     yield from _scored_model_problems(cfg, chain)
+    # Without ``block_sizes``, ``score`` measures the blocks that the stages of this run drop.
     is_automatic = isinstance(score, ScoreConfig) and score.block_sizes is None
     if num_dropped > 0 and not (cfg.layer_importance == "block" and is_automatic):
         yield from layer_score_problems(cfg, cfg.layer_importance, [num_dropped], chain)
@@ -174,10 +196,11 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     importance = Importance.load(inputs["importance"].artifact)
     input_shape = nemo.architecture_of(source)
     _require_scores_of(input_shape, importance, inputs["importance"].directory)
-    # ``resolve_from_chain`` has replaced fractions of the teacher's sizes by numbers.
-    student = pruned_shape(input_shape, cfg.targets(input_shape))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
+    else:
+        # ``resolve_from_chain`` has replaced fractions of the teacher's sizes by numbers.
+        student = pruned_shape(input_shape, cfg.targets(input_shape))
     if cfg.drop_layers:
         layers = sorted(set(range(1, input_shape.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -188,14 +211,15 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     save_weights(source, student, prune_weights(source, kept, student.kv_channels), checkpoint)
     kept.save(out)
     score = inputs["importance"].manifest.result(ScoreResult)
-    measure, scores = importance.layer_scores(cfg.layer_importance)
-    # If the input was itself pruned, the result numbers layers as in the model before all pruning.
+    measured_method, layer_scores = importance.layer_scores(cfg.layer_importance)
+    # The result numbers layers as in the model before all pruning, also if the input was pruned.
     kept_before = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
-    numbers = dict(enumerate(kept_before or range(1, input_shape.num_layers + 1), start=1))
+    original_numbers = kept_before or range(1, input_shape.num_layers + 1)
+    original_number = dict(enumerate(original_numbers, start=1))  # by number in the input
     result = PruneResult(
-        kept_layers=[numbers[layer] for layer in kept.layers],
-        layer_importance={numbers[layer]: value for layer, value in scores.items()},
-        layer_measure=measure,
+        kept_layers=[original_number[layer] for layer in kept.layers],
+        layer_importance={original_number[layer]: value for layer, value in layer_scores.items()},
+        layer_measure=measured_method,
         calibration_tokens=score.calibration_tokens,
         calibration_sequences=score.calibration_sequences,
         teacher_parameters=inputs["checkpoint"].manifest.parameters,
@@ -204,15 +228,20 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _require_scores_of(model: Architecture, importance: Importance, directory: Path) -> None:
-    """Checks that scores, which may be of another run, are of a model with these sizes.
+    """Checks that the scores fit the model to prune. They may be of another run.
+
+    Args:
+        model: Shape of the model to prune.
+        importance: The scores.
+        directory: Directory of the ``score`` stage, for the message.
 
     Raises:
-        RecipeError: The scores are of a model with another number of layers or hidden size.
+        RecipeError: The scored model has another number of layers or another hidden size.
     """
-    scored = {"num_layers": len(importance.layers["block_influence"])}
+    scored_sizes = {"num_layers": len(importance.layers["block_influence"])}
     if "hidden_size" in importance.widths:
-        scored["hidden_size"] = len(importance.widths["hidden_size"])
-    for axis, size in scored.items():
+        scored_sizes["hidden_size"] = len(importance.widths["hidden_size"])
+    for axis, size in scored_sizes.items():
         if size != vars(model)[axis]:
             raise RecipeError(
                 f"the scores in {directory} are of a model with {axis}={size}, but the model to "
@@ -229,9 +258,10 @@ STAGE = Stage(
     single_rank_reason="the stage only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
+    # All shapes that a search may choose, or the only one.
     shapes=lambda config, chain: (
         chain.shapes.get(config.inputs.get("shape", "")) or [student_of(config, chain)]
     ),
-    disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),
+    disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),  # if float32
     resolve_from_chain=lambda config, chain: config.with_absolute_targets(chain.teacher),
 )

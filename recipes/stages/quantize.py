@@ -23,24 +23,24 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem for each size that the format's kernels do not support."""
+    """Yields problems of the sequences, and of what the format's kernels do not support."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if cfg.format == "fp8":
         yield from fp8_problems(chain.hardware, *FP8_REQUIREMENT)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     multiple = SIZE_MULTIPLES[cfg.format]
-    for name in ("hidden_size", "ffn_hidden_size"):
-        if getattr(arch, name) % multiple:
+    for axis in ("hidden_size", "ffn_hidden_size"):
+        size = getattr(arch, axis)
+        if size % multiple:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{name}={getattr(arch, name)} must be a multiple of {multiple} for "
-                f"format={cfg.format}",
+                f"{axis}={size} must be a multiple of {multiple} for format={cfg.format}",
                 f"prune to a multiple of {multiple}, or use another format",
             )
 
 
 def inference_cost(cfg: QuantizeConfig, chain: Chain) -> InferenceCost:
-    """Estimates the memory that the stage needs."""
+    """Estimates the memory that the stage needs. Its time is not estimated."""
     student = chain.shape_of(cfg.inputs.get("checkpoint"))
     return quantization_cost(student, cfg.seq_length, chain.hardware)
 
@@ -62,5 +62,5 @@ STAGE = Stage(
     inference_cost=inference_cost,
     single_rank_reason="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
-    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # an upper bound
+    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # upper bound: bfloat16
 )

@@ -1,7 +1,8 @@
 """Ranks the architectures of a search by the quality of the pruned teacher, before any training.
 
-Reads the teacher, its importance scores, the listed architectures and text. Reconstructs the best
-candidates by least squares before the final ranking. Writes ``candidates.json``, the best first.
+Reads the teacher, its importance scores, the architectures from ``enumerate_shapes``, and text.
+Reconstructs the best candidates by least squares before the final ranking. Writes
+``candidates.json``, the best candidate first.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the sequences, and of scores that cannot rank a candidate's layers.
+    """Yields problems of the sequences, and of scores that do not suffice to drop layers.
 
-    If the shapes are not known before latency is measured, the scores must suffice for all depths.
+    If the shapes are known only after latency is measured, the scores must suffice for all depths
+    of the search space.
     """
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     name = cfg.inputs.get("shapes", "")
@@ -37,21 +39,22 @@ def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
     search = chain.stages.get(name)
     if not depths and isinstance(search, EnumerateShapesConfig):
         depths = layer_choices(chain.teacher, search.space)
-    dropped = {chain.teacher.num_layers - depth for depth in depths} - {0}
-    yield from layer_score_problems(cfg, cfg.layer_importance, dropped, chain)
+    drop_counts = {chain.teacher.num_layers - depth for depth in depths} - {0}
+    yield from layer_score_problems(cfg, cfg.layer_importance, drop_counts, chain)
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of measuring the teacher and all shapes, and of healing the best of them.
+    """Estimates the cost of measuring the teacher and all shapes, and of healing the best shapes.
 
     Healing (reconstruction by least squares) is estimated for the ``num_healed`` largest shapes,
-    because the best are not known yet. With healing, the
-    whole cost counts as float32, because healing takes most of the time.
+    because the best are not known yet. With healing, the whole cost counts as float32, because
+    healing takes most of the time.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)
     bf16 = cfg.precision == "bf16-mixed"
     search = chain.stages.get(cfg.inputs.get("shapes", ""))
+    # The largest first. Shapes of a search in another run are not counted.
     shapes = search.shapes(chain.teacher) if isinstance(search, EnumerateShapesConfig) else []
     costs = [
         ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0),
@@ -71,8 +74,8 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Measures every architecture and writes the ranking."""
     from recipes.search.measure import measure_shapes
 
-    text = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
-    shapes = [Architecture(**fields) for fields in json.loads(text)]
+    shapes_json = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
+    shapes = [Architecture(**fields) for fields in json.loads(shapes_json)]
     candidates = measure_shapes(cfg, inputs, shapes, metrics_log(out))
     ranked = ranking(candidates)
     write_candidates(out, ranked)
@@ -83,14 +86,15 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
 
-    The proxy is the metric of the untrained candidate. Healed candidates come first, because the
-    proxies of healed and other candidates cannot be compared. If any are healed, only these are
-    compared for the Pareto front.
+    The proxy is the metric of the untrained candidate. Proxies of healed candidates cannot be
+    compared with those of other candidates. So all healed candidates come first. If there are any,
+    only they can be on the Pareto front.
     """
-    ranked = sorted(candidates, key=lambda c: (not c.healed, c.proxy))
-    compared = [c for c in ranked if c.healed] or ranked
-    front = pareto_front([(c.parameters, c.proxy) for c in compared])
-    return [replace(c, pareto=i in front) for i, c in enumerate(ranked)]
+    ranked = sorted(candidates, key=lambda candidate: (not candidate.healed, candidate.proxy))
+    comparable = [candidate for candidate in ranked if candidate.healed] or ranked
+    front = pareto_front([(candidate.parameters, candidate.proxy) for candidate in comparable])
+    # ``ranked`` starts with ``comparable``, so the indices in ``front`` are valid for both.
+    return [replace(candidate, pareto=i in front) for i, candidate in enumerate(ranked)]
 
 
 STAGE = Stage(

@@ -1,7 +1,7 @@
 """Writes the report of a run as one self-contained HTML file.
 
 Reads the manifests and metrics of the inputs, and of all stages that the inputs depend on. Writes
-``report.html``, which is about a distillation, a search, or both.
+``report.html`` about a distillation, a search, or both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
 DISTILLATION = ("data", "pruned", "distilled", "evaluation", "exported")
-"""Inputs of a report about a distillation, in addition to the teacher."""
+"""Inputs that a report about a distillation requires, in addition to the teacher."""
 
 
 def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the inputs of a distillation are incomplete."""
+    """Yields a problem if inputs of a distillation are missing."""
     missing = [name for name in DISTILLATION if name not in cfg.inputs]
-    # A report about a search alone has none of these inputs.
-    if missing and ("search" not in cfg.inputs or len(missing) < len(DISTILLATION)):
+    is_search_only = "search" in cfg.inputs and len(missing) == len(DISTILLATION)
+    if missing and not is_search_only:
         yield Problem(
             rules.REPORT,
             f"a report about a distillation needs the inputs {', '.join(missing)}",
@@ -61,7 +61,7 @@ STAGE = Stage(
         "speed": ("speed_results",),
         "engine": ("engine",),
         "gguf": ("gguf",),
-        "sizes": ("checkpoint_nemo",),
+        "sizes": ("checkpoint_nemo",),  # the student with added layers
         "plan": ("plan",),
     },
     needs_torch=False,

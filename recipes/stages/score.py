@@ -6,6 +6,7 @@ Reads a NeMo checkpoint and calibration text. Writes ``importance.json`` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +23,18 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Sets ``block_sizes``, if not set, to the sizes of the layer blocks that this run prunes."""
+    """Sets ``block_sizes``, if it is ``None``, to the layer counts that the run's stages drop."""
     if cfg.block_sizes is not None:
         return cfg
-    dropped = {
+    drop_counts = {
         chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers
         for name, prune in chain.stages.items()
         if isinstance(prune, PruneConfig)
         and prune.inputs.get("importance") == cfg.name
         and prune.layer_importance == "block"
-        and not prune.drop_layers
+        and not prune.drop_layers  # layers listed by the user need no scores
     }
-    return replace(cfg, block_sizes=sorted(size for size in dropped if size > 0))
+    return replace(cfg, block_sizes=sorted(count for count in drop_counts if count > 0))
 
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
@@ -49,6 +50,8 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             f"remove fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
+    data_ranks = ranks // stages
+    batches = math.ceil(cfg.num_calibration_samples / cfg.micro_batch_size)
     if ranks % stages or stages > layers:
         yield Problem(
             rules.RANKS,
@@ -57,11 +60,10 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             "set pipeline_model_parallel_size to at most the number of layers, and "
             "resources.devices to a multiple of it",
         )
-    elif (batches := -(-cfg.num_calibration_samples // cfg.micro_batch_size)) < ranks // stages:
+    elif batches < data_ranks:
         yield Problem(
             rules.RANKS,
-            f"{cfg.name} splits {batches} micro batch(es) over {ranks // stages} data-parallel "
-            "ranks",
+            f"{cfg.name} splits {batches} micro batch(es) over {data_ranks} data-parallel ranks",
             f"use at most {batches * stages} ranks, a smaller micro_batch_size, or more "
             "num_calibration_samples",
         )
@@ -70,16 +72,18 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of forward passes over calibration text, with and without ablations."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    sizes = resolve_from_chain(cfg, chain).block_sizes or []
+    block_sizes = resolve_from_chain(cfg, chain).block_sizes or []
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
+    # Each data-parallel rank gets the same fraction of the sequences and of the ablations.
     sequences = cfg.num_calibration_samples / data_ranks
+    ablations = ablation_passes(model.num_layers, cfg.num_loss_samples, block_sizes) / data_ranks
     return scoring_cost(
         model,
         cfg.precision == "bf16-mixed",
         Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,
-        ablation_passes(model.num_layers, cfg.num_loss_samples, sizes) / data_ranks,
+        ablations,
     )
 
 
@@ -88,9 +92,9 @@ def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:
     from nemo_convert import nemo
     from recipes.pruning.scoring import calibration_text, score_checkpoint
 
-    teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    text = calibration_text(cfg, inputs["calibration"], teacher)
-    importance = score_checkpoint(cfg, teacher, text, metrics_log(out))
+    checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    text = calibration_text(cfg, inputs["calibration"], checkpoint)
+    importance = score_checkpoint(cfg, checkpoint, text, metrics_log(out))
     if rank() == 0:
         importance.save(out)
     result = ScoreResult(

@@ -1,9 +1,10 @@
 """Chooses an architecture by successive halving (arXiv:1502.07943).
 
-Each round distils all remaining candidates, then drops the worse half. The rounds share the tokens
-equally, and so do the candidates of a round. There are two ways to use several devices: either the
-ranks train different candidates, or the search has one rank and each training uses all devices.
-Every pruning and every training is a stage below ``work/``, so a killed search resumes.
+Each round distils all remaining candidates, then drops the worse half. Every round gets the same
+number of training tokens, and divides them equally among its candidates. There are two ways to use
+several devices: either the ranks train different candidates, or the search has one rank and each
+training run uses all devices. Pruning and training of each candidate are stages below ``work/``, so
+a killed search resumes.
 
 Reads the teacher, its importance scores, text and the ranked candidates. Writes
 ``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
@@ -57,7 +58,7 @@ from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
 CANDIDATES = "candidates"
-"""Folder in ``work/`` with the stages that prune and train each candidate."""
+"""Folder in ``work/`` with the stages that prune and train the candidates."""
 DATA_SETTINGS = (
     *("sources", "heldout_sources", "format", "text_field", "prefix", "document_end"),
     *("max_tokens", "excluded_documents", "seq_length"),
@@ -67,13 +68,14 @@ NOT_COPIED = {
     *("stage", "inputs", "resources", "precision", "seq_length", "compile", "weights"),
     *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
 }
-"""Settings of the search's stages that the chosen recipe does not have: it has its own inputs and
-number of steps, the hardware profile sets the precision, and weights are options of sources."""
+"""Settings of the search's stages that are not copied to the chosen recipe. The recipe has its own
+inputs and number of steps. Its hardware profile sets the precision, its sources have the weights.
+"""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks devices, the candidates that ``also`` adds, the tokens, and the first training."""
+    """Checks devices, the names in ``also``, the tokens, and the training of the first round."""
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
@@ -108,8 +110,12 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
         yield from loss_problems(training)
-        pairs = (list(pair_problems(training, s, chain.teacher)) for s in shapes or [chain.teacher])
-        yield from next(filter(None, pairs), [])  # of the largest candidate that has problems
+        # Problems of layer pairs are reported for one shape: the first, and so largest, with any.
+        problems_by_shape = (
+            list(pair_problems(training, shape, chain.teacher))
+            for shape in shapes or [chain.teacher]
+        )
+        yield from next(filter(None, problems_by_shape), [])
         data = cfg.inputs.get("data", "")
         yield from weight_problems(training.name, training.weights, data, chain)
         # Without known shapes, only the teacher's layout is checked.
@@ -118,10 +124,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the search: mostly training, and the evaluations after each round.
+    """Estimates the cost of training in all rounds, and of the evaluation after each round.
 
-    The time is that of the largest shape within the budget, or of the teacher's shape if the shapes
-    are not known yet. Memory is that of the candidate that needs most.
+    The time is estimated as if all candidates had the largest shape within the budget, or the
+    teacher's shape if the shapes are not known yet. Memory is that of the candidate that needs the
+    most.
     """
     candidate = chain.shape_of(cfg.inputs.get("candidates"))
     round_sizes = cfg.rounds(cfg.max_candidates())
@@ -131,20 +138,26 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     if not round_sizes:  # a single candidate is chosen without training and evaluation
         return replace(evaluation, compute=Compute())
     num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    trainings = [training_of(cfg, round_sizes, n) for n in range(len(round_sizes))]
+    # Settings of each round's training runs.
+    trainings = [training_of(cfg, round_sizes, number) for number in range(len(round_sizes))]
     layers = (candidate.num_layers, chain.teacher.num_layers)
     workload = replace(
         training_workload(trainings[0], candidate, chain.teacher, num_logits_losses),
         hidden_state_bytes=hidden_state_bytes(cfg.distill, *layers),
     )
-    # Ranks train different candidates at the same time. The ranks of a CPU share its FLOP/s.
+    # On GPUs, ranks train different candidates at the same time. On a CPU, they share its FLOP/s,
+    # so the time is the same as if one rank trained all candidates in turn.
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
-    sequential = [math.ceil(size / ranks) for size in round_sizes]  # trainings of each round
-    steps = sum(t.max_steps * n for t, n in zip(trainings, sequential, strict=True))
+    # By round: number of training runs of the busiest rank.
+    runs_in_turn = [math.ceil(size / ranks) for size in round_sizes]
+    steps = sum(
+        training.max_steps * num_runs
+        for training, num_runs in zip(trainings, runs_in_turn, strict=True)
+    )
     seconds, compute = 0.0, Compute()
     if chain.hardware.on_gpu:
-        number = sum(sequential)  # one validation and one checkpoint in each training
-        all_steps = replace(workload, steps=steps, checkpoints=number, validations=number)
+        num_runs = sum(runs_in_turn)  # each has one validation and one checkpoint
+        all_steps = replace(workload, steps=steps, checkpoints=num_runs, validations=num_runs)
         seconds = training_cost(all_steps, chain.hardware).hours * 3600
     else:
         compute = token_compute(workload) * replace(workload, steps=steps).tokens
@@ -153,36 +166,37 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     workloads = workloads_of_shapes(workload, shapes)
     peak = largest(*(peak_memory(workload, chain.hardware) for workload in workloads))
-    # The search's process keeps its CUDA context while another process trains.
+    # A second process trains. Meanwhile, the search's own process keeps its CUDA context.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
-    # A training that has just started first loads both models, in bfloat16. A pruning that has just
-    # started reads one and writes the other.
-    load = 2 * (chain.teacher.parameters() + candidate.parameters()) / STORAGE_BYTES_PER_SECOND
+    # A stage that has just started cannot stop before it has transferred both models, in bfloat16:
+    # training loads both; pruning reads the teacher and writes the candidate.
+    model_bytes = 2 * (chain.teacher.parameters() + candidate.parameters())
+    load_seconds = model_bytes / STORAGE_BYTES_PER_SECOND
     return InferenceCost(
         largest(evaluation.memory, peak),
         compute,
         workload.bf16,
         training_seconds=seconds,
-        stopping_seconds=load + stopping_seconds(workload, chain.hardware),
+        stopping_seconds=load_seconds + stopping_seconds(workload, chain.hardware),
     )
 
 
 def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
-    """Returns the size of all pruned and trained candidates, and of each rank's checkpoint.
+    """Returns the bytes of all pruned and trained candidates, and of each rank's checkpoint.
 
-    A training has one checkpoint, at its end, which is deleted when the training is complete.
+    A training run has one checkpoint, at its end, which is deleted when the run is complete.
     """
     round_sizes = cfg.rounds(cfg.max_candidates())
     if not round_sizes:  # a single candidate is chosen without training
         return 0
-    models = round_sizes[0] + sum(round_sizes)
-    trainings = min(cfg.resources.ranks, round_sizes[0])  # at the same time
+    num_models = round_sizes[0] + sum(round_sizes)  # pruned once, trained in each round
+    num_checkpoints = min(cfg.resources.ranks, round_sizes[0])  # runs at the same time
     parameters = chain.shape_of(cfg.inputs.get("candidates")).parameters()
-    return parameters * (4 * models + CHECKPOINT_BYTES * trainings)
+    return parameters * (4 * num_models + CHECKPOINT_BYTES * num_checkpoints)  # 4: if float32
 
 
 def progress(work: Path) -> str | None:
-    """Returns the number of complete trainings of unfinished work."""
+    """Describes unfinished work by its complete training runs; ``None`` if there are none."""
     count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))
     return f"{count} training{'s' * (count > 1)}" if count else None
 
@@ -199,18 +213,25 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
 def training_of(
     cfg: SuccessiveHalvingConfig, round_sizes: Sequence[int], round_number: int
 ) -> DistillConfig:
-    """Returns the settings of the distillation in one round."""
+    """Returns the settings of the distillation in one round.
+
+    Args:
+        cfg: Settings of the search.
+        round_sizes: Number of candidates in each round.
+        round_number: Round, counted from 0.
+    """
     steps = cfg.steps(round_sizes[round_number], len(round_sizes))
     settings: dict[str, Any] = {
         "stage": "distill",
-        "seed": cfg.distill.seed + round_number,  # else, all rounds would read the same sequences
+        "seed": cfg.distill.seed + round_number,  # so each round reads other sequences
         "max_steps": steps,
-        "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
+        "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),  # at most 20% of the steps
         "val_check_interval": steps,  # one validation and one checkpoint, at the end
-        "checkpoint_interval": max(steps, 1),
+        "checkpoint_interval": max(steps, 1),  # must be positive, also before ``check``
         "stop_at_recovered": None,  # all candidates must train on the same number of tokens
     }
     training = replace(cfg.distill, **settings)
+    # ``replace`` resets the name. Problems must name where the user sets the value.
     training.name = f"{cfg.name}.distill"
     return training
 
@@ -226,8 +247,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     remaining = [
         name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
     ]
-    ranking = inputs["candidates"].manifest.config
-    method, metric = ranking["layer_importance"], ranking["proxy"]
+    ranking_settings = inputs["candidates"].manifest.config
+    method, metric = ranking_settings["layer_importance"], ranking_settings["proxy"]
     halving = HalvingRun(cfg, inputs, out.parent / CANDIDATES, method)
     log = metrics_log(out)
     round_sizes = cfg.rounds(len(remaining))
@@ -235,11 +256,11 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         training = training_of(cfg, round_sizes, round_number)
         candidates = [ranked[name] for name in remaining]
         halving.train(candidates, round_number, training)
-        tokens = training.max_steps * training.global_batch_size * training.seq_length
+        round_tokens = training.max_steps * training.global_batch_size * training.seq_length
         qualities = halving.measure(candidates, round_number)
         for candidate, quality in zip(candidates, qualities, strict=True):
             ranked[candidate.name] = replace(
-                candidate, **vars(quality), tokens=candidate.tokens + tokens
+                candidate, **vars(quality), tokens=candidate.tokens + round_tokens
             )
         # Lower is better for every metric that ``proxy`` allows.
         remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], metric))))
@@ -257,21 +278,30 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _nan_last(score: float) -> tuple[bool, float]:
+    """Returns a sort key that orders NaN (a diverged training run) after all numbers."""
     return math.isnan(score), score
 
 
 def recipe_yaml(
     cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str
 ) -> str:
-    """Returns the YAML of a recipe that prunes the teacher to the winner's shape and distils it."""
+    """Returns the YAML of a recipe that prunes the teacher to the winner's shape and distils it.
+
+    Args:
+        cfg: Settings of the search.
+        inputs: Inputs of the search.
+        winner: The chosen candidate.
+        method: The recipe's ``layer_importance``.
+    """
     teacher = inputs["checkpoint"].manifest
-    shape, sizes = teacher.architecture or {}, search_sizes(winner.shape)
-    changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
+    teacher_sizes, winner_sizes = teacher.architecture or {}, search_sizes(winner.shape)
+    targets = {axis: size for axis, size in winner_sizes.items() if size != teacher_sizes[axis]}
     score = inputs["importance"].manifest.config
     data = inputs["data"].manifest.config
     distill = asdict(cfg.distill)
-    names = source_names([*data["heldout_sources"], *data["sources"]])
-    weights = {names[name]: weight for name, weight in cfg.distill.weights.items() if name in names}
+    # The search's weights are by name. In a recipe, a weight is an option of its source.
+    by_name = source_names([*data["heldout_sources"], *data["sources"]])
+    weights = {by_name[name]: w for name, w in cfg.distill.weights.items() if name in by_name}
     sources = [
         with_option(source, "weight", weights[source]) if source in weights else source
         for source in data["sources"]
@@ -290,7 +320,7 @@ def recipe_yaml(
                 **_changed(score, ScoreConfig()),
                 "resources": {name: score["resources"][name] for name in ("nodes", "devices")},
             },
-            "prune": prune_settings(changed, method),
+            "prune": prune_settings(targets, method),
             "distill": {
                 **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
                 **_changed(distill, DistillConfig()),
@@ -307,7 +337,7 @@ def recipe_yaml(
 def _changed(
     settings: Mapping[str, Any], default: StageConfig, excluded: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Returns the settings that are not the default, without those that are not copied."""
+    """Returns the settings that differ from the default, except ``NOT_COPIED`` and ``excluded``."""
     defaults = asdict(default)
     return {
         name: value

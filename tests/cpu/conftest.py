@@ -1,4 +1,7 @@
-"""Fixtures: tiny models, which tests share and must not change, and a folder with a short path."""
+"""Fixtures: tiny models and a folder with a short path.
+
+Tests share the models, so they must not change them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path
 
 @pytest.fixture(scope="session")
 def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A Llama with even sizes, for tensor and pipeline parallelism, and untied embeddings."""
+    """A Llama with untied embeddings, and sizes that tensor and pipeline parallelism can split."""
     return write_tiny_model(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)
 
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder with a short path, since paths of sockets have at most 107 characters."""
+    """A folder with a short path, because a Unix socket's path has at most 107 characters."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)

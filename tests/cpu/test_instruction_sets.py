@@ -1,7 +1,7 @@
-"""Numerical tests pass under every instruction set that this processor offers.
+"""Repeats the numerical tests with each older instruction set that this processor has.
 
-Kernels differ by instruction set, in the order of their sums and in the types that they multiply.
-All other tests run with the newest set. This file runs the numerical tests with older sets too.
+The kernels for two instruction sets may sum in different orders and multiply different types. By
+default, libraries use the newest set, and so do all other tests.
 """
 
 from __future__ import annotations
@@ -30,31 +30,36 @@ NUMERICAL = (
     "pruning/test_minitron.py::test_pruning_gives_the_logits_of_modelopts_own_pruning",
     "search/test_search.py::test_candidates_have_the_metrics_of_pruned_models",
 )
+"""Files and tests, below ``tests/cpu``, whose results depend on the order of floating-point sums."""
 INSTRUCTION_SETS = {
     "AVX2": ("avx2", "AVX2", "AVX2"),
     "AVX512": ("avx512", "AVX512_CORE", "AVX512"),  # without bfloat16 and AMX
     "AVX512 with bfloat16": ("avx512", "AVX512_CORE_BF16", "AVX512"),  # without AMX
 }
-"""Names of each set in PyTorch, oneDNN and MKL."""
-REQUIRED_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512 with bfloat16": "amx_bf16"}
-"""PyTorch's name of the capability that a processor must have. For the last set, this is AMX, a
-newer set: without AMX, the last set is at best the newest, with which all tests run anyway."""
+"""Maps a set to its names in PyTorch, oneDNN and MKL, in the order of ``VARIABLES``."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that limit PyTorch, oneDNN and MKL to an instruction set."""
+REQUIRED_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512 with bfloat16": "amx_bf16"}
+"""Maps a set to the processor capability, as PyTorch names it, that the test requires.
+
+AVX512 with bfloat16 requires AMX, which is newer. A processor without AMX has at best this set as
+its newest, so all other tests use it already.
+"""
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_numerical_tests_pass_with(name: str) -> None:
+def test_numerical_tests_pass_with_instruction_set(name: str) -> None:
     if not torch.cpu.get_capabilities()[REQUIRED_CAPABILITIES[name]]:
         pytest.skip(f"this processor does not have {REQUIRED_CAPABILITIES[name]}")
-    environment = dict(zip(VARIABLES, INSTRUCTION_SETS[name], strict=True))
-    files = [f"tests/cpu/{file}" for file in NUMERICAL]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(
+    limits = dict(zip(VARIABLES, INSTRUCTION_SETS[name], strict=True))
+    tests = [f"tests/cpu/{test}" for test in NUMERICAL]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    completed = subprocess.run(
         command,
-        env={**os.environ, **environment},
+        env={**os.environ, **limits},
         cwd=REPO_ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-5000:]
+    assert completed.returncode == 0, completed.stdout[-5000:]

@@ -1,4 +1,4 @@
-"""Starts a real Docker with one image, whose containers run this machine's programs and Python."""
+"""Starts a Docker daemon with one image. Its containers run this machine's programs and Python."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from pathlib import Path
 from recipes.core.processes import die_with_parent
 
 IMAGE = "tests:1"
+"""Name and tag of the image."""
 GROUP = 4300
-"""The group whose members may use this Docker."""
+"""ID of the group whose members may use the daemon."""
 
 
 def mounts() -> list[str]:
-    """Returns the folders that containers need besides the image, which is almost empty."""
+    """Returns the folders of this machine that containers need, as ``PATH:ro`` (read-only).
+
+    The image itself is almost empty. Containers see a folder at its path on this machine.
+    """
     folders = {Path("/usr"), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
     return [f"{folder}:ro" for folder in sorted(folders)]
 
 
 class Docker:
-    """The client of a Docker with all files in one directory.
+    """The client of a Docker daemon that keeps all its files in one directory.
 
-    The directory's path must be short, since the directory contains Unix sockets.
+    The directory's path must be short, since it is part of the paths of Unix sockets. These have at
+    most 107 characters.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,9 +44,13 @@ class Docker:
     @classmethod
     @contextlib.contextmanager
     def running(cls) -> Iterator[Docker | str]:
-        """Starts the daemon and makes the image; yields a message if containers cannot run."""
+        """Starts the daemon and imports the image; stops the daemon at exit.
+
+        Yields:
+            The client, or a message that says why containers cannot run.
+        """
         directory = Path(tempfile.mkdtemp(prefix="docker"))
-        directory.chmod(0o755)
+        directory.chmod(0o755)  # so that other users reach the daemon's socket
         docker = cls(directory)
         files = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
         options = [f"--{name}={directory / file}" for name, file in files.items()]
@@ -57,7 +66,7 @@ class Docker:
                 start_new_session=True,
             )
         try:
-            yield docker._problem(daemon) or docker
+            yield docker._set_up(daemon) or docker
         finally:
             for name in docker.containers():
                 docker.run("rm", "--force", name)
@@ -66,38 +75,45 @@ class Docker:
             shutil.rmtree(directory, ignore_errors=True)
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the client."""
+        """Runs a command of the client, such as ``("ps", "--all")``; does not check its status."""
         command = ["docker", "--host", self.host, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def containers(self, *options: str) -> list[str]:
-        """Returns the names of all containers."""
+        """Returns the names of all containers, also stopped ones, that match options of ``ps``."""
         return self.run("ps", "--all", "--format={{.Names}}", *options).stdout.split()
 
-    def _problem(self, daemon: subprocess.Popen[bytes]) -> str | None:
-        """Waits for the daemon, makes the image and starts a container; returns why one failed."""
-        deadline = time.monotonic() + 60
+    def _set_up(self, daemon: subprocess.Popen[bytes]) -> str | None:
+        """Waits for the daemon, imports the image and runs a container once.
+
+        Returns:
+            A message that says which of these failed and why; ``None`` if all succeeded.
+        """
+        deadline = time.monotonic() + 60  # seconds
         while self.run("version").returncode:
             if daemon.poll() is not None or time.monotonic() > deadline:
                 lines = (self._directory / "log").read_text().splitlines()
-                return f"no Docker can run here: {lines[-1:]}"
+                return f"the Docker daemon did not start; end of its log: {lines[-1:]}"
             time.sleep(0.1)
-        root = self._directory / "image.tar"
-        _write_root(root)
+        image = self._directory / "image.tar"
+        _write_image(image)
         path = f"PATH={sys.prefix}/bin:/usr/bin"
         volumes = [f"--volume={mount.removesuffix(':ro')}:{mount}" for mount in mounts()]
         for command in (
-            ("import", f"--change=ENV {path}", root, IMAGE),
+            ("import", f"--change=ENV {path}", image, IMAGE),
             ("run", "--rm", *volumes, IMAGE, "python", "-c", "pass"),
         ):
-            done = self.run(*command)
-            if done.returncode:
-                return f"Docker cannot run containers here: {done.stderr.strip()}"
+            completed = self.run(*command)
+            if completed.returncode:
+                return f"docker {command[0]} failed: {completed.stderr.strip()}"
         return None
 
 
-def _write_root(file: Path) -> None:
-    """Writes the image's files: links to the folders of ``/usr``, and a folder for all users."""
+def _write_image(file: Path) -> None:
+    """Writes the image's root directory as a tar file.
+
+    It has symbolic links into ``/usr``, which is mounted, and a ``/tmp`` that all users may write.
+    """
     with tarfile.open(file, "w") as tar:
         for name in ("bin", "lib", "lib64"):
             link = tarfile.TarInfo(name)

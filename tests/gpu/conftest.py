@@ -1,4 +1,7 @@
-"""Fixtures of the GPU tests. Without a GPU, tests run only if ``tests.gpu.plan`` starts them."""
+"""Fixtures of the GPU tests.
+
+Without a GPU, the tests are skipped, unless ``tests.gpu.plan`` starts them.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ from tests.gpu.small import Small, make_reference
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of this folder as GPU tests, and skips them where they cannot run."""
+    """Marks the tests of this folder as GPU tests; skips them without a GPU and without the plan."""
     import torch
+
+    started_by_plan = RESULTS in os.environ
 
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if RESULTS not in os.environ and not torch.cuda.is_available():
+            if not started_by_plan and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -1,8 +1,8 @@
 """Runs the tests of this folder in half an hour on one GPU: ``make test-gpu``.
 
-The machine needs neither a network nor TransformerEngine. Each step runs some tests in a process of
-its own, with a time limit. If a step fails, only the steps that depend on it are not run.
-Outputs, results, traces and a table are written to a folder.
+The machine needs neither a network nor TransformerEngine. The tests are divided into steps. Each
+step runs in a separate process with a time limit. If a step fails, only the steps that depend on it
+are not run. Outputs, results, traces and a table are written to a folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent  # folder of the GPU tests
 MINUTES = 30.0  # time limit of all steps together
 RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
-"""Environment variables. ``RESULTS`` names the folder of results; if it is set, tests also run
-without a GPU. ``ON_CPU`` is set if the tests run on a CPU."""
+"""Names of environment variables.
+
+``RESULTS`` holds the path of the folder of results. If it is set, tests are not skipped without a
+GPU. ``ON_CPU`` is set if the plan runs small versions of the tests on the CPU.
+"""
+# Values of ``StepResult.status``.
 PASSED, FAILED, TIMEOUT, NOT_RUN = "passed", "failed", "timeout", "not run"
-SKIPPED = "skipped"  # a test of the step was skipped, for example without TransformerEngine
+SKIPPED = "skipped"  # at least one test was skipped, for example without TransformerEngine
 DEVICE = "device"  # name of the step that most steps depend on
 
 
@@ -40,20 +44,24 @@ class Step:
 
     name: str
     tests: str
-    """``FILE::NAME`` of each test, without the prefixes ``test_``, separated by spaces."""
+    """``FILE::NAME`` of each test, separated by spaces.
+
+    Both names lack their prefix ``test_``, and the file its suffix ``.py``.
+    """
     minutes: float
     """Time limit."""
     checks: str
-    """What the tests check, for the table of results."""
+    """What the tests check. The table shows it if the step passes."""
     after: tuple[str, ...] = (DEVICE,)
     """Names of the steps that this step depends on."""
 
     def nodes(self) -> list[str]:
-        """Returns the tests as pytest's node ids below this folder."""
+        """Returns the node id of each test for pytest, relative to ``HERE``."""
         pairs = (test.split("::") for test in self.tests.split())
         return [f"test_{file}.py::test_{name}" for file, name in pairs]
 
 
+# Dependencies of steps that compare with the CPU's model, and of those that also need training.
 REFERENCE, TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
 STEPS = (
     Step("imports", "device::every_module_imports", 2, "every module can be imported", ()),
@@ -80,40 +88,45 @@ STEPS = (
          "a training stopped at its time limit resumes", TRAINING),
     Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_teacher "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
-         "a cached teacher's loss matches a live one's, a hidden-state loss the CPU's", REFERENCE),
+         "a cached teacher gives a live one's losses; hidden-state losses match the CPU's", REFERENCE),
     Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
          "losses match the CPU's with recomputed activations, and with CP=2 on two GPUs",
          REFERENCE),
     Step("search", "chain::search_trains_while_it_holds_memory_for_measurements", 5,
          "a search trains, measures and trains again on one GPU", (*REFERENCE, "scores")),
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
-         "training layers of Llama 8B on fake tensors takes the planned memory", ("imports",)),
+         "training some layers of Llama 8B on fake tensors takes the planned memory", ("imports",)),
     Step("memory", "memory::measured_memory_matches_the_rehearsal", 5,
-         "training layers of Llama 8B takes the rehearsed memory", (DEVICE, "rehearsal")),
+         "training some layers of Llama 8B takes the memory of their rehearsal", (DEVICE, "rehearsal")),
     Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
-         "a student is evaluated in bfloat16, exported and quantised to FP8", TRAINING),
+         "a student is evaluated in bfloat16, exported and quantized to FP8", TRAINING),
 )  # fmt: skip
-"""A step that needs no GPU comes directly before the first step that depends on it. So if the time
-ends early, as many steps as possible have used the GPU. The first ten minutes include ``layers``,
-since no other machine has TransformerEngine."""
+"""Steps in the order in which they run.
+
+A step that needs no GPU comes directly before the first step that depends on it. So if the time
+limit ends the plan early, as many steps as possible have used the GPU. The first ten minutes include
+``layers``, since no other machine has TransformerEngine.
+"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of a step."""
+    """Result of a step."""
 
     name: str
     status: str
+    """``PASSED``, ``FAILED``, ``TIMEOUT``, ``NOT_RUN`` or ``SKIPPED``."""
     seconds: float = 0.0
     reason: str = ""
-    """One line that says why the step did not pass."""
+    """One line that says why the step did not pass; empty if it passed."""
 
 
 Command = Callable[[Step], Sequence[str]]
+"""Function that returns the command line of a step."""
 
 
 def pytest_command(step: Step) -> list[str]:
-    """Returns the command that runs a step."""
+    """Returns the command line that runs a step's tests."""
     options = ["-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", *options, *(str(HERE / node) for node in step.nodes())]
 
@@ -124,7 +137,7 @@ def with_dependencies(names: Sequence[str], steps: Sequence[Step] = STEPS) -> li
     selected = list(names or by_name)
     for name in selected:
         if name not in by_name:
-            raise SystemExit(f"there is no step '{name}': {', '.join(by_name)}")
+            raise SystemExit(f"there is no step '{name}'; the steps are: {', '.join(by_name)}")
         # The loop also visits the dependencies that are appended here.
         selected += [other for other in by_name[name].after if other not in selected]
     return [step for step in steps if step.name in selected]
@@ -137,13 +150,13 @@ def run(
     minutes: float = MINUTES,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[StepResult]:
-    """Runs steps in order; yields the result of each.
+    """Runs steps in order; yields the result of each step as soon as it ends.
 
     Args:
         steps: Steps to run. A step is not run if a step that it depends on did not pass.
             Dependencies that are not in ``steps`` are ignored.
-        folder: Folder for the output of each step.
-        command: Function that returns the command of a step.
+        folder: Folder for the output of each step, ``NAME.log``.
+        command: Function that returns the command line of a step.
         minutes: Time limit of all steps together.
         env: Environment variables in addition to those of this process.
     """
@@ -151,7 +164,7 @@ def run(
     statuses: dict[str, str] = {}
     for step in steps:
         not_passed = [name for name in step.after if statuses.get(name, PASSED) != PASSED]
-        limit = min(60 * step.minutes, end - time.monotonic())
+        limit = min(60 * step.minutes, end - time.monotonic())  # seconds
         if not_passed:
             result = StepResult(step.name, NOT_RUN, reason=f"depends on {not_passed[0]}")
         elif limit <= 0:
@@ -165,6 +178,7 @@ def run(
 def _run(
     step: Step, command: Sequence[str], log: Path, seconds: float, env: Mapping[str, str]
 ) -> StepResult:
+    """Runs a step's command, with its output in ``log``, for at most ``seconds``."""
     start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -176,69 +190,75 @@ def _run(
             start_new_session=True,
         )
         try:
-            code: int | None = process.wait(seconds)
+            exit_status: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = None
+            exit_status = None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and the children of the process
             process.wait()
     duration = round(time.monotonic() - start, 1)
-    if code is None:
+    if exit_status is None:
         return StepResult(step.name, TIMEOUT, duration, f"stopped after {seconds:.0f} s")
     output = log.read_text(errors="replace")
-    if code != 0:
-        return StepResult(step.name, FAILED, duration, _reason(output, code))
+    if exit_status != 0:
+        return StepResult(step.name, FAILED, duration, _reason(output, exit_status))
+    # A line such as "SKIPPED [1] tests/gpu/test_x.py:12: REASON", and at the end, a line such as
+    # "1 passed, 1 skipped in 2.34s".
     if skip := re.search(r"^SKIPPED \[\d+\] [^:]+(?::\d+)?: (.+)", output, re.MULTILINE):
         counts = output.strip().splitlines()[-1].partition(" in ")[0]
         return StepResult(step.name, SKIPPED, duration, f"{counts}: {skip[1]}")
     return StepResult(step.name, PASSED, duration)
 
 
-def _reason(text: str, code: int) -> str:
-    """Returns the first error message in pytest's output, or else the last line."""
-    error = re.search(r"^E +(.+)|^(no CUDA device.*)", text, re.MULTILINE)
+def _reason(output: str, exit_status: int) -> str:
+    """Returns the first error message in pytest's output, or else the last line.
+
+    pytest marks an error with "E". ``test_device.py`` prints the line about a missing device.
+    """
+    error = re.search(r"^E +(.+)|^(no CUDA device.*)", output, re.MULTILINE)
     if error:
         return error[1] or error[2]
-    *_, last_line = text.strip().splitlines() or ["no output"]
-    return f"exit status {code}: {last_line}"
+    *_, last_line = output.strip().splitlines() or ["no output"]
+    return f"exit status {exit_status}: {last_line}"
 
 
 def table(steps: Sequence[Step], results: Sequence[StepResult]) -> Table:
     """Returns a table with a row for each step."""
-    rows = Table("step", "result", "seconds", "limit", "check, or why not passed", box=None)
+    rich_table = Table("step", "result", "seconds", "limit", "check, or why not passed", box=None)
     for step, result in zip(steps, results, strict=True):
         seconds = f"{result.seconds:.0f}" if result.seconds else ""
         text = escape(result.reason or step.checks)
-        rows.add_row(step.name, result.status, seconds, f"{60 * step.minutes:.0f}", text)
-    return rows
+        rich_table.add_row(step.name, result.status, seconds, f"{60 * step.minutes:.0f}", text)
+    return rich_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the plan; returns 0 if each step passed or was skipped."""
     parser = argparse.ArgumentParser(description=__doc__, prog="make test-gpu ARGS=")
-    parser.add_argument("steps", nargs="*", help="run only these, and what they depend on")
-    parser.add_argument("--out", type=Path, default=Path("runs/test-gpu"))
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("steps", nargs="*", help="run only these steps and their dependencies")
+    parser.add_argument("--out", type=Path, default=Path("runs/test-gpu"), help="folder of results")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of all steps")
     parser.add_argument("--on-cpu", action="store_true", help="run small versions on the CPU")
     args = parser.parse_args(arguments)
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     steps, env = with_dependencies(args.steps), {RESULTS: str(folder)}
     if args.on_cpu:
+        # Steps that depend on the device run nevertheless, since ``run`` ignores a missing dependency.
         steps = [step for step in steps if step.name != DEVICE]
         env |= {ON_CPU: "1", "CUDA_VISIBLE_DEVICES": ""}
-    screen = Console(soft_wrap=True)
+    console = Console(soft_wrap=True)
     results = []
     for result in run(steps, folder, minutes=args.minutes, env=env):
         results.append(result)
-        screen.print(f"{result.name}: {result.status} {escape(result.reason)}".rstrip())
-    screen.print(table(steps, results))
+        console.print(f"{result.name}: {result.status} {escape(result.reason)}".rstrip())
+    console.print(table(steps, results))
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=160).print(table(steps, results))
-    text = json.dumps([asdict(result) for result in results], indent=1)
-    (folder / "results.json").write_text(text)
-    screen.print(f"outputs, results and traces: {folder}")
+    results_json = json.dumps([asdict(result) for result in results], indent=1)
+    (folder / "results.json").write_text(results_json)
+    console.print(f"outputs, results and traces: {folder}")
     return int(any(result.status not in (PASSED, SKIPPED) for result in results))
 
 

@@ -1,4 +1,4 @@
-"""Runs a recipe on a small model: up to ``distill`` on the CPU, then single stages on the GPU."""
+"""Creates a small model, distils it on the CPU as reference, and runs single stages on the GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from tests.support.runs import copy_without, settings, tiny
 RECIPE = "llama_depth_prune"
 STEPS = 20
 SHAPE = EVEN | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
-"""Every attention kernel supports this head size, and FP8 supports these sizes."""
+"""Every attention kernel supports head size 64. All sizes are multiples of 16, as FP8 requires."""
 PRECISIONS = ("32", "bf16-mixed")
+"""Precisions of ``distill``; the CPU distils once with each."""
 PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}
 REFERENCE_STAGES = "only=[import_hf,prepare_data,score,prune,distill]"
 DISTILL = {
@@ -36,7 +37,10 @@ DISTILL = {
 
 
 def on_gpu() -> bool:
-    """Whether the tests run on a GPU. With ``--on-cpu`` they only show that their code works."""
+    """Whether the tests run on a GPU.
+
+    With ``--on-cpu`` they run on the CPU, which only shows that the code of the tests works.
+    """
     return ON_CPU not in os.environ
 
 
@@ -59,23 +63,33 @@ class Small:
     """A small model, its text, and the folder of its runs."""
 
     folder: Path
+    """Folder of the runs."""
     model: Path
+    """Folder of the model in Hugging Face format."""
     text: Path
+    """JSON lines file with the documents for training."""
 
     def reference_dir(self, precision: str) -> Path:
-        """Returns the directory of the run on the CPU."""
+        """Returns the directory of the CPU run that distils with this precision."""
         return self.folder / f"cpu-{precision}"
 
-    def run(self, run_dir: Path, *more: str, **groups: str) -> str:
-        """Runs the launcher, which must succeed; returns its output."""
-        done = run_recipe(*self.overrides(run_dir, *more, **groups), cwd=self.folder)
-        assert done.code == 0, done.output
-        return done.output
+    def run(self, run_dir: Path, *extra: str, **groups: str) -> str:
+        """Runs the launcher with ``overrides``; it must succeed. Returns its output."""
+        result = run_recipe(*self.overrides(run_dir, *extra, **groups), cwd=self.folder)
+        assert result.code == 0, result.output
+        return result.output
 
     def overrides(
-        self, run_dir: Path, *more: str, recipe: str = RECIPE, engine: str = "null"
+        self, run_dir: Path, *extra: str, recipe: str = RECIPE, engine: str = "null"
     ) -> list[str]:
-        """Returns the overrides of a run of the model."""
+        """Returns the launcher's overrides for a run of the model.
+
+        Args:
+            run_dir: Directory of the run.
+            extra: Overrides that are added at the end.
+            recipe: Name of the recipe. Only ``RECIPE`` gets ``PRUNE``, ``DISTILL`` and ``engine``.
+            engine: Name of a config in ``conf/engine``; "null" for no engine.
+        """
         recipe_settings = [f"engine={engine}", "tasks=null", *settings("prune", **PRUNE)]
         recipe_settings += settings("distill", **DISTILL)
         return [
@@ -84,18 +98,18 @@ class Small:
             "skip_rules=[stack-versions]",  # OpenVINO and llama.cpp may be missing
             *tiny(self.model, self.text, run_dir),
             *(recipe_settings if recipe == RECIPE else []),
-            *more,
+            *extra,
         ]
 
     def copy_reference(self, name: str, precision: str, *omitted: str) -> Path:
-        """Copies the CPU's run without the stages ``omitted``; returns the copy."""
+        """Copies the CPU run, without the stages ``omitted``, to ``folder/name``; returns it."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
         return copy_without(self.reference_dir(precision), run_dir, *omitted)
 
 
 def make_reference(results: Path, text_file: Path) -> Small:
-    """Returns the small model; creates and distils it on the CPU if that is not done yet."""
+    """Returns the small model. Creates it, and distils it on the CPU, if no earlier test did so."""
     folder = results / "small"
     small = Small(folder, folder / "model", folder / "text.jsonl")
     if not small.text.exists():
@@ -113,12 +127,12 @@ def make_reference(results: Path, text_file: Path) -> Small:
 
 
 def step_records(run_dir: Path) -> list[Record]:
-    """Returns the records of all steps of a distillation."""
+    """Returns the metrics of each step of a run's distillation."""
     return steps_of(run_dir / "distill" / METRICS, "distill")
 
 
-def largest_difference(expected_dir: Path, run_dir: Path, term: str = "loss") -> float:
-    """Returns the largest relative difference of a term between two distillations at any step."""
+def largest_difference(expected_dir: Path, run_dir: Path, metric: str = "loss") -> float:
+    """Returns the largest relative difference of a metric, over all steps of two distillations."""
     pairs = list(zip(step_records(expected_dir), step_records(run_dir), strict=True))
     assert len(pairs) == STEPS
-    return max(abs(step[term] / expected[term] - 1) for expected, step in pairs)
+    return max(abs(step[metric] / expected[metric] - 1) for expected, step in pairs)

@@ -1,4 +1,7 @@
-"""Imports a model on the GPU, with TensorFloat-32 (TF32) off because TF32 changes the logits."""
+"""Tests on the GPU that an imported model has the logits of the original model.
+
+TensorFloat-32 (TF32) changes the logits, so the import must turn it off.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,21 @@ if not keep_tf32:
 parity = compare(Path(folder), Path(checkpoint))
 print(parity.max_logit_difference / parity.logits_std)
 """
-"""Code that prints the largest difference of logits, divided by their standard deviation. It runs
-in a separate process, since cuBLAS reads the setting of TF32 only once."""
+"""Code that prints the largest logit difference of a model in NeMo or transformers from its plain
+PyTorch reference, divided by the logits' standard deviation.
+
+With a third argument, whatever its value, TF32 stays on. The code runs in a separate process,
+because cuBLAS reads the setting of TF32 only once.
+"""
 
 
 def logit_difference(*arguments: str) -> float:
+    """Runs ``LOGIT_DIFFERENCE`` with these arguments; returns the number that it prints."""
     command = [sys.executable, "-c", LOGIT_DIFFERENCE, *arguments]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return float(done.stdout.split()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return float(process.stdout.split()[-1])
 
 
 def test_an_imported_model_has_the_logits_of_transformers(small: Small, results: Path) -> None:
@@ -46,5 +54,5 @@ def test_an_imported_model_has_the_logits_of_transformers(small: Small, results:
     exact, with_tf32 = logit_difference(*paths), logit_difference(*paths, "keep_tf32")
     record(results, "conversion", difference=exact, with_tf32=with_tf32, limit=LOGITS_TOLERANCE)
     assert exact < LOGITS_TOLERANCE
-    if on_gpu():
+    if on_gpu():  # a CPU has no TF32
         assert with_tf32 > exact

@@ -15,6 +15,7 @@ from recipes.core.versions import git_sha, pins
 from tests.gpu.small import record
 
 SIZE, REPEATS = 8192, 10
+"""Rows and columns of the matrices, and number of timed matrix multiplications."""
 
 
 def test_every_module_imports(results: Path) -> None:
@@ -37,12 +38,13 @@ def test_every_module_imports(results: Path) -> None:
 
 def test_a_device_computes(results: Path) -> None:
     if not torch.cuda.is_available():
-        built = "was built without CUDA" if torch.version.cuda is None else "finds none"
-        pytest.fail(f"no CUDA device: PyTorch {torch.__version__} {built}", pytrace=False)
+        reason = "was built without CUDA" if torch.version.cuda is None else "finds none"
+        pytest.fail(f"no CUDA device: PyTorch {torch.__version__} {reason}", pytrace=False)
     properties = torch.cuda.get_device_properties(0)
-    a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = a @ b
     expected = a[:64].float().cpu() @ b.float().cpu()  # the CPU computes only the first 64 rows
+    # The elements are sums of 8192 products, with a standard deviation of 90.
     torch.testing.assert_close(product[:64].float().cpu(), expected, rtol=2e-2, atol=2)
     torch.cuda.synchronize()
     start = time.monotonic()
@@ -63,7 +65,10 @@ def test_a_device_computes(results: Path) -> None:
 
 
 def test_triton_compiles() -> None:
-    """Megatron compiles its fused functions with Triton."""
+    """``torch.compile`` uses Triton on a GPU, also for Megatron's fused functions."""
+
+    def elementwise(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x) * x + 1
+
     x = torch.randn(1000, device="cuda")
-    compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * x + 1)
-    torch.testing.assert_close(compiled(x), torch.nn.functional.silu(x) * x + 1)
+    torch.testing.assert_close(torch.compile(elementwise)(x), elementwise(x))

@@ -30,7 +30,7 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""Code that prints the largest error of a float32 GEMM, relative to the values' standard deviation.
+"""Code that prints the largest error of a float32 GEMM, divided by the result's standard deviation.
 It runs in a separate process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
 TE_CHECK = """
 import json, sys
@@ -49,17 +49,22 @@ comparison = parity.compare(Path(folder), Path(checkpoint), core)
 has_te_layers = any("transformer_engine" in name for name in modules)
 print(json.dumps([has_te_layers, comparison.max_logit_difference / comparison.logits_std]))
 """
-"""Code that prints whether a model has TransformerEngine's layers, and how much its logits differ
-from those of transformers."""
+"""Code that prints whether a model has TransformerEngine's layers, and its largest logit difference
+from the model's plain PyTorch reference, divided by the logits' standard deviation.
+
+The first argument is "local" for Megatron's local layers. With "installed" the model has
+TransformerEngine's layers if TransformerEngine is installed.
+"""
 ADAM_SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def output_of(code: str, *arguments: str) -> str:
+    """Runs Python code in a process, which must succeed; returns the last line of its output."""
     command = [sys.executable, "-c", code, *arguments]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()[-1]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout.splitlines()[-1]
 
 
 def test_float32_is_not_tensorfloat_32(results: Path) -> None:
@@ -69,10 +74,10 @@ def test_float32_is_not_tensorfloat_32(results: Path) -> None:
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["local", "transformer_engine"])
-def test_first_optimizer_steps_equal_those_of_adamw(kind: str, results: Path) -> None:
-    """Takes two steps: the first creates the moments, the second reads them."""
-    if kind == "local":
+@pytest.mark.parametrize("source", ["local", "transformer_engine"])
+def test_first_optimizer_steps_equal_those_of_adamw(source: str, results: Path) -> None:
+    """Takes two steps: the first creates the optimizer's moments, the second reads them."""
+    if source == "local":
         optimizer_class: Any = FusedAdamW
     else:
         optimizers = pytest.importorskip("transformer_engine.pytorch.optimizers")
@@ -82,9 +87,9 @@ def test_first_optimizer_steps_equal_those_of_adamw(kind: str, results: Path) ->
     gradients = [[torch.randn_like(weight) for weight in start] for _ in range(2)]
     device = "cuda" if on_gpu() else "cpu"
 
-    def final_weights(make: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    def final_weights(make_optimizer: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
         weights = [torch.nn.Parameter(weight.to(device, dtype)) for weight in start]
-        optimizer = make(weights, **ADAM_SETTINGS)
+        optimizer = make_optimizer(weights, **ADAM_SETTINGS)
         for step_gradients in gradients:
             for weight, gradient in zip(weights, step_gradients, strict=True):
                 weight.grad = gradient.to(device, dtype)
@@ -94,7 +99,7 @@ def test_first_optimizer_steps_equal_those_of_adamw(kind: str, results: Path) ->
     expected = final_weights(torch.optim.AdamW, torch.float64, "cpu")
     actual = final_weights(optimizer_class, torch.float32, device)
     difference = max((a - b).abs().max().item() for a, b in zip(actual, expected, strict=True))
-    record(results, f"optimizer-{kind}", difference=difference)
+    record(results, f"optimizer-{source}", difference=difference)
     assert difference < 1e-6
 
 
@@ -104,11 +109,12 @@ def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     is_installed = on_gpu() and installed_version(TRANSFORMER_ENGINE) is not None
     checkpoint = find_checkpoint(small.reference_dir("32") / "import_hf" / ARTIFACT)
     paths = str(small.model), str(checkpoint)
-    outcomes = {
+    # By type of layers: whether they are TransformerEngine's, and the logit difference.
+    checks = {
         layers: json.loads(output_of(TE_CHECK, layers, *paths)) for layers in ("installed", "local")
     }
-    record(results, "layers", te_is_installed=is_installed, te_is_used_and_difference=outcomes)
-    assert [has_te_layers for has_te_layers, _ in outcomes.values()] == [is_installed, False]
-    assert max(difference for _, difference in outcomes.values()) < LOGITS_TOLERANCE
+    record(results, "layers", te_is_installed=is_installed, te_is_used_and_difference=checks)
+    assert [has_te_layers for has_te_layers, _ in checks.values()] == [is_installed, False]
+    assert max(difference for _, difference in checks.values()) < LOGITS_TOLERANCE
     if not is_installed:
         pytest.skip("TransformerEngine is not used here; local layers passed")

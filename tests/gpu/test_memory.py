@@ -1,4 +1,7 @@
-"""Compares planned, rehearsed and measured peak memory of some layers of Llama 3.1 8B."""
+"""Compares planned, rehearsed and measured peak memory of a training of Llama 3.1 8B.
+
+A rehearsal runs a stage on fake tensors and tracks their memory. The models have only a few layers.
+"""
 
 from __future__ import annotations
 
@@ -22,36 +25,52 @@ from tests.gpu.small import on_gpu, record
 from tests.support.rehearsals import job_with_layers
 
 LAYERS = (4, 8)
-"""How many layers the teacher has in each case; the student has half as many."""
+"""Numbers of the teacher's layers that are tested. The student has half as many layers."""
 ONE_GPU = (
     "stages.distill.tensor_model_parallel_size=1",
     "stages.distill.sequence_parallel=false",
     "stages.distill.resources={nodes: 1, devices: 1}",
 )
 STEPS = 6
+"""Number of measured training steps."""
 
 
 def distill_job(layers: int) -> tuple[Any, RankJob]:
-    """Returns the chain of a run, and the rehearsal job of its distillation."""
+    """Returns a recipe's ``Chain``, and the job that rehearses its distillation.
+
+    Args:
+        layers: Number of the teacher's layers.
+    """
     recipe = "llama3_1_8b_depth" if on_gpu() else "llama_depth_prune"
-    return job_with_layers(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
+    overrides = ONE_GPU if on_gpu() else ()
+    return job_with_layers(recipe, "distill", 0, overrides, layers)
 
 
 def run_module(module: str, job: Any, *arguments: str, folder: Path) -> str:
-    """Runs a module with a job, or a list of jobs, as input file; returns its output."""
+    """Runs ``python -m MODULE FILE ARGUMENT...`` in a folder; returns its output.
+
+    Args:
+        module: Name of the module.
+        job: A job or a list of jobs, which is written to the file as JSON.
+        arguments: Further arguments of the module.
+        folder: Working directory, and folder of the file.
+    """
     file = folder / "jobs.json"
     file.write_text(json.dumps(job))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", module, str(file), *arguments],
         capture_output=True, text=True, check=False, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 def rehearsed_peaks(results: Path, tmp_path: Path) -> dict[int, float]:
-    """Returns the peak bytes by number of layers. Rehearses only if no result is stored."""
+    """Maps each of ``LAYERS`` to the rehearsed peak bytes.
+
+    An earlier test may have stored the peaks in ``results``. Otherwise the rehearsals run now.
+    """
     file = results / "rehearsal.json"
     if not file.exists():
         jobs = [asdict(distill_job(layers)[1]) for layers in LAYERS]
@@ -60,9 +79,12 @@ def rehearsed_peaks(results: Path, tmp_path: Path) -> dict[int, float]:
         rehearsals = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
         for rehearsal in rehearsals:
             assert rehearsal.error is None, rehearsal.error
-        peak_by_layers = {str(n): r.peak for n, r in zip(LAYERS, rehearsals, strict=True)}
-        record(results, "rehearsal", **peak_by_layers)
-    peaks = json.loads(file.read_text())
+        peaks = {
+            str(layers): rehearsal.peak
+            for layers, rehearsal in zip(LAYERS, rehearsals, strict=True)
+        }
+        record(results, "rehearsal", **peaks)
+    peaks = json.loads(file.read_text())  # by number of layers, then by type of tensor
     return {layers: sum(peaks[str(layers)].values()) for layers in LAYERS}
 
 
@@ -70,11 +92,13 @@ def test_rehearsed_memory_matches_the_plan(results: Path, tmp_path: Path) -> Non
     for layers, peak in rehearsed_peaks(results, tmp_path).items():
         chain, job = distill_job(layers)
         plan = planned_memory(job, chain)
-        assert peak == pytest.approx(sum(getattr(plan, kind) for kind in KINDS), rel=0.1)
+        planned_peak = sum(getattr(plan, kind) for kind in KINDS)  # of all types of tensors
+        assert peak == pytest.approx(planned_peak, rel=0.1)
 
 
 def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) -> None:
-    peaks, comparison = rehearsed_peaks(results, tmp_path), {}
+    peaks = rehearsed_peaks(results, tmp_path)
+    comparison: dict[str, dict[str, Any]] = {}  # by number of layers
     result_file = tmp_path / "measured.json"
     for layers in LAYERS:
         chain, job = distill_job(layers)

@@ -1,6 +1,7 @@
 """Starts a real Slurm for the tests: a controller and simulated nodes, all on this machine.
 
-Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon needs 9 MB.
+Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. A node's daemon needs
+9 MB of this machine's memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-FIRST_PORT, BLOCKS = 10000, 18
+FIRST_PORT, BLOCKS, BLOCK_PORTS = 10000, 18, 500
+"""A cluster uses one of 18 blocks of 500 ports from port 10000 on: see ``first_port_of_block``."""
 NODES = 96
 """Number of simulated nodes: as many as the largest recipe needs."""
 CONF = """\
@@ -65,14 +67,15 @@ DefMemPerCPU=8900 State=UP
 class SlurmCluster:
     """A Slurm with all files in one directory.
 
-    The directory's path must be short, since the directory contains Unix sockets.
+    The directory's path must be short: it contains Unix sockets, whose paths Linux limits to 107
+    bytes.
     """
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
         self._nodes = [f"n{number + 1}" for number in range(nodes)]
-        self.pyxis_log = directory / "pyxis.log"
-        self.has_containers = False
+        self.pyxis_log = directory / "pyxis.log"  # one line for each container
+        self.has_containers = False  # whether jobs can run in containers: see ``_make_pyxis``
 
     @classmethod
     @contextlib.contextmanager
@@ -88,20 +91,24 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Starts all daemons and waits until the nodes are idle."""
-        d = self.directory
-        (d / "state").mkdir()
+        (self.directory / "state").mkdir()
         for node in self._nodes:
-            (d / f"slurmd.{node}").mkdir()
+            (self.directory / f"slurmd.{node}").mkdir()
         self.has_containers = self._make_pyxis()
         self._write_config()
-        key = d / "munge.key"
+        key = self.directory / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
-        munge = ("socket=munge.sock", "key-file=munge.key", "pid-file=munged.pid")
-        munge += ("seed-file=munged.seed", "log-file=munged.log")
-        options = (f"--{name}={d / value}" for name, _, value in (m.partition("=") for m in munge))
+        munge_files = {
+            "socket": "munge.sock",
+            "key-file": "munge.key",
+            "pid-file": "munged.pid",
+            "seed-file": "munged.seed",
+            "log-file": "munged.log",
+        }
+        options = (f"--{name}={self.directory / file}" for name, file in munge_files.items())
         run("munged", "--force", *options)
-        os.environ["SLURM_CONF"] = str(d / "slurm.conf")
+        os.environ["SLURM_CONF"] = str(self.directory / "slurm.conf")
         run("slurmctld")
         for node in self._nodes:
             run("slurmd", "-N", node)
@@ -122,24 +129,29 @@ class SlurmCluster:
         os.environ.pop("SLURM_CONF", None)
 
     def _write_config(self) -> None:
-        d, nodes = self.directory, len(self._nodes)
-        # Of a block of 500 ports, the first are for the daemons, those from 100 to 400 for srun.
+        """Writes Slurm's configuration files, and the device files of the simulated GPUs."""
+        directory, nodes = self.directory, len(self._nodes)
+        # In the block of 500 ports, the first port is the controller's, the next ones are the
+        # nodes'. srun uses those from 100 to 400.
         port = first_port_of_block(nodes + 1)
         values = {"nodes": nodes, "node_first": port + 1, "node_last": port + nodes}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
-        text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
-        (d / "slurm.conf").write_text(text)
-        (d / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
-        devices = [d / f"gpu{number}" for number in range(8)]
+        host = socket.gethostname().split(".")[0]
+        text = CONF.format(dir=directory, host=host, port=port, **values)
+        (directory / "slurm.conf").write_text(text)
+        (directory / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        devices = [directory / f"gpu{number}" for number in range(8)]
         for device in devices:
-            # A character device, as a GPU is; its numbers are those of /dev/null.
+            # A character device, like a real GPU. 1 and 3 are the device numbers of /dev/null.
             os.mknod(device, 0o20666, os.makedev(1, 3))
-        (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
+        gpus = f"NodeName=n[1-{nodes}] Name=gpu File={directory}/gpu[0-7]\n"
+        (directory / "gres.conf").write_text(gpus)
 
     def _make_pyxis(self) -> bool:
-        """Builds a replacement of Pyxis, Slurm's container plugin; returns whether it can run here.
+        """Builds ``fakepyxis.c``, which replaces Pyxis, Slurm's container plugin.
 
-        The replacement needs a compiler and the right to mount.
+        Returns:
+            Whether the replacement can run here. It needs a compiler and the right to mount.
         """
         source, plugin = Path(__file__).with_name("fakepyxis.c"), self.directory / "fakepyxis.so"
         build = ["gcc", "-Wall", "-shared", "-fPIC", "-o", str(plugin), str(source)]
@@ -150,7 +162,7 @@ class SlurmCluster:
         except (OSError, subprocess.CalledProcessError):
             return False
         root = self.directory / "container"
-        # Folders to mount, so that a container has this Python. Containers have /usr anyway.
+        # Containers mount these folders, to have this Python. They have /usr anyway.
         python_folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
         expose = ",".join(map(str, sorted(python_folders - {Path("/usr")})))
         (self.directory / "plugstack.conf").write_text(
@@ -160,31 +172,36 @@ class SlurmCluster:
 
 
 def first_port_of_block(count: int) -> int:
-    """Returns the first port of a block of 500 ports, of which the first ``count`` are free.
+    """Returns the first port of a block whose first ``count`` ports are free.
 
-    Tries 18 blocks, starting at one that depends on the process, as other processes may search too.
-    The port also serves as the first job id. The launcher derives the rendezvous port of ranks from
-    the job id, so the ranks of simultaneous clusters use different ports.
+    Other processes may search at the same time. So the block that is tried first depends on the
+    process id. The port also serves as the first job id. The launcher derives the rendezvous port
+    of ranks from the job id, so the ranks of simultaneous clusters use different ports.
     """
     for number in range(BLOCKS):
-        port = FIRST_PORT + (os.getpid() + number) % BLOCKS * 500
+        port = FIRST_PORT + (os.getpid() + number) % BLOCKS * BLOCK_PORTS
+        # Creating a server fails if its port is used. Then the next block is tried.
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for offset in range(count):
                 stack.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
-    raise AssertionError(f"no port is free from {FIRST_PORT} on")
+    last_port = FIRST_PORT + BLOCKS * BLOCK_PORTS - 1
+    raise AssertionError(
+        f"no block of ports from {FIRST_PORT} to {last_port} starts with {count} free ports: "
+        "stop other test clusters"
+    )
 
 
 def run(*command: str) -> str:
     """Returns the output of a command, which must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, f"{command}: {process.stderr}"
+    return process.stdout
 
 
 def wait_for(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
-    """Waits until a condition is true, and fails after ``seconds``."""
+    """Waits until a condition is true; fails after ``seconds``. ``pause`` is also in seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        assert time.monotonic() < deadline, f"the condition was still false after {seconds} s"
         time.sleep(pause)

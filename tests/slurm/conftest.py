@@ -22,16 +22,19 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings
 
 SECRET = "a_token_that_no_file_may_hold"
+"""Value of ``HF_TOKEN`` when the run ``tiny_chain`` is submitted."""
 STEPS = 3
+"""Training steps of ``tiny_chain``."""
 CPUS = 64
-"""CPUs of a job that shares a node."""
+"""CPUs per node of a job that does not take whole nodes."""
 DISTILL = {
     "max_steps": STEPS,
     "warmup_steps": 1,
     "val_check_interval": STEPS,
     "checkpoint_interval": STEPS,
     "limit_val_batches": 1,
-    # On few tokens, the loss of the tiny teacher could be near chance, which the stage refuses.
+    # With few tokens, the measured loss of the tiny teacher could be near chance. Then the stage
+    # would refuse the teacher.
     "global_batch_size": 16,
     "micro_batch_size": 8,
     "tensor_model_parallel_size": 2,
@@ -42,7 +45,7 @@ DISTILL = {
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A controller and its nodes."""
+    """A Slurm controller and its simulated nodes."""
     require_programs("Slurm", "slurmctld", "slurmd", "munged", "sbatch")
     with SlurmCluster.running() as cluster:
         yield cluster
@@ -52,8 +55,12 @@ def slurm() -> Iterator[SlurmCluster]:
 def probe_settings(
     slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
-    """The settings that the documents recommend, with ``probe.py`` as interpreter of the jobs."""
+    """Overrides of ``cluster`` as docs/first_day_on_slurm.md recommends; jobs run ``probe.py``.
+
+    The first two are those that the commands of the page have.
+    """
     folder = tmp_path_factory.mktemp("probe")
+    # The script that replaces Python: it starts ``probe.py``, and tells it the script's own path.
     start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
     python, image = write_program(folder / "python", start), folder / "image.sqsh"
     image.touch()
@@ -70,29 +77,33 @@ def probe_settings(
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, and the overrides with which it is submitted."""
+    """A run: its directory, and the overrides with which it is submitted."""
 
     directory: Path
     overrides: tuple[str, ...]
 
-    def submit(self, *more: str) -> CommandResult:
-        """Submits the run, with ``more`` overrides."""
-        return run_in_process(*self.arguments(*more), cwd=self.directory.parent)
+    def submit(self, *extra: str) -> CommandResult:
+        """Submits the run with ``extra`` overrides."""
+        return run_in_process(*self.arguments(*extra), cwd=self.directory.parent)
 
-    def arguments(self, *more: str) -> tuple[str, ...]:
-        """Returns the launcher's arguments that submit the run."""
-        return (*self.overrides, f"run_dir={self.directory}", *more)
+    def arguments(self, *extra: str) -> tuple[str, ...]:
+        """Returns the launcher's arguments that submit the run with ``extra`` overrides."""
+        return (*self.overrides, f"run_dir={self.directory}", *extra)
 
-    def command(self, name: str, *more: str) -> CommandResult:
+    def command(self, name: str, *arguments: str) -> CommandResult:
         """Runs a command of the launcher about the run, such as ``status``."""
-        return run_in_process(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
+        cwd = self.directory.parent
+        return run_in_process(name, f"run_dir={self.directory}", *arguments, cwd=cwd)
 
     def wait(self, seconds: float = 600) -> None:
         """Waits until no job of the run is active."""
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
     def copy_without(self, directory: Path, *stages: str) -> Run:
-        """Copies the run without some stages. Files keep their times, so none is hashed again."""
+        """Copies the run to ``directory / "copy"``, without some stages.
+
+        Files keep their modification times, so the launcher does not hash them again.
+        """
         copy = directory / "copy"
         shutil.copytree(self.directory, copy)
         for stage in stages:
@@ -104,9 +115,10 @@ class Run:
 def tiny_chain(
     slurm: SlurmCluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, CommandResult]:
-    """A complete run, which distilled on two nodes with two ranks each, and the launcher's output.
+    """A complete run of a tiny model, and the result of the launcher that followed it.
 
-    Stages ran in containers if this machine can start them.
+    Distillation ran on two nodes with two ranks each. Stages ran in containers if this machine can
+    start containers.
     """
     folder = tmp_path_factory.mktemp("slurm")
     model = write_tiny_model(folder / "teacher", text_file, **EVEN)

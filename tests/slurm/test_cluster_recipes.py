@@ -1,6 +1,7 @@
 """Checks the resources of every rank in the jobs of each recipe, on simulated DGX nodes.
 
-The launcher submits each recipe as users do. ``probe.py`` replaces the interpreter of the jobs.
+The launcher submits each recipe as users do. ``probe.py`` replaces the Python of the jobs: it
+records the environment of each rank instead of running stages.
 """
 
 from __future__ import annotations
@@ -33,31 +34,36 @@ NODES = {
     **dict.fromkeys(("llama3_1_8b_depth_2.5b", "llama3_1_8b_width_2.5b"), 1),
     **dict.fromkeys(("mistral_nemo_12b_width_2.5b", "qwen3_8b_depth_2.5b", "qwen3_8b_nas_2.5b"), 1),
 }
-"""Number of nodes of the distillation, which has 8 ranks per node."""
+"""For each large recipe, the number of nodes of its distillation, which has 8 ranks per node."""
 SMALL = ("llama_depth_prune", "llama_width_prune", "llama_search", "shrink")
 """Recipes for a small model: each stage is one rank."""
 SEARCH = "qwen3_8b_search"
+"""The only recipe of a search for a large model."""
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE_RECIPE = "llama3_1_8b_depth"
-"""The only recipe whose engine stages run in these tests. They start programs with mpirun."""
+"""The only large recipe whose engine stages run in these tests. They start programs with mpirun."""
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
     ENGINE_RECIPE: () if HAS_MPI else ("engine=null",),
 }
+"""By recipe: additional overrides in these tests. With ``probe.TORCH``, the real torchrun starts
+ranks."""
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
-"""Stages besides ``distill`` that take a whole node."""
+"""Stages besides ``distill`` that take one whole node, with a rank for each GPU."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
-WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
+STAGES_WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
+"""Resources of a node of ``SlurmCluster``."""
 DATA_CPUS = 16
 """CPUs of ``prepare_data`` in large recipes."""
 MEMORY_PER_CPU_MB = 8900
+"""``DefMemPerCPU`` of ``SlurmCluster``: the memory of a job that does not take whole nodes."""
 
 
 @dataclass(frozen=True)
 class NodeResources:
-    """Number of nodes of a job, and what the job has on each node."""
+    """Number of nodes of a job, and its resources on each node."""
 
     nodes: int
     ranks: int
@@ -69,19 +75,21 @@ class NodeResources:
 
 
 def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> NodeResources:
+    """Returns the resources of a job on whole nodes, with ``ranks`` ranks and GPUs on each."""
     return NodeResources(nodes, ranks, NODE_CPUS, ranks, NODE_MEMORY_MB)
 
 
 def one_rank(stage: str, data_cpus: int = DATA_CPUS) -> NodeResources:
+    """Returns the resources of a stage of one rank; ``prepare_data`` gets ``data_cpus`` CPUs."""
     cpus = data_cpus if stage == "prepare_data" else CPUS
-    return NodeResources(1, 1, cpus, int(stage not in WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
+    return NodeResources(1, 1, cpus, int(stage not in STAGES_WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
 
 
 @pytest.fixture(scope="module")
 def chains(
     probe_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """A run of every recipe, by name; all jobs have ended."""
+    """Maps the name of each recipe to its run. All jobs of the runs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
         recipe: Run(folder / recipe, (f"recipe={recipe}", *probe_settings, *settings_of(recipe)))
@@ -102,58 +110,63 @@ def settings_of(recipe: str) -> tuple[str, ...]:
     return settings if recipe in (ENGINE_RECIPE, SEARCH) else (*settings, "engine=null")
 
 
-def submit(chain: Run, *more: str) -> None:
-    result = chain.submit(*more)
+def submit(chain: Run, *extra: str) -> None:
+    """Submits a run with ``extra`` overrides, which must succeed."""
+    result = chain.submit(*extra)
     assert result.code == 0, result.output
 
 
 def states(chain: Run) -> dict[str, str]:
+    """Returns the status of each stage by its name."""
     return {stage.name: stage.status for stage in read_statuses(chain.directory)}
 
 
 def records(stage_dir: Path) -> list[dict[str, Any]]:
+    """Returns what ``probe.write_record`` wrote about each rank of a stage, sorted by rank."""
     files = (stage_dir / probe.RECORDS).glob("*.json")
-    return sorted((json.loads(f.read_text()) for f in files), key=lambda r: int(r.get("RANK", 0)))
+    unsorted = (json.loads(file.read_text()) for file in files)
+    return sorted(unsorted, key=lambda record: int(record.get("RANK", 0)))
 
 
-def require(stage_dir: Path, expected: NodeResources) -> None:
+def require_resources(stage_dir: Path, expected: NodeResources) -> None:
     """Requires that ranks got exactly the expected resources, and that they summed their ranks.
 
-    CPUs are those that Slurm allocated, because this machine has fewer than a node. The ranks of a
-    whole node may together use all cores of this machine. A job on a part of a node has a memory
-    limit per CPU. On whole nodes the job has all memory, and its ranks have no limit of their own.
+    The compared CPUs are those that Slurm allocated, because this machine has fewer CPUs than a
+    simulated node.
     """
     ranks = records(stage_dir)
     world_size = expected.nodes * expected.ranks
     assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world_size))
     assert {r["total"] for r in ranks} == {world_size * (world_size - 1) // 2}
-    places = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
-    assert set(places.values()) == {1}
-    assert len({node for node, _ in places}) == expected.nodes
-    assert {local_rank for _, local_rank in places} == set(range(expected.ranks))
-    [_] = {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks}
-    usable: dict[str, set[int]] = {}
+    # How many ranks have the same node and local rank: each pair must occur once.
+    rank_counts = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
+    assert set(rank_counts.values()) == {1}
+    assert len({node for node, _ in rank_counts}) == expected.nodes
+    assert {local_rank for _, local_rank in rank_counts} == set(range(expected.ranks))
+    [_] = {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks}  # equal on all ranks
+    cores_by_node: dict[str, set[int]] = {}
     for record in ranks:
-        usable.setdefault(record["SLURMD_NODENAME"], set()).update(record["affinity"])
-    is_whole = expected.cpus == NODE_CPUS
-    if is_whole:
-        assert list(usable.values()) == [os.sched_getaffinity(0)] * expected.nodes
-    memory_per_cpu = None if is_whole else str(MEMORY_PER_CPU_MB)
+        cores_by_node.setdefault(record["SLURMD_NODENAME"], set()).update(record["affinity"])
+    has_whole_nodes = expected.cpus == NODE_CPUS
+    if has_whole_nodes:  # the ranks of a node may together use all cores of this machine
+        assert list(cores_by_node.values()) == [os.sched_getaffinity(0)] * expected.nodes
+    # A job on whole nodes has all memory, without a limit per CPU.
+    memory_per_cpu = None if has_whole_nodes else str(MEMORY_PER_CPU_MB)
     assert {r.get("SLURM_MEM_PER_CPU") for r in ranks} == {memory_per_cpu}
-    visible = ",".join(map(str, range(expected.gpus))) or None
+    visible_gpus = ",".join(map(str, range(expected.gpus))) or None
     if expected.gpus == 1:  # the job gets any of the node's GPUs
-        [visible] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
-        assert re.fullmatch(r"\d", visible)
-    assert {r.get("CUDA_VISIBLE_DEVICES") for r in ranks} == {visible}
+        [visible_gpus] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
+        assert re.fullmatch(r"\d", visible_gpus)
+    assert {r.get("CUDA_VISIBLE_DEVICES") for r in ranks} == {visible_gpus}
     assert {int(r["SLURM_CPUS_ON_NODE"]) for r in ranks} == {expected.cpus}
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
         expected.threads or expected.cpus // expected.ranks
     }
-    # One folder of compiled extensions per node. On one node the variable may be unset: then the
-    # only value is None.
+    # Each node has its own folder of compiled extensions. A job on one node may leave the variable
+    # unset; then the only value is None.
     assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == expected.nodes
     assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world_size > 1} <= {str(expected.ranks)}
-    step = ranks[0]["step"]
+    step = ranks[0]["step"]  # contains "TRES=cpu=CPUS,mem=MEMORY", in M or G
     [(cpus, memory, unit)] = re.findall(r"TRES=cpu=(\d+),mem=([\d.]+)([MG])", step)
     assert int(cpus) == expected.nodes * expected.cpus
     megabytes = float(memory) * (1024 if unit == "G" else 1)
@@ -172,13 +185,13 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     assert set(statuses.values()) == {"complete"}, statuses
     expected = dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
     expected["distill"] = whole_nodes(NODES.get(recipe, 1))
-    # A search is one rank, but starts training runs of 8 ranks. OMP_NUM_THREADS is set for these:
-    # an eighth of the node's CPUs.
+    # A search has one rank, which starts training runs of 8 ranks. OMP_NUM_THREADS is set for the
+    # training: 224 CPUs / 8 ranks = 28.
     expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
     )
     for stage in statuses.keys() - ENGINE_STAGES:
-        require(chain.directory / stage, expected.get(stage) or one_rank(stage))
+        require_resources(chain.directory / stage, expected.get(stage) or one_rank(stage))
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -189,17 +202,20 @@ def test_stages_of_a_small_recipe_are_one_rank(chains: dict[str, Run], recipe: s
         expected = one_rank(stage, data_cpus=CPUS)
         if stage in ENGINE_STAGES:  # OpenVINO runs on the CPU
             expected = replace(expected, gpus=0)
-        require(chains[recipe].directory / stage, expected)
+        require_resources(chains[recipe].directory / stage, expected)
 
 
 def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> None:
-    require(chains[SEARCH].directory / "successive_halving" / probe.TRAINING, whole_nodes(1))
+    require_resources(
+        chains[SEARCH].directory / "successive_halving" / probe.TRAINING, whole_nodes(1)
+    )
 
 
 @pytest.mark.skipif(not HAS_MPI, reason="needs Open MPI and mpi4py (tests/install_slurm.sh)")
 @pytest.mark.parametrize("stage", sorted(ENGINE_STAGES))
 def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str) -> None:
     [record] = records(chains[ENGINE_RECIPE].directory / stage)
+    # ``probe.py`` runs ``spawn.py`` twice. Each prints the ranks of its two processes.
     assert record["spawned"].splitlines() == ["[0, 1]"] * 2
     assert re.fullmatch(r"\d", record["CUDA_VISIBLE_DEVICES"])
     assert int(record["OMP_NUM_THREADS"]) == CPUS
@@ -207,9 +223,9 @@ def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str
 
 
 def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
-    """Repeats the distillation of a run with other settings; returns its directory."""
+    """Repeats a run's distillation with other settings; returns the stage's new directory."""
     chain = original.copy_without(folder, "distill")
-    # With other settings, the plan may have too little text, or too many hours for its requeues.
+    # With other settings, the plan may find too little text, or more hours than its requeues allow.
     submit(chain, "only=[distill]", "skip_rules=[tokens,requeues]", *overrides)
     chain.wait()
     assert states(chain)["distill"] == "complete"
@@ -217,10 +233,10 @@ def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
 
 
 def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path: Path) -> None:
-    torch = f"+stages.distill.resources.env.{probe.TORCH}='1'"
+    real_torchrun = f"+stages.distill.resources.env.{probe.TORCH}='1'"
     layout = ("stages.distill.resources.nodes=4", "stages.distill.resources.devices=2")
-    distill = distill_again(chains["llama3_1_8b_depth"], tmp_path, *layout, torch)
-    require(distill, whole_nodes(4, ranks=2))
+    distill = distill_again(chains["llama3_1_8b_depth"], tmp_path, *layout, real_torchrun)
+    require_resources(distill, whole_nodes(4, ranks=2))
 
 
 @pytest.mark.parametrize("requests_gpus", [True, False])
@@ -230,19 +246,22 @@ def test_submission_from_an_allocation_gets_the_same_resources(
     for name, value in allocation().items():
         monkeypatch.setenv(name, value)
     # cluster.partition wins over SBATCH_PARTITION. With cluster.gpus=null, Slurm does not set
-    # CUDA_VISIBLE_DEVICES, which ``require`` expects for 0 GPUs.
+    # CUDA_VISIBLE_DEVICES, which ``require_resources`` expects for ``gpus=0``.
     settings = ("cluster.partition=batch", *(() if requests_gpus else ("cluster.gpus=null",)))
     distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
-    require(distill, whole_nodes(1) if requests_gpus else replace(whole_nodes(1), gpus=0))
-    assert {"PMIX_RANK", "SBATCH_TIMELIMIT"} & records(distill)[0].keys() == set()
+    require_resources(distill, whole_nodes(1) if requests_gpus else replace(whole_nodes(1), gpus=0))
+    inherited = {"PMIX_RANK", "SBATCH_TIMELIMIT"} & records(distill)[0].keys()
+    assert not inherited
 
 
 def allocation() -> dict[str, str]:
-    """Returns variables that Slurm sets in an allocation, and others of a user and of torchrun."""
+    """Returns the variables that Slurm sets in an allocation, a user's defaults, and torchrun's."""
     size = ("-N2", "-n4", "-c2", "--mem=1000", "--gpus-per-node=2")
     text = run("salloc", *size, "srun", "--mpi=pmix", "-n1", "env", "-0")
     variables = dict(line.partition("=")[::2] for line in text.split("\0") if line)
-    slurm = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
+    slurm = {
+        name: value for name, value in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", name)
+    }
     assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= slurm.keys()
     user = {"SBATCH_TIMELIMIT": "1", "SBATCH_GPUS_PER_NODE": "1", "SBATCH_PARTITION": "elsewhere"}
     return {**slurm, **user, "RANK": "5", "WORLD_SIZE": "6"}
@@ -257,14 +276,15 @@ def test_ranks_that_share_a_node_get_a_fraction_of_it(
         "stages.distill.resources.devices=4",
     )
     distill = distill_again(chains["llama3_1_8b_width_2.5b"], tmp_path, *settings)
-    require(distill, NodeResources(1, 4, CPUS, 4, CPUS * MEMORY_PER_CPU_MB))
+    expected = NodeResources(1, ranks=4, cpus=CPUS, gpus=4, memory_mb=CPUS * MEMORY_PER_CPU_MB)
+    require_resources(distill, expected)
 
 
 def test_dry_run_asks_slurm(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
     chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *probe_settings, "dry_run=true"))
     accepted = chain.submit()
     assert accepted.code == 0, accepted.output
-    # 96 nodes have 21504 CPUs.
+    # Slurm says when the job could start, and on which CPUs and nodes: 96 * 224 = 21504 CPUs.
     assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", accepted.output), accepted.output
     refused = chain.submit("cluster.sbatch=['--reservation=none']")
     assert refused.code == 1
@@ -279,5 +299,5 @@ def test_limits_of_partitions_are_read(slurm: SlurmCluster) -> None:
     [(name, partition)] = read_partitions().items()
     assert name == "batch"
     assert partition.groups == [NodeGroup(96, NODE_CPUS, NODE_MEMORY_MB, NODE_GPUS)]
-    assert partition.max_seconds == 86400
+    assert partition.max_seconds == 86400  # a day
     assert partition.limit("DefMemPerCPU") == MEMORY_PER_CPU_MB

@@ -18,35 +18,49 @@ def convert_by_command(*arguments: str | Path) -> int:
 
 
 def load_model(checkpoint: Path, *, training: bool) -> torch.nn.Module:
-    """Loads a checkpoint's model, with our training layers or with Megatron's layers."""
+    """Loads a checkpoint's model.
+
+    Args:
+        checkpoint: A NeMo checkpoint.
+        training: Whether the model has the layers of ``recipes.backend.training_layers``. They
+            replace Megatron's layers where TransformerEngine is missing.
+    """
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
     nemo.load_weights(core, checkpoint)
     return core
 
 
 def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
-    """Compares logits and the gradient of every weight with and without the training layers."""
+    """Asserts that training layers do not change the logits or the gradient of any weight.
+
+    Args:
+        checkpoint: A NeMo checkpoint.
+        tokens: Token ids [batch, sequence].
+    """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     results = []
     for training in (False, True):
         core = load_model(checkpoint, training=training)
         logits = core(tokens, positions, None)
-        logits.logsumexp(dim=-1).mean().backward()
-        results.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
+        logits.logsumexp(dim=-1).mean().backward()  # a loss that depends on every logit
+        gradients = {name: weight.grad for name, weight in core.named_parameters()}
+        results.append({"logits": logits, **gradients})
     expected, actual = results
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        # Random models amplify float32's rounding up to a thousand times on some processors.
+        # On some processors, random models amplify float32's rounding errors up to 1000 times.
         difference = torch.linalg.vector_norm(actual[name] - tensor)
         assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns all weights of a Hugging Face folder, by name."""
     weights = hf.Weights(folder)
     return {name: weights.read(name) for name in weights.names()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
+    """Asserts that two Hugging Face folders have equal weights of equal types."""
     expected, actual = read_tensors(first), read_tensors(second)
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():

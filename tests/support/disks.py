@@ -1,4 +1,4 @@
-"""Mounts small disks in memory, and makes all other disks look large."""
+"""Mounts small file systems (disks) in memory, and makes all other disks look large."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from unittest import mock
 
 import pytest
 
-SMALL_DISK = 1 << 30
-"""Largest size of a disk of ``small_disk``, in bytes."""
+SMALL_DISK_BYTES = 1 << 30
+"""``large_disks`` takes every disk of at most this size for one of ``small_disk``."""
 FREE_BYTES = 10**15
-"""Free bytes that ``large_disks`` reports for every other disk."""
+"""Free bytes that ``large_disks`` reports for every other disk: 1 PB, enough for any plan."""
 
 
 def large_disks() -> mock._patch[Callable[[Path], object]]:
-    """Patches ``shutil.disk_usage``, so that plans of any size fit, except on a ``small_disk``.
+    """Returns a patch of ``shutil.disk_usage`` that reports ``FREE_BYTES`` on all large disks.
 
-    A test may plan a recipe that needs more space than this machine has.
+    With this patch, a test can plan a recipe that needs more space than this machine has.
     """
     real_disk_usage = shutil.disk_usage
 
     def disk_usage(path: Path) -> object:
         usage = real_disk_usage(path)
-        return usage if usage.total <= SMALL_DISK else usage._replace(free=FREE_BYTES)
+        return usage if usage.total <= SMALL_DISK_BYTES else usage._replace(free=FREE_BYTES)
 
     return mock.patch.object(shutil, "disk_usage", disk_usage)
 
@@ -40,11 +40,11 @@ class Disk:
     folder: Path
 
     def remount(self, options: str) -> None:
-        """Changes the size (``size=2m``), or whether the disk is read-only (``ro``, ``rw``)."""
+        """Remounts the disk with another size (``size=2m``), read-only (``ro``) or not (``rw``)."""
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def leave_free(self, bytes_free: int) -> None:
-        """Resizes the disk so that this number of bytes is free."""
+        """Resizes the disk so that ``bytes_free`` bytes are free."""
         stats = os.statvfs(self.folder)
         used = (stats.f_blocks - stats.f_bfree) * stats.f_frsize
         self.remount(f"size={used + bytes_free}")
@@ -52,7 +52,12 @@ class Disk:
 
 @contextmanager
 def small_disk(folder: Path, size: str = "2m") -> Iterator[Disk]:
-    """Mounts a small disk; skips the test if this process may not mount one."""
+    """Mounts a small disk at ``folder``; skips the test if this process may not mount it.
+
+    Args:
+        folder: The mount point, which is created.
+        size: Size in the syntax of tmpfs, at most ``SMALL_DISK_BYTES``.
+    """
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:

@@ -1,7 +1,7 @@
 """Changes of Hugging Face folders, from which ``variants`` makes test cases.
 
-Functions such as ``add_weight`` only return a ``Change``. Calling the ``Change`` with a folder then
-changes this folder.
+A ``Change`` is a function that changes the folder of its argument. Some functions here are
+themselves a ``Change``, such as ``add_tokens``. Others return a ``Change``, such as ``add_weight``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Absent(Enum):
-    """Marks a key that ``edit_json`` removes."""
+    """Type of ``ABSENT``, the value that makes ``edit_json`` remove a key."""
 
     ABSENT = "absent"
 
@@ -39,15 +39,16 @@ class Variant:
     name: str
     change: Change
     refusal: str = ""
-    """Regular expression of the error message; empty if the folder is converted exactly."""
+    """Regular expression of the error message; empty if the conversion must be exact."""
     base: str = "llama"
     """Folder to change: FAMILY, saved by transformers 4, or FAMILY-5, saved by transformers 5."""
     reads_weights: bool = False
-    """Whether the fault is in the values of weights, which only a conversion reads."""
+    """Whether the refusal depends on values of weights, which only a conversion reads. A dry run
+    finds every other fault."""
 
 
 def edit_json(file: str, **values: Any) -> Change:
-    """Changes keys of a JSON file."""
+    """Sets top-level keys of a JSON file, which may be missing; ``ABSENT`` removes a key."""
 
     def change(folder: Path) -> None:
         old = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
@@ -58,12 +59,12 @@ def edit_json(file: str, **values: Any) -> Change:
 
 
 def edit_config(**values: Any) -> Change:
-    """Changes keys of ``config.json``."""
+    """Sets top-level keys of ``config.json``; ``ABSENT`` removes a key."""
     return edit_json("config.json", **values)
 
 
 def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
-    """Calls ``change`` on the dictionary of all weights, and saves the changed weights."""
+    """Loads all weights, calls ``change`` to edit their dictionary in place, and saves them."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -74,7 +75,7 @@ def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
 
 
 def add_weight(name: str, *shape: int) -> Change:
-    """Adds a weight."""
+    """Adds a weight of ones."""
     return edit_weights(lambda tensors: tensors.update({name: torch.ones(*shape)}))
 
 
@@ -84,10 +85,14 @@ def drop_weight(name: str) -> Change:
 
 
 def cast_weights(dtype: torch.dtype, word: str = "") -> Change:
-    """Casts the weights whose names contain a word."""
-    return edit_weights(
-        lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if word in n})
-    )
+    """Casts the weights whose names contain ``word``; by default, casts all weights."""
+
+    def cast(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if word in name:
+                tensors[name] = tensor.to(dtype)
+
+    return edit_weights(cast)
 
 
 def write_file(file: str, text: str | bytes) -> Change:
@@ -102,7 +107,7 @@ def write_file(file: str, text: str | bytes) -> Change:
 
 
 def remove_files(*files: str) -> Change:
-    """Removes files."""
+    """Removes files. The folder may lack some of them."""
 
     def change(folder: Path) -> None:
         for file in files:
@@ -121,48 +126,54 @@ def all_of(*changes: Change) -> Change:
     return apply
 
 
-def split_weights(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
-    """Splits the weights into two files and an index. The index also has the entries ``extra``."""
+def split_weights(shards: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
+    """Splits the weights into two shards and an index.
+
+    Args:
+        shards: Files of the shards. Weights are assigned to them alternately.
+        extra: Files of further weights, by weight, which only the index's ``weight_map`` lists.
+            May also replace the files of existing weights.
+    """
 
     def change(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         (folder / WEIGHTS).unlink()
-        index = {}
-        for number, file in enumerate(names):
-            shard = dict(list(tensors.items())[number::2])
+        weight_map: dict[str, str] = {}
+        for number, file in enumerate(shards):
+            shard = dict(list(tensors.items())[number::2])  # every second weight
             (folder / file).parent.mkdir(exist_ok=True)
             save_file(shard, folder / file, {"format": "pt"})
-            index |= dict.fromkeys(shard, file)
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {}, "weight_map": {**index, **(extra or {})}})
-        )
+            weight_map |= dict.fromkeys(shard, file)
+        weight_map |= extra or {}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     return change
 
 
 def add_weights_file(file: str) -> Change:
-    """Adds a file with weights of the same names but other values."""
+    """Adds another file with weights of the same names, whose values are larger by 1."""
 
     def change(folder: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True)
-        save_file({n: t + 1 for n, t in load_file(folder / WEIGHTS).items()}, folder / file)
+        tensors = load_file(folder / WEIGHTS)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / file)
 
     return change
 
 
 def untie(tensors: dict[str, Tensor]) -> None:
-    """Adds a head that differs from the embedding in one row. For ``edit_weights``."""
+    """Adds a head that differs from the embedding in one row. Pass it to ``edit_weights``."""
     tensors[HEAD] = tensors[EMBEDDING].clone()
-    tensors[HEAD][7] += 0.01
+    tensors[HEAD][7] += 0.01  # any row
 
 
 def set_last_embedding(value: float) -> Change:
-    """Sets the embedding's last row, which no token of ``parity.TEXT`` uses."""
+    """Fills the embedding's last row, which no token of ``nemo_convert.parity.TEXT`` uses."""
     return edit_weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
 
 
 def use_sentencepiece(folder: Path) -> None:
-    """Replaces the tokenizer with a sentencepiece model."""
+    """Replaces the tokenizer with a sentencepiece model, trained on a few sentences."""
     from sentencepiece import SentencePieceTrainer
 
     for file in folder.glob("tokenizer*"):
@@ -172,7 +183,7 @@ def use_sentencepiece(folder: Path) -> None:
             ["the hat on that hen", "ten tan ants eat a note", "o no, not the tea"] * 99
         ),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=290,
+        vocab_size=290,  # at most: the embedding has 294 rows
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
@@ -187,15 +198,16 @@ def use_vocabulary_and_merges(folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    # Depending on its version, tokenizers saves a merge as "a b" or as ["a", "b"].
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     edit_json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
 
 
 def add_tokens(folder: Path) -> None:
-    """Adds ten tokens. The embedding has no rows for the last four, 294 to 297."""
+    """Adds ten tokens, with ids 288 to 297. The embedding has 294 rows: none for the last four."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    [token] = tokenizer["added_tokens"]
+    [token] = tokenizer["added_tokens"]  # <eos>; the tokenizer has ids 0 to 287
     tokenizer["added_tokens"] += [
         {**token, "id": 288 + n, "content": f"<new{n}>"} for n in range(10)
     ]
@@ -203,16 +215,16 @@ def add_tokens(folder: Path) -> None:
 
 
 def link_weights(folder: Path) -> None:
-    """Replaces the weights with a link to them, as in the cache of ``huggingface_hub``."""
+    """Moves the weights out of the folder and links to them, as the ``huggingface_hub`` cache."""
     blob = folder.with_name(folder.name + ".blob")
     shutil.move(folder / WEIGHTS, blob)
     (folder / WEIGHTS).symlink_to(blob)
 
 
 def truncate_weights(folder: Path) -> None:
-    """Removes the last bytes of the weights."""
+    """Removes the last bytes of the weights file, as an interrupted download does."""
     data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:-7])
+    (folder / WEIGHTS).write_bytes(data[:-7])  # any small number
 
 
 def change_nothing(folder: Path) -> None:

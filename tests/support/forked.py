@@ -30,11 +30,15 @@ from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import die_with_parent
 
 TIMEOUT_SECONDS = 600
+"""Maximum run time of a command of ``run_forked``."""
 
 
 @cache
 def _server(*modules: str) -> tuple[socket.socket, Path]:
-    """Starts a fork server that ends with this process; returns the server's socket and log."""
+    """Starts a fork server, once for the same modules; returns the server's socket and log.
+
+    The server ends with this process.
+    """
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"
@@ -54,7 +58,7 @@ def forked(
     status: Path | None = None,
     ranks: int = 0,
 ) -> Iterator[Callable[[], bool]]:
-    """Runs ``python COMMAND`` in a fork; yields a function that tells whether it has ended.
+    """Runs ``python COMMAND`` in a fork; yields a function that returns whether the fork has ended.
 
     Args:
         imports: Modules that the fork server imports.
@@ -63,8 +67,9 @@ def forked(
         output: File for standard output; also for standard error, if ``errors`` is ``None``.
         cwd: Working directory; by default that of this process.
         errors: File for standard error.
-        status: File for the exit status.
-        ranks: Number of ranks, one process each, as with torchrun; 0 for a process without a rank.
+        status: File to which the exit status is written, in decimal.
+        ranks: Number of processes to start with ``RANK`` and ``LOCAL_RANK``, as torchrun does; 0
+            starts one process without these variables.
     """
     server, log = _server(*imports)
     request = {
@@ -87,7 +92,14 @@ def forked(
 def run_forked(
     imports: Sequence[str], command: Sequence[str], environment: Mapping[str, str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, as ``subprocess.run`` with captured output does."""
+    """Runs ``python COMMAND`` in a fork, and waits as ``subprocess.run`` does; captures its output.
+
+    Args:
+        imports: Modules that the fork server imports.
+        command: A file and its arguments, or ``-m``, a module and its arguments.
+        environment: All environment variables of the program.
+        cwd: Working directory.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, errors, status = (Path(folder) / name for name in ("output", "errors", "status"))
         files = {"errors": errors, "status": status}
@@ -105,12 +117,13 @@ def run_forked(
 
 
 def main() -> None:
-    """Runs the command of a request file in this fork."""
+    """Runs in a fork: reads the request file that ``forked`` wrote, and runs its command."""
     request = json.loads(Path(sys.argv[1]).read_text())
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.modules.pop("wandb", None)  # None in the fork server; a launcher imports it
+    # The fork server sets this entry to None, which forbids the import. A launcher imports it.
+    sys.modules.pop("wandb", None)
     if request["errors"]:
         file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())
@@ -124,16 +137,17 @@ def main() -> None:
 def _run(command: list[str]) -> int:
     """Runs a command in this process and returns its exit status."""
     is_module = command[0] == "-m"
-    sys.argv = command[is_module:]  # without -m
+    sys.argv = command[1:] if is_module else command
     try:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        if isinstance(end.code, str):
+        if isinstance(end.code, str):  # an error message: Python prints it and exits with 1
             print(end.code, file=sys.stderr)
-        return 1 if isinstance(end.code, str) else end.code or 0
+            return 1
+        return end.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
@@ -141,7 +155,11 @@ def _run(command: list[str]) -> int:
 
 
 def _run_ranks(command: list[str], num_ranks: int) -> int:
-    """Runs a command on each rank; when one fails, terminates the others."""
+    """Runs a command on each rank; when one rank fails, terminates the other ranks.
+
+    Returns:
+        0 if all ranks succeed; otherwise the largest exit status or signal number of a rank.
+    """
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_run_rank, args=(command, n)) for n in range(num_ranks)]
     for rank in ranks:
@@ -154,10 +172,11 @@ def _run_ranks(command: list[str], num_ranks: int) -> int:
             if rank.exitcode:
                 for other in running.values():
                     other.terminate()
-    return max(abs(rank.exitcode or 0) for rank in ranks)
+    return max(abs(rank.exitcode or 0) for rank in ranks)  # -N means killed by signal N
 
 
 def _run_rank(command: list[str], rank: int) -> None:
+    """Runs a command in this process as one rank, and exits with the command's status."""
     die_with_parent()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     sys.exit(_run(command))

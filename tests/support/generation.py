@@ -1,4 +1,4 @@
-"""Runs a Hugging Face folder's model in this process, or in another version of transformers."""
+"""Runs a Hugging Face folder's model with the installed or another version of transformers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ CHAT = [
     {"role": "user", "content": "And at dusk?"},
 ]
 NEW_TOKENS = 12
-"""Number of generated tokens."""
+"""Maximum number of generated tokens."""
 FIRST_TOKEN = 7
-"""Token that ``ForceEnd`` forces before the end-of-text token."""
+"""Id of the token, any id, that ``ForceEnd`` forces before the end-of-text token."""
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Output of a model and its tokenizer for a conversation."""
+    """Output of a model and its tokenizer for ``CHAT``."""
 
     version: str
+    """Version of transformers."""
     chat: list[int]
     """Token ids of the conversation, formatted by the chat template."""
     scores: list[float]
-    """Log-probabilities of all ids of ``chat`` except the first."""
+    """Log-probability of each id of ``chat`` except the first, from the ids before it."""
     greedy: list[int]
     """Greedy continuation of ``NEW_TOKENS`` tokens, without an end-of-text token."""
     stopped: list[int]
-    """Tokens that are generated if the second token is forced to be the end-of-text token."""
+    """Generated tokens if the second is forced to be the end-of-text token: generation must stop
+    there."""
     generation_config: dict[str, Any]
 
 
@@ -56,6 +58,8 @@ def output_of(folder: Path) -> ModelOutput:
         scores = model(prompt["input_ids"]).logits[0, :-1].log_softmax(-1)
 
     class ForceEnd(LogitsProcessor):  # type: ignore[misc]
+        """Forces ``FIRST_TOKEN``, then the end-of-text token."""
+
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             token = FIRST_TOKEN if ids.shape[1] == start else settings["eos_token_id"]
             return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([token]), 0.0)
@@ -77,8 +81,12 @@ def output_of(folder: Path) -> ModelOutput:
 
 
 def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
-    """Runs models with the version of transformers that is in the folder ``packages``."""
-    done = subprocess.run(
+    """Runs models with the version of transformers that is in the folder ``packages``.
+
+    Returns:
+        The output of each folder's model, in order.
+    """
+    process = subprocess.run(
         # With -P, this file's folder is not on sys.path.
         [sys.executable, "-P", __file__, *folders],
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
@@ -87,12 +95,21 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [ModelOutput(**output) for output in json.loads(done.stdout.splitlines()[-1])]
+    assert process.returncode == 0, process.stderr[-3000:]
+    last_line = process.stdout.splitlines()[-1]  # libraries may print lines before it
+    return [ModelOutput(**output) for output in json.loads(last_line)]
 
 
 def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
-    """Requires that the installed version and that in ``packages`` agree; returns both versions."""
+    """Requires that two versions of transformers give the same outputs for each folder's model.
+
+    Args:
+        packages: A folder with another version of transformers.
+        folders: Hugging Face folders; at least one.
+
+    Returns:
+        The installed version and the version in ``packages``.
+    """
     for folder, output in zip(folders, outputs_in(packages, *folders), strict=True):
         expected = output_of(folder)
         assert output.chat == expected.chat

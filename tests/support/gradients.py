@@ -1,4 +1,4 @@
-"""Computes the value and the gradients of a function for fixed random tensors."""
+"""Computes the value and the gradients of a function, with reproducible random tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from torch import Tensor
 
 
 def random_tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """Returns normally distributed tensors in float64."""
+    """Returns normally distributed float64 tensors, which are the same at each call."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Returns a function's value and its gradients for a fixed upstream gradient."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    """Computes a function's value, and its gradients for a fixed random upstream gradient.
+
+    Args:
+        function: A function of as many tensors as the list has.
+        tensors: Arguments of the function. They are not changed.
+
+    Returns:
+        The value, then the gradient of each tensor on which the value depends.
+    """
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     value = function(*leaves)
     [upstream] = random_tensors(tuple(value.shape))
     value.backward(upstream.to(value.dtype))

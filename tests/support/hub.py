@@ -1,9 +1,11 @@
 """A local server that replaces the Hugging Face hub, for models and datasets.
 
-The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
-``_commit_api.py``, ``lfs.py``, ``file_download.py``). For models: whoami, info, file or a range of
-its bytes, create, preupload, LFS, commit. For datasets, which need no token: info, list of a
-commit's files, file.
+The server has the endpoints that ``huggingface_hub`` calls in ``hf_api.py``, ``_commit_api.py``,
+``lfs.py`` and ``file_download.py``:
+
+- For models, which need a token: whoami, info, download of a file or of a range of its bytes,
+  create, preupload, LFS, commit.
+- For datasets, which need no token: info, list of a commit's files, download of a file.
 """
 
 from __future__ import annotations
@@ -27,85 +29,100 @@ from urllib.parse import parse_qs, unquote
 
 @dataclass
 class FakeHub:
-    """Contents of the hub."""
+    """Contents of the hub, and a record of its downloads."""
 
     token: str
+    """The only token that the hub accepts."""
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """Files of each model, by name."""
+    """Files by model (``OWNER/NAME``) and path."""
     private: dict[str, bool] = field(default_factory=dict)
-    """Whether each model is private."""
+    """Whether a model is private, by model."""
     blobs: dict[str, bytes] = field(default_factory=dict)
-    """Large files by SHA-256. They are uploaded first; a commit then gives them names."""
+    """Large files by SHA-256. They are uploaded first; a commit then assigns paths to them."""
     commits: list[str] = field(default_factory=list)
-    """Messages of the commits."""
+    """Messages of all commits of models. Their number serves as the hash of the newest commit."""
     datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
-    """Files by dataset, commit and name. The newest commit is the last."""
+    """Files by dataset, commit and path. The last commit is the newest."""
     downloads: list[tuple[str, int]] = field(default_factory=list)
     """Path and number of bytes of each file, or range of a file, that was downloaded."""
     serves_ranges: bool = True
-    """Whether the hub answers a request for a range with this range, not with the whole file."""
+    """Whether the hub sends only the requested range of a file; otherwise the whole file."""
     url: str = ""
+    """Address of the server, such as ``http://127.0.0.1:8000``."""
 
     def downloaded_bytes(self, path: str) -> int:
-        """Returns the number of bytes of a file that were downloaded."""
+        """Returns the number of bytes that were downloaded from the files with this path."""
         return sum(size for name, size in self.downloads if name == path)
 
 
 @contextmanager
 def fake_hub(token: str) -> Iterator[FakeHub]:
-    """Runs a hub that accepts one token."""
-    fake = FakeHub(token)
+    """Runs a hub that accepts one token, until the ``with`` block ends."""
+    new_hub = FakeHub(token)
 
     class Handler(_Handler):
-        hub = fake
+        hub = new_hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    new_hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield fake
+        yield new_hub
     finally:
         server.shutdown()
         server.server_close()
 
 
 def settings_for(hub: FakeHub, home: Path) -> dict[str, str]:
-    """Returns environment variables for this hub, which libraries read when they are imported."""
+    """Returns environment variables that make a new process use this hub.
+
+    Libraries read them when they are imported.
+
+    Args:
+        hub: The hub.
+        home: Folder for the cache and the settings of ``huggingface_hub``.
+    """
     return {
         "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "1",  # this server has no Xet, the newer protocol for large files
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(home),
     }
 
 
 def run_with_hub(hub: FakeHub, home: Path, code: str) -> str:
-    """Runs code in a process that uses the hub; returns its output."""
+    """Runs Python code in a process that uses the hub; returns the process's standard output."""
     env = {**os.environ, **settings_for(hub, home)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 DATASET_PATH = re.compile(
-    r"(/api)?/datasets/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info|resolve)/"
+    r"(/api)?/datasets/(?P<name>[^/]+/[^/]+)(/(?P<endpoint>revision|tree|paths-info|resolve)/"
     r"(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
+"""Path of a request about a dataset: info (``revision`` or no endpoint), files or one file."""
 MODEL_FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+"""Path of a download of a model's file."""
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Serves the endpoints of ``hub``."""
+
     hub: FakeHub
 
     def log_message(self, *args: Any) -> None:
-        pass
+        """Logs nothing."""
 
     def _body(self) -> bytes:
+        """Reads the request's body."""
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        """Sends ``content`` as JSON. In the names of headers, "_" represents "-"."""
         data = json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -119,12 +136,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Returns whether the request has the hub's token. If not, answers with status 401."""
         if self.headers.get("Authorization") == f"Bearer {self.hub.token}":
             return True
-        self._body()
+        self._body()  # an unread body would reset the connection
         self._answer({"error": "Invalid credentials"}, 401)
         return False
 
     def _dataset(self, body: bytes = b"") -> bool:
-        """Answers a request about a dataset; returns false for other requests."""
+        """Answers a request about a dataset; returns ``False`` for other requests.
+
+        Args:
+            body: Body of a POST request, a URL-encoded form.
+        """
         match = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
         if match is None:
             return False
@@ -135,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision != "main" and revision not in commits:
             self._answer({}, 404, X_Error_Code="RevisionNotFound")
         else:
-            commit = [*commits][-1] if revision == "main" else revision
+            commit = list(commits)[-1] if revision == "main" else revision
             self._dataset_commit(match, commit, commits[commit], parse_qs(body.decode()))
         return True
 
@@ -146,23 +167,31 @@ class _Handler(BaseHTTPRequestHandler):
         files: dict[str, bytes],
         form: dict[str, list[str]],
     ) -> None:
-        """Answers a request, matched by ``DATASET_PATH``, about a commit of a dataset."""
-        entries = [
+        """Answers a request about a commit of a dataset.
+
+        Args:
+            match: Match of ``DATASET_PATH`` with the request's path.
+            commit: Hash of the commit.
+            files: The commit's files, by path.
+            form: Values of the request's form, by field.
+        """
+        file_infos = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for path, data in files.items()
         ]
-        if match["what"] == "tree":
-            self._answer(entries)
-        elif match["what"] == "paths-info":
-            self._answer([entry for entry in entries if entry["path"] in form.get("paths", [])])
-        elif match["what"] == "resolve":
+        if match["endpoint"] == "tree":
+            self._answer(file_infos)
+        elif match["endpoint"] == "paths-info":
+            paths = form.get("paths", [])
+            self._answer([info for info in file_infos if info["path"] in paths])
+        elif match["endpoint"] == "resolve":
             self._file(files, match["path"], commit)
         else:
             card = {"license": "cc0-1.0"}
             self._answer({"id": match["name"], "sha": commit, "siblings": [], "cardData": card})
 
     def _file(self, files: dict[str, bytes], path: str, commit: str) -> None:
-        """Sends a file of a commit, or the range of its bytes that is requested."""
+        """Sends a file of a commit, or the requested range of its bytes; a HEAD gets no bytes."""
         if (data := files.get(path)) is None:
             self._answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
@@ -173,7 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", commit)
         if first_and_last:
             first, last = first_and_last.groups()
-            data = data[int(first) : int(last) + 1 if last else None]
+            end = int(last) + 1 if last else None  # a range without a last byte is open
+            data = data[int(first) : end]
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command == "GET":
@@ -181,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _model_file(self) -> bool:
-        """Answers a request for a model's file; returns false for other requests."""
+        """Answers a request for a model's file; returns ``False`` for other requests."""
         match = MODEL_FILE.fullmatch(unquote(self.path))
         if match is None or match["name"] not in self.hub.models:
             return False
@@ -195,7 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._dataset() or not self._is_authorized() or self._model_file():
             return
-        hub, name = self.hub, self.path.removeprefix("/api/models/").split("/revision/")[0]
+        hub = self.hub
+        # The path of an info request is /api/models/NAME or /api/models/NAME/revision/REVISION.
+        name = self.path.removeprefix("/api/models/").split("/revision/")[0]
         if self.path == "/api/whoami-v2":
             self._answer({"name": "me", "type": "user"})
         elif name in hub.models:
@@ -206,6 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
     def do_PUT(self) -> None:
+        """Stores a large file that is uploaded to the address from ``_lfs_object``."""
         data = self._body()
         self.hub.blobs[hashlib.sha256(data).hexdigest()] = data
         self._answer({})
@@ -234,16 +267,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit([json.loads(line) for line in body.splitlines()])
 
     def _preupload(self, file: dict[str, Any]) -> dict[str, Any]:
+        """Returns how a file must be uploaded: by LFS, or in the commit."""
         is_large = file["path"].endswith(".safetensors")
         mode = "lfs" if is_large else "regular"
         return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
     def _lfs_object(self, blob: dict[str, Any]) -> dict[str, Any]:
-        """Describes a large file, with an upload address if the hub does not have it."""
+        """Describes a large file, with an upload address if the hub does not have the file."""
+        if blob["oid"] in self.hub.blobs:  # oid: the SHA-256
+            return dict(blob)
         actions = {"upload": {"href": f"{self.hub.url}/upload/{blob['oid']}"}}
-        return {**blob, **({} if blob["oid"] in self.hub.blobs else {"actions": actions})}
+        return {**blob, "actions": actions}
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
+        """Applies a commit to a model. A line is the message, or adds or deletes one file."""
         name = self.path.removeprefix("/api/models/").split("/commit/")[0]
         for line in lines:
             value = line["value"]

@@ -1,8 +1,8 @@
 """Runs the launcher and its stages in the test's process, which imports the libraries once.
 
 The launcher composes, plans, prints and returns its exit status as usual. But a stage of one rank
-runs in this process, the ranks of other stages are forked, and the disk seems large. Tests of
-processes, signals, logs or memory use ``run_recipe`` instead.
+runs in this process, the ranks of other stages are forked, and disks look large (``large_disks``).
+Tests of processes, signals, logs or memory use ``run_recipe`` instead.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def run_successfully(*overrides: str, cwd: Path) -> CommandResult:
 
 
 def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bool:
-    """Replaces ``local.start``; returns ``True``, because the stages have ended."""
+    """Replaces ``local.start``: runs the stages one after the other.
+
+    Returns:
+        ``True``, because the stages have ended. An executor that only submits returns ``False``.
+    """
     for stage in plan.todo():
         with follow(stage) as follower:
             if stage.config.resources.devices > 1:
@@ -75,23 +79,34 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 
 def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Replaces ``run_child`` of a search: runs a candidate's stage in this process."""
+    """Replaces ``run_child`` of a search: runs a candidate's stage in this process.
+
+    Args:
+        config: The stage's settings.
+        directory: The stage's directory.
+        inputs: The stage directory of each input, by input name.
+    """
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 
 
 def _run(stage: Stage[Any], request: Path) -> None:
+    """Runs a stage of one rank in this process; ``request`` is its ``config.yaml``."""
     if stage.needs_torch:
         _import_libraries()
         from megatron.core import num_microbatches_calculator as batches
 
-        batches.unset_num_microbatches_calculator()  # removes an earlier stage's batch sizes
+        # Megatron's calculator is global, and still has the batch sizes of an earlier stage.
+        batches.unset_num_microbatches_calculator()
     run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache
 def _import_libraries() -> None:
-    """Imports the modules of stages as the fork server does; garbage collection skips them."""
+    """Imports the libraries of stages, as the fork server does.
+
+    Garbage collection then skips the imported objects, which saves time.
+    """
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

@@ -9,14 +9,20 @@ from subprocess import CompletedProcess
 import pytest
 
 
-def require_package_index(done: CompletedProcess[str]) -> None:
-    """Skips the test if pip or uv found no package index."""
-    if "(from versions: none)" in done.stderr or "Failed to fetch" in done.stderr:
+def require_package_index(installation: CompletedProcess[str]) -> None:
+    """Skips the test if pip or uv, which has ended, could not reach a package index."""
+    errors = installation.stderr
+    if "(from versions: none)" in errors or "Failed to fetch" in errors:  # of pip, of uv
         pytest.skip("no package index can be reached")
 
 
 def require_programs(server: str, *programs: str) -> None:
-    """Skips tests that start a server, Docker or Slurm, if they cannot start its programs here."""
+    """Skips the test if this machine lacks a server's programs, or if the user is not root.
+
+    Args:
+        server: ``Docker`` or ``Slurm``. ``tests/install_<server>.sh`` installs its programs.
+        programs: Programs that the test needs on the ``PATH``.
+    """
     if missing := [program for program in programs if not shutil.which(program)]:
         script = f"tests/install_{server.lower()}.sh"
         pytest.skip(f"no {server} here: {', '.join(missing)} missing ({script})")

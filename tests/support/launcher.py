@@ -1,4 +1,4 @@
-"""Runs the launcher in another process: as a user starts it, or forked."""
+"""Runs the launcher in another process: a new one as for a user, or a fork."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class CommandResult:
 
     code: int
     output: str
+    """Standard output and standard error."""
 
 
 def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResult:
-    """Runs the launcher as a user does."""
-    done = subprocess.run(
+    """Runs the launcher as a user does, for at most ``timeout`` seconds."""
+    process = subprocess.run(
         [sys.executable, LAUNCHER, *overrides],
         cwd=cwd,
         capture_output=True,
@@ -39,11 +40,18 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
         env={**os.environ, "COLUMNS": "160"},
         check=False,
     )
-    return CommandResult(done.returncode, done.stdout + done.stderr)
+    return CommandResult(process.returncode, process.stdout + process.stderr)
 
 
 def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher by an interpreter without torch: ``python`` is from ``launcher_python``."""
+    """Runs the launcher with an interpreter that does not have torch.
+
+    Args:
+        python: The interpreter, from the fixture ``launcher_python``.
+        cwd: Working directory.
+        arguments: Arguments of the launcher.
+    """
+    # ``PYTHONPATH`` could add the packages of this process's interpreter.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [python, LAUNCHER, *arguments],
@@ -56,14 +64,22 @@ def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.Co
 
 
 def fork_launcher(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher faster: forks a process that has imported it. Disks look large."""
+    """Runs the launcher in a fork of a process that has imported it, which is faster.
+
+    Disks look large (``large_disks``).
+
+    Args:
+        arguments: Arguments of the launcher.
+        cwd: Working directory.
+        env: Environment variables to set in addition to this process's.
+    """
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *arguments], environment, cwd)
 
 
 def write_program(file: Path, commands: str) -> Path:
-    """Writes an executable shell script, and makes its folder."""
+    """Writes an executable shell script, and makes its folder; returns the script's path."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"#!/usr/bin/env bash\n{commands}\n")
     file.chmod(0o755)
@@ -77,22 +93,25 @@ def run_and_kill(
     records: int,
     ready: Callable[[], object] = lambda: True,
 ) -> str:
-    """Starts the launcher, kills it while a stage runs, and returns its output.
+    """Starts the launcher, kills it with SIGKILL while a stage runs, and waits for its processes.
 
     Args:
         overrides: Overrides of the recipe.
-        cwd: Working directory.
-        metrics: The stage's metrics file.
-        records: Number of records in that file to wait for.
-        ready: Another condition to wait for.
+        cwd: Working directory. No other process may have it.
+        metrics: The stage's metrics file, which has one record per line.
+        records: Number of records in that file to wait for before the kill.
+        ready: Another condition to wait for before the kill.
+
+    Returns:
+        The launcher's standard output.
     """
     file = cwd / "output.txt"
     with file.open("w") as output:
         launcher = subprocess.Popen([sys.executable, LAUNCHER, *overrides], cwd=cwd, stdout=output)
     deadline = time.monotonic() + 600
     while not metrics.exists() or metrics.read_text().count("\n") < records or not ready():
-        assert launcher.poll() is None
-        assert time.monotonic() < deadline
+        assert launcher.poll() is None, f"ended before {records} records: {file.read_text()}"
+        assert time.monotonic() < deadline, f"no {records} records after 600 s"
         time.sleep(0.02)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
@@ -101,9 +120,17 @@ def run_and_kill(
 
 
 def wait_until_unused(directory: Path) -> None:
-    """Waits until no process has this working directory: the launcher's processes must end."""
+    """Waits until no process has this working directory; fails the test after 120 s.
+
+    A killed launcher's processes have its working directory, and must end soon after it.
+    """
+
+    def processes() -> list[psutil.Process]:
+        every_process = psutil.process_iter(["cwd"])
+        return [process for process in every_process if process.info["cwd"] == str(directory)]
+
     deadline = time.monotonic() + 120
-    while running := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(directory)]:
+    while running := processes():
         if time.monotonic() > deadline:
             pytest.fail(f"still running: {running}")
         time.sleep(0.1)

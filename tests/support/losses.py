@@ -1,4 +1,4 @@
-"""The losses on logits, computed by their definition."""
+"""Reference of the distillation (KD) losses on logits, computed by their definition."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from recipes.distillation.losses import LogitsLoss
 
 
 def loss_by_definition(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
-    """Computes the loss per token by its definition."""
-    p, q = (teacher / loss.temperature).softmax(-1), (student / loss.temperature).softmax(-1)
+    """Computes the KD loss per token [n] of logits [n, vocabulary]; see ``LogitsLoss``."""
+    p = (teacher / loss.temperature).softmax(-1)
+    q = (student / loss.temperature).softmax(-1)
     if loss.top_k not in (None, teacher.shape[-1]):  # with the whole vocabulary the tail is empty
-        ids = teacher.topk(loss.top_k).indices
-        others = torch.ones_like(teacher).scatter(1, ids, 0)
-        p, q = (
-            torch.cat([x.gather(1, ids), (x * others).sum(-1, keepdim=True)], 1) for x in (p, q)
-        )
-    m = loss.beta * p + (1 - loss.beta) * q
+        top_ids = teacher.topk(loss.top_k).indices
+        is_tail = torch.ones_like(teacher).scatter(1, top_ids, 0)  # 1 for all other tokens
+
+        def merge_tail(probabilities: Tensor) -> Tensor:  # [n, top_k + 1]
+            tail = (probabilities * is_tail).sum(-1, keepdim=True)
+            return torch.cat([probabilities.gather(1, top_ids), tail], 1)
+
+        p, q = merge_tail(p), merge_tail(q)
+    m = loss.beta * p + (1 - loss.beta) * q  # the mixture of the Jensen-Shannon divergence
     value = {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
@@ -27,4 +31,5 @@ def loss_by_definition(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Te
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Computes KL(p ‖ q) of each row of probabilities."""
     return (p * (p / q).log()).sum(-1)

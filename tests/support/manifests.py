@@ -1,4 +1,4 @@
-"""Makes and edits manifests without running stages."""
+"""Makes and edits manifests, and folders of complete stages, without running stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
-    """Returns a manifest that lists no files; ``result`` may be ``None``."""
+    """Returns a manifest with fixed placeholder values. It lists no files.
+
+    Args:
+        stage: Name of the stage.
+        kind: Type of the artifact.
+        result: Dataclass whose fields become the metrics; ``None`` for no metrics.
+    """
     return Manifest(
         stage=stage,
         kind=kind,
@@ -30,17 +36,29 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
 
 
 def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
-    """Returns a complete stage in ``folder``. Its artifact is a link to ``artifact``."""
+    """Makes the folder of a complete stage, and returns the stage as an input of another stage.
+
+    Args:
+        folder: Folder to create. It gets no manifest file; only the returned input has a manifest.
+        kind: Type of the artifact.
+        result: As in ``bare_manifest``.
+        artifact: Folder to which the stage's artifact links; ``None`` for a stage without one.
+    """
     folder.mkdir()
     manifest = bare_manifest("test", kind, result)
     if artifact is not None:
         (folder / ARTIFACT).symlink_to(artifact)
-        manifest.files = stamp_files(artifact)  # the cache of answers identifies a student by them
+        # The cache of benchmark answers identifies a model by the hashes of its files.
+        manifest.files = stamp_files(artifact)
     return Input(folder, manifest)
 
 
 def dataset_result(artifact: Path) -> DatasetResult:
-    """Returns the result of a dataset that ``SplitWriter`` wrote, with one source of text."""
+    """Returns the result of a dataset that ``SplitWriter`` wrote, as if it had a single source.
+
+    Args:
+        artifact: Folder with a ``.bin`` file for each split.
+    """
     from recipes.data.token_sequences import read_tokens
 
     tokens = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
@@ -49,13 +67,13 @@ def dataset_result(artifact: Path) -> DatasetResult:
         tokens={split: len(ids) for split, ids in tokens.items()},
         sources=["text"],
         source_tokens={split: [SourceTokens("text", len(ids))] for split, ids in tokens.items()},
-        # The last token of a split is taken as the end of a document.
+        # Assumes that the last token of a split is the one that ends a document.
         document_end=int(next(iter(tokens.values()))[-1]),
     )
 
 
 def edit_manifest(stage_dir: Path, **changes: Any) -> None:
-    """Replaces values in the manifest of a complete stage."""
+    """Replaces fields in the manifest file of a complete stage."""
     manifest = read_manifest(stage_dir)
     assert manifest is not None
     write_manifest(stage_dir, replace(manifest, **changes))

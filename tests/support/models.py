@@ -1,4 +1,4 @@
-"""Writes tiny models."""
+"""Writes tiny Hugging Face models and tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ODD = {
     "head_dim": 10,
     "tie_word_embeddings": True,
 }
-"""Tied embeddings, and sizes that are not multiples of 64. Two ranks cannot split 7 heads."""
+"""A shape with tied embeddings, and sizes that are not multiples of 64. The 7 heads cannot be split
+over two tensor-parallel ranks."""
 EVEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -27,7 +28,7 @@ EVEN = {
     "vocab_size": 294,
     "tie_word_embeddings": False,
 }
-"""Untied embeddings, and sizes that two tensor-parallel or pipeline ranks can split."""
+"""A shape with untied embeddings. Its sizes can be split over two tensor or pipeline ranks."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -40,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""Settings of each family's tiny model, in addition to its shape, by ``model_type``."""
+"""Config fields of each family's tiny model, in addition to its shape, by ``model_type``."""
 
 
 def write_tiny_model(
@@ -48,7 +49,16 @@ def write_tiny_model(
 ) -> Path:
     """Saves a model, and a tokenizer with a chat template, both trained on the text.
 
-    ``fields`` are fields of the config, and ``dtype``, ``max_shard_size`` and ``train``.
+    Args:
+        folder: Folder to write.
+        text_file: JSON lines with the key ``text``.
+        model_type: A key of ``FAMILIES``.
+        fields: Fields of the config, such as ``ODD`` or ``EVEN``. Three more keys are not in the
+            config: ``dtype`` of the saved weights (default: float32), ``max_shard_size`` as in
+            ``save_pretrained``, and ``train`` (``False`` leaves the weights random).
+
+    Returns:
+        ``folder``.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,58 +66,64 @@ def write_tiny_model(
     tokenizer = _tokenizer(text_file)
     torch.manual_seed(0)
     dtype, train = fields.pop("dtype", torch.float32), fields.pop("train", True)
-    shard = fields.pop("max_shard_size", "5GB")
+    max_shard_size = fields.pop("max_shard_size", "5GB")
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=fields.pop("vocab_size", 293),  # the tokenizer has 288 tokens
+        vocab_size=fields.pop("vocab_size", 293),  # 5 rows more than the tokenizer has tokens
         max_position_embeddings=256,
-        rope_theta=5000.0,
+        rope_theta=5000.0,  # not a default, so a conversion that loses it changes the logits
         initializer_range=0.05,
         **FAMILIES[model_type],
         **fields,
     )
     model = AutoModelForCausalLM.from_config(config)
-    # If a conversion swapped two biases that are all 0, or two norms that are all 1, no test would
-    # notice it. So they become random.
+    # Initially all biases are 0 and all norm weights are 1. If a conversion swapped two of them, no
+    # test would notice it. Noise makes them different.
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, text_file)
     model = model.to(dtype)
+    # Settings that are not defaults, and that a conversion must keep.
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
-    """Writes a tokenizer like Llama 2's: "▁" is a space; unknown characters become byte tokens."""
+    """Writes a tokenizer like Llama 2's.
+
+    "▁" represents a space. A character without a token becomes one token for each of its bytes.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain = Tokenizer(models.BPE())  # trained without byte tokens, which are added below
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=180, show_progress=False)
-    trained.train_from_iterator(_lines(text_file), trainer)
-    bpe_model = json.loads(trained.to_str())["model"]
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: n for n, token in enumerate([*special, *bpe_model["vocab"]])}
+    plain.train_from_iterator(_texts(text_file), trainer)
+    bpe_model = json.loads(plain.to_str())["model"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *bpe_model["vocab"]]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     merges = [tuple(merge) for merge in bpe_model["merges"]]
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    space = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+    replace_spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace_spaces])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
 
 
 @cache
 def _tokenizer(text_file: Path) -> Any:
+    """Returns a byte-level BPE tokenizer: 256 bytes, ``<eos>``, and 31 merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,28 +135,33 @@ def _tokenizer(text_file: Path) -> Any:
         special_tokens=["<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    bpe.train_from_iterator(_lines(text_file), trainer)
+    bpe.train_from_iterator(_texts(text_file), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
     return tokenizer
 
 
-def _lines(text_file: Path) -> list[str]:
+def _texts(text_file: Path) -> list[str]:
+    """Returns the value of ``text`` in each JSON line."""
     return [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
 
 
 @cache
 def _sequences(text_file: Path) -> Any:
-    """Returns the token ids of the text, [sequences, 64]."""
+    """Returns the token ids of all texts, [sequences, 64]. Drops an incomplete last one."""
     import torch
 
     tokenizer = _tokenizer(text_file)
-    ids = [i for line in _lines(text_file) for i in tokenizer(line)["input_ids"]]
-    return torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    ids = [token for text in _texts(text_file) for token in tokenizer(text)["input_ids"]]
+    num_sequences = len(ids) // 64
+    return torch.tensor(ids[: 64 * num_sequences]).view(num_sequences, 64)
 
 
 def _train(model: Any, text_file: Path) -> None:
-    """Trains a few steps, because distillation refuses a teacher whose loss is near chance."""
+    """Trains a model for a few steps.
+
+    Distillation refuses a teacher whose loss is not better than chance.
+    """
     import torch
 
     sequences = _sequences(text_file)

@@ -11,10 +11,13 @@ from pathlib import Path
 def run_notebook(
     path: Path, parameters: Mapping[str, object]
 ) -> tuple[list[object], dict[str, object]]:
-    """Runs all cells in order; ``parameters`` replace the cell with the tag ``parameters``.
+    """Runs the code cells of a notebook in order.
+
+    The cell with the tag ``parameters`` is not run. Its variables get the values of the argument
+    ``parameters`` instead.
 
     Returns:
-        The value that each cell shows, and all variables.
+        The value that each run cell shows (``None`` if it shows none), and all variables by name.
     """
     variables: dict[str, object] = {}
     shown = []
@@ -27,10 +30,13 @@ def run_notebook(
 
 
 def _run_cell(source: str, variables: dict[str, object]) -> object:
-    """Runs a cell; returns the value of its last line, which a notebook shows."""
+    """Runs a cell and returns the value that a notebook would show.
+
+    This is the value of the last statement, if that is an expression, and otherwise ``None``.
+    """
     tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    last_expression = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "<cell>", "exec"), variables)
-    if not isinstance(last, ast.Expr):
+    if not isinstance(last_expression, ast.Expr):
         return None
-    return eval(compile(ast.Expression(last.value), "<cell>", "eval"), variables)
+    return eval(compile(ast.Expression(last_expression.value), "<cell>", "eval"), variables)

@@ -17,6 +17,7 @@ PLOTS = (
     "plot-work",
     "plot-by-parameters",
 )
+"""HTML ids of the plots that every report has."""
 OPTIONAL_PLOTS = (
     "plot-tasks",
     "plot-speedups",
@@ -25,55 +26,57 @@ OPTIONAL_PLOTS = (
     "plot-search",
     "plot-added-layers",
 )
-"""Plots that a report has only with optional inputs, such as ``search``."""
+"""HTML ids of the plots that a report has only with optional inputs, such as ``search``."""
 
 
 class Page(HTMLParser):
-    """Parses the tags and text of a page; fails on tags that do not nest."""
+    """The tags and text of an HTML page. Asserts that every tag is closed in the right order."""
 
     VOID = frozenset({"meta", "br"})
+    """Elements that have no end tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []  # name and attributes of each tag
         self.text = ""
-        self._open: list[str] = []
+        self._open_tags: list[str] = []
         self.feed(text)
-        assert self._open == []
+        assert self._open_tags == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_startendtag(tag, attrs)
         if tag not in self.VOID:
-            self._open.append(tag)
+            self._open_tags.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
+        assert self._open_tags.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
 
     def values(self, name: str) -> list[str]:
-        """Returns the attribute's value in each tag that has the attribute."""
+        """Returns the values of the attribute ``name``, one for each tag that has the attribute."""
         return [attrs[name] for _, attrs in self.tags if name in attrs]
 
     def numbers(self) -> set[float]:
-        """Returns the unrounded numbers of the page, which are values of ``<data>`` tags."""
+        """Returns the unrounded numbers of the page: the ``value`` of each ``<data>`` tag."""
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
 
 
 def all_numbers(value: Any) -> set[float]:
-    """Returns all numbers in nested data. Booleans do not count."""
+    """Returns all numbers in nested dicts and lists. Booleans do not count as numbers."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return {n for v in value for n in all_numbers(v)}
+        return {number for item in value for number in all_numbers(item)}
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {float(value)} if is_number else set()
 
 
 def section(text: str, name: str) -> str:
-    """Returns one section of a page."""
-    return text[text.index(f'<section id="{name}">') :].partition("</section>")[0] + "</section>"
+    """Returns the HTML of the section with the id ``name``. ``text`` is the HTML of the page."""
+    start = text.index(f'<section id="{name}">')
+    return text[start:].partition("</section>")[0] + "</section>"

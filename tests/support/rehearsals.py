@@ -1,4 +1,4 @@
-"""Makes jobs of rehearsals (stages on fake tensors). Models have few layers, to save time."""
+"""Makes jobs for rehearsals, which run stages on fake tensors. Few layers save time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from recipes.planning.chain import CONFIGS, Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
 
 MOE_MODEL = "Qwen/Qwen3-30B-A3B"
-"""An MoE model that no recipe uses. ``CONFIGS`` gets its config, with a quarter of the experts."""
+"""An MoE model that no recipe uses. The config that is added to ``CONFIGS`` has a quarter of the
+model's experts: 32 instead of 128."""
 CONFIGS[MOE_MODEL] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 2048,
@@ -50,11 +51,11 @@ def job_with_layers(
     if prune.get("target_num_layers") is not None:
         prune.target_num_layers = layers // 2
     if prune.get("drop_layers") is not None:
-        prune.drop_layers = list(range(1, layers // 2 + 1))
+        prune.drop_layers = list(range(1, layers // 2 + 1))  # layer numbers start at 1
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
     chain = replace(chain, teacher=replace(chain.teacher, num_layers=layers))
-    chain = with_shapes(chain, stage_order(configs))
+    chain = with_shapes(chain, stage_order(configs))  # the students' shapes follow the teacher's
     stages = {name: stage_of(config) for name, config in configs.items()}
     hf_config, _ = read_config_or_published(chain.hf_path)
     hf_config = {**hf_config, "num_hidden_layers": layers}

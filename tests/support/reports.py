@@ -35,12 +35,14 @@ from tests.support.results import (
 )
 
 SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240, 7.5, 33, 9)
-"""Time that each stage took, in the order in which the stages are written."""
+"""Invented durations of the stages, in the order in which ``write_stage`` writes them: six in
+``make_inputs``, eight in ``make_optional_inputs``."""
 CONFIG = ReportConfig(
     "report",
     title="llama_width_prune",
     description="Narrow a Llama-style model and drop layers by importance, then distil",
 )
+"""Settings of the report in these tests."""
 
 
 def write_stage(
@@ -51,25 +53,27 @@ def write_stage(
     result: Any,
     shape: Architecture | None = None,
 ) -> Input:
-    """Writes the manifest of a complete stage.
+    """Writes the manifest of a complete stage, and returns the stage as the report's input.
+
+    The fingerprint, code hash, start and memory are invented, but differ between stages.
 
     Args:
         root: Directory of the run.
-        config: Settings. The stage's name is also the name of its directory.
+        config: Settings of the stage. ``config.stage`` is also the name of its directory.
         kind: Type of the artifact.
-        files: Sizes of the artifact's files, by path. The files are not written.
-        result: The result.
-        shape: Architecture of the model in the artifact.
+        files: Sizes of the artifact's files in bytes, by path. The files are not written.
+        result: Result dataclass, which becomes the metrics.
+        shape: Architecture of the model in the artifact; ``None`` if it has no model.
     """
-    number = len(list(root.iterdir()))  # of stages that were written before
+    index = len(list(root.iterdir()))  # number of stages that are already written
     directory = root / config.stage
     (directory / ARTIFACT).mkdir(parents=True)
     manifest = Manifest(
         stage=config.stage,
         kind=kind,
-        fingerprint=f"{number:x}f3c" * 16,
+        fingerprint=f"{index:x}f3c" * 16,  # 64 hexadecimal digits, like SHA-256
         config=asdict(config),
-        code=f"c0de{number:x}" + "ab" * 29 + "c",
+        code=f"c0de{index:x}" + "ab" * 29 + "c",
         inputs={},
         files={name: FileStamp(size, (f"{size:x}" * 64)[:64], 0) for name, size in files.items()},
         metrics=json.loads(json.dumps(asdict(result))),
@@ -78,16 +82,16 @@ def write_stage(
         tokenizer_sha256="70ce" * 16 if kind != "eval_results" else None,
         versions={"python": "3.11.9", "torch": "2.9.1", "nemo_toolkit": "2.7.3"},
         git_sha="0123456789abcdef0123456789abcdef01234567-dirty",
-        started_at=f"2025-03-04T{10 + number}:20:30+00:00",
-        seconds=SECONDS[number],
-        peak_rss_bytes=1_234_567_890 + 700_000_000 * number,
+        started_at=f"2025-03-04T{10 + index}:20:30+00:00",
+        seconds=SECONDS[index],
+        peak_rss_bytes=1_234_567_890 + 700_000_000 * index,
     )
     write_manifest(directory, manifest)
     return Input(directory, manifest)
 
 
 def checkpoint_files(shape: Architecture) -> dict[str, int]:
-    """Returns the sizes of a NeMo checkpoint's files, by path."""
+    """Returns invented sizes in bytes of a float32 NeMo checkpoint's files, by path."""
     return {
         "model.nemo/context/model.yaml": 4321,
         "model.nemo/context/tokenizer.json": 2_104_556,
@@ -97,8 +101,12 @@ def checkpoint_files(shape: Architecture) -> dict[str, int]:
 
 
 def make_optional_inputs(root: Path) -> dict[str, Input]:
-    """Writes the optional stages into the run of ``make_inputs``; returns them by input name."""
-    stages = {
+    """Writes the optional stages into the run of ``make_inputs``.
+
+    Returns:
+        The stages, by the name of the report's input.
+    """
+    stages = {  # input name -> type of the artifact, module of the stage (key of ``RESULTS``)
         "plan": ("plan", "plan"),
         "tasks": ("task_results", "evaluate_tasks"),
         "served": ("served_results", "evaluate_served"),
@@ -118,6 +126,7 @@ def make_optional_inputs(root: Path) -> dict[str, Input]:
 
 
 def generations() -> list[dict[str, str]]:
+    """Returns prompts (``prompt``), their original continuations (``text``), and those by role."""
     return [
         {
             "prompt": "The Danube is Europe's second-longest river, which",
@@ -137,7 +146,7 @@ def generations() -> list[dict[str, str]]:
 
 
 def write_training_log(directory: Path, lm_weight: float) -> None:
-    """Writes invented metrics of a training run."""
+    """Writes invented metrics of a training run: losses that fall exponentially, with noise."""
     log = MetricsLog(directory / METRICS)
     for step in range(1, STEPS + 1):
         kd = 0.7 + 3 * math.exp(-step / 70) + 0.12 * wobble(step)
@@ -149,6 +158,7 @@ def write_training_log(directory: Path, lm_weight: float) -> None:
             loss=kd + lm_weight * lm,
             kd=kd,
             lm=lm if lm_weight else 0.0,
+            # Warmup over 20 steps, then a cosine from 1e-4 to 1e-5.
             lr=1e-4 * min(step / 20, 0.55 + 0.45 * math.cos(math.pi * step / STEPS)),
             tokens_per_second=1210.4,
             grad_norm=1.1 + 4 * math.exp(-step / 40) + 0.3 * wobble(step + 3),
@@ -158,11 +168,16 @@ def write_training_log(directory: Path, lm_weight: float) -> None:
 
 
 def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
-    """Writes a run with the stages that a report needs; returns them by input name."""
+    """Writes a run with the stages that a report needs.
+
+    Returns:
+        The stages, by the name of the report's input.
+    """
     root.mkdir()
     prune = PruneConfig("prune", drop_layers=list(DROPPED))
     prune.target_hidden_size, prune.target_ffn_hidden_size = 512, 1152
-    data = {f"{split}.{end}": 2 * n for split, n in TOKENS.items() for end in ("bin", "idx")}
+    # Sizes of files in bytes: a token has 2 bytes, a float32 weight 4.
+    data = {f"{split}.{suffix}": 2 * n for split, n in TOKENS.items() for suffix in ("bin", "idx")}
     nemo, exported = "checkpoint_nemo", {"model.safetensors": 4 * STUDENT.parameters()}
     teacher = ImportConfig("import_hf", hf_path="some/SmallLM-135M-Instruct")
     distill = DistillConfig("distill", max_steps=STEPS, lm_weight=lm_weight)
@@ -200,45 +215,49 @@ def make_run(
 
     Args:
         root: Directory of the run.
-        loss: The student's loss.
+        loss: The distilled student's loss on held-out text.
         speed: Factor that multiplies the measured decoding speeds.
-        heldout: SHA-256 of the held-out text.
-        settings: Settings of the distillation.
+        heldout: SHA-256 of the held-out text; ``None`` leaves the hash of ``make_inputs``.
+        settings: Settings of the distillation that replace those of ``make_inputs``.
+
+    Returns:
+        ``root``.
     """
     inputs = {**make_inputs(root), **make_optional_inputs(root)}
     data = inputs["data"].manifest
     if heldout:
         data.files["heldout.bin"] = replace(data.files["heldout.bin"], sha256=heldout)
     evaluation, distilled = inputs["evaluation"].manifest, inputs["distilled"].manifest
-    shift = loss - evaluation.metrics["distilled"]["loss"]
+    loss_change = loss - evaluation.metrics["distilled"]["loss"]
     evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
     evaluation.input_content["data"] = data.content_hash()
     inputs["exported"].manifest.inputs["evaluation"] = evaluation.fingerprint
     inputs["speed"].manifest.metrics |= asdict(speed_results(speed))
     distilled.config.update(settings)
-    results = inputs["evaluation"].artifact / "results.json"
-    evaluation_details = json.loads(results.read_text())
+    results_file = inputs["evaluation"].artifact / "results.json"
+    evaluation_details = json.loads(results_file.read_text())
     # Runs with different losses also get different noise.
     losses = evaluation_details["sequence_losses"]["distilled"]
     evaluation_details["sequence_losses"]["distilled"] = [
-        value + shift + 0.05 * wobble(n + round(1000 * loss)) for n, value in enumerate(losses)
+        value + loss_change + 0.05 * wobble(n + round(1000 * loss))
+        for n, value in enumerate(losses)
     ]
-    results.write_text(json.dumps(evaluation_details))
-    for item in inputs.values():
-        write_manifest(item.directory, item.manifest)
-        fingerprint, code = item.manifest.fingerprint, item.manifest.code
-        Request(item.directory.name, fingerprint, code, {}, {}).write(item.directory)
-    stages = {item.directory.name: item.manifest.fingerprint for item in inputs.values()}
-    LastPlan("llama_width_prune", stages).write(root)
+    results_file.write_text(json.dumps(evaluation_details))
+    for stage in inputs.values():
+        write_manifest(stage.directory, stage.manifest)
+        fingerprint, code = stage.manifest.fingerprint, stage.manifest.code
+        Request(stage.directory.name, fingerprint, code, {}, {}).write(stage.directory)
+    fingerprints = {stage.directory.name: stage.manifest.fingerprint for stage in inputs.values()}
+    LastPlan("llama_width_prune", fingerprints).write(root)
     return root
 
 
 def render_page(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG) -> str:
-    """Renders a report into a folder and returns the page."""
+    """Renders a report into a folder and returns its HTML."""
     render(cfg, inputs, folder / REPORT_FILE)
     return (folder / REPORT_FILE).read_text(encoding="utf-8")
 
 
 def with_result(item: Input, result: Any) -> Input:
-    """Returns a copy of an input whose result is replaced."""
+    """Returns a copy of an input with another result. The manifest file does not change."""
     return replace(item, manifest=replace(item.manifest, metrics=asdict(result)))

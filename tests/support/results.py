@@ -39,25 +39,43 @@ from recipes.pruning.results import HealResult, PruneResult
 from recipes.search.results import Candidate, SearchResult
 
 LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)
+"""Number of the teacher's layers, and numbers (from 1) of the layers that pruning removes."""
 KEPT = [n for n in range(1, LAYERS + 1) if n not in DROPPED]
-TEACHER = Architecture("LlamaForCausalLM", LAYERS, 576, 1536, 9, 3, 64, 49152, 8192, True)
-STUDENT = replace(TEACHER, num_layers=LAYERS - len(DROPPED), hidden_size=512, ffn_hidden_size=1152)
+TEACHER = Architecture(
+    hf_architecture="LlamaForCausalLM",
+    num_layers=LAYERS,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tied_embeddings=True,
+)
+STUDENT = replace(TEACHER, num_layers=len(KEPT), hidden_size=512, ffn_hidden_size=1152)
 STEPS = 400
+"""Training steps of the distillation, with 1024 tokens each."""
 SOURCE = "hf://some/corpus@en:train"
 TOKENS = {"train": 812_345, "validation": 17_001, "calibration": 34_567, "heldout": 33_210}
+"""Number of tokens in each split of the data."""
 NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
 """Text that a report must escape."""
 
 
 def wobble(step: int) -> float:
-    """Returns a value from -1 to 1 that looks random."""
+    """Returns noise from -1 to 1, always the same value for a step."""
     return math.sin(step * 12.9898) * 0.5 + math.sin(step * 4.1414) * 0.5
 
 
 def evaluation_result() -> EvaluationResult:
-    def model(*values: float, shape: Architecture) -> ModelQuality:
-        loss, error, kl, agreement = values
-        return ModelQuality(loss, error, math.exp(loss), kl, agreement, shape.parameters())
+    """Returns a result in which distillation recovers 79% of the loss that pruning added."""
+
+    def model(
+        loss: float, standard_error: float, kl: float, agreement: float, *, shape: Architecture
+    ) -> ModelQuality:
+        perplexity = math.exp(loss)
+        return ModelQuality(loss, standard_error, perplexity, kl, agreement, shape.parameters())
 
     return EvaluationResult(
         teacher=model(3.0214, 0.0412, 0.0, 1.0, shape=TEACHER),
@@ -66,12 +84,15 @@ def evaluation_result() -> EvaluationResult:
         sequences=40,
         tokens=10240,
         predictions=10098,
-        recovered=0.7930616922,
+        recovered=0.7930616922,  # (6.8437 - 3.8125) / (6.8437 - 3.0214)
     )
 
 
 def added_layers_result() -> AddLayersResult:
-    """Returns a result with two added layers."""
+    """Returns a result that adds the first two dropped layers to the student.
+
+    ``sizes`` has the quality for every number of added layers, from 0 to one less than all.
+    """
     sizes = {}
     for count in range(len(DROPPED)):
         quality = TextQuality(3.68 - 0.03 * count, 0.05, 39.8 - count, 0.21 - 0.03 * count, 0.7)
@@ -91,14 +112,21 @@ def added_layers_result() -> AddLayersResult:
 
 
 def task(metric: str, values: tuple[float, float, float], items: int) -> TaskResult:
+    """Returns the result of one benchmark.
+
+    Args:
+        metric: Name of the metric.
+        values: Mean scores of the teacher, the pruned and the distilled model, from 0 to 1.
+        items: Number of items.
+    """
     teacher, pruned, distilled = values
 
     def score(value: float) -> Score:
         return Score(value, math.sqrt(value * (1 - value) / items))
 
     def from_teacher(value: float) -> Difference:
-        gap, half = value - teacher, 1.2 / math.sqrt(items)
-        return Difference(gap, gap - half, gap + half)
+        gap, half_width = value - teacher, 1.2 / math.sqrt(items)  # an invented interval
+        return Difference(gap, gap - half_width, gap + half_width)
 
     return TaskResult(
         metric=metric,
@@ -117,6 +145,8 @@ def task(metric: str, values: tuple[float, float, float], items: int) -> TaskRes
 
 
 def task_results() -> TaskResults:
+    """Returns results of four benchmarks: three with accuracies, one with perplexities."""
+    # The fractions only set ``differences`` and ``recovered``. Perplexities replace the scores.
     lambada = replace(
         task("perplexity", (0.5, 0.5 / 3, 0.4), 200),
         teacher=Score(31.25, 31.25 / 12),
@@ -136,6 +166,12 @@ def task_results() -> TaskResults:
 
 
 def speed_results(speed: float = 1.0) -> BenchmarkResults:
+    """Returns results of both models in three engines, with batch sizes 1 and 4.
+
+    Args:
+        speed: Factor that multiplies the decoding speeds.
+    """
+
     def spread_around(value: float) -> Spread:
         return Spread(value, 0.93 * value, 1.05 * value)
 
@@ -152,9 +188,9 @@ def speed_results(speed: float = 1.0) -> BenchmarkResults:
             throughput_tokens_per_second=spread_around(17.25 * role_speed * backend_speed * batch),
             peak_memory_bytes=901_234_567 + int(1e8 * role_speed),
             load_seconds=1.75 * role_speed,
-            disk_bytes=int(size * shape.parameters()),
+            disk_bytes=int(weight_bytes * shape.parameters()),
         )
-        for backend, precision, backend_speed, size in (
+        for backend, precision, backend_speed, weight_bytes in (
             ("transformers", "fp32", 1.0, 4),
             ("openvino", "fp32", 2.6, 4),
             ("openvino", "int8", 4.1, 1),
@@ -182,6 +218,8 @@ def speed_results(speed: float = 1.0) -> BenchmarkResults:
 
 
 def search_result() -> SearchResult:
+    """Returns four candidates. The first is chosen; only the last is neither healed nor trained."""
+    # Layers, hidden size and FFN size of each candidate; its perplexity and KL to the teacher.
     shapes = [(24, 576, 1536), (30, 512, 1152), (28, 512, 1280), (22, 576, 1408)]
     measured = [(41.25, 0.8125), (52.5, 0.9375), (44.75, 0.875), (60.5, 1.25)]
     candidates = [
@@ -195,23 +233,33 @@ def search_result() -> SearchResult:
             tokens=20480 if number < 3 else 0,
             chosen=number == 0,
             pareto=number in (0, 1, 2),
-            shape=replace(TEACHER, num_layers=n, hidden_size=h, ffn_hidden_size=f),
+            shape=replace(TEACHER, num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn),
         )
-        for number, ((n, h, f), (perplexity, kl)) in enumerate(zip(shapes, measured, strict=True))
+        for number, ((layers, hidden, ffn), (perplexity, kl)) in enumerate(
+            zip(shapes, measured, strict=True)
+        )
     ]
     return SearchResult(candidates, {"parameters": 113_500_000})
 
 
 def plan_result() -> PlanResult:
+    """Returns a plan with cells of all types: text, integers, floats, Booleans and ``None``."""
     rows: list[list[Cell]] = [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]]
     table = Table("Memory by stage", ["stage", "peak bytes", "fits"], rows)
     summary: dict[str, Cell] = {"hardware": "cpu", "device-hours": 1.375, "dollars": 1}
     seconds = {"score": 90.0, "distill": 390.0, "evaluate": 40.0}
-    return PlanResult(summary, [table], {"distill": 1331.44}, seconds)
+    return PlanResult(summary, [table], tokens_per_second={"distill": 1331.44}, seconds=seconds)
 
 
 def engine_result() -> EngineResult:
-    text = TextQuality(3.8203, 0.0469, 45.625, 0.0078, 0.9531)
+    """Returns the result of an int8 OpenVINO engine, compared with its source model."""
+    engine = TextQuality(
+        loss=3.8203,
+        loss_standard_error=0.0469,
+        perplexity=45.625,
+        kl_to_teacher=0.0078,
+        top1_agreement=0.9531,
+    )
     return EngineResult(
         backend="openvino",
         precision="int8",
@@ -221,34 +269,42 @@ def engine_result() -> EngineResult:
         greedy_margin=0.015625,
         weight_types={"u8": 86_000_000, "f32": 1152},
         quality=EngineQuality(
-            text,
-            replace(text, kl_to_teacher=0.0),
-            8,
-            2048,
-            2040,
-            Difference(0.0117, 0.0039, 0.0195),
+            engine=engine,
+            source=replace(engine, kl_to_teacher=0.0),
+            sequences=8,
+            tokens=2048,
+            predictions=2040,  # of each sequence all tokens but the first
+            loss_difference=Difference(0.0117, 0.0039, 0.0195),
         ),
     )
 
 
 def served_result() -> ServedResult:
-    student, served = Score(0.5, 0.0625), Score(0.4375, 0.03125)
-    task = ServedTask(
+    """Returns the result of a GGUF file in llama.cpp, in one benchmark and on held-out text."""
+    sciq = ServedTask(
         "acc",
-        64,
-        student,
-        served,
-        Difference(-0.0625, -0.125, 0.015625),
+        items=64,
+        student=Score(0.5, 0.0625),
+        served=Score(0.4375, 0.03125),
+        difference=Difference(-0.0625, -0.125, 0.015625),
         answers=ServedScores(
             "log-likelihood",
-            64,
-            Score(-3.25, 0.25),
-            Score(-3.375, 0.5),
-            Difference(-0.125, -0.25, -0.0078),
+            items=64,
+            student=Score(-3.25, 0.25),
+            served=Score(-3.375, 0.5),
+            difference=Difference(-0.125, -0.25, -0.0078),
         ),
     )
-    text = ServedText(45.25, 46.75, Difference(0.0326, 0.0215, 0.0437), 8, 2040)
-    return ServedResult("llama_cpp", "q8_0", {"sciq": task}, text, "lm_eval", "a wheel")
+    text = ServedText(
+        student_perplexity=45.25,
+        served_perplexity=46.75,
+        loss_difference=Difference(0.0326, 0.0215, 0.0437),  # log(46.75 / 45.25) = 0.0326
+        sequences=8,
+        predictions=2040,
+    )
+    return ServedResult(
+        "llama_cpp", "q8_0", {"sciq": sciq}, text, harness="lm_eval", data="a wheel"
+    )
 
 
 RESULTS = {
@@ -295,4 +351,4 @@ RESULTS = {
     "plan": plan_result(),
     "successive_halving": search_result(),
 }
-"""Maps the name of a stage's module to a result."""
+"""Maps the name of a stage's module to an invented result of the stage."""

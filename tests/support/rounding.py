@@ -1,8 +1,9 @@
-"""Measures the effect of rounding on this machine, for tolerances of tests.
+"""Measures the effect of rounding on this machine, from which tests compute their tolerances.
 
-A sum in another order differs by rounding. How much such differences grow in a computation depends
-on the processor's kernels. A test therefore repeats the computation with its input changed
-by one unit in the last place (ulp), and allows a multiple of the resulting difference.
+A sum changes by rounding errors if its terms are added in another order. How much these errors grow
+in a computation depends on the processor's kernels. A test therefore repeats the computation with
+weights or inputs that are changed by one unit in the last place (ulp). The test allows a multiple
+of the resulting difference.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-ULP = torch.finfo(torch.float32).eps
+ULP = torch.finfo(torch.float32).eps  # relative to the value: the largest size of one ulp
 ROUNDINGS = 10
-"""Two computations of a model may differ by this multiple of ``measure_ulp_noise``."""
+"""Outputs of a model that are computed in two ways may differ by this multiple of
+``measure_ulp_noise``."""
 
 
 def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
-    """Returns the tensor with each element one ulp larger or smaller. Gradients pass unchanged."""
+    """Returns the tensor with each element, at random, one ulp larger or smaller.
+
+    The gradient of the result with respect to ``tensor`` is 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     up = torch.randint(2, tensor.shape, generator=generator, dtype=torch.bool)
     towards = torch.where(up, torch.inf, -torch.inf).to(tensor)
+    # The added change is detached, because torch.nextafter has no gradient.
     return tensor + (torch.nextafter(tensor.detach(), towards) - tensor.detach())
 
 
@@ -31,17 +37,25 @@ def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
     The result is at least one ulp of the largest output. The weights stay changed.
+
+    Args:
+        model: Model whose weights are changed in place.
+        output: Computes the output with the model's current weights.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):
         weight.copy_(perturb_by_one_ulp(weight, seed))
-    return max((output() - before).abs().max().item(), ULP * before.abs().max().item())
+    change = (output() - before).abs().max().item()
+    return max(change, ULP * before.abs().max().item())
 
 
 def running_max_difference(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
     """Returns, for each position of two sequences, the largest difference up to this position.
 
-    A difference of less than one ulp counts as one ulp.
+    A difference of less than one ulp of the expected value counts as one ulp.
     """
-    pairs = zip(expected, perturbed, strict=True)
-    return list(accumulate((max(abs(a - b), ULP * abs(a)) for a, b in pairs), max))
+    differences = (
+        max(abs(value - perturbed_value), ULP * abs(value))
+        for value, perturbed_value in zip(expected, perturbed, strict=True)
+    )
+    return list(accumulate(differences, max))  # running maximum

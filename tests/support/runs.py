@@ -1,4 +1,4 @@
-"""Returns overrides for runs with tiny models, and copies complete runs."""
+"""Command-line overrides for runs with tiny models, and helpers for run directories."""
 
 from __future__ import annotations
 
@@ -32,11 +32,19 @@ DISTILL = {
     "limit_val_batches": 2,
     "checkpoint_interval": 4,
 }
-"""Settings of a distillation that make a large recipe small."""
+"""Settings of the stage ``distill`` with which a recipe for a large model trains 4 steps on one
+device."""
 
 
 def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:
-    """Returns overrides of a tiny run; ``text_file`` may be several sources, joined by commas."""
+    """Returns the overrides of a run of a tiny model on the text of a file.
+
+    Args:
+        model: Folder of a Hugging Face model.
+        text_file: JSON lines with the key ``text``, or several data sources, joined by commas.
+        run_dir: Directory of the run.
+        seq_length: Tokens per sequence.
+    """
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
@@ -48,12 +56,15 @@ def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64
 
 
 def settings(stage: str, **values: object) -> list[str]:
-    """Returns overrides of a stage's fields."""
+    """Returns the command-line overrides that set fields of a stage."""
     return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
 
 
 def copy_without(run_dir: Path, copy: Path, *stages: str) -> Path:
-    """Copies a run without some stages. Files keep their times, so they are not hashed again."""
+    """Copies a run without some stages, and returns ``copy``.
+
+    Files keep their modification times, so the launcher does not hash them again.
+    """
     shutil.copytree(run_dir, copy)
     for stage in stages:
         shutil.rmtree(copy / stage)
@@ -67,8 +78,8 @@ def manifest_of(run_dir: Path, stage: str) -> Manifest:
     return manifest
 
 
-def make_artifact_folder(run_dir: Path, name: str) -> Path:
+def make_artifact_folder(run_dir: Path, stage: str) -> Path:
     """Makes the folder ``work/artifact`` of a stage, to which the stage writes its artifact."""
-    out = run_dir / name / "work" / ARTIFACT
-    out.mkdir(parents=True)
-    return out
+    artifact = run_dir / stage / "work" / ARTIFACT
+    artifact.mkdir(parents=True)
+    return artifact

@@ -1,4 +1,7 @@
-"""Installs and runs transformers 5, which users of exported models may have."""
+"""Installs and runs transformers 5, which users of exported models may have.
+
+The recipes themselves run with transformers 4.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from recipes.core.wheels import cache_dir
 from tests.support.installing import require_package_index
 
 REQUIREMENTS = Path(__file__).with_name("transformers_5.txt")
-"""Pinned versions of transformers 5, and of dependencies whose installed version is too old."""
+"""Pinned versions of transformers 5, and of dependencies whose installed version it refuses."""
 
 
 def transformers_5() -> Path:
-    """Returns a folder with the packages of ``REQUIREMENTS``, which are installed only once."""
+    """Returns a folder with the packages of ``REQUIREMENTS``.
+
+    The first call installs them into the cache. Later calls and test runs use the cached folder.
+    """
     folder = cache_dir() / "tests" / sha256_of(REQUIREMENTS)[:16]
     if folder.is_dir():
         return folder
@@ -27,15 +33,15 @@ def transformers_5() -> Path:
     options = ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(REQUIREMENTS)]
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         target = Path(temporary) / "packages"
-        done = subprocess.run(
+        pip = subprocess.run(
             [*command, *options, "--target", str(target)],
             capture_output=True,
             text=True,
             check=False,
         )
-        require_package_index(done)
-        assert done.returncode == 0, done.stderr
-        target.rename(folder)
+        require_package_index(pip)
+        assert pip.returncode == 0, pip.stderr
+        target.rename(folder)  # only now, so that an aborted installation leaves no folder
     return folder
 
 
@@ -49,16 +55,19 @@ for folder in sys.argv[1:]:
 
 
 def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
-    """Runs Python code with transformers 5."""
+    """Runs Python code with transformers 5 in a process, and asserts that it succeeds.
+
+    ``arguments`` are ``sys.argv[1:]`` of the code.
+    """
     env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def save_by_transformers_5(*folders: Path) -> list[Path]:
-    """Loads each folder's model and tokenizer, and saves them beside the folder, as NAME-5."""
+    """Saves the model and tokenizer of each folder NAME as NAME-5; returns the new folders."""
     run_with_transformers_5(SAVE_SCRIPT, *folders)
     return [folder.with_name(f"{folder.name}-5") for folder in folders]
 
@@ -73,7 +82,7 @@ open(result, "w").write(json.dumps(ids))
 
 
 def tokenize_by_transformers_5(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Returns the token ids of each text."""
+    """Returns each text's token ids, which transformers 5 computes with the folder's tokenizer."""
     with tempfile.NamedTemporaryFile() as result:
         run_with_transformers_5(TOKENIZE_SCRIPT, folder, json.dumps(texts), result.name)
         ids: list[list[int]] = json.loads(Path(result.name).read_text())

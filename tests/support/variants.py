@@ -40,7 +40,7 @@ from tests.support.variants_of_other_programs import variants_of_other_programs
 from tests.support.variants_of_rope import variants_of_rope
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
+LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}  # a valid value of rope_scaling
 
 
 def variants() -> Iterator[Variant]:
@@ -49,12 +49,12 @@ def variants() -> Iterator[Variant]:
     The folders' models have 2 layers, 294 embeddings for 288 tokens, and 256 positions.
     """
     for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
-        for base in (family, f"{family}-5"):  # as transformers 4 and 5 save the model
+        for base in (family, f"{family}-5"):  # saved by transformers 4, and by transformers 5
             yield Variant("as written", change_nothing, base=base)
-    yield from _exact_types_and_rope()
-    yield from _exact_keys()
-    yield from _exact_files()
-    yield from _exact_settings()
+    yield from _convertible_types_and_rope()
+    yield from _convertible_keys()
+    yield from _convertible_files()
+    yield from _convertible_settings()
     yield from _unsupported_configs()
     yield from _invalid_configs()
     yield from _refused_weights()
@@ -63,7 +63,7 @@ def variants() -> Iterator[Variant]:
     yield from variants_of_rope()
 
 
-def _exact_types_and_rope() -> Iterator[Variant]:
+def _convertible_types_and_rope() -> Iterator[Variant]:
     theta = {"rope_theta": 5000.0}
     for value in (ABSENT, None, "auto", "torch.bfloat16", "float16", "float64", "float32"):
         yield Variant(f"torch_dtype {value}", edit_config(dtype=ABSENT, torch_dtype=value))
@@ -86,7 +86,7 @@ def _exact_types_and_rope() -> Iterator[Variant]:
         yield Variant(f"rope_scaling {scaling}", edit_config(rope_scaling=scaling))
 
 
-def _exact_keys() -> Iterator[Variant]:
+def _convertible_keys() -> Iterator[Variant]:
     for key, value in (
         ("head_dim", None),
         ("head_dim", ABSENT),
@@ -123,8 +123,8 @@ def _exact_keys() -> Iterator[Variant]:
         yield Variant(f"harmless {key}", edit_config(**{key: valid.get(key, 1)}))
 
 
-def _exact_files() -> Iterator[Variant]:
-    for name, word, dtype in (
+def _convertible_files() -> Iterator[Variant]:
+    for name, word, dtype in (  # ``word`` selects weights by their names
         ("all", "", torch.bfloat16),
         ("all", "", torch.float16),
         ("norms", "norm", torch.bfloat16),
@@ -133,7 +133,7 @@ def _exact_files() -> Iterator[Variant]:
     ):
         yield Variant(f"{name} in {dtype}", cast_weights(dtype, word))
     mixed = all_of(cast_weights(torch.bfloat16, "proj"), cast_weights(torch.float16, "norm"))
-    yield Variant("three types", mixed)
+    yield Variant("three types", mixed)  # embeddings and head stay in float32
     tied = edit_config(tie_word_embeddings=True)
     yield Variant("tied without a head", all_of(tied, drop_weight(HEAD)))
     equal = edit_weights(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
@@ -143,7 +143,7 @@ def _exact_files() -> Iterator[Variant]:
     for folder in ("onnx", "checkpoint-10"):
         yield Variant(f"weights in {folder}", add_weights_file(f"{folder}/{WEIGHTS}"))
     for file, text in (
-        (f"._{WEIGHTS}", b"\0\5\26\7"),
+        (f"._{WEIGHTS}", b"\0\5\26\7"),  # file attributes that macOS stores
         ("params.json", "{}"),
         ("tekken.json", "{}"),
         ("pytorch_model.bin", "weights"),
@@ -163,7 +163,7 @@ def _exact_files() -> Iterator[Variant]:
         yield Variant(f"no {file}", remove_files(file))
 
 
-def _exact_settings() -> Iterator[Variant]:
+def _convertible_settings() -> Iterator[Variant]:
     for values in (
         {"do_sample": ABSENT, "temperature": 0.9, "top_p": 0.6},
         {"do_sample": False, "temperature": 0.9, "top_k": 3},
@@ -201,12 +201,10 @@ def _exact_settings() -> Iterator[Variant]:
         "two shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
     )
     yield Variant("shards with odd names", split_weights(("b.safetensors", "a.safetensors")))
-    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    bfloat16 = all_of(cast_weights(torch.bfloat16), add_weight(buffer, 8))
-    yield Variant("old rotary buffer of another type", bfloat16)
-    yield Variant(
-        "old rotary buffer", add_weight("model.layers.0.self_attn.rotary_emb.inv_freq", 8)
-    )
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"  # the converter must ignore it
+    float32_buffer = all_of(cast_weights(torch.bfloat16), add_weight(buffer, 8))
+    yield Variant("old rotary buffer of another type", float32_buffer)
+    yield Variant("old rotary buffer", add_weight(buffer, 8))
     yield Variant("linked weights", link_weights)
 
 
@@ -244,7 +242,7 @@ def _unsupported_configs() -> Iterator[Variant]:
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}},
     ):
-        [key] = values
+        [key] = values  # the only key
         yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported")
     yield Variant(
         "yarn of transformers 5",
@@ -262,7 +260,7 @@ def _unsupported_configs() -> Iterator[Variant]:
     yield Variant("no theta", no_theta, "not supported")
     yield Variant("window", edit_config(sliding_window=16), "sliding_window=16", base="mistral")
     for values in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
-        [key] = values
+        [key] = values  # the only key
         yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported", "qwen3_moe")
 
 
@@ -281,12 +279,12 @@ def _invalid_configs() -> Iterator[Variant]:
         ("max_position_embeddings", None, "must be a positive integer"),
     ):
         yield Variant(f"{key} {value}", edit_config(**{key: value}), refusal)
-    too_many = edit_config(num_experts_per_tok=9)
-    yield Variant("too few experts", too_many, "is more than num_experts=6", base="qwen3_moe")
+    experts = edit_config(num_experts_per_tok=9)
+    yield Variant("too few experts", experts, "is more than num_experts=6", base="qwen3_moe")
     yield Variant("no head size", edit_config(head_dim=None), "head_dim is null", base="qwen3")
-    missing = {k: v for k, v in LLAMA3.items() if k != "factor"}
+    no_factor = {key: value for key, value in LLAMA3.items() if key != "factor"}
     for scaling in (
-        missing,
+        no_factor,
         {**LLAMA3, "factor": None},
         {**LLAMA3, "factor": 0},
         {**LLAMA3, "factor": "8"},
@@ -313,8 +311,8 @@ def _refused_weights() -> Iterator[Variant]:
         f"does not have {shards[1]}, which",
     )
     yield Variant("no index", all_of(split_weights(shards), remove_files(INDEX)), "has neither")
-    damaged = all_of(split_weights(shards), write_file(INDEX, "{"))
-    yield Variant("damaged index", damaged, "is not valid JSON")
+    damaged_index = all_of(split_weights(shards), write_file(INDEX, "{"))
+    yield Variant("damaged index", damaged_index, "is not valid JSON")
     yield Variant(
         "empty index",
         all_of(split_weights(shards), write_file(INDEX, '{"metadata": {}}')),
@@ -322,10 +320,10 @@ def _refused_weights() -> Iterator[Variant]:
     )
     no_metadata = all_of(split_weights(shards), edit_json(INDEX, metadata=ABSENT))
     yield Variant("index without metadata", no_metadata, "has no metadata")
-    extra = split_weights(shards, {"model.extra": shards[0]})
+    extra = split_weights(shards, {"model.extra": shards[0]})  # shards[0] has no such tensor
     yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
-    moved = split_weights(shards, {QUERY: shards[0], EMBEDDING: shards[1]})
-    yield Variant("index with wrong shards", moved, "the shards disagree about")
+    wrong_shards = split_weights(shards, {QUERY: shards[0], EMBEDDING: shards[1]})
+    yield Variant("index with wrong shards", wrong_shards, "the shards disagree about")
     for name, text, refusal in (
         ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("empty", "", "is empty"),
@@ -336,7 +334,7 @@ def _refused_weights() -> Iterator[Variant]:
     for name in (QUERY, EMBEDDING, "model.norm.weight"):
         yield Variant(f"no {name}", drop_weight(name), f"has no {name}")
     yield Variant("no head", drop_weight(HEAD), "tie_word_embeddings is false")
-    for name, shape in (
+    for name, shape in (  # weights that a Llama model with 2 layers and no biases does not have
         ("v_head.summary.weight", (1, 64)),
         ("model.layers.0.self_attn.k_proj.k_scale", (1,)),
         ("model.layers.0.self_attn.q_proj.bias", (64,)),
@@ -386,10 +384,10 @@ def _refused_settings() -> Iterator[Variant]:
         "unknown class", edit_json(tokenizer, tokenizer_class="BertTokenizer"), "names the"
     )
     yield Variant("damaged tokenizer", write_file("tokenizer.json", "{}"), "is not a tokenizer")
-    broken = all_of(use_sentencepiece, write_file("tokenizer.model", "x"))
-    yield Variant("damaged sentencepiece", broken, "is not a sentencepiece model")
+    damaged = all_of(use_sentencepiece, write_file("tokenizer.model", "x"))
+    yield Variant("damaged sentencepiece", damaged, "is not a sentencepiece model")
     yield Variant("a token without embedding", add_tokens, "'<new6>' with id 294")
-    small = all_of(
+    small_vocabulary = all_of(  # 100 embeddings for the tokenizer's 288 tokens
         edit_config(vocab_size=100),
         edit_weights(
             lambda tensors: tensors.update(
@@ -397,4 +395,4 @@ def _refused_settings() -> Iterator[Variant]:
             )
         ),
     )
-    yield Variant("small vocabulary", small, "tokens without an embedding")
+    yield Variant("small vocabulary", small_vocabulary, "tokens without an embedding")

@@ -1,7 +1,8 @@
 """Lists variants of Hugging Face folders that other programs write, or that users edit.
 
-A ``Variant`` is a name, a change of the folder, and the message that refuses the changed folder.
-Without a message, the folder must be converted without a change of its logits.
+Functions named ``_exact_*`` yield folders that must be converted exactly. Functions named
+``_refused_*`` yield folders that must be refused, each with a regular expression of the error.
+``variants.variants`` describes the models in the folders.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from tests.support.folder_changes import (
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 QWEIGHT = "model.layers.0.self_attn.q_proj.qweight"
+"""Name of the weight ``QUERY`` in models that GPTQ has quantized."""
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
-"""More positions than a default sliding window."""
-TOKENS = [f"<token{n}>" for n in range(8)]
-"""Eight special tokens. The embedding has fewer unused rows."""
+"""More positions than the default sliding window of 4,096. Without ``layer_types``, which would
+disable the window."""
+TOO_MANY_TOKENS = [f"<token{n}>" for n in range(8)]
+"""Eight special tokens. The embedding has only six unused rows."""
 EOS = {
     "__type": "AddedToken",
     "content": "<eos>",
@@ -51,6 +54,7 @@ EOS = {
     "rstrip": False,
     "single_word": False,
 }
+"""A token in the format in which transformers saves an ``AddedToken``."""
 
 
 def variants_of_other_programs() -> Iterator[Variant]:
@@ -73,7 +77,7 @@ def _exact_configs() -> Iterator[Variant]:
         ("tie_word_embeddings", None),
         ("pad_token_id", None),
         ("pad_token_id", -1),
-        ("pad_token_id", 293),
+        ("pad_token_id", 293),  # the last of the 294 embeddings
         ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
         ("architectures", "LlamaForCausalLM"),
         ("torch_dtype", {"": "float32"}),
@@ -90,8 +94,8 @@ def _exact_configs() -> Iterator[Variant]:
 
 
 def _exact_files() -> Iterator[Variant]:
-    yield Variant("format mlx", _metadata({"format": "mlx"}))
-    yield Variant("no metadata", _metadata(None))
+    yield Variant("format mlx", _replace_metadata({"format": "mlx"}))
+    yield Variant("no metadata", _replace_metadata(None))
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]}
     yield Variant("index with a rotary buffer", split_weights(SHARDS, buffer))
     yield Variant("shards in a folder", split_weights(("sub/a.safetensors", "./a.safetensors")))
@@ -119,7 +123,7 @@ def _refused_configs() -> Iterator[Variant]:
     for key, value in (
         ("rope_theta", None),
         ("rms_norm_eps", None),
-        ("rope_theta", 10**400),
+        ("rope_theta", 10**400),  # too large for a float, and too long for a name
         ("initializer_range", None),
         ("initializer_range", "0.02"),
         ("tie_word_embeddings", "false"),
@@ -167,9 +171,9 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
             use_sliding_window=True, sliding_window=ABSENT, max_window_layers=1, **LONG_CONTEXT
         )
         yield Variant("window by default", switched_on, "sliding_window=4096", base=base)
-    for layers in (None, "28", -1):
-        change = edit_config(use_sliding_window=True, sliding_window=4096, max_window_layers=layers)
-        yield Variant(f"window from layer {layers!r}", change, "max_window_layers=", base="qwen2")
+    for first in (None, "28", -1):  # index of the first layer with a window
+        change = edit_config(use_sliding_window=True, sliding_window=4096, max_window_layers=first)
+        yield Variant(f"window from layer {first!r}", change, "max_window_layers=", base="qwen2")
     for window in (16, 4096):
         # Mistral's class ignores ``use_sliding_window``.
         mistral_window = edit_config(
@@ -178,11 +182,11 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
         yield Variant(
             f"window {window}", mistral_window, f"sliding_window={window}", base="mistral"
         )
-    by_default = edit_config(sliding_window=ABSENT, **LONG_CONTEXT)
-    yield Variant("window by default", by_default, "sliding_window=4096", base="mistral")
-    odd_size = all_of(edit_config(head_dim=15), edit_weights(_remove_a_channel))
+    default_window = edit_config(sliding_window=ABSENT, **LONG_CONTEXT)
+    yield Variant("window by default", default_window, "sliding_window=4096", base="mistral")
+    odd_size = all_of(edit_config(head_dim=15), edit_weights(_remove_last_channels))
     yield Variant("odd head size", odd_size, "head_dim=15 is odd")
-    for groups in (None, 4):
+    for groups in (None, 4):  # null means one group per head, of 4; the weights have 2 groups
         change = edit_config(num_key_value_heads=groups)
         yield Variant(f"{groups} groups", change, "k_proj.* according to config.json")
     no_groups = edit_config(num_key_value_heads=ABSENT)
@@ -191,12 +195,14 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
 
 def _refused_files() -> Iterator[Variant]:
     for metadata in ({"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
-        yield Variant(f"metadata {metadata}", _metadata(metadata), "in its metadata, not pt")
-    yield Variant("empty metadata", _metadata({}), "in its metadata, not pt")
-    for name, entry, values in (
+        change = _replace_metadata(metadata)
+        yield Variant(f"metadata {metadata}", change, "in its metadata, not pt")
+    yield Variant("empty metadata", _replace_metadata({}), "in its metadata, not pt")
+    for name, entry, values in (  # ``_edit_header`` explains the values
         ("a list", "__metadata__", []),
         ("a number", "__metadata__", {"format": "pt", "step": 5}),
         ("a float", "model.norm.weight", {"shape": [64.0]}),
+        # 75,264 bytes: 294 rows of 64 float32
         ("a float offset", "lm_head.weight", {"data_offsets": [0, 75264.0]}),
         ("two metadata", "__metadata__", None),
         ("two heads", "lm_head.weight", None),
@@ -221,27 +227,28 @@ def _refused_files() -> Iterator[Variant]:
 
 def _refused_names_and_indexes() -> Iterator[Variant]:
     for prefix in ("_orig_mod.", "base_model.model.", "language_model.", "module."):
-        change = edit_weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
-        yield Variant(f"prefix {prefix}", change, f"fix: .*remove '{prefix}'")
+        yield Variant(f"prefix {prefix}", _add_prefix(prefix), f"fix: .*remove '{prefix}'")
     no_prefix = edit_weights(_remove_prefix)
     yield Variant("no prefix", no_prefix, "fix: .*add 'model.'")
+    # Only the name is that of a quantized weight.
     quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
     yield Variant("GPTQ", quantized, "fix: .*before quantization")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
-    no_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
-    yield Variant("no map", no_map, "has only 0 weights")
+    empty_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
+    yield Variant("index with an empty weight_map", empty_map, "has only 0 weights")
     for name in ("a.bin", "../a.safetensors", "/a.safetensors"):
-        other = split_weights(SHARDS, {"model.extra": name})
-        yield Variant(f"index with {name}", other, f"lists {name!r}")
-    for name in ("absent.safetensors", "x" * 300 + ".safetensors"):
+        extra = split_weights(SHARDS, {"model.extra": name})
+        yield Variant(f"index with {name}", extra, f"lists {name!r}")
+    for name in ("absent.safetensors", "x" * 300 + ".safetensors"):  # Linux allows 255 bytes
         buffer = split_weights(SHARDS, {"model.layers.0.self_attn.rotary_emb.inv_freq": name})
         yield Variant(f"index with {name[:9]}", buffer, f"does not have {name}")
     tied = edit_config(tie_word_embeddings=True)
-    for name, change in (
-        ("rows", add_weight(HEAD, 300, 64)),
-        ("type", edit_weights(lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}))),
-    ):
-        yield Variant(f"head with other {name}", all_of(tied, change), f"remove {HEAD}")
+    bfloat16_head = edit_weights(
+        lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].bfloat16()})
+    )
+    # A tied head must equal the embedding, which has 294 rows and type float32.
+    for difference, change in (("rows", add_weight(HEAD, 300, 64)), ("type", bfloat16_head)):
+        yield Variant(f"head with other {difference}", all_of(tied, change), f"remove {HEAD}")
 
 
 def _refused_generation() -> Iterator[Variant]:
@@ -256,8 +263,9 @@ def _refused_generation() -> Iterator[Variant]:
     ):
         change = edit_json(GENERATION, **{key: value})
         yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
-    several = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
-    yield Variant("several greedy texts", several, "num_return_sequences=2 with num_beams=1")
+    # Greedy decoding gives only one text.
+    greedy = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
+    yield Variant("several greedy texts", greedy, "num_return_sequences=2 with num_beams=1")
     for token in (True, 1.0, {"a": 1}):
         change = edit_json(GENERATION, eos_token_id=token)
         yield Variant(f"end of text {token}", change, "must be from 0 to")
@@ -282,16 +290,19 @@ def _refused_tokenizers() -> Iterator[Variant]:
         {"added_tokens_decoder": {"x": {"content": "<a>"}}},
         {"added_tokens_decoder": {"5": "<a>"}},
     ):
-        key = list(settings)[-1]
+        key = list(settings)[-1]  # the last setting is the invalid one
         yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings), f"invalid {key}")
-    for settings in ({"extra_special_tokens": TOKENS}, {"additional_special_tokens": TOKENS}):
-        change = edit_json(TOKENIZER, **settings)
-        yield Variant(f"many {[*settings]}", change, "tokens without an embedding")
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        change = edit_json(TOKENIZER, **{key: TOO_MANY_TOKENS})
+        yield Variant(f"too many {key}", change, "tokens without an embedding")
+    # With added_tokens_decoder, transformers 4 would ignore the older files of tokens.
     no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
-    tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOKENS)
-    yield Variant("many in the map", all_of(no_decoder, tokens), "tokens without an embedding")
-    code = edit_json(TOKENIZER, tokenizer_class="CodeLlamaTokenizer", eos_token=ABSENT)
-    yield Variant("many of the class", code, "has 1 tokens without an embedding")
+    tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOO_MANY_TOKENS)
+    change = all_of(no_decoder, tokens)
+    yield Variant("too many tokens in the map", change, "tokens without an embedding")
+    # This class adds 7 special tokens. The embedding has 6 unused rows.
+    code_llama = edit_json(TOKENIZER, tokenizer_class="CodeLlamaTokenizer", eos_token=ABSENT)
+    yield Variant("too many tokens of the class", code_llama, "has 1 tokens without an embedding")
     broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")
     text_id = all_of(no_decoder, write_file("added_tokens.json", '{"<a>": "1"}'))
@@ -302,13 +313,14 @@ def _refused_tokenizers() -> Iterator[Variant]:
         yield Variant(f"class {name} in the config", change, f"names the class {name}")
         change = edit_json(TOKENIZER, tokenizer_class=name, backend="tokenizers")
         yield Variant(f"class {name} with a backend", change, f"names the class {name}")
-    for replace_tokenizer, name, word in (
+    for replace_tokenizer, name, file in (
         (use_sentencepiece, "Qwen2Tokenizer", "tokenizer.model"),
         (use_vocabulary_and_merges, "LlamaTokenizer", "merges.txt"),
         (use_vocabulary_and_merges, ABSENT, "merges.txt"),
     ):
         change = all_of(replace_tokenizer, edit_json(TOKENIZER, tokenizer_class=name))
-        yield Variant(f"{name} with {word}", change, f"does not read {word}")
+        yield Variant(f"{name} with {file}", change, f"does not read {file}")
+    # A merge joins two tokens, not three.
     merges = all_of(use_vocabulary_and_merges, write_file("merges.txt", "#version: 1\na b c\n"))
     yield Variant("damaged merges", merges, "are not a tokenizer")
     for file in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
@@ -318,12 +330,13 @@ def _refused_tokenizers() -> Iterator[Variant]:
         refusal = f"special_tokens_map.json: invalid {key}"
         yield Variant(f"map with {key}={value}", all_of(no_decoder, change), refusal)
     for file in ("config.json", "special_tokens_map.json"):
+        # Deeper than the recursion limit of Python's JSON parser.
         nested = write_file(file, '{"a":' * 100_000 + "1" + "}" * 100_000)
         yield Variant(f"nested {file}", nested, f"{file} is not valid JSON")
 
 
-def _metadata(metadata: dict[str, str] | None) -> Change:
-    """Replaces the metadata in the header of the weights file."""
+def _replace_metadata(metadata: dict[str, str] | None) -> Change:
+    """Replaces the metadata in the header of the weights file; ``None`` removes them."""
     return lambda folder: save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata)
 
 
@@ -339,22 +352,29 @@ def _replace_with_dangling_link(folder: Path) -> None:
     (folder / WEIGHTS).symlink_to("../../blobs/absent")
 
 
-def _add_prefix(tensors: dict[str, Tensor], prefix: str) -> None:
-    for name in list(tensors):
-        tensors[prefix + name] = tensors.pop(name)
+def _add_prefix(prefix: str) -> Change:
+    """Adds a prefix to the names of all weights."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return edit_weights(rename)
 
 
 def _edit_header(name: str, values: Any) -> Change:
-    """Changes values of an entry in the header of the weights file.
+    """Changes one entry in the header of the weights file.
 
-    A list replaces the entry. ``None`` repeats the entry.
+    A dict replaces values of the entry. A list replaces the entry. ``None`` repeats the entry.
     """
 
     def change(folder: Path) -> None:
         data = (folder / WEIGHTS).read_bytes()
+        # The file starts with the header's length, in 8 bytes. Then comes the header, in JSON.
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
         header[name] = values if isinstance(values, list) else header[name] | (values or {})
+        # Appended as text, because a dict cannot hold a key twice.
         repeated = f', "{name}": {json.dumps(header[name])}' if values is None else ""
         text = (json.dumps(header)[:-1] + repeated + "}").encode()
         (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
@@ -368,7 +388,7 @@ def _remove_prefix(tensors: dict[str, Tensor]) -> None:
 
 
 def _fuse_experts(tensors: dict[str, Tensor]) -> None:
-    """Stacks the experts of each layer, as transformers 5 does in memory."""
+    """Stacks the 6 experts of each layer into two weights, as transformers 5 does in memory."""
     for name in [name for name in tensors if "experts.0.gate_proj" in name]:
         experts = name.partition("0.gate_proj")[0]
         gate, up, down = (
@@ -378,10 +398,10 @@ def _fuse_experts(tensors: dict[str, Tensor]) -> None:
         tensors |= {f"{experts}gate_up_proj": torch.cat([gate, up], 1), f"{experts}down_proj": down}
 
 
-def _remove_a_channel(tensors: dict[str, Tensor]) -> None:
+def _remove_last_channels(tensors: dict[str, Tensor]) -> None:
     """Removes the last of the 16 channels of every head."""
     for name in list(tensors):
         if "self_attn" in name:
-            axis = 1 if "o_proj" in name else 0
-            kept = [channel for channel in range(tensors[name].shape[axis]) if channel % 16 < 15]
-            tensors[name] = tensors[name].index_select(axis, Tensor(kept).long()).contiguous()
+            axis = 1 if "o_proj" in name else 0  # the axis of the heads' channels
+            channels = [c for c in range(tensors[name].shape[axis]) if c % 16 < 15]
+            tensors[name] = tensors[name].index_select(axis, Tensor(channels).long()).contiguous()

@@ -1,4 +1,4 @@
-"""Lists variants whose settings have values that transformers 4 or 5 refuses."""
+"""Lists variants whose settings have unusual values. transformers 4 or 5 refuses most of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
 def variants_of_settings() -> Iterator[Variant]:
-    """Yields configs, generation settings and tokenizers with values of unusual types."""
+    """Yields all variants. Those without a ``refusal`` must be converted exactly."""
     yield from _configs()
     yield from _generation()
     yield from _tokenizers()
@@ -19,11 +19,11 @@ def variants_of_settings() -> Iterator[Variant]:
 
 def _configs() -> Iterator[Variant]:
     switches = {"attention_bias": 0, "tie_word_embeddings": 0, "use_cache": 1}
-    numbers = edit_config(**switches, initializer_range=1, rms_norm_eps=1)
-    yield Variant("switches and floats as 0 and 1", numbers)
+    integers = edit_config(**switches, initializer_range=1, rms_norm_eps=1)
+    yield Variant("switches and floats as 0 and 1", integers)
     null = edit_config(attention_dropout=None, use_cache=None, bos_token_id=None)
     yield Variant("null values", null)
-    yield Variant("two ends of text", edit_config(eos_token_id=[0, 1]))
+    yield Variant("two end-of-text tokens", edit_config(eos_token_id=[0, 1]))
     for key, value in (
         ("bos_token_id", "<s>"),
         ("bos_token_id", [1]),
@@ -33,8 +33,9 @@ def _configs() -> Iterator[Variant]:
         ("attention_dropout", "x"),
     ):
         yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
-    many = edit_config(num_hidden_layers=2_000_000)
-    yield Variant("many layers", many, "num_hidden_layers=2000000")
+    # The folder has the weights of 2 layers. A list of all missing weights would be too long.
+    too_many_layers = edit_config(num_hidden_layers=2_000_000)
+    yield Variant("too many layers", too_many_layers, "num_hidden_layers=2000000")
 
 
 def _generation() -> Iterator[Variant]:
@@ -46,7 +47,7 @@ def _generation() -> Iterator[Variant]:
     for watermark in ({"a": 1}, {"seeding_scheme": "x"}, {"context_width": 0}):
         change = edit_json(GENERATION, watermarking_config=watermark)
         yield Variant(f"watermark {watermark}", change, "has watermarking_config=.*refuses")
-    for texts, beams in ((4, 2), (4, "4")):
+    for texts, beams in ((4, 2), (4, "4")):  # more texts than beams, or not a number
         change = edit_json(GENERATION, num_return_sequences=texts, num_beams=beams)
         yield Variant(f"{texts} texts of {beams!r} beams", change, f"num_return_sequences={texts}")
     for value in ("2", None, 0):
@@ -80,12 +81,14 @@ def _tokenizers() -> Iterator[Variant]:
     valid = edit_json(TOKENIZER, additional_special_tokens=[token], split_special_tokens=True)
     yield Variant("list of token objects", valid)
     no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
-    tokens = edit_json("special_tokens_map.json", additional_special_tokens=[{"content": "<x>"}])
-    yield Variant("list of token objects in the map", all_of(no_decoder, tokens))
+    # transformers 4 reads the list in the map only without added_tokens_decoder.
+    token_map = edit_json("special_tokens_map.json", additional_special_tokens=[{"content": "<x>"}])
+    yield Variant("list of token objects in the map", all_of(no_decoder, token_map))
     for key, value in (
         ("split_special_tokens", "x"),
         ("split_special_tokens", None),
         ("additional_special_tokens", [{"content": "<x>"}]),
+        # The next two are parameters of the tokenizer class, but not settings of a file.
         ("self", None),
         ("init_inputs", 5),
         ("eos_token", {**token, "lstrip": "x"}),
@@ -99,9 +102,13 @@ def _tokenizers() -> Iterator[Variant]:
 
 
 def _added_tokens() -> Iterator[Variant]:
-    """Lists tokens with ids that other tokens have: transformers gives these tokens other ids."""
+    """Yields tokenizers with added tokens whose ids are already in use.
+
+    transformers gives these tokens new ids, from 288 on. The embedding has 294 rows, so only 6
+    tokens can be added.
+    """
     for number, refusal in ((6, ""), (7, "has 1 tokens without an embedding")):
-        ids = {f"<new{n}>": 3 + n for n in range(number)}
+        ids = {f"<new{n}>": 3 + n for n in range(number)}  # all ids below 288 are in use
         decoder = {str(i): {"content": token} for token, i in ids.items()}
         change = edit_json(TOKENIZER, added_tokens_decoder=decoder)
         yield Variant(f"{number} tokens with ids in use", change, refusal)

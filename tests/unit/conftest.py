@@ -44,7 +44,7 @@ LLAMA_CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
-"""Cache of composed configs, each with Hydra's own config, because composing is slow."""
+"""Composed configs by overrides, each with Hydra's own config. A cache: composing is slow."""
 
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
@@ -74,12 +74,12 @@ def teacher() -> Architecture:
 
 @pytest.fixture
 def chain(teacher: Architecture) -> Chain:
-    """A chain with ``teacher`` and without stages."""
+    """A chain for planning, with ``teacher`` and without stages."""
     return Chain("teacher", teacher, {})
 
 
 SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
-"""Sizes of a student of the model in ``hf_folder``."""
+"""Overrides with the sizes of a student of the model in ``hf_folder``: half of its widths."""
 
 
 @pytest.fixture
@@ -97,45 +97,50 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compose() -> Compose:
-    """Composes a config as the command line does."""
+    """Composes a config from overrides, as the command line does."""
 
-    def composed(*overrides: str) -> DictConfig:
+    def compose_cached(*overrides: str) -> DictConfig:
         if overrides not in COMPOSED:
             cfg = schema.compose(*overrides)
             COMPOSED[overrides] = cfg, HydraConfig.instance().cfg
         cfg, HydraConfig.instance().cfg = COMPOSED[overrides]
         return cfg
 
-    return composed
+    return compose_cached
 
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
     """Plans a recipe, by default the width recipe, as if the disk were large."""
 
-    def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
+    def plan_recipe(*overrides: str, recipe: str = RECIPE) -> Plan:
         cfg = compose(*complete_overrides(recipe, overrides))
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
-    return planned
+    return plan_recipe
 
 
 def complete_overrides(recipe: str, overrides: tuple[str, ...]) -> list[str]:
     """Adds ``tasks=null engine=null`` for small recipes, unless ``overrides`` set these groups."""
-    unchanged_groups = {override.partition("=")[0] for override in overrides}
-    if not recipe.endswith(("_prune", "shrink")):
-        # Searches do not have these groups, and large recipes need them.
-        unchanged_groups |= {"tasks", "engine"}
-    nulls = [f"{group}=null" for group in ("tasks", "engine") if group not in unchanged_groups]
+    is_small = recipe.endswith(("_prune", "shrink"))
+    if not is_small:  # searches do not have these groups, and large recipes need them
+        return [recipe, *overrides]
+    overridden_groups = {override.partition("=")[0] for override in overrides}
+    nulls = [f"{group}=null" for group in ("tasks", "engine") if group not in overridden_groups]
     return [recipe, *nulls, *overrides]
 
 
 def stage_named(plan: Plan, name: str) -> PlannedStage:
+    """Returns the stage of a plan that has the name."""
     return next(stage for stage in plan.stages if stage.name == name)
 
 
 def write_complete(stage: PlannedStage, content: str = "result") -> None:
-    """Writes the request, artifact and manifest of a complete stage."""
+    """Writes the request, artifact and manifest of a complete stage.
+
+    The artifact is one file. Its text starts with ``content``, so that a test can make two results
+    of a stage differ.
+    """
     stage.request().write(stage.directory)
     artifact = stage.directory / ARTIFACT
     artifact.mkdir(parents=True, exist_ok=True)
@@ -167,14 +172,14 @@ def write_last_plan(plan: Plan) -> None:
 
 @pytest.fixture
 def complete() -> Complete:
-    """Completes all stages of a plan, or only the stages in ``names``."""
+    """Writes complete results of all stages of a plan, or only of the stages in ``names``."""
 
-    def completed(plan: Plan, *names: str, content: str = "result") -> None:
+    def complete_stages(plan: Plan, *names: str, content: str = "result") -> None:
         for stage in plan.stages:
             if not names or stage.name in names:
                 write_complete(stage, content)
 
-    return completed
+    return complete_stages
 
 
 @pytest.fixture
@@ -183,7 +188,7 @@ def launch(tmp_path: Path) -> Launch:
     cwd = tmp_path / "cwd"
     cwd.mkdir()
 
-    def launched(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def launch_in_cwd(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         return fork_launcher(*args, cwd=cwd, **env)
 
-    return launched
+    return launch_in_cwd

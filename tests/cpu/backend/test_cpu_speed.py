@@ -23,7 +23,10 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active onl
 
 
 class Tied(nn.Module):
-    """Has a weight that is used twice, like a tied embedding, and a weight that is optional."""
+    """Uses the weight ``tied`` twice, like a tied embedding.
+
+    Uses the weight ``optional`` only if ``all_weights`` is true.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +42,15 @@ class Tied(nn.Module):
 
 Wrap = Callable[..., Any]
 Batch = tuple[torch.Tensor, bool]
+"""A micro-batch: the arguments ``x`` and ``all_weights`` of ``Tied.forward``."""
 
 
 @pytest.fixture
 def wrap() -> Iterator[Wrap]:
-    """Returns a function that wraps a ``Tied`` in Megatron's DDP, and applies all speed patches."""
+    """A function that wraps a new ``Tied`` in Megatron's DDP. All speed patches are applied.
+
+    The function's arguments are fields of ``DistributedDataParallelConfig``.
+    """
     enable()
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
@@ -60,11 +67,12 @@ def wrap() -> Iterator[Wrap]:
 
 
 def apply_pending_scale(gradient: Any) -> torch.Tensor:
+    """Returns the gradient in float32, multiplied by its pending scale, if it has one."""
     return gradient.float() * (pending_scale(gradient) or 1.0)  # type: ignore[no-any-return]
 
 
 def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """Returns float32 sums of the gradients that plain PyTorch computes for the micro-batches."""
+    """Returns each weight's gradient: plain PyTorch's gradients, summed over batches in float32."""
     sums = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
     for x, all_weights in batches:
         plain = Tied()
@@ -79,9 +87,11 @@ def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torc
 @pytest.mark.parametrize(
     ("micro_batches", "distributed", "overlap"),
     [
+        # Without overlap. In two cases, no micro-batch uses the optional weight.
         *product([[True], [True, True], [False, True], [False], []], [True, False], [False]),
+        # With overlap.
         ([True], True, True),
-        # With overlap, Megatron requires that the last micro-batch uses all weights.
+        # Megatron requires here that the last micro-batch uses all weights.
         ([False, True], True, True),
     ],
 )
@@ -94,8 +104,10 @@ def test_each_step_has_its_own_gradients(
     """
     settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     wrapped = wrap(grad_reduce_in_fp32=True, **settings)
-    for _ in range(2):
-        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), uses) for uses in micro_batches]
+    for _ in range(2):  # two steps
+        batches = [
+            (torch.randn(3, 5, dtype=torch.bfloat16), all_weights) for all_weights in micro_batches
+        ]
         expected = expected_gradients(wrapped.module, batches)
         wrapped.zero_grad_buffer()
         for number, (x, all_weights) in enumerate(batches):
@@ -110,8 +122,8 @@ def test_each_step_has_its_own_gradients(
 
 
 @needs_no_cuda
-def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wrap: Wrap) -> None:
-    """With one rank, gradients have no buffer. The optimizer gets their memory without a copy."""
+def test_gradients_of_a_single_rank_reach_the_optimizer_without_a_copy(wrap: Wrap) -> None:
+    """With one rank, Megatron's gradient buffer is freed. The optimizer gets autograd's tensors."""
     wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     [buffer] = wrapped.buffers
     assert buffer.grad_data.untyped_storage().nbytes() == 0
@@ -124,6 +136,7 @@ def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wra
     weights = list(buffer.params)
     gradients = [weight.main_grad for weight in weights]
     main_weights = [nn.Parameter(weight.detach().float().flatten()) for weight in weights]
+    # The attributes of Megatron's distributed optimizer that the patch reads.
     optimizer = SimpleNamespace(
         buffers=[buffer],
         model_float16_groups=[weights],
@@ -131,6 +144,7 @@ def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wra
         shard_fp32_from_float16_groups=[main_weights],
         shard_fp32_groups=[],
     )
+    # ``pytest.fail`` replaces Megatron's function, which must not be called.
     cpu_speed._hand_over_gradients(pytest.fail)(optimizer)
     assert {weight.main_grad for weight in weights} == {None}
     for main_weight, gradient in zip(main_weights, gradients, strict=True):
@@ -142,6 +156,7 @@ def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wra
 
 @needs_no_cuda
 def test_a_forked_checkpoint_writer_has_the_tensors_that_its_parent_freed(wrap: Wrap) -> None:
+    """The fixture ``wrap`` applies the patch that frees them."""
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,
         TemporalAsyncCaller,
@@ -155,20 +170,24 @@ def test_a_forked_checkpoint_writer_has_the_tensors_that_its_parent_freed(wrap: 
 
     caller = TemporalAsyncCaller()
     caller.schedule_async_call(AsyncRequest(write, (0, buckets), []))
-    assert buckets == [None, None]
+    assert buckets == [None, None]  # freed in this process
     assert receiver.recv() == [[0, 1, 2], [0, 1, 2, 3]]
     assert caller.is_current_async_call_done(blocking=True)
-    caller.schedule_async_call(AsyncRequest(None, (), []))  # as on a rank that has nothing to write
+    # A rank that has nothing to write makes such a request. It must not fail.
+    caller.schedule_async_call(AsyncRequest(None, (), []))
 
 
 @pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])
 def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> None:
-    """With one rank, the shard is the whole buffer. Other shards are an error."""
-    outputs, buffer = list[torch.Tensor](), torch.arange(4.0)
+    """With one rank, the shard must be the whole buffer. A shard in other memory is an error.
+
+    ``calls`` is the expected number of gathers that are not skipped.
+    """
+    gathered, buffer = list[torch.Tensor](), torch.arange(4.0)
     group = SimpleNamespace(size=lambda: ranks)
-    gather = cpu_speed._skip_single_rank_gather(lambda output, *_, **__: outputs.append(output))
+    gather = cpu_speed._skip_single_rank_gather(lambda output, *_, **__: gathered.append(output))
     gather(buffer.view(-1), buffer, group=group, async_op=True)
-    assert len(outputs) == calls
+    assert len(gathered) == calls
     if ranks == 1:
         with pytest.raises(AssertionError, match="whole buffer"):
             gather(torch.empty(4), buffer, group=group)
@@ -179,9 +198,10 @@ def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> N
 def test_gradients_are_clipped_to_the_norm(
     has_pending_scale: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first of three parameters has no gradient. The others have 4 elements of 1.5 each."""
     from megatron.core.optimizer import optimizer
 
-    monkeypatch.setattr(cpu_speed, "BLOCK", 3)
+    monkeypatch.setattr(cpu_speed, "BLOCK", 3)  # two blocks per gradient
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     for parameter, dtype in zip(parameters[1:], (torch.bfloat16, torch.float32), strict=True):
         parameter.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
@@ -194,12 +214,13 @@ def test_gradients_are_clipped_to_the_norm(
         group = torch.distributed.group.WORLD
         return float(optimizer.get_grad_norm_fp32(gradients, grad_stats_parallel_group=group))
 
-    assert norm() == pytest.approx(math.sqrt(18))  # of 8 elements of 1.5
+    assert norm() == pytest.approx(math.sqrt(8 * 1.5**2))
     optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=1.5, total_norm=norm())
     # Without a pending scale, clipping rounds the bfloat16 gradient once more.
     tolerance = 1e-4 if has_pending_scale else 5e-3
     assert norm() == pytest.approx(1.5, rel=tolerance)
-    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=9.0, total_norm=norm())  # no effect
+    # The norm is below this limit, so there is nothing to clip.
+    optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=9.0, total_norm=norm())
     assert norm() == pytest.approx(1.5, rel=tolerance)
     parameters[1].grad[2] = math.nan
     assert math.isnan(norm())
@@ -207,15 +228,16 @@ def test_gradients_are_clipped_to_the_norm(
 
 @needs_no_cuda
 def test_tensor_types_have_cuda_names_only_while_the_optimizer_is_built() -> None:
-    names = []
+    """Megatron's optimizer accepts a parameter only if its type has a CUDA name."""
+    names_in_constructor = []
 
     class Optimizer:
         def __init__(self) -> None:
-            names.append(torch.zeros(1, dtype=torch.bfloat16).type())
+            names_in_constructor.append(torch.zeros(1, dtype=torch.bfloat16).type())
 
-    patched = without_cuda._name_cuda_types(Optimizer.__init__)
-    patched(Optimizer.__new__(Optimizer))
-    assert names == ["torch.cuda.BFloat16Tensor"]
+    patched_init = without_cuda._name_cuda_types(Optimizer.__init__)
+    patched_init(Optimizer.__new__(Optimizer))
+    assert names_in_constructor == ["torch.cuda.BFloat16Tensor"]
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
@@ -223,7 +245,7 @@ def test_no_speed_patch_is_active_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     from megatron.core.distributed import DistributedDataParallel
 
-    assert set(SPEED_PATCH_NAMES) == SPEED_PATCHES.keys()
+    assert set(SPEED_PATCH_NAMES) == SPEED_PATCHES.keys()  # so all patches are checked
     before = DistributedDataParallel._make_backward_post_hook
     with speed_patches(SPEED_PATCH_NAMES):
         assert DistributedDataParallel._make_backward_post_hook is before

@@ -36,30 +36,36 @@ for group in (*groups, *(module.PATCHES for module in (checkpoints, files, messa
     for patch in group:
         _find(patch)
 """
+"""Script that fails if the original of any patch is missing or has another fingerprint."""
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module with a function and a flag, which tests patch."""
     module: Any = ModuleType("library_to_patch")
-    module.rate = shutil.which  # any function with source code
+    module.rate = shutil.which  # some function with Python source
     module.FAST = False
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module  # type: ignore[no-any-return]
 
 
 def patch_of(library: Any, name: str, **fields: Any) -> Patch:
-    original = fingerprint(getattr(library, name))
-    patch = Patch(f"{library.__name__}:{name}", "a test", original, constant(7))
+    """Returns a patch that replaces an attribute by a function that returns 7.
+
+    ``fields`` are fields of the patch that differ from this.
+    """
+    source_hash = fingerprint(getattr(library, name))
+    patch = Patch(f"{library.__name__}:{name}", "a test", source_hash, constant(7))
     return replace(patch, **fields)
 
 
 def test_originals_have_the_fingerprints_of_their_patches() -> None:
-    """Checks all patches in a new process, where none has replaced its original."""
+    """Checks all patches in a new process, where no patch has been applied."""
     subprocess.run([sys.executable, "-c", CHECK_ALL_PATCHES], cwd=REPO_ROOT, check=True)
 
 
 def test_functions_in_c_are_distinguished_by_signature() -> None:
+    """They have no Python source to hash."""
     assert fingerprint(torch.mm) != fingerprint(torch.bmm)
 
 
@@ -69,7 +75,7 @@ def test_apply_replaces_attributes(library: Any) -> None:
     assert library.FAST is True
 
 
-def test_applied_restores_the_original_after_its_block(library: Any) -> None:
+def test_applied_restores_the_original_after_an_error_in_its_block(library: Any) -> None:
     before = library.rate
     with contextlib.suppress(KeyError), applied([patch_of(library, "rate")]):
         assert library.rate() == 7
@@ -90,9 +96,9 @@ def test_an_original_with_another_fingerprint_is_an_error(library: Any, name: st
         apply([patch])
 
 
-def test_a_block_that_cannot_start_restores_the_originals(library: Any) -> None:
+def test_applied_restores_the_originals_if_a_later_patch_is_refused(library: Any) -> None:
     before = library.rate
-    # The fingerprint of a flag is its type, here bool, so the second patch is refused.
+    # The fingerprint of a flag is the name of its type, bool. So the second patch is refused.
     patches = [patch_of(library, "rate"), patch_of(library, "FAST", source_hash="str")]
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")
@@ -105,11 +111,13 @@ class Engine:
 
 
 class FastEngine(Engine):
+    """Overrides the method that the test patches."""
+
     def speed(self) -> int:
         return 5
 
 
-def test_a_patch_of_one_object_leaves_others_and_refuses_an_override() -> None:
+def test_apply_to_patches_only_one_object_and_refuses_an_overridden_method() -> None:
     doubled = wrap(lambda original, engine: 2 * original(engine))
     patch = Patch(f"{__name__}:Engine.speed", "a test", fingerprint(Engine.speed), doubled)
     patched, other = Engine(), Engine()

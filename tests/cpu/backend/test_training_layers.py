@@ -24,10 +24,11 @@ from recipes.backend.training_layers import (
 from tests.support.conversion import assert_trains_alike, convert_by_command
 from tests.support.gradients import random_tensors, value_and_gradients
 
-LENGTH = QUERIES_AT_ONCE + 9  # more than one block of queries
+LENGTH = QUERIES_AT_ONCE + 9  # tokens: a block of queries and an incomplete second block
 BATCH, HEADS, GROUPS, HEAD_SIZE = 3, 6, 2, 10
-SCALE = 0.3
+SCALE = 0.3  # of attention scores
 QUERY_KEY_VALUE = [(LENGTH, BATCH, HEADS, HEAD_SIZE), *[(LENGTH, BATCH, GROUPS, HEAD_SIZE)] * 2]
+"""Shapes of queries, keys and values, as in Megatron. Keys and values have ``GROUPS`` heads."""
 
 
 def plain_swiglu(x: Tensor) -> Tensor:
@@ -36,7 +37,11 @@ def plain_swiglu(x: Tensor) -> Tensor:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Computes scores, causal mask and softmax, with keys and values repeated for each head."""
+    """Computes scores, causal mask and softmax, with keys and values repeated for each head.
+
+    Returns:
+        The attention output, of shape [tokens, sequences, heads * head size].
+    """
     length = len(query)
     q, k, v = (
         t.repeat_interleave(HEADS // t.shape[2], dim=2).permute(1, 2, 0, 3)
@@ -61,15 +66,20 @@ CASES = {
         QUERY_KEY_VALUE,
     ),
 }
+"""By name: a training layer, its reference in plain PyTorch, and the shapes of their inputs."""
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_values_and_gradients_equal_plain_pytorch(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """``tolerance`` is relative to the norm, and allows for the rounding of ``dtype``."""
     layer, reference, shapes = CASES[name]
     tensors = [t.to(dtype) for t in random_tensors(*shapes)]
     actual = value_and_gradients(layer, tensors)
     expected = value_and_gradients(reference, [t.double() for t in tensors])
+    # The value, and a gradient of each input.
     assert len(actual) == len(expected) == len(shapes) + 1
     for tensor, exact in zip(actual, expected, strict=True):
         assert tensor.dtype == dtype
@@ -82,12 +92,13 @@ def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
     checkpoint = tmp_path / "odd.nemo"
     assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
     nemo.initialize(nemo.Parallelism())
+    # Two sequences of 31 tokens. The vocabulary has 293 tokens.
     tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
     assert_trains_alike(checkpoint, tokens)
 
 
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:
-    """A blockwise pass stores a block's scores, whose memory grows with the sequence."""
+    """The blockwise backward pass would need too much memory, in proportion to the length."""
     query, key, value = random_tensors(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
     context = attend_in_blocks(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__
@@ -97,7 +108,7 @@ def test_long_sequences_keep_pytorchs_backward_pass() -> None:
 @pytest.mark.parametrize("names", [[], ["attention_backward"]])
 def test_the_speed_patch_selects_the_blockwise_backward_pass(names: list[str]) -> None:
     query, key, value = random_tensors(*QUERY_KEY_VALUE)
-    attention: Any = SimpleNamespace(softmax_scale=SCALE)
+    attention: Any = SimpleNamespace(softmax_scale=SCALE)  # all that ``forward`` reads of ``self``
     with speed_patches(names):
         context = CausalAttention.forward(attention, query.requires_grad_(), key, value, None)
     assert ("BlockwiseAttention" in type(context.grad_fn).__name__) == bool(names)

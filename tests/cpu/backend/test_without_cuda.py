@@ -28,7 +28,7 @@ def test_no_effect_with_cuda_and_transformer_engine(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
-    monkeypatch.setattr(without_cuda, "_enabled", set())
+    monkeypatch.setattr(without_cuda, "_enabled", set())  # as in a new process
     monkeypatch.setattr(without_cuda, "apply", pytest.fail)
     enable()
     config = object()
@@ -38,12 +38,12 @@ def test_no_effect_with_cuda_and_transformer_engine(monkeypatch: pytest.MonkeyPa
 def test_cuda_without_transformer_engine_only_needs_local_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    enable()
+    enable()  # this machine may have no CUDA
     from nemo.collections.llm import LlamaConfig
 
     config, applied = LlamaConfig(**SHAPE), list[Patch]()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(without_cuda, "_enabled", set())
+    monkeypatch.setattr(without_cuda, "_enabled", set())  # as in a new process
     monkeypatch.setattr(without_cuda, "apply", applied.extend)
     enable()
     assert applied == list(WITHOUT_TRANSFORMER_ENGINE)
@@ -57,6 +57,7 @@ def test_transformer_engine_that_cannot_be_imported_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Tests run without TransformerEngine. First it is not installed, then it seems to be.
     assert needs_local_layers()
     monkeypatch.setattr("recipes.backend.local_layers.installed_version", lambda _: "2.9.0")
     with pytest.raises(RecipeError, match=r"TransformerEngine 2\.9\.0 is installed but cannot"):
@@ -64,16 +65,17 @@ def test_transformer_engine_that_cannot_be_imported_is_an_error(
 
 
 def test_only_the_calling_thread_computes_on_all_cores() -> None:
-    before = torch.get_num_threads()
+    """Two OpenMP threads stand in for all cores."""
+    previous_count = torch.get_num_threads()
     torch.set_num_threads(2)
     limit_other_threads()
-    in_later_thread = list[int]()
-    later = threading.Thread(target=lambda: in_later_thread.append(torch.get_num_threads()))
+    counts_in_later_thread = list[int]()
+    later = threading.Thread(target=lambda: counts_in_later_thread.append(torch.get_num_threads()))
     later.start()
     later.join()
-    in_this_thread = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert (in_this_thread, in_later_thread) == (2, [1])
+    count_in_this_thread = torch.get_num_threads()
+    torch.set_num_threads(previous_count)
+    assert (count_in_this_thread, counts_in_later_thread) == (2, [1])
 
 
 @needs_no_cuda
@@ -82,7 +84,7 @@ def test_cuda_tensors_are_created_on_the_cpu() -> None:
     assert torch.tensor([1.0], device="cuda").device.type == "cpu"
     assert torch.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
     assert torch.ones(2).to("cuda", non_blocking=True).device.type == "cpu"
-    assert torch.ones(2).to(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.ones(2).to(torch.bfloat16).dtype == torch.bfloat16  # as without the patch
     assert torch.ones(2).cuda().device.type == "cpu"
     assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -96,6 +98,7 @@ def test_random_state_is_saved_and_restored() -> None:
     enable("torch", "megatron")
     from megatron.core.tensor_parallel import random as megatron_random
 
+    # The CPU's generator replaces the GPU's.
     state = torch.cuda.get_rng_state()
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
@@ -117,11 +120,13 @@ def test_fusions_are_disabled_only_in_the_adapted_config() -> None:
     adapted = adapt_config(config)
     assert adapted.apply_rope_fusion is False
     assert adapted.use_cpu_initialization is True
+    # NeMo saves ``__io__`` in checkpoints.
     assert "use_cpu_initialization" not in repr(config.__io__)
 
 
 @needs_no_cuda
 def test_seed_reaches_megatrons_generators() -> None:
+    """The same seed gives the same random numbers twice."""
     enable()
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from nemo.lightning import megatron_init

@@ -38,27 +38,29 @@ from tests.support.manifests import bare_manifest
 from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
+"""Size of a measured training run: optimizer steps, sequences per step, tokens per sequence."""
 
 
 def run_benchmark(module: ModuleType, *options: str) -> str:
-    """Runs a benchmark's command line, and its launcher, in this process; returns the output."""
+    """Runs a benchmark's command line and the launcher in this process; returns the output."""
     output = io.StringIO()
     with (
-        mock.patch.object(launching, "execute", execute),
+        mock.patch.object(launching, "execute", execute_faster),
         mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", [module.__name__, *options]),
         contextlib.redirect_stdout(output),
     ):
-        os.environ.pop("COLUMNS", None)  # tables are as wide as they need
+        os.environ.pop("COLUMNS", None)  # else a table could be too narrow for its contents
         module.main()
     return output.getvalue()
 
 
-real_execute = launching.execute
+def execute_faster(command: list[str]) -> None:
+    """Replaces ``launching.execute``.
 
-
-def execute(command: list[str]) -> None:
-    """Replaces ``launching.execute``: runs the launcher in this process, all else in forks."""
+    Runs the launcher in this process, and any other command in a fork of a process that has already
+    imported its libraries.
+    """
     if tuple(command[: len(launching.LAUNCHER)]) == launching.LAUNCHER:
         run_successfully(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
     else:
@@ -70,7 +72,7 @@ def execute(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the launcher with teacher, student and text."""
+    """A run of the launcher with teacher, student (2 of 4 layers) and text."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
     run_successfully(
         "recipe=llama_depth_prune",
@@ -101,10 +103,11 @@ def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
         assert len(record["ends"]) == len(record["losses"]) == STEPS
         assert all(math.isfinite(loss) and loss > 0 for loss in record["losses"])
         assert 0 < result["slowest"] <= result["tokens_per_second"] <= result["fastest"]
-        assert result["peak_rss_bytes"] > 1e8
+        assert result["peak_rss_bytes"] > 1e8  # PyTorch alone takes more
         planned = result["planned_tokens_per_second"]
         assert planned > 0 if METHODS[name].stages else planned is None
         assert name in output
+    # The methods of each pair train on the same batches, with different precisions.
     losses = {name: result["first_loss"] for name, result in content["results"].items()}
     assert losses["modelopt-bf16"] == pytest.approx(losses["loop-fp32"], rel=0.02)
     assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
@@ -113,8 +116,9 @@ def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
 def test_a_command_exchanges_objects_with_its_child_processes(
     tiny_run: Path, tmp_path: Path
 ) -> None:
+    """Runs the command as a user does. Other tests replace ``launching.execute``."""
     out = tmp_path / "speed.json"
-    real_execute(
+    launching.execute(
         [
             *(sys.executable, "-m", "benchmarks.distill", "--only", "loop-fp32", "--rounds=1"),
             *(f"--run-dir={tiny_run}", f"--out={out}", "--steps=2"),
@@ -127,15 +131,16 @@ def test_a_command_exchanges_objects_with_its_child_processes(
 
 
 def test_warm_up_steps_do_not_count() -> None:
-    shape = Shape(steps=4, micro_batch=1, seq_length=100)
-    record = TrainingRun(
-        ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7
-    )
+    """The first two steps are warm-up steps. If there are only two, only the first one is."""
+    shape = Shape(steps=4, micro_batch=1, seq_length=100)  # 100 tokens per step
+    # Steps 3 and 4 take 1 and 2 seconds here, and 2 and 4 seconds in ``slower``.
+    run = TrainingRun(ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7)
     slower = TrainingRun(ends=[0.0, 9.0, 11.0, 15.0], losses=[4.0, 3.0, 2.0, 1.2], peak_rss_bytes=5)
-    assert speeds(record, shape) == [100.0, 50.0]
-    assert speeds(TrainingRun([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
-    results = summarise({"loop-fp32": [record, slower], "loop-bf16": [slower]}, shape)
-    # Speeds of steps are 100 and 50 in one round, 50 and 25 in the other: medians 75 and 37.5.
+    assert speeds(run, shape) == [100.0, 50.0]
+    two_steps = TrainingRun(ends=[50.0, 60.0])
+    assert speeds(two_steps, Shape(steps=2, micro_batch=1, seq_length=100)) == [10.0]
+    results = summarise({"loop-fp32": [run, slower], "loop-bf16": [slower]}, shape)
+    # The median speeds of the two rounds are 75 and 37.5. Their median is 56.25.
     fp32 = results["loop-fp32"]
     assert (fp32.slowest, fp32.tokens_per_second, fp32.fastest) == (25.0, 56.25, 100.0)
     assert fp32.peak_rss_bytes == 7
@@ -143,7 +148,8 @@ def test_warm_up_steps_do_not_count() -> None:
 
 
 def test_different_losses_on_the_same_batches_are_reported() -> None:
-    shape, ends = Shape(4, 1, 100), [1.0, 2.0, 3.0, 4.0]
+    """Losses that differ by up to 2% are accepted: 4.05 instead of 4.0, but not 4.2."""
+    shape, ends = Shape(steps=4, micro_batch=1, seq_length=100), [1.0, 2.0, 3.0, 4.0]
     runs = {"loop-fp32": [TrainingRun(ends, [4.0])], "loop-bf16": [TrainingRun(ends, [4.2])]}
     [message] = disagreements(summarise(runs, shape))
     assert message.startswith("loop-bf16: ")
@@ -171,6 +177,7 @@ def test_invalid_options_are_refused(module: ModuleType, options: list[str], mes
 
 
 def test_students_of_several_sources_need_weights(tmp_path: Path) -> None:
+    """The run has text of two sources, ``a`` and ``b``. Empty weights are accepted."""
     tokens = {"train": [SourceTokens("a", 1), SourceTokens("b", 2)]}
     text = DatasetResult({}, {}, [], tokens, document_end=0)
     write_manifest(tmp_path, bare_manifest("prepare_data", "dataset", text))
@@ -184,17 +191,17 @@ def test_students_are_trained_with_other_losses_and_data(
 ) -> None:
     out = tmp_path / "students"
     options = [f"--run-dir={tiny_run}", f"--out={out}", "--steps=2", "--seeds", "3", "1234"]
-    half = tmp_path / f"half{text_file.suffix}"
-    half.write_text("".join(text_file.read_text().splitlines(keepends=True)[::2]))
-    own_text = f"own_text data.sources=[{half}] data.heldout_sources=[] data.text_field=text"
+    half_text = tmp_path / f"half{text_file.suffix}"  # every second document
+    half_text.write_text("".join(text_file.read_text().splitlines(keepends=True)[::2]))
+    own_text = f"own_text data.sources=[{half_text}] data.heldout_sources=[] data.text_field=text"
     variants = ["recipe", "kl stages.distill.lm_weight=0", own_text]
     for variant in variants:
         options += ["--variant", f"{variant} stages.evaluate.num_sequences=4"]
     output = run_benchmark(students, *options)
     manifest = out / "recipe-1234" / "evaluate" / "manifest.json"
-    before = manifest.stat().st_mtime_ns
+    first_mtime = manifest.stat().st_mtime_ns
     assert run_benchmark(students, *options) == output
-    assert manifest.stat().st_mtime_ns == before  # complete runs are not repeated
+    assert manifest.stat().st_mtime_ns == first_mtime  # complete runs are not repeated
     results = json.loads((out / "students.json").read_text())
     assert [(result["variant"], result["seed"]) for result in results] == [
         (name, seed) for seed in (3, 1234) for name in ("recipe", "kl", "own_text")
@@ -202,10 +209,12 @@ def test_students_are_trained_with_other_losses_and_data(
     kls = {
         (r["variant"], r["seed"]): r["evaluation"]["distilled"]["kl_to_teacher"] for r in results
     }
-    assert len(set(kls.values())) == len(kls)
+    assert len(set(kls.values())) == len(kls)  # every run gave another student
     first, second = (kls["kl", seed] for seed in (3, 1234))
+    # Mean and sample standard deviation of two values.
     mean, deviation = (first + second) / 2, abs(first - second) / math.sqrt(2)
     assert f"{mean:.3f} ± {deviation:.3f}" in output
+    # Fingerprints of the text on which each variant was trained.
     data = {
         name: complete_manifest(out / f"{name}-3" / "distill").inputs["data"]
         for name in ("kl", "own_text")
@@ -218,20 +227,25 @@ def test_students_are_trained_with_other_losses_and_data(
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake timer returns the number of its call, times ``repeats``, instead of milliseconds."""
-    calls = count(1)
+    """A fake timer returns the number of its call, times ``repeats``, as milliseconds."""
+    call_numbers = count(1)
 
-    def count_calls(run: Callable[[], object], repeats: int) -> float:
+    def fake_best_seconds(run: Callable[[], object], repeats: int) -> float:
         run()
-        return next(calls) * repeats / 1000
+        return next(call_numbers) * repeats / 1000
 
-    monkeypatch.setattr(operations, "best_seconds", count_calls)
+    monkeypatch.setattr(operations, "best_seconds", fake_best_seconds)
     monkeypatch.setattr(operations, "missing_compiler", lambda: ("g++", "not in a test"))
-    cases = operations.cases(operations.Sizes(2, 8, 4, 2, 8, 16, 32))
+    sizes = operations.Sizes(
+        sequences=2, tokens=8, heads=4, groups=2, head_size=8, ffn=16, vocabulary=32
+    )
+    cases = operations.cases(sizes)
     assert {"attention", "norm"} < cases.keys()
-    for number, (function, inputs) in enumerate(cases.values()):
-        times = operations.measure(function, inputs, 3)
-        assert times == operations.Times(6 * number + 3, 6 * number + 6, None)
+    for number, (function, shapes) in enumerate(cases.values()):
+        times = operations.measure(function, shapes, repeats=3)
+        # Without a compiler, each operation is timed twice: calls 1 and 2, then 3 and 4, and so on.
+        forward_call = 2 * number + 1
+        assert times == operations.Times(3 * forward_call, 3 * (forward_call + 1), compiled=None)
 
 
 def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
@@ -240,6 +254,7 @@ def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     for task, side in product(("piqa", "mmlu"), ("lm-eval, float32", "packed, float32")):
         [row] = (row for row in rows if (row[0], row[2]) == (task, side))
+        # Columns: task, items, model, CPU s, times as fast, score, equal, nats apart.
         _, items, _, seconds, _, _, equal, difference = row
         assert (items, equal) == ("2", "2")
         assert float(seconds) > 0
@@ -249,9 +264,10 @@ def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
 def test_preparation_is_measured(
     odd_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # This small file replaces the texts of all sizes.
     monkeypatch.setattr(prepare, "write_text", lambda path, size: shutil.copy(text_file, path))
     output = run_benchmark(prepare, f"--model={odd_llama}", "--processes", "1", "2")
-    rows = [line.split(" | ") for line in output.splitlines()[2:]]
+    rows = [line.split(" | ") for line in output.splitlines()[2:]]  # after the two header lines
     assert [row[1] for row in rows] == ["1", "2"] * len(prepare.SIZE_FACTORS)
     assert all(float(row[2].replace(",", "")) > 0 for row in rows)
 
@@ -259,23 +275,25 @@ def test_preparation_is_measured(
 def test_conversion_is_compared_with_transformers(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second repeat, the baseline runs last."""
+    """The sides run in this process. In the second of two repeats, the baseline runs last."""
     order: list[str] = []
 
-    def run(_: str, side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
+    def call_here(_: str, side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
         order.append(side)
         return convert.measure_side(side, folder, scratch, cold)
 
-    monkeypatch.setattr(convert, "call_in_process", run)
-    first, *others = convert.SIDES
-    text = convert.table(convert.run_sides(odd_llama, 2), size=1_000_000)
-    assert order == [first, *others, *others, first]
+    monkeypatch.setattr(convert, "call_in_process", call_here)
+    baseline, *others = convert.SIDES
+    text = convert.table(convert.run_sides(odd_llama, repeats=2), size=1_000_000)
+    assert order == [baseline, *others, *others, baseline]
     assert "checkpoint: 1 MB" in text
-    assert [line.split()[0] for line in text.splitlines()[2:]] == list(convert.SIDES)
-    assert f"{1:.2f}" in text.splitlines()[2]  # the baseline, relative to itself
+    rows = text.splitlines()[2:]  # after the size and the header
+    assert [row.split()[0] for row in rows] == list(convert.SIDES)
+    assert "1.00" in rows[0]  # the baseline's time, relative to itself
 
 
 def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> None:
+    """Runs the sides of ``--billions`` on a small model. Then one changed weight is an error."""
     folder = tmp_path / "model"
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     convert.write_random_model(folder, odd_llama, shape)
@@ -293,19 +311,26 @@ def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> N
 
 
 def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work allocates 64 MB and frees them."""
+    """The work allocates 64 MiB, and frees them after at least one sample of the memory."""
     samples: list[dict[str, int]] = []
-    sample = convert.memory
-    monkeypatch.setattr(convert, "memory", lambda: samples.append(sample()) or samples[-1])
+    real_memory = convert.memory
+
+    def record_sample() -> dict[str, int]:
+        samples.append(real_memory())
+        return samples[-1]
+
+    monkeypatch.setattr(convert, "memory", record_sample)
 
     def work() -> None:
         # mmap, since malloc would reuse memory that earlier tests freed.
         memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for start in range(0, len(memory), mmap.PAGESIZE):
-            memory[start] = 1
-        before, deadline = len(samples), time.monotonic() + 60
-        while len(samples) < before + 2 and time.monotonic() < deadline:
+            memory[start] = 1  # a page takes memory once it is written
+        # The first new sample may have started earlier, so this waits for two.
+        previous_samples, deadline = len(samples), time.monotonic() + 60
+        while len(samples) < previous_samples + 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         memory.close()
 
+    # Other threads may allocate some memory meanwhile.
     assert 60 << 20 < convert.run_and_measure(work)["anonymous"] < 200 << 20

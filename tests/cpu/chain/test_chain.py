@@ -41,12 +41,9 @@ from tests.support.pages import Page
 from tests.support.runs import HEALING, copy_without, manifest_of
 from tests.support.transformers_5 import save_by_transformers_5, transformers_5
 
+# Stages that run only with an engine.
 ENGINES = (
-    "build_engine",
-    "build_teacher_engine",
-    "measure_speed",
-    "export_gguf",
-    "evaluate_served",
+    *("build_engine", "build_teacher_engine", "measure_speed", "export_gguf", "evaluate_served"),
 )
 SERVE_PAGE = (REPO_ROOT / "docs" / "serve.md").read_text()
 SECRET = "a_token_that_no_file_may_hold"
@@ -61,7 +58,7 @@ def teacher(odd_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run, started with variables of a Slurm job, which stages must ignore."""
+    """A complete run. Stages must ignore the variables of the Slurm job in which it is started."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()
@@ -83,18 +80,20 @@ def test_the_tutorial_runs_unchanged(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Runs all cells in order, with the run directory and the settings of ``tiny_run``."""
+    """Runs all cells in order, with directory and settings of ``tiny_run``. No stage runs again."""
     times = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe, *arguments = overrides(teacher, text_file, tiny_run)
-    replaced = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": arguments}
-    outputs, variables = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", replaced)
+    name = recipe.removeprefix("recipe=")
+    parameters = {"RECIPE": name, "RUN_DIR": str(tiny_run), "SETTINGS": arguments}
+    outputs, variables = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", parameters)
     html = [output for output in outputs if hasattr(output, "_repr_html_")]
     assert ["&lt;svg" in str(output) for output in html].count(True) == 2
     text = re.sub(r"(<[^>]*>)+", " ", "".join(html)) + capsys.readouterr().out
-    assert " num_layers 5 4 " in text
+    assert " num_layers 5 4 " in text  # of teacher and student
     assert re.search(r" FLOPs [\d.]+ GFLOP ", text)
     assert " distilled " in text
+    # A decimal fraction with five or more significant digits.
     assert re.findall(r".*\b\d{1,3}\.0*[1-9]\d{4}.*", text) == [], "a number is not rounded"
     assert variables["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
     assert {file: file.stat().st_mtime_ns for file in times} == times, "a stage ran again"
@@ -104,11 +103,11 @@ def test_manifests_are_complete(tiny_run: Path) -> None:
     for stage in HEALING:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
-        is_light = stage in ("plan", "report")
-        assert manifest.peak_rss_bytes > (10e6 if is_light else 100e6)
+        needs_no_torch = stage in ("plan", "report")
+        assert manifest.peak_rss_bytes > (10e6 if needs_no_torch else 100e6)
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
-        assert not (tiny_run / stage / "work").exists()
+        assert not (tiny_run / stage / WORK).exists()
         [snapshot] = (tiny_run / CODE).iterdir()
         assert manifest.snapshot == snapshot.name
 
@@ -124,7 +123,7 @@ def test_the_student_has_the_requested_shape(tiny_run: Path) -> None:
     assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (4, 40, 72)
     assert (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels) == (5, 1, 10)
     weights = Weights(tiny_run / "export_hf" / ARTIFACT)
-    assert weights.read("model.layers.3.self_attn.q_proj.weight").shape == (50, 40)
+    assert weights.read("model.layers.3.self_attn.q_proj.weight").shape == (50, 40)  # 50 = 5 * 10
     assert "model.layers.4.mlp.down_proj.weight" not in weights.names()
     assert sum(weights.read(name).numel() for name in weights.names()) == exported.parameters
 
@@ -136,7 +135,7 @@ def test_exported_folder_works_with_plain_transformers(tiny_run: Path, odd_llama
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (model.config.head_dim, model.dtype) == (10, torch.bfloat16)
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()  # tied
     text = "The import statement"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert ids.tolist() == [AutoTokenizer.from_pretrained(odd_llama)(text)["input_ids"]]
@@ -170,10 +169,10 @@ def test_model_card_has_the_metrics_of_the_manifests(tiny_run: Path, odd_llama: 
         assert f"{metrics['loss']:.3f} ± {metrics['loss_standard_error']:.3f}" in card
     shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"  # hidden, ffn, heads, groups, head size, vocabulary
     assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
-    (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
-    assert f"Layers dropped, counted from 1: {dropped}." in card
-    healed = manifest_of(tiny_run, "heal").metrics
-    assert f"KL to the teacher {healed['kl_pruned']:.3f} → {healed['kl_healed']:.3f}" in card
+    [dropped_layer] = {1, 2, 3, 4, 5} - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
+    assert f"Layers dropped, counted from 1: {dropped_layer}." in card
+    healing = manifest_of(tiny_run, "heal").metrics
+    assert f"KL to the teacher {healing['kl_pruned']:.3f} → {healing['kl_healed']:.3f}" in card
     assert f"{manifest_of(tiny_run, 'distill').metrics['tokens']:,} tokens in {STEPS} steps" in card
     assert "`topics.jsonl`" in card
     assert "llama_width_prune" in card
@@ -190,7 +189,7 @@ def test_code_of_the_model_card_runs_unchanged(tiny_run: Path) -> None:
 
 
 def run_offline(*command: str | Path, cwd: Path) -> str:
-    """Runs a command without the hub; returns its output."""
+    """Runs a command that cannot access the Hugging Face Hub; returns its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -207,7 +206,7 @@ def test_openvino_commands_of_the_model_card_work(tiny_run: Path, tmp_path: Path
     )
     for program, *arguments in map(shlex.split, (build_line, serve_line)):
         output = run_offline(Path(sys.executable).with_name(program), *arguments, cwd=folder)
-    assert len(output.split()) > 1
+    assert len(output.split()) > 1  # text that the second command has generated
 
 
 def test_metrics_are_consistent(tiny_run: Path) -> None:
@@ -223,7 +222,8 @@ def test_metrics_are_consistent(tiny_run: Path) -> None:
     steps = steps_of(tiny_run / "distill" / METRICS, "distill")
     assert [s["done"] for s in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["lr"] < max(s["lr"] for s in steps)
-    assert [s["done"] for s in steps_of(tiny_run / "distill" / METRICS, "validate")] == [12, 24]
+    validations = steps_of(tiny_run / "distill" / METRICS, "validate")
+    assert [v["done"] for v in validations] == [12, 24]  # val_check_interval=12
 
 
 def test_the_kl_that_healing_removed_is_reported(tiny_run: Path) -> None:
@@ -235,11 +235,11 @@ def test_the_kl_that_healing_removed_is_reported(tiny_run: Path) -> None:
 
 
 def test_second_run_does_nothing(tiny_run: Path, teacher: Path, text_file: Path) -> None:
-    times = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
+    times_before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
     result = run_recipe(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
     assert result.code == 0, result.output
     assert "everything was complete, nothing ran" in result.output
-    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == times
+    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == times_before
 
 
 def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> None:
@@ -266,7 +266,7 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
 
 
 def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
-    """With q8_0, all weights still have 16 bits: rows are shorter than a block of 8-bit weights."""
+    """All weights keep 16 bits. q8_0 needs row lengths that are multiples of 32; here, none is."""
     exported = manifest_of(tiny_run, "export_gguf")
     assert (exported.metrics["type"], exported.metrics["architecture"]) == ("q8_0", "llama")
     assert exported.parameters == manifest_of(tiny_run, "export_hf").parameters
@@ -287,7 +287,7 @@ def test_the_served_file_is_compared_with_the_student(tiny_run: Path) -> None:
 
 
 def served_section(run_dir: Path) -> str:
-    """Returns the text of the report's section about the served model."""
+    """Returns the text, without HTML tags, of the report's section about the served model."""
     page = (run_dir / "report" / ARTIFACT / "report.html").read_text()
     section = page.partition('<section id="served">')[2].partition("</section>")[0]
     return " ".join(re.sub("<[^>]*>", " ", section).split())
@@ -302,7 +302,7 @@ def test_an_int8_engine_is_compared_with_the_student_and_fails_a_strict_gate(
         "stages.build_engine.precision=int8",
         *("~stages.measure_speed", "~stages.build_teacher_engine", "~stages.report.inputs.speed"),
     ]
-    gates = ["served_perplexity_ratio < 1.5", "served_score.piqa > 1"]
+    gates = ["served_perplexity_ratio < 1.5", "served_score.piqa > 1"]  # no score exceeds 1
     result = run_recipe(*arguments, f"gates={json.dumps(gates)}", cwd=tmp_path)
     assert result.code == 1, result.output
     assert "evaluate_served: complete" in result.output
@@ -315,17 +315,17 @@ def test_an_int8_engine_is_compared_with_the_student_and_fails_a_strict_gate(
 
 
 def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: Path) -> None:
-    """A stage that builds or times engines leaves a partly converted model if it is killed."""
+    """A killed stage that builds or times engines leaves such a model; here, a truncated file."""
     teacher = Input(tiny_run / "import_hf", manifest_of(tiny_run, "import_hf"))
     (tmp_path / "teacher_hf").mkdir()
     (tmp_path / "teacher_hf" / "model.safetensors").write_text("truncat")
-    assert Weights(model_folder(teacher, tmp_path / "teacher_hf")).names()
+    assert Weights(model_folder(teacher, tmp_path / "teacher_hf")).names()  # readable
 
 
 def test_the_teacher_is_exported_for_images_without_nemo(
     tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """A teacher gets no new model card; a card in the teacher's folder would be copied."""
+    """A teacher gets no new model card. Its own card would be copied, but this one has none."""
     run_dir = copy_without(tiny_run, tmp_path / "run")
     arguments = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     run_successfully(*arguments, "only=[export_teacher]", cwd=tmp_path)
@@ -343,15 +343,15 @@ def test_a_changed_field_and_force_rerun_later_stages(
 ) -> None:
     run_dir = copy_without(tiny_run, tmp_path / "run")
     prune_started_at = manifest_of(run_dir, "prune").started_at
-    first = manifest_of(run_dir, "distill")
+    first_fingerprint = manifest_of(run_dir, "distill").fingerprint
     changed = [*overrides(teacher, text_file, run_dir), "stages.distill.lr=5e-4"]
     result = run_successfully(*changed, "only=[distill]", cwd=tmp_path)
     assert "lr 0.0003 → 0.0005" in result.output
     changed.append("only=[distill,evaluate]")
     next_result = run_successfully(*changed, cwd=tmp_path)
-    assert "1 stage ran" in next_result.output
+    assert "1 stage ran" in next_result.output  # evaluate
     assert manifest_of(run_dir, "prune").started_at == prune_started_at
-    assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
+    assert manifest_of(run_dir, "distill").fingerprint != first_fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
     forced = run_successfully(*changed, "force=[evaluate]", cwd=tmp_path)
     assert "1 stage ran" in forced.output
@@ -360,12 +360,12 @@ def test_a_changed_field_and_force_rerun_later_stages(
 def test_kill_9_then_the_same_command_gives_the_same_result(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """Kills as ``python -m tests.chaos`` does: during scoring, and while a checkpoint is saved."""
+    """Kills the stage ``score``, then the launcher while ``distill`` saves a checkpoint."""
     run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
     arguments = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(arguments, run_dir, seconds, {"TMPDIR": str(temporary)})
-    # Kills immediately: scoring may take a tenth of the time that it took in ``tiny_run``.
+    # Kills at once. This time, scoring may be ten times as fast as in ``tiny_run``.
     killed = command.kill(Kill("score", "stage", fraction=0.0))
     assert killed is not None
     assert (killed.stage, killed.victim, killed.exit_status) == ("score", "stage", 1)
@@ -393,7 +393,7 @@ def test_leftover_work_of_a_complete_stage_is_removed(
     run_dir = copy_without(tiny_run, tmp_path / "run")
     work = run_dir / "distill" / WORK
     work.mkdir()
-    # The manifest in ``work`` shows that the start which made the result also made this work.
+    # BEGUN has the manifest of the start that made ``work``. It equals that of the result.
     shutil.copy(run_dir / "distill" / MANIFEST, work / BEGUN)
     result = run_in_process(*overrides(teacher, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output

@@ -1,4 +1,4 @@
-"""Prunes teachers that transformers 5 saved. Students must be equal in transformers 4 and 5.
+"""Prunes teachers that transformers 5 saved. Versions 4 and 5 must give the same outputs.
 
 ``test_chain`` does the same for Llama.
 """
@@ -27,16 +27,19 @@ from tests.unit.planning.models import SMOLLM2
 TARGETS = {
     "qwen3": {"target_ffn_hidden_size": 72},
     "qwen3_moe": {
-        "target_ffn_hidden_size": "null",
+        "target_ffn_hidden_size": "null",  # the model has no dense feed-forward layers
         "target_moe_ffn_hidden_size": 32,
         "target_num_moe_experts": 4,
     },
 }
+"""Feed-forward targets of each teacher, by ``model_type``."""
 
 
-def test_students_are_the_same_in_transformers_5(tmp_path: Path, text_file: Path) -> None:
-    """The models have tied embeddings, and normalized queries and keys."""
-    shape = {**ODD, "eos_token_id": 0}
+def test_students_give_the_same_outputs_in_transformers_4_and_5(
+    tmp_path: Path, text_file: Path
+) -> None:
+    """The models have tied embeddings, and RMSNorm on queries and keys."""
+    shape = {**ODD, "eos_token_id": 0}  # the id of the tokenizer's "<eos>"
     models = [write_tiny_model(tmp_path / name, text_file, name, **shape) for name in TARGETS]
     students = []
     for teacher, targets in zip(save_by_transformers_5(*models), TARGETS.values(), strict=True):
@@ -60,7 +63,7 @@ def test_students_are_the_same_in_transformers_5(tmp_path: Path, text_file: Path
     require_same_outputs(transformers_5(), *students)
 
 
-REQUIRE_CONFIGS = """
+CONFIG_SCRIPT = """
 import sys, transformers
 for argument in sys.argv[1:]:
     family, hidden, heads, refused = argument.split()
@@ -68,18 +71,23 @@ for argument in sys.argv[1:]:
     try:
         getattr(transformers, family)(**sizes, num_key_value_heads=int(heads))
         assert refused == "False", argument
-    except Exception as error:  # of huggingface_hub, which transformers 4 does not have
+    except Exception as error:  # huggingface_hub raises it; its cause is transformers' own error
         assert "not a multiple of the number of attention heads" in str(error.__cause__), argument
         assert refused == "True", argument
 """
+"""Requires that transformers 5 refuses exactly the configs that the plan warns of. Each argument
+has a config class, its hidden size, its number of heads, and whether the plan warns."""
 
 
 def test_the_plan_warns_of_students_that_transformers_5_refuses() -> None:
-    shapes = []
-    for family, (hidden, heads) in product(SUPPORTED, [(576, 9), (512, 9), (512, 8), (384, 6)]):
+    arguments = []
+    # 9 heads do not divide a hidden size of 512. The other sizes are multiples of their heads.
+    sizes_to_check = [(576, 9), (512, 9), (512, 8), (384, 6)]
+    for family, (hidden, heads) in product(SUPPORTED, sizes_to_check):
         sizes = {"hidden_size": hidden, "num_attention_heads": heads}
         shape = replace(SMOLLM2, hf_architecture=family, **sizes)
         refused = bool(list(transformers_5_problems("prune", shape)))
-        shapes.append(f"{family.replace('ForCausalLM', 'Config')} {hidden} {heads} {refused}")
-    assert "LlamaConfig 512 9 True" in shapes
-    run_with_transformers_5(REQUIRE_CONFIGS, *shapes)
+        config_class = family.replace("ForCausalLM", "Config")
+        arguments.append(f"{config_class} {hidden} {heads} {refused}")
+    assert "LlamaConfig 512 9 True" in arguments
+    run_with_transformers_5(CONFIG_SCRIPT, *arguments)

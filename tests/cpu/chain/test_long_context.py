@@ -1,4 +1,7 @@
-"""Runs a large recipe with ``long_context=32k`` on a tiny model."""
+"""Runs a large recipe with ``long_context=32k`` on a tiny model.
+
+This option adds a second phase, ``distill_long``, with longer sequences and other text.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
 def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
-    """Trains on two ranks with TP and sequence parallelism. A CPU has no context parallelism.
+    """Runs the recipe and returns the run's directory.
 
-    Returns the run's directory.
+    The second phase trains on two ranks with tensor and sequence parallelism. It does not use the
+    recipe's context parallelism, which does not work on a CPU.
     """
     model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"
+    prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"  # only phase 2 reads the novel
     prose.write_text("\n\n".join(texts[:-200]))
     novel.write_text("\n\n".join(texts[-200:]))
-    layout = {
+    long_layout = {
         "tensor_model_parallel_size": 2,
         "context_parallel_size": 1,
         "resources.devices": 2,
@@ -47,39 +51,41 @@ def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
         *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
         *settings("distill", **DISTILL),
-        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | layout)),
+        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | long_layout)),
         *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 1}),
         cwd=tmp_path,
     )
     return tmp_path / "run"
 
 
-def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
+def test_distill_long_continues_from_the_student_of_distill(
+    tmp_path: Path, text_file: Path
+) -> None:
     run = run_in_two_phases(tmp_path, text_file)
     first, second, exported = (
-        manifest_of(run, n) for n in ("distill", "distill_long", "export_hf")
+        manifest_of(run, stage) for stage in ("distill", "distill_long", "export_hf")
     )
     assert second.inputs["student"] == first.fingerprint
     assert exported.inputs["checkpoint"] == second.fingerprint
-    shape, teacher = (
-        Architecture(**(m.architecture or {})) for m in (exported, manifest_of(run, "import_hf"))
+    student_shape, teacher_shape = (
+        Architecture(**(manifest.architecture or {}))
+        for manifest in (exported, manifest_of(run, "import_hf"))
     )
-    assert shape.max_position_embeddings == teacher.max_position_embeddings
+    assert student_shape.max_position_embeddings == teacher_shape.max_position_embeddings
     # Steps · sequences per step · tokens per sequence.
-    assert [m.result(DistillationResult).tokens for m in (first, second)] == [
-        4 * 4 * 64,
-        3 * 4 * 256,
-    ]
-    weights = Weights(run / "export_hf" / ARTIFACT)
-    before, after = (
-        dict(hf_weights(find_checkpoint(run / n / ARTIFACT))) for n in ("distill", "distill_long")
+    assert first.result(DistillationResult).tokens == 4 * 4 * 64
+    assert second.result(DistillationResult).tokens == 3 * 4 * 256
+    exported_weights = Weights(run / "export_hf" / ARTIFACT)
+    first_weights, second_weights = (
+        dict(hf_weights(find_checkpoint(run / stage / ARTIFACT)))
+        for stage in ("distill", "distill_long")
     )
     name = "model.layers.0.mlp.gate_proj.weight"
-    assert weights.read(name).equal(after[name])
-    assert not before[name].equal(after[name])
+    assert exported_weights.read(name).equal(second_weights[name])
+    assert not first_weights[name].equal(second_weights[name])
     page = (run / "report" / ARTIFACT / "report.html").read_text()
-    phases = page[page.index('id="table-phases"') :].partition("</table>")[0]
-    assert phases.index(">distill<") < phases.index(">distill_long<")
+    phases_table = page[page.index('id="table-phases"') :].partition("</table>")[0]
+    assert phases_table.index(">distill<") < phases_table.index(">distill_long<")
     assert "novel.txt" in page
     card = (run / "export_hf" / ARTIFACT / "README.md").read_text()
     for line in (
@@ -89,6 +95,7 @@ def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path
         "- Text: `novel.txt`. Licence: CC-BY-4.0.\n",
     ):
         assert line in card
+    # Both phases read ``prose.txt``. What the first holds out must not be trained on in the second.
     held_out, trained = (
         {tuple(ids.tolist()) for ids in IndexedDataset(str(run / stage / ARTIFACT / split))}
         for stage, split in (("prepare_data", "heldout"), ("prepare_long_data", "train"))

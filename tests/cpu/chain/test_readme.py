@@ -21,6 +21,7 @@ from tests.support.folders import write_folder
 from tests.support.in_process import run_in_process
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+"""Matches a block of code in Markdown; its groups are the language and the code."""
 PATTERNS = ("README.md", "benchmarks/*.md", "docs/*.md")
 BLOCKS = [
     block
@@ -28,27 +29,28 @@ BLOCKS = [
     for file in sorted(REPO_ROOT.glob(pattern))
     for block in FENCED.findall(file.read_text())
 ]
-CONTRIBUTING = FENCED.findall((REPO_ROOT / "CONTRIBUTING.md").read_text())
-"""Blocks of CONTRIBUTING.md. Its Python blocks are files, which test_contributing.py tests."""
+CONTRIBUTING_BLOCKS = FENCED.findall((REPO_ROOT / "CONTRIBUTING.md").read_text())
+"""Only its commands are tested here. test_contributing.py tests its Python blocks."""
 COMMANDS = list(
     dict.fromkeys(
         command
-        for language, block in [*BLOCKS, *CONTRIBUTING]
+        for language, block in [*BLOCKS, *CONTRIBUTING_BLOCKS]
         if language == "bash"
         for line in block.splitlines()
         if (command := re.split(r"(?:^|\s)#", line)[0].strip())
     )
 )
+"""Each line of every bash block, without its comment. Repeated and empty lines are left out."""
 ADDED_RECIPE = "recipe=llama_third_prune"
-"""Recipe of an example in CONTRIBUTING.md, which test_contributing.py tests."""
+"""Argument that names a recipe from an example in CONTRIBUTING.md; see test_contributing.py."""
 NEEDS_RUN = {
     "only=[distill]": "its result is needed",
     "accept=[distill]": "has no complete result",
 }
-"""Arguments that need complete stages, and their error message in a new run directory."""
+"""Arguments that need complete stages, with part of their error message in a new run directory."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
-MY_MODEL = {
+MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -59,6 +61,7 @@ MY_MODEL = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+"""``config.json`` of the models that commands name as a folder, such as ``my_model``."""
 SHORT_DEMO = (
     "data.seq_length=128 stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
@@ -68,9 +71,10 @@ SHORT_DEMO = (
     "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "
     "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
 )
+"""Overrides that shorten every stage of ``make demo``."""
 
 
-def commands(start: str) -> list[str]:
+def commands_with_prefix(start: str) -> list[str]:
     return [command for command in COMMANDS if command.startswith(start)]
 
 
@@ -78,7 +82,7 @@ def commands(start: str) -> list[str]:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ``make demo`` on the real included model and text, with a short distillation."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
-    assert commands("make demo")
+    assert commands_with_prefix("make demo")
     done = subprocess.run(
         ["make", "demo", f"VENV={sys.prefix}", f"ARGS=run_dir={run_dir} {SHORT_DEMO}"],
         cwd=REPO_ROOT,
@@ -89,21 +93,22 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "13 stages ran" in done.stdout
+    assert "13 stages ran" in done.stdout  # all stages of the default recipe
     return run_dir
 
 
-def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
+def test_demo_recovers_a_tenth_of_the_pruning_loss_of_the_real_model(demo_run: Path) -> None:
     evaluation = read_manifest(demo_run / "evaluate")
     teacher = read_manifest(demo_run / "import_hf")
     assert evaluation is not None
     assert teacher is not None
-    assert teacher.parameters == 134_515_008
+    assert teacher.parameters == 134_515_008  # SmolLM2-135M
     assert teacher.metrics["licence"] == "apache-2.0"
     assert teacher.metrics["parity_max_logit_difference"] < 1e-3
     metrics = evaluation.metrics
-    text = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
-    assert set(metrics["sources"]) == {*source_names([*text.heldout_sources, *text.sources])}
+    data = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
+    assert set(metrics["sources"]) == {*source_names([*data.heldout_sources, *data.sources])}
+    # A correctly converted teacher has perplexities below these limits.
     assert metrics["sources"]["wikipedia"]["teacher"]["perplexity"] < 30
     assert metrics["teacher"]["perplexity"] < 60
     assert metrics["pruned"]["loss"] > metrics["teacher"]["loss"] + 0.3
@@ -111,31 +116,39 @@ def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands("python launch/run.py") if ADDED_RECIPE not in c]
+    "command",
+    [
+        command
+        for command in commands_with_prefix("python launch/run.py")
+        if ADDED_RECIPE not in command
+    ],
 )
-def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
-    """Commands are only planned: other tests run all stages, and a distillation takes minutes."""
+def test_launcher_commands_can_be_planned(command: str, tmp_path: Path) -> None:
+    """Only plans the commands. Other tests run all stages, and a distillation takes minutes."""
     arguments = shlex.split(command)[2:]  # without ``python launch/run.py``
     has_recipe = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if has_recipe and "--help" not in arguments else []
     for model in ("my_model", "runs/llama_depth_prune/export_hf/artifact"):
         if model in command:
             (tmp_path / model).parent.mkdir(parents=True, exist_ok=True)
-            write_folder(tmp_path / model, MY_MODEL)
+            write_folder(tmp_path / model, MODEL_CONFIG)
+    # Many copies, because the plan refuses text that cannot fill a batch.
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
     result = run_in_process(*extra, *arguments, cwd=tmp_path)
-    if error := next((NEEDS_RUN[a] for a in arguments if a in NEEDS_RUN), None):
-        assert error in result.output
+    expected_errors = [NEEDS_RUN[argument] for argument in arguments if argument in NEEDS_RUN]
+    if expected_errors:
+        assert expected_errors[0] in result.output
     else:  # without arguments the launcher lists the recipes and exits with status 1
         assert result.code == (0 if arguments else 1), result.output
 
 
 def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
-    """Runs each command in a new process, which has no patches that an earlier command applied."""
+    """Runs each command in a new process, without the patches that an earlier command applied."""
+    conversions = commands_with_prefix("python -m nemo_convert")
     # "check" comes last. The other commands depend on each other and keep their order.
-    conversions = sorted(commands("python -m nemo_convert"), key=lambda command: "check" in command)
+    conversions.sort(key=lambda command: "check" in command)
     assert len(conversions) == 4
     for command in conversions:
         arguments = shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
@@ -151,7 +164,7 @@ def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
 
 
-def test_code_runs(demo_run: Path, tmp_path: Path) -> None:
+def test_the_only_python_example_generates_text(demo_run: Path, tmp_path: Path) -> None:
     [code] = [block for language, block in BLOCKS if language == "python"]
     done = subprocess.run(
         [sys.executable, "-c", code.replace("runs/llama_depth_prune", str(demo_run))],
@@ -162,10 +175,10 @@ def test_code_runs(demo_run: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) > 3
+    assert len(done.stdout.split()) > 3  # words that the engine generated
 
 
-def test_the_command_of_the_report_serves_the_engine(demo_run: Path) -> None:
+def test_the_command_in_the_report_generates_text_with_the_engine(demo_run: Path) -> None:
     report = (demo_run / "report" / "artifact" / "report.html").read_text()
     [arguments] = re.findall(r"<code>python (-c .*?)</code>", report)
     command = [sys.executable, *shlex.split(html.unescape(arguments))]
@@ -173,11 +186,11 @@ def test_the_command_of_the_report_serves_the_engine(demo_run: Path) -> None:
         command, cwd=demo_run, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) > 3
+    assert len(done.stdout.split()) > 3  # words that the engine generated
 
 
-def test_every_command_is_tested() -> None:
-    known = (
+def test_every_command_starts_with_a_tested_prefix() -> None:
+    tested_prefixes = (
         "make demo",
         "make test",
         "make lint",
@@ -185,13 +198,13 @@ def test_every_command_is_tested() -> None:
         "python launch/run.py",
         "python -m nemo_convert",
         "python -m benchmarks.",  # test_benchmarks.py
-        "python -m tests.chaos",  # test_chaos
+        "python -m tests.chaos",  # test_chaos.py
         "make docs",  # test_docs.py makes the site
-        "make lock",  # test_requirements.py, also for the next two
-        "make sbom",
-        ".venv/bin/pip-licenses",
+        "make lock",  # test_requirements.py
+        "make sbom",  # test_requirements.py
+        ".venv/bin/pip-licenses",  # test_requirements.py
         "./install.sh && source .venv/bin/activate",  # test_install.py
         ".venv/bin/python -m tests.chaos",
         ".venv/bin/python -m pytest",  # test_contributing.py
     )
-    assert [command for command in COMMANDS if not command.startswith(known)] == []
+    assert [command for command in COMMANDS if not command.startswith(tested_prefixes)] == []

@@ -1,4 +1,8 @@
-"""Distils from a live, a cached and a corrected teacher."""
+"""Distils from a live, a cached and a corrected teacher.
+
+A live teacher runs in each step. A cached teacher ran before, and its largest logits are stored. A
+corrected teacher was first fine-tuned on the text.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,13 @@ from tests.support.runs import copy_without, manifest_of, settings, tiny
 from tests.support.text import write_chats
 
 STEPS, BATCH = 12, 4
+CACHED_SEQUENCES = BATCH * (STEPS - 4)
+"""Sequences in the teacher's cache: too few for the last four steps, which repeat some."""
 TEACHER_CHAT = "teacher://chat#tokens=600"
+"""Source of 600 tokens of conversations that the teacher generates."""
 
 
-def run_distillation(model: Path, texts: str, run_dir: Path, *more: str) -> CommandResult:
+def run_distillation(model: Path, texts: str, run_dir: Path, *overrides: str) -> CommandResult:
     distill = {
         "precision": 32,
         "top_k": "null",
@@ -35,16 +42,17 @@ def run_distillation(model: Path, texts: str, run_dir: Path, *more: str) -> Comm
     return run_in_process(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
-        "stages.prune.target_num_layers=2",  # so few layers that losses far exceed rounding errors
+        # With only 2 of 4 layers, losses are much larger than rounding errors.
+        "stages.prune.target_num_layers=2",
         *settings("distill", **distill),
-        *more,
+        *overrides,
         cwd=run_dir.parent,
     )
 
 
 @pytest.fixture(scope="module")
 def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that ends a turn as often as it generates a space, so that its answers are short."""
+    """A model that gives the end of a turn the same logit as a space, so its answers are short."""
     folder = tmp_path_factory.mktemp("teacher") / "even"
     shutil.copytree(even_llama, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,13 +83,15 @@ def live(teacher: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_teacher_generated_one_of_the_sources(live: Path) -> None:
-    text = manifest_of(live, "prepare_data").result(DatasetResult)
-    train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
-    assert list(train) == ["topics", "chats", "teacher-chat"]
-    # The source requests 600 tokens. One batch has 32 conversations of at most 64 tokens.
-    assert 300 < train["teacher-chat"] < 64 * 40
-    origin = text.origins[TEACHER_CHAT]
+    dataset = manifest_of(live, "prepare_data").result(DatasetResult)
+    train_tokens = {entry.source: entry.tokens for entry in dataset.source_tokens["train"]}
+    assert list(train_tokens) == ["topics", "chats", "teacher-chat"]
+    # The teacher generates batches of 32 conversations of at most 64 tokens, until it has the 600
+    # tokens. Most of them are for training. The limits are wide, because the text is random.
+    assert 300 < train_tokens["teacher-chat"] < 64 * 40
+    origin = dataset.origins[TEACHER_CHAT]
     [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")
+    # "even" is the name of the teacher's folder, which states no licence.
     assert origin.licence == "written by even; its licence applies: unknown"
     assert origin.sha256 == sha256_of(file)
 
@@ -89,7 +99,7 @@ def test_the_teacher_generated_one_of_the_sources(live: Path) -> None:
 def test_weights_set_the_tokens_of_each_source(live: Path) -> None:
     result = manifest_of(live, "distill").result(DistillationResult)
     tokens = {source.source: source.tokens for source in result.sources}
-    assert tokens == {
+    assert tokens == {  # the weights are 2, 1 and 1
         "topics": result.tokens / 2,
         "chats": result.tokens / 4,
         "teacher-chat": result.tokens / 4,
@@ -100,7 +110,7 @@ def test_weights_set_the_tokens_of_each_source(live: Path) -> None:
 def test_a_cached_teacher_gives_the_losses_of_a_live_teacher(
     live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
-    """The cache has nearly the whole vocabulary, but too few sequences for the last four steps."""
+    """The cache has 250 of the 294 tokens of the vocabulary, so the losses differ only a little."""
     result = run_distillation(
         teacher,
         texts,
@@ -109,19 +119,22 @@ def test_a_cached_teacher_gives_the_losses_of_a_live_teacher(
         "only=[cache_logits,distill]",
         "stages.cache_logits.top_k=250",
         "stages.cache_logits.precision=32",
-        f"stages.cache_logits.num_sequences={BATCH * (STEPS - 4)}",
+        f"stages.cache_logits.num_sequences={CACHED_SEQUENCES}",
     )
     assert result.code == 0, result.output
-    expected = steps_of(live / "distill" / METRICS, "distill")
-    cached = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
-    assert len(cached) == STEPS
-    assert "teacher_loss" not in cached[0]
-    for live_step, step in zip(expected[: STEPS - 4], cached, strict=False):
-        assert step["kd"] == pytest.approx(live_step["kd"], rel=1e-2), step["done"]
-        assert step["grad_norm"] == pytest.approx(live_step["grad_norm"], rel=1e-2), step["done"]
+    live_steps = steps_of(live / "distill" / METRICS, "distill")
+    cached_steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
+    assert len(cached_steps) == STEPS
+    assert "teacher_loss" not in cached_steps[0]
+    # Both runs use the same sequences, until the cache is used up.
+    same_steps = CACHED_SEQUENCES // BATCH
+    for expected, step in zip(live_steps[:same_steps], cached_steps[:same_steps], strict=True):
+        assert step["kd"] == pytest.approx(expected["kd"], rel=1e-2), step["done"]
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), step["done"]
     sources = manifest_of(tmp_path / "run", "distill").result(DistillationResult).sources
+    # The epochs of a source count its tokens in the cache, not those in the text.
     cached_tokens = sum(source.tokens / source.epochs for source in sources)
-    assert cached_tokens == pytest.approx(BATCH * (STEPS - 4) * 64)
+    assert cached_tokens == pytest.approx(CACHED_SEQUENCES * 64)  # 64 tokens per sequence
 
 
 def test_a_corrected_teacher_predicts_the_text_better(
@@ -144,6 +157,7 @@ def test_a_corrected_teacher_predicts_the_text_better(
     assert validations[1]["val_loss"] < validations[0]["val_loss"]
     assert {"loss", "lm"} <= steps[0].keys()
     assert "kd" not in steps[0]
+    # The teacher's loss on the first batch of distillation, which is the same in both runs.
     original, corrected = (
         steps_of(run / "distill" / METRICS, "distill")[0]["teacher_loss"]
         for run in (live, tmp_path / "run")
@@ -156,7 +170,10 @@ def test_a_corrected_teacher_predicts_the_text_better(
 def test_an_moe_student_that_equals_its_teacher_has_no_gradient(
     text_file: Path, tmp_path: Path
 ) -> None:
-    """The loss has no other terms, such as Megatron's balancing of experts."""
+    """The loss has no terms besides KD and LM, such as Megatron's load balancing of experts.
+
+    The tiny weight of the LM loss makes it appear in the metrics without changing the gradient.
+    """
     model = write_tiny_model(tmp_path / "moe", text_file, "qwen3_moe", **EVEN)
     chats = write_chats(tmp_path / "chats.jsonl", text_file)
     run_dir = tmp_path / "run"

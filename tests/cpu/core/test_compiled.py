@@ -26,31 +26,34 @@ CHUNK = 4 * VOCABULARY * 16  # bytes of 16 tokens, so the last chunk of 40 token
 LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 
-def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
-    """Returns the KD and LM loss as a function of the student's logits.
+def loss_function(live: bool) -> Callable[[Tensor], Tensor]:
+    """Returns the sum of KD loss and 0.2 · LM loss as a function of the student's logits.
 
-    A live teacher has all logits; a cached teacher has the 7 largest and samples of the others. The
-    weights are 1 for KD and 0.2 for LM.
+    Args:
+        live: Whether the teacher has all logits, as if it ran in each step. Otherwise it is cached:
+            it has the 7 largest logits and 5 samples of the tail per token.
     """
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss()
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
-    targets = LossTargets(
-        logits if live else top_k(logits, 7, 1.0, quantiles=quantiles), LABELS, (1.0, 0.2)
-    )
+    teacher = logits if live else top_k(logits, 7, 1.0, quantiles=quantiles)
+    targets = LossTargets(teacher, LABELS, (1.0, 0.2))
     return lambda student: combined_loss(student, targets, loss)[0]
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "RMSNorm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
     "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
-    "loss, live": (loss_of(live=True), [(TOKENS, VOCABULARY)]),
-    "loss, cached": (loss_of(live=False), [(TOKENS, VOCABULARY)]),
+    "loss, live": (loss_function(live=True), [(TOKENS, VOCABULARY)]),
+    "loss, cached": (loss_function(live=False), [(TOKENS, VOCABULARY)]),
 }
+"""Functions with compilable kernels, and the shapes of their arguments, by name."""
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_kernels_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_have_the_values_and_gradients_of_eager_execution(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
     function, shapes = CASES[name]
     tensors = [tensor.float() for tensor in random_tensors(*shapes)]
@@ -58,25 +61,25 @@ def test_compiled_kernels_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch
     graphs_before = counters["stats"]["unique_graphs"]
     with compilation():
         compiled = value_and_gradients(function, tensors)
-    assert counters["stats"]["unique_graphs"] > graphs_before
-    assert len(eager) > 1
+    assert counters["stats"]["unique_graphs"] > graphs_before  # something was compiled
+    assert len(eager) > 1  # the value, and the gradient of at least one argument
     for actual, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_compiled_when_disabled() -> None:
-    compiled_calls: list[bool] = []
+    was_compiled: list[bool] = []  # for each call of ``doubled``
 
     @compilable
     def doubled(x: Tensor) -> Tensor:
-        compiled_calls.append(torch.compiler.is_compiling())
+        was_compiled.append(torch.compiler.is_compiling())
         return 2 * x
 
     with compilation(False):
         assert doubled(torch.ones(2)).tolist() == [2, 2]
     with compilation(), compilation(False):
         doubled(torch.ones(2))
-    assert compiled_calls == [False, False]
+    assert was_compiled == [False, False]
 
 
 SOFTMAX_SCRIPT = """
@@ -94,6 +97,7 @@ with compilation():
     "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="needs two instruction sets"
 )
 def test_instruction_sets_do_not_share_cached_kernels(tmp_path: Path) -> None:
+    """Both processes have the same cache. C++ code for AVX512 gives wrong results with AVX2."""
     for instruction_set in ("avx512", "avx2"):
         variables = {
             "ATEN_CPU_CAPABILITY": instruction_set,

@@ -1,4 +1,4 @@
-"""Forks a stage from a server that has imported the real libraries."""
+"""Forks stages from a server that has imported the real libraries."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ missing = sorted(preloaded - sys.modules.keys())
 server_threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
 import numpy, torch
 torch.ones(512, 512) @ torch.ones(512, 512)
+# The directory torchinductor_* is the cache of torch.compile, which may remain.
 names = os.listdir(tempfile.gettempdir())
 temporary_files = [name for name in names if not name.startswith("torchinductor_")]
 print(json.dumps({
@@ -27,14 +28,16 @@ print(json.dumps({
     "distributed": torch.distributed.is_initialized(),
 }))
 """
+"""Module of a stage that prints what it inherits from the server. A fork copies only one thread, so
+the server must have no others. ``numpy`` and ``torch`` are random numbers."""
 
 
-def test_a_server_with_the_real_libraries_can_be_forked(tmp_path: Path) -> None:
+def test_forks_inherit_libraries_but_no_threads_seeds_or_temporary_files(tmp_path: Path) -> None:
     (tmp_path / "a_stage.py").write_text(STAGE)
-    path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
+    python_path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", "TMPDIR": str(temporary)}
+    variables = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "2", "TMPDIR": str(temporary)}
     environment = {**os.environ, **variables}
     reports = []
     with fork_server(PRELOADED, environment, tmp_path / "fork_server.log") as server:
@@ -47,14 +50,14 @@ def test_a_server_with_the_real_libraries_can_be_forked(tmp_path: Path) -> None:
                     while not has_ended():
                         time.sleep(0.01)
             reports.append(json.loads(log.read_text()))
-    for generator in ("numpy", "torch"):
-        assert len({report.pop(generator) for report in reports}) == 2
+    for library in ("numpy", "torch"):  # each fork has its own seed
+        assert len({report.pop(library) for report in reports}) == 2
     for report in reports:
         assert report.pop("threads") >= 2  # the fork has started its own pool of threads
         assert report == {
             "missing": [],
             "server_threads": 1,
-            "torch_threads": 2,
+            "torch_threads": 2,  # OMP_NUM_THREADS
             "distributed": False,
-            "temporary_files": [],  # a killed stage would leave them; torch's cache is excluded
+            "temporary_files": [],  # a killed stage would not delete them
         }

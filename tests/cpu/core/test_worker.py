@@ -1,4 +1,4 @@
-"""Tests the ranks of a stage, which torchrun starts."""
+"""Tests a stage of two ranks, which torchrun starts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from recipes.core.versions import installed_versions
 from tests.support.manifests import bare_manifest
 
 HASH_SECONDS, TIMEOUT_SECONDS = 12, 10
-"""Rank 0 hashes for longer than the timeout of collectives. The timeout is long enough for a busy
-machine, on which a rank may not run for seconds."""
+"""Duration of each hashing on rank 0, and the shorter timeout of collectives. The timeout is not
+much shorter, because a rank may not run for seconds on a busy machine."""
 STAGE = f"""
 import os
 import sys
@@ -30,7 +30,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import StageConfig, rank
 
 
-def slow_on_rank_0(hash_files):
+def slow_and_only_on_rank_0(hash_files):
     def sleep_and_hash(*args, **kwargs):
         assert rank() == 0, "only rank 0 reads the files"
         time.sleep({HASH_SECONDS})
@@ -48,26 +48,33 @@ def run(cfg, inputs, out):
 
 
 worker = sys.modules["__main__"]
-worker.check_artifact = slow_on_rank_0(worker.check_artifact)
-worker.stamp_files = slow_on_rank_0(worker.stamp_files)
+worker.check_artifact = slow_and_only_on_rank_0(worker.check_artifact)
+worker.stamp_files = slow_and_only_on_rank_0(worker.stamp_files)
 STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 """
 
 
 def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) -> None:
-    """The ranks are real processes. Only the time of hashing is simulated."""
+    """The ranks are real processes. Only the duration of hashing is simulated."""
     source, stage = tmp_path / "source", tmp_path / "stage"
     for folder in (source / ARTIFACT, stage):
         folder.mkdir(parents=True)
     (source / ARTIFACT / "text").write_text("text")
     manifest = bare_manifest("source", "dataset", None)
     manifest.files = stamp_files(source / ARTIFACT)
+    # Not the installed version, so the stage warns about its input.
     manifest.versions = installed_versions() | {"transformers": "4.0"}
     write_manifest(source, manifest)
     (tmp_path / "a_stage.py").write_text(STAGE)
-    request = Request("stage", "f", "c", {"data": InputRef.of(source)}, {"stage": "a"})
+    request = Request(
+        name="stage",
+        fingerprint="f",
+        code="c",
+        inputs={"data": InputRef.of(source)},
+        config={"stage": "a"},
+    )
     done = subprocess.run(
-        start_command("a_stage", request.write(stage), 2, sys.executable),
+        start_command("a_stage", request.write(stage), 2, sys.executable),  # two ranks
         # The worker must disable TensorFloat-32 even if the environment enables it.
         env={
             **os.environ,
@@ -81,6 +88,6 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     result = read_manifest(stage)
     assert result is not None
-    assert sorted(result.files) == ["rank-0", "rank-1"]
+    assert sorted(result.files) == ["rank-0", "rank-1"]  # each rank wrote its file
     assert done.stdout.count("(transformers 4.0 → ") == 1  # only rank 0 warns
-    assert result.seconds >= 2 * HASH_SECONDS  # rank 0 hashed the input and the result
+    assert result.seconds >= 2 * HASH_SECONDS  # of the input, and of the result

@@ -1,4 +1,4 @@
-"""Text and a tokenizer for preparation."""
+"""Text, a tokenizer and settings for tests of ``prepare_data``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
 
 LOG = MetricsLog(None)
+"""A log that writes nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +23,21 @@ def tokenizer(odd_llama: Path) -> DocumentTokenizer:
     return load_tokenizer(odd_llama)
 
 
-def read(text_file: Path) -> list[str]:
-    """Reads the texts of a file, and removes blank lines from them."""
+def read_texts(text_file: Path) -> list[str]:
+    """Reads the texts of a file, without blank lines: they separate documents in ``.txt`` files."""
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     return [re.sub(r"\s*\n\s*", "\n", text).strip() for text in texts]
 
 
 @pytest.fixture(scope="module")
 def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDataConfig:
-    """Sources of records, paragraphs and held-out text, which have some documents in common."""
+    """Settings with sources of records, paragraphs and held-out text.
+
+    The three sources use the first 600 texts of ``text_file``. ``records`` has each of its texts
+    twice. It shares ten texts with ``prose``, and ``prose`` shares ten others with ``held_out``.
+    """
     folder = tmp_path_factory.mktemp("sources")
-    texts = read(text_file)
+    texts = read_texts(text_file)
     (folder / "prose.txt").write_text("\n\n".join(texts[300:560]))
     (folder / "held_out.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[550:600]))
     (folder / "records.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:310] * 2))
@@ -42,7 +47,7 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
     )
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Returns the hash of each file of the splits, by name."""
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of the splits, by file name."""
     files = [file for split in SPLITS for file in folder.glob(f"{split}.*")]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

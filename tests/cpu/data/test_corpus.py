@@ -1,4 +1,4 @@
-"""Tests reading of Hugging Face datasets, from a local folder and from a fake hub."""
+"""Tests reading Hugging Face datasets from a local folder and from a fake hub."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from tests.support.hub import fake_hub, run_with_hub
 USER = {"content": "Why?", "role": "user"}
 
 
-def test_hugging_face_dataset(tmp_path: Path) -> None:
+def test_the_text_of_a_row_joins_the_named_fields(tmp_path: Path) -> None:
     rows = [{"body": text, "n": {"title": "t"}, "year": 1} for text in (" one ", None, "two")]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = f"hf://{tmp_path}:train"
     assert [document.text for document in read_source(source, "body")] == ["one", "two"]
+    # The option ``text`` of a source replaces the default field.
     joined = [document.text for document in read_source(f"{source}#text=n.title,body", "body")]
     assert joined == ["t\n one", "t", "t\ntwo"]
-    for field in ("text", "year", "body,year"):
+    for field in ("text", "year", "body,year"):  # "text" is missing, and "year" is a number
         with pytest.raises(RecipeError, match=f"no text in field '{field}'; it has body, n, year"):
             list(read_source(source, field))
 
 
 def test_only_the_columns_of_the_text_are_read(tmp_path: Path) -> None:
-    """The name of a column may contain a dot."""
+    """A dot separates the names of nested fields, but may also be in the name of a column."""
     columns = {"body": ["b"], "n": [{"title": "t"}], "x.y": ["xy"], "messages": [[USER]], "id": [1]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
-    for fields, names, text in (
+    for fields, expected_columns, text in (
         ("body", {"body"}, "b"),
         ("n.title,body", {"n", "body"}, "t\nb"),
         ("x.y", {"x.y"}, "xy"),
         ("body,missing", {"body"}, "b"),
     ):
         reader: Any = read_source(f"hf://{tmp_path}:train", fields)
-        assert set(reader._rows.column_names) == names
+        assert set(reader._rows.column_names) == expected_columns
         assert [document.text for document in reader] == [text]
     chats: Any = read_source(f"hf://{tmp_path}:train", "body", chat=True)
     assert chats._rows.column_names == ["messages"]
@@ -54,21 +55,21 @@ def test_only_the_columns_of_the_text_are_read(tmp_path: Path) -> None:
         list(read_source(f"hf://{tmp_path}:train", "body", chat=True))
 
 
-def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
+def test_reading_a_hugging_face_dataset_resumes_within_a_shard(tmp_path: Path) -> None:
     for shard in range(3):
         rows = [json.dumps({"text": f"{shard} {row}"}) for row in range(10)]
         (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows))
     source = f"hf://{tmp_path}:train"
-    whole = list(read_source(source, "text"))
-    assert len(whole) == 30
+    all_documents = list(read_source(source, "text"))
+    assert len(all_documents) == 30
     reader = read_source(source, "text")
-    start = list(islice(reader, 17))
-    state = json.loads(json.dumps(reader.state()))
-    assert start + list(read_source(source, "text", state)) == whole
+    first_documents = list(islice(reader, 17))
+    state = json.loads(json.dumps(reader.state()))  # states are stored as JSON
+    assert first_documents + list(read_source(source, "text", state)) == all_documents
 
 
 def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:
-    code = """
+    script = """
 from recipes.data.corpus import read_source
 from recipes.data.sources import origin_of, pin_commit
 for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
@@ -82,5 +83,6 @@ for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
             commit: {"train.jsonl": json.dumps({"text": text}).encode()}
             for commit, text in ((old, "before"), (new, "after"))
         }
-        output = run_with_hub(hub, tmp_path, code.format(old=old))
+        output = run_with_hub(hub, tmp_path, script.format(old=old))
+    # The licence is that of the fake hub's dataset card.
     assert output.splitlines() == [f"cc0-1.0 {new} after", f"cc0-1.0 {old} before"]

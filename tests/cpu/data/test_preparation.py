@@ -1,4 +1,4 @@
-"""Tests the splits of prepared text, also with several processes and after ``kill -9``."""
+"""Tests the splits of prepared text, also with several tokenizer processes and after SIGKILL."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import preparation, split_writer
 from recipes.data.chat import TOO_LONG, ChatTokenizer
-from recipes.data.corpus import SPLITS, digest
+from recipes.data.corpus import SPLITS, TOKEN_BYTES, digest
 from recipes.data.preparation import EARLIER, HELD_OUT, PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all
-from tests.cpu.data.conftest import LOG, content, read
+from tests.cpu.data.conftest import LOG, file_hashes, read_texts
 from tests.support.text import write_chats
 
 LENGTH = 64
@@ -40,12 +40,13 @@ LENGTH = 64
 def undisturbed(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreparationState]:
-    """The result of an undisturbed preparation in one process."""
+    """Folder and state of a preparation in one process that was never killed."""
     folder = tmp_path_factory.mktemp("result")
     return folder, prepare(cfg, tokenizer, folder, LOG)
 
 
 def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
+    """Returns the token ids of each document of a split."""
     dataset = IndexedDataset(str(folder / split))
     return [tuple(dataset[i].tolist()) for i in range(len(dataset))]
 
@@ -56,61 +57,63 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     tokenizer: DocumentTokenizer,
     text_file: Path,
 ) -> None:
-    folder, done = undisturbed
+    folder, state = undisturbed
     written = [document for split in SPLITS for document in documents(folder, split)]
-    texts = set(read(text_file)[:600])
-    assert len(written) == len(set(written))
-    assert set(written) == {tuple(d.ids.tolist()) for d in tokenizer.encode(sorted(texts))}
-    for split, (size, count) in done.sizes.items():
+    texts = set(read_texts(text_file)[:600])  # the texts of all sources
+    assert len(written) == len(set(written))  # no duplicates
+    assert set(written) == {tuple(item.ids.tolist()) for item in tokenizer.encode(sorted(texts))}
+    for split, (size, count) in state.sizes.items():
         assert count == len(documents(folder, split)) > 0
-        assert size == 4 * sum(map(len, documents(folder, split)))
-    for split, tokens in done.sources.items():
-        assert 4 * sum(tokens.values()) == done.sizes[split][0]
-        assert list(tokens) == [n for n in ("held_out", "records", "prose") if n in tokens]
+        assert size == TOKEN_BYTES * sum(map(len, documents(folder, split)))
+    for split, tokens in state.sources.items():
+        assert TOKEN_BYTES * sum(tokens.values()) == state.sizes[split][0]
+        # Sources are in the order of the text. Held-out sources come first.
+        assert list(tokens) == [name for name in ("held_out", "records", "prose") if name in tokens]
         assert ("held_out" in tokens) == (split == "heldout")
-    assert list(done.sources["train"]) == ["records", "prose"]
+    assert list(state.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
-    held_out = list(dict.fromkeys(tuple(d.ids.tolist()) for d in encoded))
+    held_out = list(dict.fromkeys(tuple(item.ids.tolist()) for item in encoded))
     assert documents(folder, "heldout")[: len(held_out)] == held_out
-    assert done.sources["heldout"]["held_out"] == sum(map(len, held_out))
+    assert state.sources["heldout"]["held_out"] == sum(map(len, held_out))
 
 
 def test_excluded_documents_are_in_no_split(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
-    excluded, others = set(read(text_file)[:40]), set(read(text_file)[40:600])
+    texts = read_texts(text_file)
+    excluded, others = set(texts[:40]), set(texts[40:600])
     excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in excluded])
-    done = prepare(excluding, tokenizer, tmp_path, LOG)
+    state = prepare(excluding, tokenizer, tmp_path, LOG)
     written = {document for split in SPLITS for document in documents(tmp_path, split)}
-    assert not written & {tuple(d.ids.tolist()) for d in tokenizer.encode([*excluded])}
-    assert sum(count for _, count in done.sizes.values()) == len(others - excluded)
+    assert not written & {tuple(item.ids.tolist()) for item in tokenizer.encode([*excluded])}
+    assert sum(count for _, count in state.sizes.values()) == len(others - excluded)
 
 
-def test_ten_times_the_text_takes_the_same_memory(
+def test_peak_memory_does_not_grow_with_the_text(
     tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The traced memory is that of Python and NumPy: texts, digests, tokens and lengths."""
-    monkeypatch.setattr(
-        split_writer, "BLOCK", 512
-    )  # small, so that all three texts have full blocks
-    peaks = []
+    """tracemalloc measures the memory of Python and NumPy: texts, digests, tokens and lengths."""
+    # An index is written in blocks of documents. They are small, so that all three texts fill some.
+    monkeypatch.setattr(split_writer, "BLOCK", 512)
+    peaks = []  # bytes
     for number in (2_000, 2_000, 20_000):  # the first run also allocates what later runs reuse
         texts = (
             f"{n} of {number} documents, each with different words " * 4 for n in range(number)
         )
         file = tmp_path / f"{len(peaks)}.jsonl"
         file.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
-        (folder := tmp_path / file.stem).mkdir()
+        folder = tmp_path / file.stem
+        folder.mkdir()
         tracemalloc.start()
-        done = prepare(PrepareDataConfig(sources=[str(file)]), tokenizer, folder, LOG)
+        state = prepare(PrepareDataConfig(sources=[str(file)]), tokenizer, folder, LOG)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert sum(count for _, count in done.sizes.values()) == number
-    assert peaks[2] - peaks[1] < 2e5
+        assert sum(count for _, count in state.sizes.values()) == number
+    assert peaks[2] - peaks[1] < 2e5  # the additional texts have 3.7 MB
 
 
-def test_more_processes_write_the_same_bytes(
+def test_two_tokenizer_processes_write_the_same_bytes_as_one(
     cfg: PrepareDataConfig,
     undisturbed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
@@ -118,24 +121,27 @@ def test_more_processes_write_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)  # both processes get many batches
-    done = prepare(replace(cfg, processes=2), tokenizer, tmp_path, LOG)
-    assert done == undisturbed[1]
-    assert content(tmp_path) == content(undisturbed[0])
+    state = prepare(replace(cfg, processes=2), tokenizer, tmp_path, LOG)
+    assert state == undisturbed[1]
+    assert file_hashes(tmp_path) == file_hashes(undisturbed[0])
 
 
 def test_a_killed_tokenizer_process_is_reported(tokenizer: DocumentTokenizer) -> None:
     children_before = set(_children(os.getpid()))
-    encoded = encode_all(tokenizer, (([f"text {n} " * 100], n) for n in range(10_000)), 2)
-    next(encoded)
+    # Far more batches than the two workers can encode before one of them is killed.
+    batches = (([f"text {n} " * 100], n) for n in range(10_000))
+    encoded = encode_all(tokenizer, batches, 2)
+    next(encoded)  # starts the workers
+    # The other new child is multiprocessing's resource tracker.
     workers = [
         stat.parent
         for stat in set(_children(os.getpid())) - children_before
         if b"spawn_main" in (stat.parent / "cmdline").read_bytes()
     ]
     os.kill(int(workers[0].name), signal.SIGKILL)
-    with pytest.raises(RecipeError, match="a tokenizer process was killed by SIGKILL") as e:
+    with pytest.raises(RecipeError, match="a tokenizer process was killed by SIGKILL") as caught:
         list(encoded)
-    assert "fewer processes take less memory" in str(e.value)
+    assert "fewer processes take less memory" in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +153,20 @@ def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Settings with a source of conversations between two of text, and the conversations' texts."""
+    """Settings with text, conversations and again text, and the conversations as rendered texts."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
     # The last source repeats the first, so all its documents are dropped as duplicates.
     sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
     lines = (folder / "chats.jsonl").read_text().splitlines()
-    # Another order of keys, and another field, do not make another conversation.
-    reordered = [{"id": 1, **dict(reversed(m.items()))} for m in json.loads(lines[0])["messages"]]
+    conversations = [json.loads(line)["messages"] for line in lines]
+    # A duplicate of the first conversation: an additional field and the order of keys do not count.
+    duplicate = [{"id": 1, **dict(reversed(message.items()))} for message in conversations[0]]
     with (folder / "chats.jsonl").open("a") as file:
-        file.write(json.dumps({"messages": reordered}) + "\n")
-    chat_texts = [
-        "".join(m["content"] + "<eos>" for m in json.loads(li)["messages"]) for li in lines
+        file.write(json.dumps({"messages": duplicate}) + "\n")
+    chat_texts = [  # as the tiny model's chat template renders them
+        "".join(message["content"] + "<eos>" for message in messages) for messages in conversations
     ]
     return PrepareDataConfig(sources=sources, seq_length=LENGTH), chat_texts
 
@@ -171,9 +178,10 @@ def undisturbed_mixed(
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, PreparationState]:
-    """The result in batches of 16, as in the test that kills the process.
+    """Folder and state of a preparation of ``mixed`` that was never killed.
 
-    Each batch is packed separately, so its size changes the result.
+    The batches have 16 documents, as in the test that kills the process. Each batch is packed
+    separately, so the size of batches changes the result.
     """
     folder = tmp_path_factory.mktemp("mixed_result")
     with pytest.MonkeyPatch.context() as patch:
@@ -181,72 +189,78 @@ def undisturbed_mixed(
         return folder, prepare(mixed[0], tokenizer, folder, LOG, chat)
 
 
-def test_conversations_lie_whole_in_sequences_with_only_answers_in_the_loss(
+def test_each_conversation_is_in_one_sequence_with_only_answers_in_the_loss(
     mixed: tuple[PrepareDataConfig, list[str]],
     undisturbed_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
-    """Of plain text, all tokens except the first of each document are targets of the loss."""
-    hf_tokenizer, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
+    """In plain text, all tokens except the first of each document are targets of the loss."""
+    hf_tokenizer, (folder, state) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
     chat_ids = (tuple(hf_tokenizer(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
-    remaining = Counter(chat_ids)
-    used = shortened = packed_tokens = answers = 0
+    remaining = Counter(chat_ids)  # conversations that were not found so far, by their token ids
+    used = shortened = packed_tokens = answer_tokens = 0
     for split in SPLITS:
         tokens, loss_mask = read_tokens(folder, split), read_loss_mask(folder, split)
         assert loss_mask is not None
         assert len(loss_mask) == len(tokens)
-        source_tokens = done.sources[split]
+        source_tokens = state.sources[split]
+        # The split has the plain text first, and the conversations in tokens [start, stop).
         start = source_tokens.get("texts", 0)
         stop = start + source_tokens["chats"]
-        assert 4 * sum(source_tokens.values()) == done.sizes[split][0] == 4 * len(tokens)
-        before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
-        assert (loss_mask[:start] == (before != tokenizer.end)).all()
+        assert sum(source_tokens.values()) == len(tokens)
+        assert state.sizes[split][0] == TOKEN_BYTES * len(tokens)
+        previous_tokens = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
+        assert (loss_mask[:start] == (previous_tokens != tokenizer.end)).all()
         for ids, mask in _conversations(tokens, loss_mask, start, stop, tokenizer.end):
             if remaining[ids] > 0:
                 remaining[ids] -= 1
             else:  # the start of a conversation that was shortened because it is too long
                 assert any(chat[: len(ids)] == ids for chat in remaining if len(chat) >= LENGTH)
                 shortened += 1
-            turn, expected = 0, []  # every second turn is an answer
+            # Every second turn is an answer, which includes the end token of its turn.
+            turn, expected_mask = 0, []
             for token in ids:
-                expected.append(turn % 2 == 1)
+                expected_mask.append(turn % 2 == 1)
                 turn += token == tokenizer.end
-            assert mask == expected
-            used, answers = used + 1, answers + sum(mask)
+            assert mask == expected_mask
+            used, answer_tokens = used + 1, answer_tokens + sum(mask)
         packed_tokens += stop - start
-    counts = done.conversations["chats"]
-    assert (counts["used"], counts["answer tokens"]) == (used, answers)
+    counts = state.conversations["chats"]
+    assert (counts["used"], counts["answer tokens"]) == (used, answer_tokens)
     assert counts["tokens"] + counts["padding tokens"] == packed_tokens
     assert counts["padding tokens"] < 0.2 * counts["tokens"]
-    missing = [ids for ids, n in remaining.items() if n > 0]
+    # Only conversations that are too long for a sequence are missing or shortened.
+    missing = [ids for ids, count in remaining.items() if count > 0]
     assert len(missing) == counts.get(TOO_LONG, 0) + shortened
     assert counts["shortened"] == shortened > 0
     assert all(len(ids) >= LENGTH for ids in missing)
-    assert min(remaining.values()) == 0
+    assert min(remaining.values()) == 0  # at least one conversation was found whole
 
 
 def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Yields ids and masks of conversations.
+    """Yields the token ids and the loss mask of each conversation in tokens [start, stop).
 
-    A conversation ends with two end tokens: one ends the last turn, and the other, which is not
-    yielded, ends the document.
+    A conversation ends with two end tokens. The first ends the last turn. The second ends the
+    document and is not yielded. Other end tokens between conversations are padding.
     """
+    # For each sequence that overlaps [start, stop). Negation twice rounds the division up.
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
-        last = min(stop, (sequence + 1) * LENGTH)
-        while position < last:
+        sequence_stop = min(stop, (sequence + 1) * LENGTH)
+        while position < sequence_stop:
             if tokens[position] == end:  # padding
                 assert not loss_mask[position]
                 position += 1
                 continue
-            ends = tokens[position:last] == end
-            size = int(np.flatnonzero(ends[:-1] & ends[1:])[0]) + 1
+            is_end = tokens[position:sequence_stop] == end
+            # Up to and including the first end token that another one follows.
+            size = int(np.flatnonzero(is_end[:-1] & is_end[1:])[0]) + 1
             span = slice(position, position + size)
             yield tuple(tokens[span].tolist()), loss_mask[span].tolist()
-            position += size + 1
+            position += size + 1  # skips the second end token
 
 
 def prepare_until_killed(
@@ -256,16 +270,19 @@ def prepare_until_killed(
     lines: int,
     chat: ChatTokenizer | None,
 ) -> None:
-    """Prepares in small batches, and waits to be killed a few log lines after ``lines`` lines."""
+    """Prepares in small batches, and waits to be killed when the log has ``lines + 4`` lines.
+
+    The caller kills the process when the log has ``lines`` lines or a few more.
+    """
     metrics = folder / "metrics.jsonl"
 
     class WaitingLog(MetricsLog):
         def log(self, **values: object) -> None:
             super().log(**values)
-            if _lines(metrics) >= lines + 4:
+            if _line_count(metrics) >= lines + 4:
                 time.sleep(600)
 
-    preparation.BATCH_DOCUMENTS, preparation.SAVE_SECONDS = 16, 0.01
+    preparation.BATCH_DOCUMENTS, preparation.SAVE_SECONDS = 16, 0.01  # only in this forked process
     prepare(cfg, tokenizer, folder, WaitingLog(metrics), chat)
 
 
@@ -282,51 +299,53 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     expected = request.getfixturevalue("undisturbed_mixed" if chats else "undisturbed")
     chat = request.getfixturevalue("chat") if chats else None
     metrics, killed_cfg = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
-    for lines in (30,) if chats else (20, 50):  # kills once or twice
+    kill_at_lines = (30,) if chats else (20, 50)  # of the log, to which each start appends
+    for lines in kill_at_lines:
         process = multiprocessing.get_context("fork").Process(
             target=prepare_until_killed, args=(killed_cfg, tokenizer, tmp_path, lines, chat)
         )
         process.start()
-        while process.is_alive() and _lines(metrics) < lines:
+        while process.is_alive() and _line_count(metrics) < lines:
             time.sleep(0.001)
         children, deadline = _children(process.pid), time.monotonic() + 300
         process.kill()
         process.join()
-        while any(map(_is_running, children)):
+        while any(map(_is_running, children)):  # tokenizer processes die with their parent
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert process.exitcode == -signal.SIGKILL, "the process ended before it could be killed"
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
         saved = ledger.progress()
     assert saved is not None
-    assert saved["finished_sources"] < 3
+    assert saved["finished_sources"] < 3  # both configs have three sources
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
     assert prepare(cfg, tokenizer, tmp_path, LOG, chat) == expected[1]
-    assert content(tmp_path) == content(expected[0])
-    assert ("train.loss_mask" in content(tmp_path)) == chats
+    assert file_hashes(tmp_path) == file_hashes(expected[0])
+    assert ("train.loss_mask" in file_hashes(tmp_path)) == chats
 
 
-def test_the_deadline_stops_and_the_next_start_resumes(
+def test_the_deadline_stops_preparation_and_the_next_start_resumes(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     undisturbed: tuple[Path, PreparationState],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(DEADLINE, "1")  # in 1970, so each start stops after one batch
+    # The deadline, in seconds since 1970, has passed. So each start stops after one batch.
+    monkeypatch.setenv(DEADLINE, "1")
     for _ in range(3):
         with pytest.raises(StoppedByDeadlineError, match="the same command resumes"):
             prepare(cfg, tokenizer, tmp_path, LOG)
     monkeypatch.delenv(DEADLINE)
     prepare(cfg, tokenizer, tmp_path, LOG)
-    assert content(tmp_path) == content(undisturbed[0])
+    assert file_hashes(tmp_path) == file_hashes(undisturbed[0])
 
 
 def test_a_short_held_out_source_is_refused_before_other_text_is_read(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
 ) -> None:
-    """A second start refuses it, too: the first did not save that the source is finished."""
-    cfg = replace(cfg, seq_length=10**6)
+    """A second start refuses it, too, because the first did not record the source as finished."""
+    cfg = replace(cfg, seq_length=10**6)  # longer than the source, which must fill one sequence
     for _ in range(2):
         with pytest.raises(RecipeError, match="heldout: held_out"):
             prepare(cfg, tokenizer, tmp_path, LOG)
@@ -340,10 +359,11 @@ def _children(pid: int | None) -> list[Path]:
 
 
 def _is_running(stat: Path) -> bool:
+    """Returns whether a process is alive. ``stat`` has "(name) state"; the state Z is a zombie."""
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _lines(file: Path) -> int:
+def _line_count(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
@@ -351,25 +371,30 @@ def test_max_documents_takes_the_first_documents_of_each_source(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
     limited = replace(cfg, heldout_sources=[], max_documents=40)
-    done = prepare(limited, tokenizer, tmp_path, LOG)
-    assert sum(count for _, count in done.sizes.values()) == 80  # two sources, no shared documents
-    texts = read(text_file)
-    first = [tuple(d.ids.tolist()) for d in tokenizer.encode(texts[:40] + texts[300:340])]
-    filled = [split for split, (_, count) in done.sizes.items() if count]
-    assert {ids for split in filled for ids in documents(tmp_path, split)} == set(first)
+    state = prepare(limited, tokenizer, tmp_path, LOG)
+    # The first 40 documents of both sources are all different.
+    assert sum(count for _, count in state.sizes.values()) == 2 * 40
+    texts = read_texts(text_file)
+    expected = tokenizer.encode(texts[:40] + texts[300:340])  # records.jsonl, prose.txt
+    filled_splits = [split for split, (_, count) in state.sizes.items() if count]
+    written = {ids for split in filled_splits for ids in documents(tmp_path, split)}
+    assert written == {tuple(item.ids.tolist()) for item in expected}
 
 
 def test_text_that_an_earlier_phase_holds_out_is_held_out_in_a_later_one(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
 ) -> None:
-    """The parts of a text file depend on ``max_tokens``, so the splits of both phases differ."""
-    first, alone, second = (tmp_path / name for name in ("first", "alone", "second"))
-    for folder in (first, alone, second):
+    """The stretches of a text file depend on ``max_tokens``, so the splits of both phases differ.
+
+    ``unaware`` has the settings of the second phase, but not the digests from the first.
+    """
+    first, unaware, second = (tmp_path / name for name in ("first", "unaware", "second"))
+    for folder in (first, unaware, second):
         folder.mkdir()
     prepare(replace(cfg, max_tokens=2000), tokenizer, first, LOG)
     shutil.copyfile(first / HELD_OUT, second / EARLIER)
-    for folder in (alone, second):
+    for folder in (unaware, second):
         prepare(cfg, tokenizer, folder, LOG)
     held_out = set(documents(first, "heldout"))
-    assert held_out & set(documents(alone, "train"))
+    assert held_out & set(documents(unaware, "train"))
     assert held_out <= set(documents(second, "heldout"))

@@ -1,4 +1,4 @@
-"""Tests preparation on several ranks, and the files that ``SplitWriter`` writes."""
+"""Tests preparation on two ranks, and compares ``SplitWriter``'s files with Megatron's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from recipes.data.preparation import prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import DocumentTokenizer
-from tests.cpu.data.conftest import LOG, content
+from tests.cpu.data.conftest import LOG, file_hashes
 from tests.support.ranks import run_ranks
 
 RANK_SCRIPT = """
+# Arguments: settings of PrepareDataConfig as JSON, folder of a tokenizer, folder of the splits.
 import json, os, sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from recipes.data.preparation import prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.tokenizer import load_tokenizer, torch_distributed
 
-preparation.BATCH_DOCUMENTS = 64
+preparation.BATCH_DOCUMENTS = 64  # small, so that there are several batches
 cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
 folder = Path(sys.argv[3])
 for deadline in (True, True, False):
@@ -40,13 +41,13 @@ for deadline in (True, True, False):
         stopped = False
     except StoppedByDeadlineError:
         stopped = True
-    assert deadline or not stopped, rank()
+    assert deadline or not stopped, rank()  # without a deadline, no rank may stop
 torch_distributed().barrier()
 """
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_tokens": 3000}, {"max_documents": 100}])
-def test_two_ranks_write_the_same_bytes(
+def test_two_ranks_write_the_same_bytes_as_one(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
@@ -54,31 +55,32 @@ def test_two_ranks_write_the_same_bytes(
     limits: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The two ranks stop at a deadline twice and resume."""
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
+    """One rank runs without a stop. Two ranks stop at a deadline twice, and resume each time."""
+    by_one_rank, by_two_ranks = tmp_path / "one", tmp_path / "two"
+    by_one_rank.mkdir()
+    by_two_ranks.mkdir()
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 64)
-    prepare(replace(cfg, **limits), tokenizer, folders[0], LOG)
+    prepare(replace(cfg, **limits), tokenizer, by_one_rank, LOG)
     (tmp_path / "script.py").write_text(RANK_SCRIPT)
     settings = {"sources": cfg.sources, "heldout_sources": cfg.heldout_sources, **limits}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    arguments = (tmp_path / "settings.json", odd_llama, folders[1])
+    arguments = (tmp_path / "settings.json", odd_llama, by_two_ranks)
     run_ranks(str(tmp_path / "script.py"), *map(str, arguments))
-    assert content(folders[0]) == content(folders[1])
+    assert file_hashes(by_one_rank) == file_hashes(by_two_ranks)
 
 
 def test_files_equal_those_of_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_writer, "BLOCK", 7)  # several blocks, the last one not full
+    monkeypatch.setattr(split_writer, "BLOCK", 7)  # 50 documents: 7 full blocks, and one of 1
     generator = np.random.default_rng(0)
-    texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
-    for split, documents in (("some", texts), ("none", [])):
+    lengths = generator.integers(1, 30, 50)  # tokens of each document
+    random_documents = [generator.integers(0, 99, length) for length in lengths]
+    for split, documents in (("filled", random_documents), ("empty", [])):
         megatron = IndexedDatasetBuilder(str(tmp_path / f"megatron-{split}.bin"), dtype=np.int32)
         with SplitWriter(tmp_path, [split]) as writer:
             for ids in documents:
                 writer.add(split, ids)
                 megatron.add_document(torch.tensor(ids), [len(ids)])
         megatron.finalize(str(tmp_path / f"megatron-{split}.idx"))
-        for ending in ("bin", "idx"):
-            ours = (tmp_path / f"{split}.{ending}").read_bytes()
-            assert ours == (tmp_path / f"megatron-{split}.{ending}").read_bytes()
+        for suffix in ("bin", "idx"):
+            ours = (tmp_path / f"{split}.{suffix}").read_bytes()
+            assert ours == (tmp_path / f"megatron-{split}.{suffix}").read_bytes()

@@ -1,4 +1,4 @@
-"""Tests that a teacher writes conversations once per request, without unfinished turns."""
+"""Tests that the teacher generates a request's conversations once, without unfinished turns."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
 from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, make_tokenizer
 
 REQUEST = ChatRequest(tokens=700, seed=1, seq_length=100)
+"""With the fixture ``cache``, its batches have 32 conversations, so there are several batches."""
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
-    """Makes a random model that generates all letters with about the same probability.
+    """Makes a random model that generates only letters and ``STOP``, the end of a turn.
 
-    The model ends a turn after about ten letters.
+    All letters have about the same probability. A turn has about ten letters.
     """
     folder = tmp_path_factory.mktemp("teacher")
     make_tokenizer(folder, PLAIN)
@@ -38,12 +39,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
     model.lm_head.bias.data.fill_(-100)
     model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
     model.lm_head.bias.data[STOP] = 1.5
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # must not be used
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # must be ignored
     return ChatWriter(model, tokenizer, sha256="t")
 
 
 def random_model() -> Any:
-    """Makes a Llama of one layer whose output layer has a bias, to set token probabilities.
+    """Makes a Llama of one layer. The bias of its output layer can set token probabilities.
 
     The vocabulary has 256 bytes and three special tokens.
     """
@@ -58,13 +59,17 @@ def random_model() -> Any:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each test an empty cache, and makes batches as small as possible."""
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(teacher_chats, "BATCH_TOKENS", 0)  # small batches, so there are several
+    monkeypatch.setattr(teacher_chats, "BATCH_TOKENS", 0)  # so ``MIN_BATCH`` is the size
 
 
 def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch has the requested tokens, up to ``BATCH_TOKENS``, but at least 32 conversations."""
-    monkeypatch.undo()  # the real ``BATCH_TOKENS``
+    """A batch has as many conversations as fit in the requested tokens, but at least 32.
+
+    A request of more than ``BATCH_TOKENS``, 32,768, is divided into batches of this size.
+    """
+    monkeypatch.undo()  # restores the real ``BATCH_TOKENS``
     large = replace(REQUEST, tokens=200_000)
     sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
     assert sizes == [128, 64, 32, 32]
@@ -72,25 +77,26 @@ def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPa
 
 
 def write_and_read(writer: ChatWriter, request: ChatRequest) -> tuple[list[dict[str, Any]], Path]:
-    """Returns a request's conversations and their file."""
+    """Generates a request's conversations, and returns them and their file."""
     file = write_chats(request, writer, MetricsLog(None))
     return [json.loads(line) for line in file.read_text().splitlines()], file
 
 
-def no_generation(*_: object) -> None:
-    raise AssertionError
+def fail_on_generation(*_: object) -> None:
+    raise AssertionError("the teacher generated text that is in the cache")
 
 
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     conversations, file = write_and_read(teacher, REQUEST)
     assert len(conversations) > REQUEST.batch_size()  # there are several batches
-    other, other_file = write_and_read(teacher, replace(REQUEST, seed=2))
-    assert other_file != file
-    assert conversations[:9] != other[:9]
-    assert write_and_read(replace(teacher, sha256="u"), REQUEST)[1] not in (file, other_file)
+    seed_2, seed_2_file = write_and_read(teacher, replace(REQUEST, seed=2))
+    assert seed_2_file != file
+    assert conversations[:9] != seed_2[:9]
+    _, other_teacher_file = write_and_read(replace(teacher, sha256="u"), REQUEST)
+    assert other_teacher_file not in (file, seed_2_file)
     # A repeated request generates nothing: it assembles the damaged file again from stored batches.
     file.write_text("{}\n")
-    monkeypatch.setattr(teacher_chats, "_generate", no_generation)
+    monkeypatch.setattr(teacher_chats, "_generate", fail_on_generation)
     assert write_and_read(teacher, REQUEST)[0] == conversations
 
 
@@ -98,27 +104,29 @@ def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter
     conversations, file = write_and_read(teacher, REQUEST)
     batches = sorted(file.parent.glob("0*.json"))
     assert len(batches) > 1
-    modified = batches[0].stat().st_mtime_ns
+    first_batch_time = batches[0].stat().st_mtime_ns
+    # Only the first batch remains, as if the process had been killed after it.
     for path in (file, *batches[1:]):
         path.unlink()
     assert write_and_read(teacher, REQUEST)[0] == conversations
-    assert batches[0].stat().st_mtime_ns == modified
+    assert batches[0].stat().st_mtime_ns == first_batch_time
 
 
 def test_the_deadline_stops_after_a_batch(
     teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as deadline:
-        deadline.setenv(DEADLINE, "1")  # in 1970
+        deadline.setenv(DEADLINE, "1")  # seconds since 1970, so it has passed
         with pytest.raises(StoppedByDeadlineError):
             write_and_read(teacher, REQUEST)
     [batch] = cache_dir().rglob("0*.json")
-    modified = batch.stat().st_mtime_ns
+    batch_time = batch.stat().st_mtime_ns
+    # Without the deadline, the remaining batches are generated and the first one is kept.
     assert len(write_and_read(teacher, REQUEST)[0]) > REQUEST.batch_size()
-    assert batch.stat().st_mtime_ns == modified
+    assert batch.stat().st_mtime_ns == batch_time
 
 
-def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> None:
+def test_the_teacher_invents_conversations_that_fit_a_sequence(teacher: ChatWriter) -> None:
     conversations, file = write_and_read(teacher, REQUEST)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, REQUEST.seq_length)
     for conversation in conversations:
@@ -128,17 +136,20 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
         [json.dumps(conversation["messages"]) for conversation in conversations]
     )
     assert not any(chat.shortened or chat.left_out_reason for chat in encoded)
-    assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
-    with pytest.raises(RecipeError, match="finished none of"):  # the template alone takes 19
+    batches = [json.loads(path.read_text()) for path in file.parent.glob("0*.json")]
+    assert sum(batch["unfinished"] for batch in batches) > 0  # so unfinished turns were left out
+    # The tokens of the template and the end token take all of the 20 tokens.
+    with pytest.raises(RecipeError, match="finished none of"):
         write_and_read(teacher, replace(REQUEST, seq_length=20))
 
 
 def test_questions_of_a_file_are_answered_once_each(
     teacher: ChatWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A question of more than half a sequence is left out; its batch gets answers of full length.
+    """A question of more than half a sequence is left out and does not shorten its batch's answers.
 
-    Each question but this one has at most 41 tokens, so answers may have at least 58.
+    With the template, the other questions have at most 41 tokens. So their answers may have
+    100 - 41 - 1 = 58 tokens. With the long question in the batch, only 10 tokens would be possible.
     """
     questions = [
         [
@@ -148,24 +159,27 @@ def test_questions_of_a_file_are_answered_once_each(
         for n in range(REQUEST.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
-    long = [{"role": "user", "content": "?" * 70}]
+    long_question = [{"role": "user", "content": "?" * 70}]
+    # Only the turns before the first answer are used. The other turns are to be ignored.
     lines = [
         json.dumps({"messages": [*turns, answer, turns[-1], answer]})
-        for turns in [long, *questions]
+        for turns in [long_question, *questions]
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     request = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
     conversations, file = write_and_read(teacher, request)
-    answered = [conversation["messages"][:-1] for conversation in conversations]
-    positions = [questions.index(turns) for turns in answered]
-    assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
-    assert positions == sorted(set(positions))
-    assert all(len(conversation["messages"]) == 3 for conversation in conversations)
-    assert max(len(conversation["messages"][-1]["content"]) for conversation in conversations) > 20
+    messages = [conversation["messages"] for conversation in conversations]
+    positions = [questions.index(turns[:-1]) for turns in messages]
+    # The second batch has 5 questions. Answers that do not end are left out.
+    assert 5 < len(conversations) < len(questions)
+    assert positions == sorted(set(positions))  # in order, each question at most once
+    assert all(len(turns) == 3 for turns in messages)  # system, user and the teacher's answer
+    assert max(len(turns[-1]["content"]) for turns in messages) > 20
     assert f"1 of {len(lines)} prompts" in capsys.readouterr().out
-    # If the content of the file changes, the request and its folder are new.
+    # If the content of the file changes, its conversations have another folder in the cache.
     (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
     assert write_and_read(teacher, request)[1] != file
+    # Each question has more than 30 tokens, half of the shorter sequence.
     with pytest.raises(RecipeError, match="3 of 3 prompts"):
         write_and_read(teacher, replace(request, seq_length=60))
 
@@ -177,12 +191,13 @@ def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWri
     model.lm_head.weight.data *= 10_000
     writer = replace(teacher, model=model)
     prompts = [[5, 6, 7], [9], [30, 31, 32, 33, 34, 35]]
-    together = teacher_chats._generate(writer, prompts, 12)
-    for prompt, row in zip(prompts, together, strict=True):
-        expected = row[: row.index(STOP)] if STOP in row else row
-        assert teacher_chats._generate(writer, [prompt], 12)[0][: len(expected)] == expected
+    batch_continuations = teacher_chats._generate(writer, prompts, 12)
+    for prompt, row in zip(prompts, batch_continuations, strict=True):
+        continuation = row[: row.index(STOP)] if STOP in row else row
+        [unpadded_row] = teacher_chats._generate(writer, [prompt], 12)
+        assert unpadded_row[: len(continuation)] == continuation
         tokens = torch.tensor([prompt])
-        for token in expected:
+        for token in continuation:
             assert model(tokens).logits[0, -1].argmax() == token
             tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
 
@@ -190,9 +205,10 @@ def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWri
 def test_text_after_the_end_of_turn_token_is_dropped(
     teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A turn without an end is returned empty, as is one that starts with the end token."""
+    """Turns are empty if they have no end-of-turn token, or start with it."""
     a, b = teacher.tokenizer("ab")["input_ids"]
-    # Each row is a prompt, padded on the left to two tokens, and four new tokens.
+    # Each row is a prompt, padded on the left to two tokens, and four new tokens. The padding of
+    # the second row is STOP, which does not end the turn.
     rows = torch.tensor([[9, 9, a, b, STOP, STOP], [STOP, 9, a, b, a, b], [9, 9, STOP, a, a, a]])
     monkeypatch.setattr(teacher.model, "generate", lambda *_, **__: rows)
     turns = teacher_chats._write_turns(teacher, [[9, 9], [9], [9]], 4)

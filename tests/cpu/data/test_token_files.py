@@ -1,4 +1,4 @@
-"""Tests how tokens in Megatron's ``.bin`` and ``.idx`` files are checked, split and linked."""
+"""Tests that tokens in Megatron's ``.bin`` and ``.idx`` files are checked, split and linked."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ from recipes.stages.prepare_data import STAGE, _prefix_problems
 from tests.support.manifests import bare_manifest
 
 END = 7
+"""Last token of every document."""
 FRACTIONS = PrepareDataConfig().fractions()
+"""Fractions of validation, calibration and held-out text; 0.1 in total."""
 Write = Callable[..., Path]
+"""Type of ``write``: writes token files, and returns their path without the suffix."""
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Returns a function that writes documents, each of two sequences of 51 tokens."""
+    """Returns a function that writes documents, each of two sequences of 51 tokens.
+
+    The first sequence of a document ends with token 1, and the second with ``end``.
+    """
 
     def write_documents(
         dtype: type[np.number] = np.uint16, documents: int = 100, end: int = END
@@ -56,8 +62,8 @@ def write(tmp_path: Path) -> Write:
     return write_documents
 
 
-def ignore(done: int, total: int) -> None:
-    """Reports no progress."""
+def ignore_progress(done: int, total: int) -> None:
+    """Ignores the progress of ``require_valid``."""
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -66,10 +72,11 @@ def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
 ) -> None:
     prefix = write(dtype)
     files = open_token_files(prefix)
-    require_valid(files, 512, ignore)
+    require_valid(files, 512, ignore_progress)
     assert require_document_end(files, END, str)
     ranges = split_ranges(files, FRACTIONS, None, None)
-    assert [n for split in SPLITS for n in ranges[split]] == [*range(100)]
+    # The ranges are adjacent and contain all 100 documents.
+    assert [document for split in SPLITS for document in ranges[split]] == [*range(100)]
     out = tmp_path / "out"
     out.mkdir()
     ids_of_splits = []
@@ -77,24 +84,25 @@ def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
         tokens = write_split(files, documents, out / split)
         assert (out / f"{split}.bin").is_symlink()
         written = IndexedDataset(str(out / split))
-        assert len(written) == 2 * len(documents) > 0
+        assert len(written) == 2 * len(documents) > 0  # a document has 2 sequences
         assert written.document_indices[-1] == len(written)
         ids = read_tokens(out, split)
         assert np.array_equal(ids, np.concatenate([written[n] for n in range(len(written))]))
         assert len(ids) == tokens
         ids_of_splits.append(ids)
     assert np.array_equal(np.concatenate(ids_of_splits), files.tokens)
-    assert len(ranges["train"]) == 90
+    assert len(ranges["train"]) == 90  # all but ``FRACTIONS``
+    # The hash of a link is that of the tokens to which it leads.
     links = [out / f"{split}.bin" for split in SPLITS]
     assert sha256_of_each(links) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
 
 
-def test_limits_shorten_the_text(write: Write) -> None:
+def test_max_documents_and_max_tokens_limit_the_text(write: Write) -> None:
     files = open_token_files(write())
-    for max_documents, max_tokens in ((50, None), (None, 50 * 102)):  # 2 * 51 tokens a document
+    for max_documents, max_tokens in ((50, None), (None, 50 * 102)):  # 102 tokens per document
         ranges = split_ranges(files, FRACTIONS, max_documents, max_tokens)
         assert ranges["heldout"].stop == 50
-        assert len(ranges["train"]) == 45
+        assert len(ranges["train"]) == 45  # 90% of 50 documents
 
 
 def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
@@ -102,23 +110,24 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     files = open_token_files(prefix)
     with pytest.raises(RecipeError, match="has token 279, but the model's tokenizer has 279 ids"):
-        require_valid(files, 279, ignore)
+        require_valid(files, 279, ignore_progress)
     with pytest.raises(RecipeError, match="documents end with token 7") as error:
         require_document_end(files, 3, lambda token: f"<{token}>")
     assert error.value.fix == "data.document_end='<7>'"
     original, tokens = index.read_bytes(), data.read_bytes()
     damaged = bytearray(original)
-    struct.pack_into("<q", damaged, 34 + 4 * 200 + 8 * 5, 3)  # after header, lengths, 5 pointers
+    # Overwrites the sixth pointer. It follows the header of 34 bytes, 200 lengths and 5 pointers.
+    struct.pack_into("<q", damaged, 34 + 4 * 200 + 8 * 5, 3)
     index.write_bytes(damaged)
     with pytest.raises(RecipeError, match="damaged"):
-        require_valid(open_token_files(prefix), 512, ignore)
-    for content, what in (
-        (original[:-8], "take"),
+        require_valid(open_token_files(prefix), 512, ignore_progress)
+    for content, message in (
+        (original[:-8], "take"),  # the message says how many bytes the sequences take
         (b"x" + original, "is not an index"),
         (b"", "missing or empty"),
     ):
         index.write_bytes(content)
-        with pytest.raises(RecipeError, match=what):
+        with pytest.raises(RecipeError, match=message):
             open_token_files(prefix)
     index.write_bytes(original)
     data.write_bytes(tokens[:-2])
@@ -132,7 +141,7 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
 def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     write: Write, tmp_path: Path, odd_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs the stage. Only the teacher's checkpoint is replaced, by a Hugging Face folder."""
+    """Runs the stage with a Hugging Face folder in place of the teacher's NeMo checkpoint."""
     monkeypatch.setattr(nemo, "find_checkpoint", lambda artifact: odd_llama)
     monkeypatch.setattr(nemo, "side_folder", lambda checkpoint: checkpoint)
     tokenizer = load_tokenizer(odd_llama)
@@ -145,14 +154,13 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
         heldout_sources=[str(tmp_path / "held_out.txt")],
         seq_length=32,
     )
-    assert [path.suffix for path in STAGE.external(cfg).values() if path.stem != "held_out"] == [
-        ".idx",
-        ".bin",
-    ]
+    external_files = [path for path in STAGE.external(cfg).values() if path.stem != "held_out"]
+    assert [path.suffix for path in external_files] == [".idx", ".bin"]
     teacher = Input(tmp_path, bare_manifest("import_hf", "checkpoint_nemo", None))
     result = STAGE.run(cfg, {"tokenizer": teacher}, out).result
     assert isinstance(result, DatasetResult)
-    assert sum(result.documents[split] for split in SPLITS[:3]) == 100  # all of ``prefix``
+    # The 100 documents of ``prefix`` are in the first three splits. The held-out source has one.
+    assert sum(result.documents[split] for split in SPLITS[:3]) == 100
     assert result.documents["heldout"] == 1
     for split in SPLITS:
         assert (out / f"{split}.bin").is_symlink() == (split != "heldout")
@@ -162,11 +170,12 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     assert result.sample == tokenizer.decode(open_token_files(prefix).tokens[:200].tolist())
 
 
-def test_plans_check_the_files(write: Write) -> None:
+def test_planning_reports_problems_of_the_prefix(write: Write) -> None:
     prefix = write()
     assert not [*_prefix_problems(PrepareDataConfig(prefix=str(prefix)))]
-    both = PrepareDataConfig(prefix=f"{prefix}_typo", sources=["a.txt"])
-    assert len([*_prefix_problems(both)]) == 2  # sources are set, too, and the files do not exist
+    # Two problems: the files do not exist, and a prefix cannot be combined with sources.
+    missing_with_sources = PrepareDataConfig(prefix=f"{prefix}_typo", sources=["a.txt"])
+    assert len([*_prefix_problems(missing_with_sources)]) == 2
     other_option = PrepareDataConfig(prefix=f"{prefix}#licence=CC-BY-4.0&weight=2")
-    [(what, _)] = _prefix_problems(other_option)
-    assert "an option other than licence" in what
+    [(message, _)] = _prefix_problems(other_option)
+    assert "an option other than licence" in message

@@ -1,4 +1,4 @@
-"""Tests tokens of documents and conversations: special tokens, loss masks, and packing."""
+"""Tests how documents and conversations are tokenized, masked and packed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from recipes.data.tokenizer import DocumentTokenizer, Encoded, load_tokenizer
 
 SPECIAL_TOKENS = ["<end>", "<start>", "<stop>"]
 END, START, STOP = range(3)
+# Chat templates. TURN and ASK are parts of the other templates; ASK starts the assistant's answer.
 TURN = "<start>{{ m.role }}\n{{ m.content }}<stop>\n"
 ASK = "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
@@ -32,23 +33,28 @@ THINK_IN_LAST_TURN = (  # only the last turn keeps its reasoning, as in Qwen3's 
     "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
     "<think>{% endif %}{{ m.content }}<stop>\n{% endfor %}" + ASK
 )
-ALTERNATES = "{{ raise_exception('roles must alternate') }}"
+ALWAYS_FAILS = "{{ raise_exception('roles must alternate') }}"
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 ANSWER = {"role": "assistant", "content": "So."}
-LONG = 200
+SEQ_LENGTH = 200
+"""Tokens per sequence. Conversations of these tests fit, unless a test makes them long."""
 
 
-def make_tokenizer(folder: Path, template: str | None, seq_length: int = LONG) -> ChatTokenizer:
-    """Saves a tokenizer of bytes and three special tokens, with a chat template."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL_TOKENS, *letters])}, []))
+def make_tokenizer(
+    folder: Path, template: str | None, seq_length: int = SEQ_LENGTH
+) -> ChatTokenizer:
+    """Saves a tokenizer of three special tokens and 256 bytes, with a chat template."""
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_tokens])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))  # without merges: each byte is a token
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    # As in SmolLM2's files, only the list of added tokens says that the others are special.
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<stop>")
-    fast.chat_template = template
-    fast.save_pretrained(folder)
+    # The config names only <stop>. As in SmolLM2's files, only the list of added tokens says that
+    # the other two are special.
+    hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<stop>")
+    hf_tokenizer.chat_template = template
+    hf_tokenizer.save_pretrained(folder)
     return ChatTokenizer(folder, END, seq_length)
 
 
@@ -60,17 +66,18 @@ def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
 def texts_in_loss(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
     """Returns the text of each contiguous run of tokens that are targets of the loss."""
     assert conversation.loss_mask is not None
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
-    runs = zip(edges[::2], edges[1::2], strict=True)
+    # The mask changes where a run starts and where it stops, so starts and stops alternate.
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
+    runs = zip(changes[::2], changes[1::2], strict=True)
     return [tokenizer._tokenizer.decode(conversation.ids[start:stop]) for start, stop in runs]
 
 
 @pytest.mark.parametrize("template", [PLAIN, WITH_GENERATION_TAGS])
-def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, template: str) -> None:
+def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, template: str) -> None:
     tokenizer = make_tokenizer(tmp_path, template)
     second_turn = [
         {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "Thus, since ü."},
+        {"role": "assistant", "content": "Thus, since ü."},  # ü takes two tokens
     ]
     conversation = encode(tokenizer, [*QUESTION, ANSWER, *second_turn])
     expected = (
@@ -80,22 +87,25 @@ def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, templ
     assert tokenizer._tokenizer.decode(conversation.ids) == expected
     assert texts_in_loss(tokenizer, conversation) == ["So.<stop>", "Thus, since ü.<stop>"]
     assert (conversation.shortened, conversation.left_out_reason) == (False, "")
-    copy = pickle.loads(pickle.dumps(tokenizer))  # as when it is sent to another process
-    first = encode(copy, [*QUESTION, ANSWER]).ids.tolist()
-    assert first == [*conversation.ids.tolist()[: len(first) - 1], END]
+    # A worker process gets a pickled copy of the tokenizer. A conversation without the second turn
+    # has the same first tokens, followed by END.
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    without_second_turn = encode(copy, [*QUESTION, ANSWER]).ids.tolist()
+    length = len(without_second_turn) - 1
+    assert without_second_turn == [*conversation.ids[:length].tolist(), END]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
-        (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
+        (ALWAYS_FAILS, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
         *(
-            (PLAIN, [*QUESTION, {"role": "assistant", "content": f"a {t} b"}], chat.SPECIAL_TOKEN)
-            for t in SPECIAL_TOKENS
+            (PLAIN, [*QUESTION, {**ANSWER, "content": f"a {token} b"}], chat.SPECIAL_TOKEN)
+            for token in SPECIAL_TOKENS
         ),
-        (PLAIN, [*QUESTION, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
+        (PLAIN, [*QUESTION, {**ANSWER, "content": "x" * SEQ_LENGTH}], chat.TOO_LONG),
     ],
 )
 def test_unusable_conversations_are_left_out(
@@ -109,6 +119,7 @@ def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_th
     tmp_path: Path,
 ) -> None:
     tokenizer = make_tokenizer(tmp_path, THINK_IN_LAST_TURN)
+    # In the longer conversation, the template renders the first answer without "<think>".
     for messages in ([*QUESTION, ANSWER], [*QUESTION, ANSWER, *QUESTION, ANSWER]):
         assert texts_in_loss(tokenizer, encode(tokenizer, messages)) == ["<think>So.<stop>"]
 
@@ -116,49 +127,52 @@ def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_th
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
     unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
-    # With the first length, only the last line break does not fit. With the other lengths, down to
-    # 64, the last question and answer do not fit.
-    for length in range(len(unshortened.ids) - 1, 63, -1):
+    # After the last answer, the unshortened conversation has a line break and END. With one token
+    # less, only the line break does not fit. With even less, the last answer does not fit.
+    only_line_break_does_not_fit = len(unshortened.ids) - 1
+    for length in range(only_line_break_does_not_fit, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)
-        answers = 2 if length >= len(unshortened.ids) - 1 else 1
+        answers = 2 if length == only_line_break_does_not_fit else 1
         assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"] * answers, length
         assert conversation.shortened
         assert len(conversation.ids) <= length
         assert conversation.ids[-2:].tolist() == [STOP, END]
-    one_answer = len(conversation.ids)  # length with the first answer alone
-    assert encode(make_tokenizer(tmp_path, PLAIN, one_answer), turns).shortened
-    assert (
-        encode(make_tokenizer(tmp_path, PLAIN, one_answer - 1), turns).left_out_reason
-        == chat.TOO_LONG
-    )
+    # After the loop, ``conversation`` has only the first answer. This is the shortest length.
+    shortest = len(conversation.ids)
+    assert encode(make_tokenizer(tmp_path, PLAIN, shortest), turns).shortened
+    too_long = encode(make_tokenizer(tmp_path, PLAIN, shortest - 1), turns)
+    assert too_long.left_out_reason == chat.TOO_LONG
 
 
 def test_each_conversation_lies_in_one_sequence() -> None:
-    generator, length = np.random.default_rng(0), 32
+    """Packs random conversations. Conversation i consists of the token 5 + i."""
+    generator, length = np.random.default_rng(0), 32  # tokens per sequence
     for _ in range(30):
         sizes = generator.integers(2, length + 1, generator.integers(1, 40))
         conversations = [Encoded(np.full(n, 5 + i), np.arange(n) > 0) for i, n in enumerate(sizes)]
-        position = int(generator.integers(0, 100))
-        packed = list(pack(conversations, position, length, END))
+        written_tokens = int(generator.integers(0, 100))
+        packed = list(pack(conversations, written_tokens, length, END))
         ids = np.concatenate([encoded.ids for encoded in packed])
         loss_mask = np.concatenate([encoded.loss_mask for encoded in packed])  # type: ignore[misc]
-        positions = position + np.arange(len(ids))
+        positions = written_tokens + np.arange(len(ids))
         for i, n in enumerate(sizes):
-            of_conversation = positions[ids == 5 + i]
-            first, last = of_conversation[0], of_conversation[-1]
-            assert len(of_conversation) == n
-            assert first // length == last // length
-            assert last - first == n - 1
-        assert not loss_mask[ids == END].any()
-        sequences = -(-(position % length + len(ids)) // length)
-        assert sequences <= len(_pack_in_order(sizes, position % length, length))
+            conversation_positions = positions[ids == 5 + i]
+            first, last = conversation_positions[0], conversation_positions[-1]
+            assert len(conversation_positions) == n
+            assert first // length == last // length  # in the same sequence
+            assert last - first == n - 1  # without a gap
+        assert not loss_mask[ids == END].any()  # padding
+        # Packing needs no more sequences than without a change of the order.
+        last_sequence_tokens = written_tokens % length
+        sequences = -(-(last_sequence_tokens + len(ids)) // length)  # rounded up
+        assert sequences <= len(_pack_in_order(sizes, last_sequence_tokens, length))
 
 
 def _pack_in_order(sizes: np.ndarray, first: int, length: int) -> list[int]:
-    """Returns the tokens in each sequence if conversations are packed in order.
+    """Returns the number of tokens in each sequence if conversations are packed in their order.
 
-    The first sequence already has ``first`` tokens.
+    The first sequence already has ``first`` tokens. A sequence has at most ``length`` tokens.
     """
     sequences = [first]
     for size in sizes:
@@ -189,7 +203,7 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
         ({"messages": [*QUESTION, ANSWER], "tools": '[{"name": "f"}]'}, "has tools"),
     ],
 )
-def test_records_without_messages_are_refused(record: object, message: str) -> None:
+def test_records_without_messages_or_with_tools_are_refused(record: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         messages_of(record)
 
@@ -201,7 +215,14 @@ def test_empty_lists_of_tools_are_ignored(tools: object) -> None:
 
 
 def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names: str) -> Path:
-    """Saves a tokenizer of letters and special tokens; ``adds_bos`` puts ``<s>`` before texts."""
+    """Saves a tokenizer of the letters a, b and c (ids 0 to 2) and special tokens (ids from 3).
+
+    Args:
+        folder: Folder to save to.
+        special: The special tokens, in the order of their ids.
+        adds_bos: Whether the tokenizer adds ``<s>`` before a text.
+        names: Special tokens that the config names, such as ``eos_token``.
+    """
     vocabulary = {token: i for i, token in enumerate([*"abc", *special])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -215,6 +236,7 @@ def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names:
 
 
 def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
+    """Returns the token ids of each text."""
     return [document.ids.tolist() for document in tokenizer.encode(texts)]
 
 
@@ -224,7 +246,7 @@ def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]
         (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>"),  # base models of SmolLM2, Qwen
         (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", "<|endoftext|>"),  # instruct models
         (["<|im_end|>", "<|end_of_text|>"], "<|im_end|>", "<|end_of_text|>"),  # Llama 3 instruct
-        (["<s>", "</s>"], "</s>", "</s>"),  # Mistral: documents and turns end alike
+        (["<s>", "</s>"], "</s>", "</s>"),  # Mistral: also ends turns
     ],
 )
 def test_a_document_ends_with_the_end_of_text_token(
@@ -237,14 +259,14 @@ def test_a_document_ends_with_the_end_of_text_token(
 
 
 def test_documents_begin_with_the_tokenizers_bos_token(tmp_path: Path) -> None:
-    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}  # ids 3 and 4
     folder = save_tokenizer(tmp_path / "with", "<s>", "</s>", adds_bos=True, **names)
     assert token_ids(load_tokenizer(folder), ["ab", "c"]) == [[3, 0, 1, 4], [3, 2, 4]]
     folder = save_tokenizer(tmp_path / "without", "<s>", "</s>", **names)
     assert token_ids(load_tokenizer(folder), ["ab"]) == [[0, 1, 4]]
 
 
-def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
+def test_the_token_at_the_end_of_documents_can_be_chosen(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path, "<|im_end|>", "<|endoftext|>", eos_token="<|im_end|>")
     assert token_ids(load_tokenizer(folder, "<|im_end|>"), ["a"]) == [[0, 3]]
     with pytest.raises(RecipeError, match="has no token </s>") as caught:
@@ -255,7 +277,7 @@ def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
 def test_a_special_token_written_in_a_document_is_encoded_as_text(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path, "<|endoftext|>", eos_token="<|endoftext|>")
     [ids] = token_ids(load_tokenizer(folder), ["a<|endoftext|>b"])
-    assert ids.index(3) == len(ids) - 1
+    assert ids.index(3) == len(ids) - 1  # the special token's id, 3, is only at the end
 
 
 def test_a_tokenizer_without_any_end_token_is_refused(tmp_path: Path) -> None:

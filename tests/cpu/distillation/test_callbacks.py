@@ -1,4 +1,4 @@
-"""Trainer callbacks: non-finite gradients, early stop, garbage collection and profiles."""
+"""Tests trainer callbacks: non-finite gradients, early stops, garbage collection and profiles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
-    # With 300 tokens, chance level is a loss of log 300 = 5.704.
+    # In a vocabulary of 300 tokens, a uniform guess has a loss of ln 300 = 5.704. The limit for a
+    # teacher is 80% of it, 4.56.
     with pytest.raises(RecipeError, match=r"5\.70"):
         require_better_than_chance(5.70, 300)
     with pytest.raises(RecipeError):
@@ -48,6 +49,7 @@ def test_a_teacher_of_chance_level_is_refused() -> None:
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    """Returns overrides of a run that distils for 6 steps and saves a checkpoint after each."""
     return [
         "recipe=llama_depth_prune",
         *tiny(model, text_file, run_dir),
@@ -58,10 +60,11 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pruned_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose stages are complete up to pruning."""
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = overrides(even_llama, text_file, run_dir)
-    only = "only=[import_hf,prepare_data,score,prune]"
-    run_successfully(*command, only, cwd=run_dir.parent)
+    stages = "only=[import_hf,prepare_data,score,prune]"
+    run_successfully(*command, stages, cwd=run_dir.parent)
     return run_dir
 
 
@@ -77,28 +80,32 @@ def distill_command(
 def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The skipped step also counts after a restart, in which the first step is not finite again."""
+    """The number of skipped steps is saved in checkpoints, so it also counts after a restart.
+
+    The first start skips step 4 and fails in step 5. The second start fails in step 5 again. The
+    third start has finite losses.
+    """
     forward, calls = LossReduction.forward, count(1)
 
-    def nan_after_step_3(*args: Any) -> tuple[Any, ...]:
+    def forward_with_nan(*args: Any) -> tuple[Any, ...]:
         loss, *others = forward(*args)
+        # Calls 4 and 5 are steps of the first start. Call 6 is step 5 of the second start.
         return (loss * math.nan if next(calls) in (4, 5, 6) else loss, *others)
 
-    fields = settings("distill", lr=1e-4, min_lr=1e-5)
-    command = [*distill_command, *fields]
+    command = [*distill_command, *settings("distill", lr=1e-4, min_lr=1e-5)]
     with monkeypatch.context() as patch:
-        patch.setattr(LossReduction, "forward", nan_after_step_3)
-        for limit in (1, 0):  # the lower limit allows fewer steps than the first start has skipped
-            allowed = settings("distill", max_nonfinite_steps=limit)
-            stopped = run_in_process(*command, *allowed, cwd=tmp_path)
+        patch.setattr(LossReduction, "forward", forward_with_nan)
+        for limit in (1, 0):  # the second limit is lower than the number of steps already skipped
+            limit_setting = settings("distill", max_nonfinite_steps=limit)
+            stopped = run_in_process(*command, *limit_setting, cwd=tmp_path)
             assert stopped.code == 1
             assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
             assert "the last checkpoint is usable" in stopped.output
-    advised = re.search(r"stages\.distill\.max_nonfinite_steps=\d", stopped.output)
-    assert advised is not None
-    assert advised.group().endswith("=2")
-    fewer = settings("distill", keep_checkpoints=1, checkpoint_interval=2)
-    resumed = run_successfully(*command, advised.group(), *fewer, cwd=tmp_path)
+    advice = re.search(r"stages\.distill\.max_nonfinite_steps=\d", stopped.output)
+    assert advice is not None
+    assert advice.group().endswith("=2")
+    fewer_checkpoints = settings("distill", keep_checkpoints=1, checkpoint_interval=2)
+    resumed = run_successfully(*command, advice.group(), *fewer_checkpoints, cwd=tmp_path)
     assert re.search(r"distill +resume", resumed.output)
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -109,26 +116,30 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
 def test_validation_losses_are_means_over_tokens(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second batch has only one token per sequence."""
-    masked, batches = KDModel.forward_step, []
-    reduce = MegatronParallel.validation_step
+    """The loss of the second of two batches is over one token per sequence, 1 of 64.
+
+    So the mean over tokens is close to the first batch's loss. A mean over batches would not be.
+    """
+    forward_step, validation_step = KDModel.forward_step, MegatronParallel.validation_step
+    losses: list[float] = []
 
     def mask_second_batch(self: KDModel, batch: dict[str, Any]) -> torch.Tensor:
-        if not self.training and len(batches) % 2:
+        if not self.training and len(losses) % 2:
             batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
             batch["loss_mask"][:, 0] = 1
-        return masked(self, batch)
+        return forward_step(self, batch)
 
-    def record(self: MegatronParallel, *args: Any, **kwargs: Any) -> torch.Tensor:
-        batches.append(float(loss := reduce(self, *args, **kwargs)))
+    def record_loss(self: MegatronParallel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = validation_step(self, *args, **kwargs)
+        losses.append(float(loss))
         return loss
 
     monkeypatch.setattr(KDModel, "forward_step", mask_second_batch)
-    monkeypatch.setattr(MegatronParallel, "validation_step", record)
+    monkeypatch.setattr(MegatronParallel, "validation_step", record_loss)
     shorter = settings("distill", max_steps=1, warmup_steps=0, limit_val_batches=2)
     run_successfully(*distill_command, *shorter, cwd=tmp_path)
     [validation] = steps_of(tmp_path / "run" / "distill" / METRICS, "validate")
-    first, second = batches
+    first, second = losses
     assert abs(second - first) > 0.01
     assert validation["val_loss"] == pytest.approx(first, abs=0.05 * abs(second - first))
 
@@ -150,20 +161,21 @@ def test_a_validation_precedes_a_stop_at_the_deadline(
 
 
 def interrupt(*args: object) -> None:
+    """Ends a run as Ctrl+C does, with exit status 130."""
     raise KeyboardInterrupt
 
 
 def test_a_run_that_recovered_enough_stops_and_is_complete(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed before it saves its result. A restart stops at the same step again."""
+    """The run is interrupted before it saves its result. A restart stops at the same step again."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupt)
         assert run_in_process(*command, cwd=tmp_path).code == 130
-    for action in ("resume", "skip"):  # the second command finds a complete stage
+    for action in ("resume", "skip"):  # the last command finds a complete stage
         again = run_successfully(*command, cwd=tmp_path)
         assert re.search(rf"distill +{action}", again.output)
     records = list(read_records(run_dir / "distill" / METRICS))
@@ -174,11 +186,13 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
     assert len(done) < 6
     recovered = [1 - kd / kds[0] for kd in kds]
     assert [fraction >= 0.7 for fraction in recovered] == [False] * len(done) + [True]
-    # Training and validation text are of one source, so the KL differs only by noise.
-    first = steps_of(run_dir / "distill" / METRICS, "distill")[0]["kd"]
-    assert kds[0] == pytest.approx(first, rel=0.3)
+    # The KL of validation text before the first step, and the KL of the first step, are both
+    # measured before any update. The texts are of one source, so the KL differs only by noise.
+    first_step_kd = steps_of(run_dir / "distill" / METRICS, "distill")[0]["kd"]
+    assert kds[0] == pytest.approx(first_step_kd, rel=0.3)
     result = manifest_of(run_dir, "distill").result(DistillationResult)
-    assert (result.steps, result.tokens) == (len(done), len(done) * 4 * 64)
+    batch_tokens = 4 * 64  # 4 sequences of 64 tokens
+    assert (result.steps, result.tokens) == (len(done), len(done) * batch_tokens)
     reason = f"stopped at step {len(done)} of 6: recovered {recovered[-1]:.0%}"
     assert result.stopped.startswith(reason)
     console = Console(record=True, width=200)
@@ -186,24 +200,31 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
     assert result.stopped in console.export_text()
 
 
-def test_validation_measures_the_kl_whatever_the_loss_of_training_is(
+def test_validation_measures_the_kl_for_any_training_loss(
     distill_command: list[str], tmp_path: Path
 ) -> None:
-    first = []
+    """Compares validations before the first step, which ``stop_at_recovered`` adds.
+
+    At that time, both students have the same weights.
+    """
+    early_stop = settings("distill", max_steps=2, val_check_interval=1, stop_at_recovered=0.9)
+    kls = []
     for loss in ({}, {"logits_loss": "reverse_kl", "temperature": 2, "top_k": 8}):
         shutil.rmtree(tmp_path / "run" / "distill", ignore_errors=True)
-        stop = settings("distill", max_steps=2, val_check_interval=1, stop_at_recovered=0.9)
-        run_successfully(*distill_command, *settings("distill", **loss), *stop, cwd=tmp_path)
-        first.append(steps_of(tmp_path / "run" / "distill" / METRICS, "validate")[0]["val_kd"])
-    assert first[0] == pytest.approx(first[1])
+        run_successfully(*distill_command, *settings("distill", **loss), *early_stop, cwd=tmp_path)
+        kls.append(steps_of(tmp_path / "run" / "distill" / METRICS, "validate")[0]["val_kd"])
+    assert kls[0] == pytest.approx(kls[1])
 
 
 def test_a_diverging_run_stops_before_its_weights_are_lost(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first update overflows float32. ``MASTER_PORT`` is in use, but one rank needs no port."""
-    with socket.create_server(("localhost", 0)) as taken:
-        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+    """A learning rate of 1e38 overflows float32. The checkpoint before the overflow remains.
+
+    ``MASTER_PORT`` is in use during the run, to test that a single rank needs no port.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         result = run_recipe(*distill_command, "stages.distill.lr=1e38", cwd=tmp_path)
     assert result.code == 1
     assert "the gradient is not finite" in result.output
@@ -217,44 +238,49 @@ def test_a_diverging_run_stops_before_its_weights_are_lost(
 
 
 class Cycle:
-    """Garbage that only a collection finds."""
+    """An object that refers to itself, so only the garbage collector frees it."""
 
     def __init__(self) -> None:
-        self.itself = self
+        self.cycle = self
 
 
 def test_garbage_is_collected_at_its_interval() -> None:
     cfg = DistillConfig(stage="distill", checkpoint_interval=COLLECT_EVERY)
-    collect, trainer = CollectGarbage(cfg), SimpleNamespace(global_step=COLLECT_EVERY - 1)
+    callback, trainer = CollectGarbage(cfg), SimpleNamespace(global_step=COLLECT_EVERY - 1)
     try:
-        collect.on_train_start(trainer, None)
+        callback.on_train_start(trainer, None)
         assert not gc.isenabled()
         garbage = weakref.ref(Cycle())
-        collect.on_train_batch_end(trainer, None)
+        callback.on_train_batch_end(trainer, None)
         assert garbage() is not None
         trainer.global_step += 1
-        collect.on_train_batch_end(trainer, None)
+        callback.on_train_batch_end(trainer, None)
         assert garbage() is None
     finally:
-        collect.teardown(trainer, None, "fit")
+        callback.teardown(trainer, None, "fit")
     assert gc.isenabled()
 
 
-def test_free_memory_is_returned_before_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    returned = []
-    monkeypatch.setattr(callbacks, "return_free_memory", lambda: returned.append(True))
-    collect = CollectGarbage(DistillConfig(stage="distill", checkpoint_interval=2))
+def test_free_memory_is_returned_before_checkpoints_and_validations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(callbacks, "return_free_memory", lambda: calls.append(True))
+    callback = CollectGarbage(DistillConfig(stage="distill", checkpoint_interval=2))
     for step in range(1, 5):
-        collect.on_train_batch_end(SimpleNamespace(global_step=step), None)
-        assert len(returned) == step // 2
-    collect.on_validation_start(None, None)
-    collect.on_train_end(None, None)
-    assert len(returned) == 4
+        callback.on_train_batch_end(SimpleNamespace(global_step=step), None)
+        assert len(calls) == step // 2  # one call per checkpoint
+    callback.on_validation_start(None, None)
+    callback.on_train_end(None, None)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(("start", "traces"), [(0, 1), (2, 1), (3, 0)])
-def test_steps_are_traced_after_a_restart_too(tmp_path: Path, start: int, traces: int) -> None:
-    """``start`` steps are done before the restart. Steps 2 and 3 are to be traced."""
+def test_steps_are_also_traced_after_a_restart(tmp_path: Path, start: int, traces: int) -> None:
+    """``start`` steps are done before the restart, and steps 2 and 3 are configured to be traced.
+
+    After 2 steps, the trace has only step 3. After 3 steps, there is nothing to trace.
+    """
     profile, trainer = Profile((2, 3), tmp_path), SimpleNamespace(global_step=start)
     for _ in range(start, 5):
         profile.on_train_batch_start(trainer)
@@ -263,10 +289,18 @@ def test_steps_are_traced_after_a_restart_too(tmp_path: Path, start: int, traces
     assert len(list(tmp_path.iterdir())) == traces
 
 
-def test_existing_environment_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_stops_within_the_range_is_traced(tmp_path: Path) -> None:
+    profile = Profile((2, 3), tmp_path)
+    profile.on_train_batch_start(SimpleNamespace(global_step=1))  # the start of step 2
+    profile.on_train_batch_end(SimpleNamespace(global_step=2))
+    profile.on_train_end()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_existing_environment_variables_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"TORCH_NCCL_HIGH_PRIORITY": "0"}
     monkeypatch.setattr(os, "environ", environment)
     _set_environment(DistillConfig(stage="distill", tensor_model_parallel_size=2))
     assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment, "the hardware profile sets it"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment, "only hardware profiles set it"

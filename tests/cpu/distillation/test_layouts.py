@@ -1,8 +1,8 @@
-"""Every parallel layout of a distillation has the losses of one rank. Runs resume in other layouts.
+"""Tests that a distillation has the same losses in each parallel layout, and resumes in another.
 
-The tested distillation has everything that layouts could get wrong: all terms of the loss;
-different widths, so that a projection is learned; uneven pipeline stages; micro batches with
-different numbers of masked tokens.
+The tested distillation has everything that layouts could get wrong: all terms of the loss; a
+student narrower than the teacher, so that a projection is learned; uneven pipeline stages; micro
+batches with different numbers of masked tokens.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_differen
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
-"""The tolerance is this multiple of the effect of changing the logits by one ulp. Each operation of
-another layout may round differently; the largest measured multiple was 12."""
+"""The tolerance is this multiple of the effect of changing the student's logits by one unit in the
+last place (ulp). Each operation of another layout may round differently. The largest measured
+multiple was 12."""
 BFLOAT16_MULTIPLE = 5
-"""The multiple in bfloat16, on one rank. The largest measured multiple was 2.3, for a weight."""
+"""``MULTIPLE`` in bfloat16 on one rank. The largest measured multiple was 2.3, for a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
-"""The number of steps is odd, so that no validation follows the last step. A validation gathers the
-weights, which data-parallel ranks update in shards. So it would hide a save without a gather."""
+"""The only validation follows step ``STEPS - 1``, so that none follows the last step. Data-parallel
+ranks update the weights in shards, which a validation gathers. A validation after the last step
+would hide it if saving did not gather the weights."""
 LAYOUTS = {
     "TP=2": (2, "tensor_model_parallel_size=2"),
     "TP=2, sequence, early stop": (
@@ -59,6 +61,7 @@ LAYOUTS = {
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    """Returns overrides of a run that prunes 4 layers to 3 and the width 64 to 48, and distils."""
     distill = {
         "precision": 32,
         "global_batch_size": 8,
@@ -86,13 +89,15 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     ]
 
 
-def layout(name: str) -> list[str]:
+def layout_overrides(name: str) -> list[str]:
+    """Returns the overrides for one of ``LAYOUTS``."""
     ranks, fields = LAYOUTS[name]
     return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields.split())]
 
 
 @pytest.fixture(scope="module")
 def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: the run on one rank."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
     run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
@@ -124,33 +129,43 @@ def perturbed_logits() -> Iterator[None]:
 def require_same_training(
     expected: Path, perturbed: Path, actual: Path, last: int = STEPS, multiple: int = MULTIPLE
 ) -> None:
-    """Compares the loss terms of the steps up to ``last``, and the final weights of two runs.
+    """Asserts that the run ``actual`` has the losses and the final weights of ``expected``.
 
     Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
+
+    Args:
+        expected: Directory of the reference run.
+        perturbed: Directory of a run like ``expected``, but with ``perturbed_logits``.
+        actual: Directory of the tested run.
+        last: Last step of ``actual``. Before ``STEPS``, final weights are not compared.
+        multiple: Factor of the tolerances.
     """
     expected_steps, perturbed_steps, actual_steps = (
-        steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, actual)
+        steps_of(run / "distill" / METRICS, "distill") for run in (expected, perturbed, actual)
     )
     assert [step["done"] for step in actual_steps] == [*range(1, last + 1)]
     terms = ("loss", "kd", "hidden", "lm", "grad_norm")
-    effects = []
+    effects = []  # for each term, the relative effect of ``perturbed_logits`` by step
     for term in terms:
-        values, changed = (
+        values, perturbed_values = (
             [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
         )
-        differences = zip(values, running_max_difference(values, changed), strict=True)
+        differences = zip(values, running_max_difference(values, perturbed_values), strict=True)
         effects.append([difference / abs(value) for value, difference in differences])
-    # In the first steps, changed logits affect only some terms, but the rounding of another layout
-    # affects all. So the largest effect of a step is the tolerance of all its terms.
-    for step, actual_step, *relative in zip(expected_steps, actual_steps, *effects, strict=False):
+    # In the first steps, perturbed logits affect only some terms, but the rounding of another
+    # layout affects all. So the largest effect in a step determines the tolerance of all its terms.
+    # ``expected`` may have more steps than ``actual``, so the lengths are not compared.
+    for step, actual_step, *step_effects in zip(
+        expected_steps, actual_steps, *effects, strict=False
+    ):
         for term in terms:
-            tolerance = multiple * max(relative)
+            tolerance = multiple * max(step_effects)
             assert actual_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
     if last < STEPS:
         return  # the weights of ``expected`` are of a later step
     weights, perturbed_weights, actual_weights = (
-        dict(hf_weights(find_checkpoint(d / "distill" / ARTIFACT)))
-        for d in (expected, perturbed, actual)
+        dict(hf_weights(find_checkpoint(run / "distill" / ARTIFACT)))
+        for run in (expected, perturbed, actual)
     )
     assert weights.keys() == actual_weights.keys()
     for name, tensor in weights.items():
@@ -166,7 +181,10 @@ def test_losses_against_the_teacher_fall(one_rank: Path) -> None:
 
 def test_steps_are_traced(one_rank: Path) -> None:
     trace = one_rank / "distill" / "profile" / "steps-2-3-rank-0.json.gz"
-    names = [e.get("name") for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events]
+    # Teacher and student each look up embeddings once per micro batch. A step has 8 sequences in
+    # micro batches of 2.
     models, steps, micro_batches = 2, 2, 4
     assert names.count("aten::embedding") == models * steps * micro_batches
 
@@ -176,9 +194,9 @@ def test_every_layout_has_the_losses_of_one_rank(
     one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
-    command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
+    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides(name)]
     run_successfully(*command, cwd=tmp_path)
-    # With early stopping the run ends at the only validation before the last step.
+    # Early stopping ends the run at the validation after step STEPS - 1.
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]
     require_same_training(one_rank, perturbed, run_dir, STEPS - 1 if stops else STEPS)
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
@@ -204,7 +222,9 @@ def test_speed_patches_only_round_differently_in_bfloat16(
         ]
         with perturbed_logits() if name == "perturbed" else nullcontext():
             run_successfully(*command, *patches, cwd=tmp_path)
-    require_same_training(*runs.values(), multiple=BFLOAT16_MULTIPLE)
+    require_same_training(
+        runs["patched"], runs["perturbed"], runs["unpatched"], multiple=BFLOAT16_MULTIPLE
+    )
 
 
 @pytest.mark.parametrize(("first", "second"), [("PP=2", "TP=2"), ("DP=2", "DP=2, two optimizers")])
@@ -223,17 +243,18 @@ def test_a_killed_run_resumes_in_another_layout(
     metrics = run_dir / "distill" / METRICS
     run_and_kill(
         *command,
-        *layout(first),
+        *layout_overrides(first),
         cwd=tmp_path,
         metrics=metrics,
         records=CHECKPOINT_INTERVAL + 2,
         ready=lambda: complete_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
-    result = run_successfully(*command, *layout(second), cwd=tmp_path)
+    result = run_successfully(*command, *layout_overrides(second), cwd=tmp_path)
     assert "resume" in result.output
     # Step 1 is recorded once, so the second command did not start again.
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert sum(r["task"] == "distill" and r["done"] == 1 for r in records) == 1
+    first_steps = [r for r in records if r["task"] == "distill" and r["done"] == 1]
+    assert len(first_steps) == 1
     require_same_training(one_rank, perturbed, run_dir)
 
 
@@ -245,7 +266,7 @@ from recipes.core.stage import rank
 from recipes.distillation import trainer
 
 checkpoints = Path(sys.argv[1])
-if rank() == 1:
+if rank() == 1:  # does not list step=99-last yet
     trainer.complete_checkpoints = lambda folder: [folder / "step=49-last"]
 settings = trainer._resume(checkpoints, checkpoints, 1)
 assert settings.resume_from_path == str(checkpoints / "step=99-last"), settings.resume_from_path
@@ -253,7 +274,10 @@ assert settings.resume_from_path == str(checkpoints / "step=99-last"), settings.
 
 
 def test_all_ranks_resume_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path) -> None:
-    """Nodes may list a folder of a network file system differently for seconds."""
+    """For some seconds, nodes may list different files in a folder of a network file system.
+
+    The ranks keep only one checkpoint, so rank 0 deletes the older one.
+    """
     for name in ("step=49-last", "step=99-last"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     script = tmp_path / "ranks.py"
@@ -270,7 +294,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 if __name__ == "__main__":  # processes that save checkpoints import this module again
-    LightningModule.cpu = lambda self: self._apply(torch.clone)
+    LightningModule.cpu = lambda self: self._apply(torch.clone)  # new storage, as on CUDA
     sys.argv = ["worker", "recipes.stages.distill", sys.argv[1]]
     runpy.run_module("recipes.core.worker", run_name="__main__")
 """
@@ -279,11 +303,13 @@ if __name__ == "__main__":  # processes that save checkpoints import this module
 def test_shards_of_weights_are_gathered_before_lightning_moves_the_weights(
     one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """On CUDA, Lightning's ``cpu`` gives weights other storage after training. They then no longer
-    share Megatron's buffers, so a later gather would leave half of them as before the last step.
+    """After training on CUDA, Lightning calls ``cpu``, which gives the weights new storage.
+
+    The weights then no longer share Megatron's buffers, so a later gather does not change them. At
+    DP=2, half of the weights would stay as they were before the last step.
     """
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
-    command = [*overrides(even_llama, text_file, run_dir), *layout("DP=2")]
+    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides("DP=2")]
     run_successfully(*command, "dry_run=true", cwd=tmp_path)
     script = tmp_path / "ranks.py"
     script.write_text(MOVED_WEIGHTS)

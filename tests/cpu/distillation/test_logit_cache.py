@@ -1,4 +1,4 @@
-"""A cached teacher has the teacher's probabilities, in every layout and after a restart."""
+"""Tests that the cache has the teacher's probabilities, in each layout and after restarts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import copy_without, manifest_of, tiny
 
 LENGTH, TOP_K, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
+"""Settings of the cache; ``overrides`` shows their names. The last shard has only 10 sequences."""
 ROUNDING = 2.0**-11
 """Relative rounding error of float16, which has 11 significant bits."""
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+    """Returns overrides of a run that caches a teacher's logits."""
     return [
         "recipe=llama_depth_prune",
         "teacher=cached",
@@ -53,6 +55,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 
 def stage_of(run_dir: Path, stage: str) -> Input:
+    """Returns a complete stage as other stages get it."""
     return Input(run_dir / stage, manifest_of(run_dir, stage))
 
 
@@ -62,16 +65,18 @@ def open_cache(run_dir: Path) -> TeacherCache:
 
 @pytest.fixture(scope="module")
 def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a complete run on one rank."""
     run_dir = tmp_path_factory.mktemp("cached") / "run"
     run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_and_logits(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [n, S + 1] of the cached sequences, and transformers' logits [n, S, vocabulary]."""
     documents = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
+    # A row has one more token than a sequence, because the targets are shifted by one.
     rows = [text[n * LENGTH : (n + 1) * LENGTH + 1] for n in open_cache(run).sequences]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
@@ -80,13 +85,12 @@ def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_cached_probabilities_equal_those_of_transformers(
-    run: Path, truth: tuple[torch.Tensor, torch.Tensor]
+    run: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    cache, (_, logits) = open_cache(run), truth
+    cache, (_, logits) = open_cache(run), tokens_and_logits
     assert len(cache.sequences) == len(set(cache.sequences.tolist())) == SEQUENCES
-    for number, expected in zip(
-        cache.sequences, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
-    ):
+    expected_log_probs = (logits / TEMPERATURE).log_softmax(dim=-1)
+    for number, expected in zip(cache.sequences, expected_log_probs, strict=True):
         rows = cache.rows(int(number))
         indices, log_probs = rows["indices"], rows["log_probs"]
         assert indices.shape == (LENGTH, TOP_K)
@@ -101,41 +105,50 @@ def test_cached_probabilities_equal_those_of_transformers(
         log_tail = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
         torch.testing.assert_close(log_probs[:, TOP_K].double(), log_tail, rtol=ROUNDING, atol=1e-4)
         tail = expected.scatter(-1, indices, -math.inf)
+        # Log-probabilities of -inf are replaced, because -inf · 0 would be NaN.
         entropy = -(tail.exp() * tail.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
         torch.testing.assert_close(
             rows["tail_entropy"].double(), entropy, rtol=2 * ROUNDING, atol=1e-4
         )
         # The tail's probability is divided into DRAWS equal intervals. Draw i is the token at some
-        # point of interval i. So the token's range, ``starts`` to ``ends``, overlaps the interval.
+        # point of interval i. So the token's range of cumulative probability, from ``starts`` to
+        # ``ends``, overlaps the interval.
         assert rows["draws"].shape == (LENGTH, DRAWS)
-        fraction = log_tail.exp()[:, None] / DRAWS
-        first_quantiles = torch.arange(DRAWS) * fraction
+        interval_lengths = log_tail.exp()[:, None] / DRAWS
+        interval_starts = torch.arange(DRAWS) * interval_lengths
         ends = tail.exp().cumsum(dim=-1).gather(-1, rows["draws"])
         starts = ends - tail.exp().gather(-1, rows["draws"])
-        assert (ends > first_quantiles - 1e-5).all()
-        assert (starts < first_quantiles + fraction + 1e-5).all()
+        assert (ends > interval_starts - 1e-5).all()
+        assert (starts < interval_starts + interval_lengths + 1e-5).all()
 
 
 def test_the_manifest_has_the_teachers_loss_and_tail(
-    run: Path, truth: tuple[torch.Tensor, torch.Tensor]
+    run: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """The loss is over the predictions that training does not mask."""
-    (tokens, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
-    counted = tokens[:, :-1] != stage_of(run, "prepare_data").manifest.metrics["document_end"]
-    loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])
+    """The loss is over the predictions that training does not mask.
+
+    Training masks the prediction after the end of a document.
+    """
+    tokens, logits = tokens_and_logits
+    metrics = stage_of(run, "cache_logits").manifest.metrics
+    document_end = stage_of(run, "prepare_data").manifest.metrics["document_end"]
+    unmasked = tokens[:, :-1] != document_end
+    loss = torch.nn.functional.cross_entropy(logits[unmasked], tokens[:, 1:][unmasked])
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
     probabilities = (logits / TEMPERATURE).softmax(dim=-1)
     tail = 1 - probabilities.topk(TOP_K, dim=-1).values.sum(dim=-1)
     assert metrics["tail_mass"] == pytest.approx(tail.mean().item(), rel=1e-4)
     assert metrics["sequences"] == SEQUENCES < metrics["sequences_of_text"]
     assert metrics["tokens"] == SEQUENCES * LENGTH
+    # All values have 2 bytes: ``indices``, ``log_probs``, and ``draws`` with one ``tail_entropy``.
     assert metrics["bytes_per_token"] == 2 * TOP_K + 2 * (TOP_K + 1) + 2 * (DRAWS + 1)
-    size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
-    assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
+    # The artifact also has an index, the headers of shards, and the numbers of sequences.
+    actual_bytes = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
+    assert metrics["bytes_per_token"] < actual_bytes < 1.15 * metrics["bytes_per_token"]
 
 
 def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
-    """Returns tensors and metadata of every shard, by file name."""
+    """Returns tensors and metadata of each shard of a complete cache, by file name."""
     files = sorted((run_dir / "cache_logits" / ARTIFACT).glob("*.safetensors"))
     return {file.name: (load_file(file), safe_open(file, "np").metadata()) for file in files}
 
@@ -143,56 +156,60 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
 def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before: dict[str, int] = {}
-    for attempt in range(5):  # on a busy machine the run may end before it is killed
-        if before:
+    # Modification time in ns of each shard that the killed run has written, by file name.
+    kept_shards: dict[str, int] = {}
+    # On a busy machine, a run may end before it is killed. Its working directory is then deleted,
+    # and another run is tried.
+    for attempt in range(5):
+        if kept_shards:
             break
         copy = copy_without(run, tmp_path / f"run-{attempt}", "cache_logits")
         arguments = overrides(even_llama, text_file, copy)
         stage = copy / "cache_logits"
         run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
-        before = {
+        kept_shards = {
             path.name: path.stat().st_mtime_ns
             for path in (stage / WORK / "shards").glob("*.safetensors")
         }
     expected = shards_of(run)
-    assert 2 <= len(before) < len(expected) == -(-SEQUENCES // PER_SHARD)
-    truncated = stage / WORK / "shards" / min(before)
-    # A crash of the machine can truncate a shard, which is then written again.
+    assert 2 <= len(kept_shards) < len(expected) == math.ceil(SEQUENCES / PER_SHARD)
+    # A crash of the machine can truncate a shard. A restart must write it again.
+    truncated = stage / WORK / "shards" / min(kept_shards)
     os.truncate(truncated, truncated.stat().st_size - 1)
-    del before[truncated.name]
+    del kept_shards[truncated.name]
 
     monkeypatch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
     stopped = run_in_process(*arguments, cwd=tmp_path)
     assert stopped.code == 1
     assert f"stopped at the deadline before all {len(expected)} shards" in stopped.output
-    remaining = list((stage / WORK / "shards").glob("*.safetensors"))
-    assert len(remaining) == len(before) + 1  # the truncated shard remains, too
+    shards_at_deadline = list((stage / WORK / "shards").glob("*.safetensors"))
+    assert len(shards_at_deadline) == len(kept_shards) + 1  # these and the truncated shard
     monkeypatch.delenv(DEADLINE)
 
     run_successfully(*arguments, cwd=tmp_path)
-    for name, time in before.items():
+    for name, time in kept_shards.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
     resumed = shards_of(copy)
     assert resumed.keys() == expected.keys()
     for name, (tensors, metadata) in expected.items():
-        assert resumed[name][1] == metadata, name
+        resumed_tensors, resumed_metadata = resumed[name]
+        assert resumed_metadata == metadata, name
         for key, tensor in tensors.items():
-            assert np.array_equal(resumed[name][0][key], tensor), (name, key)
+            assert np.array_equal(resumed_tensors[key], tensor), (name, key)
     done = [step["done"] for step in steps_of(stage / METRICS, "cache")]
     assert done[-1] == len(expected)
     assert not (stage / WORK).exists()
 
 
-@pytest.mark.parametrize("tensor", [1, 2], ids=["DP=2", "TP=2"])
-def test_two_ranks_write_the_same_cache(
-    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2], ids=["DP=2", "TP=2"])
+def test_two_ranks_write_the_same_cache_as_one(
+    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor_parallel_size: int
 ) -> None:
     copy = copy_without(run, tmp_path / "run", "cache_logits")
     run_successfully(
         *overrides(even_llama, text_file, copy),
         "stages.cache_logits.resources.devices=2",
-        f"stages.cache_logits.tensor_model_parallel_size={tensor}",
+        f"stages.cache_logits.tensor_model_parallel_size={tensor_parallel_size}",
         cwd=tmp_path,
     )
     by_one_rank, by_two_ranks = shards_of(run), shards_of(copy)
@@ -201,8 +218,8 @@ def test_two_ranks_write_the_same_cache(
         actual, actual_metadata = by_two_ranks[name]
         assert np.array_equal(actual["sequences"], expected["sequences"])
         # The order of equally likely tokens is arbitrary, and sums over ranks round differently.
-        for ids in ("indices", "draws"):
-            assert (actual[ids] == expected[ids]).mean() > 0.99, (name, ids)
+        for tensor in ("indices", "draws"):
+            assert (actual[tensor] == expected[tensor]).mean() > 0.99, (name, tensor)
         np.testing.assert_allclose(
             actual["log_probs"].astype(np.float64),
             expected["log_probs"].astype(np.float64),
@@ -217,27 +234,26 @@ def test_a_cache_of_other_text_is_refused(run: Path) -> None:
     cache = stage_of(run, "cache_logits")
     _require_same_text(cache, stage_of(run, "prepare_data"))
     with pytest.raises(RecipeError, match="was cached for other text"):
-        # The manifest of any other stage has other content than the text.
+        # The manifest of a checkpoint stands in for that of other text: its content differs.
         _require_same_text(cache, stage_of(run, "import_hf"))
 
 
 def test_a_random_teacher_is_refused(run: Path, text_file: Path, tmp_path: Path) -> None:
-    convert.to_nemo(
-        write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN), tmp_path / "random.nemo"
-    )
-    cfg, data = (
-        CacheLogitsConfig(seq_length=LENGTH, num_sequences=8),
-        stage_of(run, "prepare_data"),
-    )
+    hf_teacher = write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN)
+    teacher, shards = tmp_path / "random.nemo", tmp_path / "shards"
+    convert.to_nemo(hf_teacher, teacher)
+    cfg = CacheLogitsConfig(seq_length=LENGTH, num_sequences=8)
+    data = stage_of(run, "prepare_data")
     with pytest.raises(RecipeError, match="hardly below chance"):
-        cache_logits(
-            cfg, tmp_path / "random.nemo", data, tmp_path / "s", tmp_path, MetricsLog(None)
-        )
-    assert not list((tmp_path / "s").iterdir())
+        cache_logits(cfg, teacher, data, shards, tmp_path, MetricsLog(None))
+    assert not list(shards.iterdir())  # no shard was written
 
 
 def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Path) -> None:
-    """With one sequence per shard, the loss of some shards is above the limit for a teacher."""
+    """With one sequence per shard, the loss of some shards is above the limit for a teacher.
+
+    Only the first shard is compared with the limit, so the teacher is accepted.
+    """
     cfg = CacheLogitsConfig(
         top_k=TOP_K,
         seq_length=LENGTH,
@@ -249,7 +265,7 @@ def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Pat
     teacher = find_checkpoint(run / "import_hf" / ARTIFACT)
     out = tmp_path / "out"
     out.mkdir()
-    cache_logits(cfg, teacher, data, tmp_path / "s", out, MetricsLog(None))
+    cache_logits(cfg, teacher, data, tmp_path / "shards", out, MetricsLog(None))
 
 
 def test_ids_take_two_bytes_if_they_fit(run: Path) -> None:
@@ -261,4 +277,7 @@ def test_ids_take_two_bytes_if_they_fit(run: Path) -> None:
         "draws": "uint16",
         "tail_entropy": "float16",
     }
-    assert CacheIndex((1 << 16) + 1, 8, 4, 1.0, 1, 3).tensors["draws"] == (torch.int32, 3)
+    too_large_for_uint16 = CacheIndex(
+        vocabulary=(1 << 16) + 1, seq_length=8, top_k=4, temperature=1.0, shards=1, tail_draws=3
+    )
+    assert too_large_for_uint16.tensors["draws"] == (torch.int32, 3)

@@ -1,4 +1,4 @@
-"""Students are saved after configured steps, evaluated on benchmarks, exported and plotted."""
+"""Tests that students are saved after configured steps, evaluated, exported and plotted."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ from tests.support.pages import Page, section
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 STEPS = 4
+"""Optimizer steps of a distillation."""
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path, **distill: Any) -> list[str]:
-    """Returns overrides with a constant learning rate, so that no step depends on ``max_steps``."""
+    """Returns overrides of a run that prunes one of four layers, and saves a checkpoint per step.
+
+    The learning rate is constant, so the weights after a step do not depend on ``max_steps``.
+    ``distill`` has further fields of the stage, which replace the defaults of this function.
+    """
     fields = {"precision": 32, "lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0, "max_steps": STEPS}
     return [
         "recipe=llama_depth_prune",
@@ -38,6 +43,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path, **distill: Any) -> li
 
 @pytest.fixture(scope="module")
 def pruned(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the directory of a run whose stages before ``distill`` are complete."""
     run_dir = tmp_path_factory.mktemp("pruned") / "run"
     only = "only=[import_hf,prepare_data,score,prune]"
     run_successfully(*overrides(even_llama, text_file, run_dir), only, cwd=run_dir.parent)
@@ -45,21 +51,25 @@ def pruned(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 def require_same_weights(first: Path, second: Path) -> None:
-    weights, expected = dict(hf_weights(first)), dict(hf_weights(second))
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, expected[name]), name
+    """Asserts that two NeMo checkpoints have bitwise equal weights."""
+    first_weights, second_weights = dict(hf_weights(first)), dict(hf_weights(second))
+    assert first_weights.keys() == second_weights.keys()
+    for name, tensor in first_weights.items():
+        assert torch.equal(tensor, second_weights[name]), name
 
 
 def student_after(run_dir: Path, step: int) -> Path:
+    """Returns the checkpoint of the student that was saved after a step."""
     return nemo.step_checkpoints(run_dir / "distill" / ARTIFACT)[step]
 
 
-def test_saved_students_equal_those_of_shorter_runs(
+def test_a_student_saved_after_a_step_equals_the_result_of_a_run_that_ends_there(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Uses two data-parallel ranks. They gather updated weights only before the next step, so a
-    save must gather the weights, too.
+    """Also tests that saving students does not change training.
+
+    Uses two data-parallel ranks. Ranks gather updated weights only before the next step, so saving
+    a student must gather the weights, too.
     """
     losses = {}
     for name, fields in {
@@ -71,12 +81,12 @@ def test_saved_students_equal_those_of_shorter_runs(
         ranks = {"resources.devices": 2, "micro_batch_size": 1, **fields}
         command = overrides(even_llama, text_file, run_dir, **ranks)
         run_successfully(*command, "only=[distill]", cwd=tmp_path)
-        losses[name] = [s["loss"] for s in steps_of(run_dir / "distill" / METRICS, "distill")]
+        steps = steps_of(run_dir / "distill" / METRICS, "distill")
+        losses[name] = [step["loss"] for step in steps]
     assert losses["saved"] == losses["plain"]
-    final = [nemo.find_checkpoint(tmp_path / n / "distill" / ARTIFACT) for n in ("saved", "plain")]
-    require_same_weights(*final)
-    short = nemo.find_checkpoint(tmp_path / "short" / "distill" / ARTIFACT)
-    require_same_weights(student_after(tmp_path / "saved", 2), short)
+    final = {name: nemo.find_checkpoint(tmp_path / name / "distill" / ARTIFACT) for name in losses}
+    require_same_weights(final["saved"], final["plain"])
+    require_same_weights(student_after(tmp_path / "saved", 2), final["short"])
     assert [*nemo.step_checkpoints(tmp_path / "saved" / "distill" / ARTIFACT)] == [2, 3]
     assert not (tmp_path / "plain" / "distill" / ARTIFACT / nemo.STEPS).exists()
 
@@ -84,12 +94,13 @@ def test_saved_students_equal_those_of_shorter_runs(
 def test_a_failed_and_resumed_run_has_all_students(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run fails while it saves the second student, and resumes after the first student."""
+    """The run fails while it saves the student of step 2, and resumes after step 1."""
     run_dir, save = copy_without(pruned, tmp_path / "run"), trainer._save_trained
 
     def save_and_fail_at_step_2(*args: Any) -> None:
         save(*args)
-        if args[-1].name == f"2.nemo{PARTIAL}":
+        checkpoint: Path = args[-1]
+        if checkpoint.name == f"2.nemo{PARTIAL}":
             raise RecipeError("failed", "run again")
 
     command = overrides(even_llama, text_file, run_dir, student_steps="[1,2]")
@@ -112,17 +123,17 @@ def test_students_are_evaluated_exported_and_plotted(
     evaluate = settings("evaluate", num_sequences=4, seq_length=64, new_tokens=4)
     run_successfully(*command, "engine=null", "tasks=quick", *tasks, *evaluate, cwd=tmp_path)
     results = manifest_of(run_dir, "evaluate_tasks").result(TaskResults).tasks
-    text = section((run_dir / "report" / ARTIFACT / "report.html").read_text(), "tasks")
-    assert {"plot-task-0", "plot-task-1"} <= set(Page(text).values("id"))
+    plots = section((run_dir / "report" / ARTIFACT / "report.html").read_text(), "tasks")
+    assert {"plot-task-0", "plot-task-1"} <= set(Page(plots).values("id"))
     for name, task in results.items():
         assert [*task.steps] == [1, 3]
         for step, score in task.steps.items():
             tokens = step * 4 * 64  # 4 sequences of 64 tokens per step
-            assert f"tokens {tokens}: student {score.value:.4g}" in text, (name, step)
-    likelihoods = [
-        [row["pruned"]["response"], *(row[f"step {n}"]["response"] for n in (1, 3))]
-        for row in map(json.loads, (run_dir / "evaluate_tasks/artifact/samples/sciq.jsonl").open())
-    ]
-    assert all(len(set(map(str, row))) == 3 for row in likelihoods), "two models are the same"
+            assert f"tokens {tokens}: student {score.value:.4g}" in plots, (name, step)
+    # A line has the responses of all models to an item. Different models must differ in these.
+    for line in (run_dir / "evaluate_tasks/artifact/samples/sciq.jsonl").open():
+        item = json.loads(line)
+        responses = {str(item[model]["response"]) for model in ("pruned", "step 1", "step 3")}
+        assert len(responses) == 3, "two models are the same"
     assert convert_by_command("to-hf", student_after(run_dir, 1), tmp_path / "hf") == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()

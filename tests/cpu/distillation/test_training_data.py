@@ -1,4 +1,4 @@
-"""Training samples: sequences, masks, epochs, weights, and where a resumed run continues."""
+"""Tests training samples: sequences, masks, epochs, source weights, and resumed runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from recipes.data.token_sequences import read_tokens
 from recipes.distillation.data import TrainingData, TrainingSequences
 
 LENGTH, END, SEED, BATCH = 8, 0, 7, 4
+"""Tokens of a sequence, id of the token after every document, seed of the order of sequences, and
+sequences of a global batch."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of 1 to 29 tokens and ``END``. In a split, all other tokens are different."""
+    """Writes documents of 1 to 29 tokens, each followed by ``END``.
+
+    The tokens of a split are numbered from 1, so apart from ``END`` no token occurs twice.
+    """
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     with SplitWriter(folder, ("train", "validation")) as writer:
@@ -39,12 +44,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def all_tokens(data: Path) -> list[int]:
     """Reads the tokens of the training split, document by document, with Megatron."""
-    split = IndexedDataset(str(data / "train"))
-    return [int(token) for i in range(len(split)) for token in split[i]]
+    documents = IndexedDataset(str(data / "train"))
+    return [int(token) for i in range(len(documents)) for token in documents[i]]
 
 
-class Cache:
-    """Replaces a cached teacher. All values of a sequence are the sequence's number."""
+class FakeTeacherCache:
+    """Replaces ``TeacherCache``: a top-k cache with k = 2.
+
+    All indices of a sequence are the sequence's number n, and all log-probabilities are -n.
+    """
 
     def __init__(self, sequences: list[int]) -> None:
         self.sequences = np.array(sequences)
@@ -52,18 +60,19 @@ class Cache:
     def rows(self, sequence: int) -> dict[str, Any]:
         return {
             "indices": torch.full((LENGTH, 2), sequence),
-            "log_probs": torch.full((LENGTH, 3), float(-sequence)),
+            "log_probs": torch.full((LENGTH, 3), float(-sequence)),  # k tokens and the tail
         }
 
 
 def sequences_of(data: Path, samples: int, **settings: Any) -> TrainingSequences:
+    """Opens the training split. ``settings`` are further fields of ``TrainingSequences``."""
     return TrainingSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
 
 
-def test_sequences_are_those_of_the_concatenated_documents(
+def test_sequences_are_consecutive_tokens_of_the_concatenated_documents(
     data: Path, all_tokens: list[int]
 ) -> None:
-    total = (len(all_tokens) - 1) // LENGTH
+    total = (len(all_tokens) - 1) // LENGTH  # the last label needs one more token
     dataset = sequences_of(data, total)
     assert len(dataset) == len(dataset.used_numbers) == total > 2 * BATCH
     for number in range(total):
@@ -78,21 +87,20 @@ def test_sequences_are_those_of_the_concatenated_documents(
 
 def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
     dataset = sequences_of(data, 20, document_end=END)
-    masked = 0
+    masked_count = 0
     for number in range(20):
         item = dataset[number]
         assert torch.equal(item["loss_mask"] == 0, item["tokens"] == END)
-        masked += int((item["loss_mask"] == 0).sum())
+        masked_count += int((item["loss_mask"] == 0).sum())
         # The end token itself is predicted.
         assert item["loss_mask"][:-1][item["labels"][:-1] == END].all()
-    assert masked > 5
+    assert masked_count > 5  # the sequences contain several ends of documents
 
 
-def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_path: Path) -> None:
-    """Only conversations have a loss mask. The data module finds the mask's file beside the tokens.
-
-    The teachers are a live and a cached one.
-    """
+def test_the_loss_mask_file_is_used_with_a_live_and_a_cached_teacher(
+    data: Path, tmp_path: Path
+) -> None:
+    """Plants a random mask file beside the tokens, as ``prepare_data`` does for conversations."""
     generator = np.random.default_rng(1)
     loss_mask = {}
     for split in ("train", "validation"):
@@ -101,48 +109,52 @@ def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_pa
         loss_mask[split] = generator.random(len(read_tokens(data, split))) < 0.3
         (tmp_path / f"{split}.loss_mask").write_bytes(loss_mask[split].tobytes())
     live = data_module(tmp_path, 2)
-    cached = data_module(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.used_numbers)))))
+    all_numbers = list(range(len(live._train_ds.used_numbers)))
+    cached = data_module(tmp_path, 2, cache=FakeTeacherCache(all_numbers))
     for split, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
         for sample in range(len(dataset)):
+            # The mask is by target token, so it starts one token after the sequence.
             start = dataset.number_of(sample) * LENGTH + 1
             expected = loss_mask[split][start : start + LENGTH]
             assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
-            if split == "train":
+            if split == "train":  # validation does not use the cache
                 with_teacher = cached._train_ds[sample]
                 assert torch.equal(with_teacher["loss_mask"], dataset[sample]["loss_mask"])
                 assert "teacher_indices" in with_teacher
 
 
-def test_every_epoch_has_every_sequence_once_in_another_order(data: Path) -> None:
+def test_every_epoch_has_every_sequence_once_in_its_own_order(data: Path) -> None:
     count = len(sequences_of(data, 0).used_numbers)
     dataset = sequences_of(data, 3 * count, seed=SEED)
     order = [dataset.number_of(i) for i in range(3 * count)]
     epochs = [order[e * count : (e + 1) * count] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    # A sample does not depend on earlier ones.
-    assert [sequences_of(data, 1, seed=SEED).number_of(i) for i in (2 * count, 0)] == [
-        order[2 * count],
-        order[0],
-    ]
+    # A sample does not depend on the samples that were read before it.
+    for sample in (2 * count, 0):
+        assert sequences_of(data, 1, seed=SEED).number_of(sample) == order[sample]
 
 
 def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(data: Path) -> None:
     live = sequences_of(data, 12, seed=SEED)
-    first = [live.number_of(i) for i in range(12)]
-    cached = sequences_of(data, 24, seed=SEED, cache=Cache(sorted(first)))
-    assert [cached.number_of(i) for i in range(12)] == first
-    assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first)
+    first_numbers = [live.number_of(i) for i in range(12)]
+    cache = FakeTeacherCache(sorted(first_numbers))
+    cached = sequences_of(data, 24, seed=SEED, cache=cache)  # two epochs of the 12 sequences
+    assert [cached.number_of(i) for i in range(12)] == first_numbers
+    assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first_numbers)
     for sample in range(24):
         item, sequence = cached[sample], cached.number_of(sample)
         assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), sequence))
         assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-sequence)))
-        # Without a seed, sample n is sequence n.
+        # ``sequences_of(data, 99)`` has no seed, so its sample n is sequence n.
         assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
 
 
 def data_module(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
-    """Returns the data module after ``setup``."""
+    """Returns the data module after ``setup``, for a run of ``steps`` steps.
+
+    ``settings`` are further arguments of ``TrainingData``, and replace the defaults below.
+    """
     nemo.initialize(nemo.Parallelism())
     arguments = {
         "tokenizer": SimpleNamespace(eos_id=END),
@@ -161,11 +173,14 @@ def data_module(data: Path, steps: int, cache: Any = None, **settings: Any) -> T
 
 
 def first_tokens(module: TrainingData, split: str, consumed: int = 0) -> list[Any]:
-    """Returns the first token of every sequence in every micro batch of NeMo's sampler."""
+    """Returns the first token of each sequence, as one list per micro batch of NeMo's sampler.
+
+    ``consumed`` is the number of sequences that a resumed run has already used.
+    """
     module.data_sampler.init_consumed_samples = consumed
     loader = module.train_dataloader() if split == "train" else module.val_dataloader()
-    transformed = module.data_sampler.transform_dataloader(loader)
-    return [batch["tokens"][:, 0].tolist() for batch in transformed]
+    micro_batches = module.data_sampler.transform_dataloader(loader)
+    return [batch["tokens"][:, 0].tolist() for batch in micro_batches]
 
 
 def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
@@ -175,40 +190,45 @@ def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     uninterrupted = first_tokens(module, "train")
     assert len(uninterrupted) >= steps * 2  # two micro batches per step
     for step in (1, 7, 33):
-        assert (
-            first_tokens(data_module(data, steps), "train", step * BATCH)
-            == uninterrupted[step * 2 :]
-        )
+        resumed = first_tokens(data_module(data, steps), "train", step * BATCH)
+        assert resumed == uninterrupted[step * 2 :]
     # A run that is killed after its last step resumes without a step to train. This must not fail.
     first_tokens(data_module(data, steps), "train", steps * BATCH)
 
 
 def blend_settings(data: Path) -> dict[str, Any]:
-    """Returns three sources of the training split, with weights unlike the sources' sizes."""
+    """Divides the training split into three sources; returns ``weights`` and ``sources``.
+
+    The weights are not proportional to the sources' sizes.
+    """
     length = len(read_tokens(data, "train"))
     sizes = {"small": 3 * LENGTH + 2, "large": 9 * LENGTH, "rest": length - 12 * LENGTH - 2}
     sources = [SourceTokens(name, size) for name, size in sizes.items()]
     return {"weights": {"rest": 1.0, "small": 3.0, "large": 6.0}, "sources": sources}
 
 
-def test_weights_set_the_fraction_of_samples_and_sources_have_epochs(data: Path) -> None:
+def test_weights_set_the_fractions_of_sources_and_each_source_has_epochs(data: Path) -> None:
     blend = blend_settings(data)
     dataset = sequences_of(data, 1000, seed=SEED, **blend)
     numbers = [dataset.number_of(i) for i in range(1000)]
-    # Sequences 3 and 12 span two sources, so no source has them.
+    # The sources have 26, 72 and the other tokens of the split. So sequences 3 (tokens 24 to 31)
+    # and 12 (tokens 96 to 103) span two sources, and are not used.
     spans = {"small": range(3), "large": range(4, 12), "rest": range(13, number_of_sequences(data))}
     by_source = {name: [n for n in numbers if n in span] for name, span in spans.items()}
     for name, weight in blend["weights"].items():
+        # The weights add up to 10, so a weight of 1 means 100 of the 1000 samples.
         assert abs(len(by_source[name]) - 100 * weight) <= 1
-        size = len(spans[name])
+        size = len(spans[name])  # sequences of an epoch of this source
         for start in range(0, len(by_source[name]) - size, size):
             assert sorted(by_source[name][start : start + size]) == list(spans[name])
-    for samples in range(1, 1000):  # sources keep their fractions at any time during training
+    # A source has its fraction (0.3 for ``small``) of the samples at any time during training.
+    for samples in range(1, 1000):
         small = sum(n in spans["small"] for n in numbers[:samples])
         assert abs(small - 0.3 * samples) <= 1
-    # A sample does not depend on earlier ones, nor on the length of training.
-    again = sequences_of(data, 800, seed=SEED, **blend)
-    assert [again.number_of(i) for i in (799, 3, 431)] == [numbers[i] for i in (799, 3, 431)]
+    # A sample does not depend on the samples read before it, nor on the length of training.
+    shorter = sequences_of(data, 800, seed=SEED, **blend)
+    for sample in (799, 3, 431):
+        assert shorter.number_of(sample) == numbers[sample]
 
 
 def number_of_sequences(data: Path) -> int:
@@ -219,20 +239,22 @@ def test_a_resumed_run_with_weights_continues_at_its_step(data: Path) -> None:
     blend = blend_settings(data)
     settings = {"weights": blend["weights"], "sources": {"train": blend["sources"]}}
     settings["sources"]["validation"] = [SourceTokens("all", 10 * LENGTH)]
-    whole = first_tokens(data_module(data, 40, **settings), "train")
+    uninterrupted = first_tokens(data_module(data, 40, **settings), "train")
     for step in (1, 33):
         resumed = first_tokens(data_module(data, 40, **settings), "train", step * BATCH)
-        assert resumed == whole[step * 2 :]
+        assert resumed == uninterrupted[step * 2 :]  # two micro batches per step
 
 
 def test_a_cache_gives_the_batches_of_a_live_teacher_with_weights(data: Path) -> None:
     blend = blend_settings(data)
     live = sequences_of(data, 60, seed=SEED, **blend)
-    first = [live.number_of(i) for i in range(12)]
-    cached = sequences_of(data, 60, seed=SEED, cache=Cache(sorted(set(first))), **blend)
-    assert [cached.number_of(i) for i in range(12)] == first
+    first_numbers = [live.number_of(i) for i in range(12)]
+    cache = FakeTeacherCache(sorted(set(first_numbers)))
+    cached = sequences_of(data, 60, seed=SEED, cache=cache, **blend)
+    assert [cached.number_of(i) for i in range(12)] == first_numbers
+    without_rest = FakeTeacherCache([0, 5])  # one sequence of ``small`` and one of ``large``
     with pytest.raises(RecipeError, match=r"no sequence of source 'rest'.*\n.*num_sequences"):
-        sequences_of(data, 60, seed=SEED, cache=Cache([0, 5]), **blend)
+        sequences_of(data, 60, seed=SEED, cache=without_rest, **blend)
 
 
 def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
@@ -243,21 +265,22 @@ def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
 
 def test_a_weighted_source_needs_a_next_token_after_its_sequence(data: Path) -> None:
     """The last sequence ends with the split's last token, so it has no next token to predict."""
-    whole = read_tokens(data, "train")
-    last = len(whole) // LENGTH * LENGTH
-    sources = [SourceTokens("large", last - LENGTH), SourceTokens("last", LENGTH)]
+    tokens = read_tokens(data, "train")
+    length = len(tokens) // LENGTH * LENGTH  # tokens of all whole sequences
+    sources = [SourceTokens("large", length - LENGTH), SourceTokens("last", LENGTH)]
     weights = {"last": 1.0, "large": 1.0}
     with pytest.raises(RecipeError, match=r"source 'last' has a weight.* next token"):
-        TrainingSequences(whole[:last], LENGTH, 4, weights=weights, sources=sources)
-    longer = TrainingSequences(whole[: last + 1], LENGTH, 4, weights=weights, sources=sources)
-    assert longer.number_of(0) == last // LENGTH - 1
+        TrainingSequences(tokens[:length], LENGTH, 4, weights=weights, sources=sources)
+    longer = TrainingSequences(tokens[: length + 1], LENGTH, 4, weights=weights, sources=sources)
+    # Sample 0 is from ``last``, the first source in ``weights``.
+    assert longer.number_of(0) == length // LENGTH - 1
 
 
 def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> None:
-    """Requires less than 64 bytes per sequence. The tokens are a sparse file, which is not read."""
-    length, total = 4096, 10**11 // 4096
+    """Requires less than 64 bytes per sequence. The tokens are a sparse file without data."""
+    length, total = 4096, 10**11 // 4096  # tokens of a sequence, and number of sequences
     with (tmp_path / "train.bin").open("wb") as file:
-        file.truncate(4 * length * (total + 1))
+        file.truncate(4 * length * (total + 1))  # 4 bytes per token
     tokens = np.memmap(tmp_path / "train.bin", dtype=np.int32, mode="r")
     sources = [SourceTokens(name, length * total // 2) for name in ("web", "chats")]
     tracemalloc.start()
@@ -269,12 +292,12 @@ def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> No
     assert peak / total < 64
 
 
-def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
+def test_each_validation_has_the_same_whole_batches(data: Path) -> None:
     module = data_module(data, 5)
     text = read_tokens(data, "validation")
     count = (len(text) - 1) // LENGTH
-    # 3 is the ``limit_val_batches`` of ``data_module``.
-    expected = [int(text[number * LENGTH]) for number in range(min(3, count // BATCH) * BATCH)]
+    batches = min(3, count // BATCH)  # 3 is the ``limit_val_batches`` of ``data_module``
+    expected = [int(text[number * LENGTH]) for number in range(batches * BATCH)]
     for _ in range(2):
         first = [token for batch in first_tokens(module, "validation") for token in batch]
         assert first == expected
@@ -283,11 +306,12 @@ def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
 def test_validation_sees_every_source(data: Path) -> None:
     """Sources alternate, and no sequence spans two sources."""
     text = read_tokens(data, "validation")
-    first = 3 * LENGTH + 3
-    sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
+    size_of_one = 3 * LENGTH + 3
+    sources = [SourceTokens("one", size_of_one), SourceTokens("two", len(text) - size_of_one)]
     splits = {"train": [], "validation": sources}
     module = data_module(data, 5, sources=splits, micro_batch_size=1, global_batch_size=2)
     tokens = [token for batch in first_tokens(module, "validation") for token in batch]
+    # "one" has sequences 0 to 2, and "two" starts with sequence 4. Sequence 3 spans both sources.
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 
 
@@ -295,7 +319,10 @@ def test_validation_sees_every_source(data: Path) -> None:
 def test_validation_without_a_labelled_sequence_is_refused(
     data: Path, tmp_path: Path, one: int, two: int
 ) -> None:
-    """The split is longer than a sequence, but no sequence in one source has a next token."""
+    """``one`` and ``two`` are the tokens of two sources.
+
+    The split is longer than a sequence. But each sequence spans both sources, or has no next token.
+    """
     for ending in ("bin", "idx"):
         (tmp_path / f"train.{ending}").symlink_to(data / f"train.{ending}")
     with SplitWriter(tmp_path, ("validation",)) as writer:
@@ -305,8 +332,8 @@ def test_validation_without_a_labelled_sequence_is_refused(
         data_module(tmp_path, 1, sources=splits)
 
 
-def test_less_than_a_batch_is_refused(data: Path) -> None:
+def test_fewer_training_sequences_than_a_batch_are_refused(data: Path) -> None:
     with pytest.raises(RecipeError, match=r"the training data has .* less than one batch"):
         data_module(data, 1, global_batch_size=1000)
     with pytest.raises(RecipeError, match="raise num_sequences of cache_logits"):
-        data_module(data, 1, cache=Cache([1, 2, 3]))
+        data_module(data, 1, cache=FakeTeacherCache([1, 2, 3]))

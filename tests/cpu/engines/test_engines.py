@@ -44,11 +44,16 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import make_artifact_folder
 
 Build = Callable[..., tuple[Path, Outcome]]
+"""Builds an engine of a Hugging Face folder; returns the engine's folder and ``run``'s outcome."""
 
 
 @pytest.fixture(scope="module")
 def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Held-out and calibration text in the format of ``prepare_data``."""
+    """Held-out and calibration text in the format of ``prepare_data``.
+
+    Documents alternate between the two splits. They are short, so a sequence of 64 tokens usually
+    contains the end of a document.
+    """
     artifact = tmp_path_factory.mktemp("data")
     tokenizer = load_tokenizer(odd_llama)
     texts = [json.loads(line)["text"][:120] for line in text_file.read_text().splitlines()[:40]]
@@ -65,8 +70,8 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
-    def built(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
-        stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"
+    def build_and_check(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
+        stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"  # a new name in each call
         out = stage / "work" / ARTIFACT
         out.mkdir(parents=True)
         inputs = {
@@ -75,13 +80,13 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         }
         cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_sequences=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
-        files = [path.name for folder in (temporary, out.parent) for path in folder.iterdir()]
-        assert files == [ARTIFACT]
+        remaining = [path.name for parent in (temporary, out.parent) for path in parent.iterdir()]
+        assert remaining == [ARTIFACT]
         records = (r for r in read_records(stage / METRICS) if r["task"] == "engine")
-        assert [record["done"] for record in records] == [0, 1, 2, 3]
+        assert [record["done"] for record in records] == [0, 1, 2, 3]  # completed build steps
         return out, outcome
 
-    return built
+    return build_and_check
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,8 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     result = outcome.result
     assert result.max_logit_difference < 1e-4
     assert result.greedy_margin < 1e-4
-    # A bfloat16 checkpoint gives a float32 engine, too: teacher and student must have equal types.
+    # Also a bfloat16 checkpoint (``odd_qwen3``) gives a float32 engine, so that the engines of a
+    # teacher and a student have equal types.
     assert not {"bf16", "f16"} & result.weight_types.keys()
     assert result.quality.engine.kl_to_teacher < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
@@ -138,7 +144,8 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     generation = Pipeline(engine).generate(prompts, 24)
     generated = torch.tensor(generation.tokens)
     assert generated.shape == (3, 24)
-    # Logits are compared, because processors choose different ones of two equally likely tokens.
+    # Logits are compared instead of tokens. If two tokens are almost equally likely, rounding
+    # decides which one is generated.
     assert greedy_margin(source, prompts, generated) < 1e-4
     assert 0 < generation.timing.first_seconds < generation.timing.total_seconds
     for pattern in TOKENIZER_FILES:
@@ -147,12 +154,15 @@ def test_float32_engines_generate_the_tokens_of_transformers(
 
 
 def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) -> None:
-    """Attention's width of 70 is not a multiple of the group size of 8; the other widths are."""
+    """Attention's width of 70 (7 heads of 10) is not a multiple of the group size of 8.
+
+    The other widths are.
+    """
     engines = {p: build(odd_llama, precision=p, group_size=8) for p in ("int8", "int4")}
     results = {precision: outcome.result for precision, (_, outcome) in engines.items()}
     shape = read_architecture(json.loads((odd_llama / "config.json").read_text()), "odd")
     for precision, (engine, _) in engines.items():
-        # The estimate counts norms as compressed, and leaves out the scales of rows.
+        # The estimate is not exact: it counts norms as compressed, and omits the scales of rows.
         estimate = weight_bytes(
             shape, Service(backend="openvino", precision=precision, group_size=8)
         )
@@ -165,20 +175,24 @@ def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) 
         assert quality.source.kl_to_teacher == 0
         assert quality.engine.kl_to_teacher > 0
         assert quality.sequences == 4
+        # The first token of a sequence is not predicted, nor is a token after a document's end.
         assert 0 < quality.predictions < quality.tokens - quality.sequences
         assert result.precision == precision
     kl = {p: result.quality.engine.kl_to_teacher for p, result in results.items()}
     assert kl["int8"] < kl["int4"]
     assert kl["int8"] < 0.02
-    layers, width, ffn = 5, 56, 120
+    layers, width, ffn = 5, 56, 120  # of ``odd_llama``; the feed-forward layers are compressed
     assert results["int8"].weight_types["u8"] >= layers * 3 * width * ffn
     assert results["int4"].weight_types["u4"] >= layers * 3 * width * ffn
 
 
-def test_a_chat_template_writes_no_file_outside_the_engine(odd_llama: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_chat_template_cannot_write_outside_the_engine(
+    odd_llama: Path, tmp_path: Path
+) -> None:
     model, out = tmp_path / "model", tmp_path / "run" / "engine"
     shutil.copytree(odd_llama, model, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
+    # transformers would save a template as a file of this name.
     templates = [{"name": name, "template": "x"} for name in ("default", "../../outside")]
     settings["chat_template"] = templates
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -202,7 +216,7 @@ def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
 
 
 def test_ineffective_compression_is_refused(build: Build, odd_llama: Path) -> None:
-    """No width is a multiple of 64, or of 32, NNCF's smallest fallback, so all keep 8 bits."""
+    """No width is a multiple of 64, or of 32, to which NNCF falls back. So layers keep 8 bits."""
     with pytest.raises(RecipeError, match="set a group_size"):
         build(odd_llama, precision="int4", group_size=64)
 
@@ -231,7 +245,7 @@ def test_greedy_margin_is_zero_only_for_the_likeliest_tokens(odd_llama: Path) ->
 
 @pytest.fixture(scope="module")
 def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose widths are multiples of 128, for groups of 128 weights."""
+    """A model whose widths are multiples of 128, the number of weights that share an AWQ scale."""
     shape = {**EVEN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     folder = tmp_path_factory.mktemp("aligned") / "aligned"
     return write_tiny_model(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
@@ -241,7 +255,7 @@ def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantized_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The format is ModelOpt's. The weights differ from the model's by at most a rounding step."""
+    """The files have ModelOpt's format. FP8 weights differ from the model's only by rounding."""
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
     inputs = {
@@ -260,23 +274,27 @@ def test_quantized_checkpoints(
     assert result.quant_algo == algorithm
     assert 0 < result.quality.quantized.kl_to_teacher < 0.1
     assert math.isfinite(result.quality.quantized.perplexity)
-    declared = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
-    assert declared["exclude_modules"] == ["lm_head"]
-    assert declared["kv_cache_quant_algo"] == ("FP8" if name == "fp8" else None)
+    quantization = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert quantization["exclude_modules"] == ["lm_head"]
+    assert quantization["kv_cache_quant_algo"] == ("FP8" if name == "fp8" else None)
     assert json.loads((out / "config.json").read_text())["quantization_config"]
     assert (out / "tokenizer.json").read_bytes() == (aligned / "tokenizer.json").read_bytes()
     layer = "model.layers.1.mlp.gate_proj"
-    original, files = Weights(aligned).read(f"{layer}.weight").float(), Weights(out)
-    weight, scale = files.read(f"{layer}.weight"), files.read(f"{layer}.weight_scale").float()
+    original = Weights(aligned).read(f"{layer}.weight").float()
+    quantized = Weights(out)
+    weight = quantized.read(f"{layer}.weight")
+    scale = quantized.read(f"{layer}.weight_scale").float()
     if name == "fp8":
         assert weight.dtype == torch.float8_e4m3fn
-        # FP8 has three bits of mantissa, so the relative error is at most a sixteenth. Near 0, the
-        # error is less than the smallest FP8 number, 1/512.
+        # FP8 has three bits of mantissa, so the relative error is at most 1/16. Near 0, the error
+        # is less than the smallest positive FP8 number (1/512), in units of ``scale``.
         error = (weight.float() * scale - original).abs()
         assert (error <= original.abs() / 16 + scale / 512).all()
     if name == "int4_awq":
-        # TensorRT-LLM's engine builder does not read this name, so a rule refuses AWQ engines.
-        assert {n.split(".")[-1] for n in files.names() if "quant" in n} == {"pre_quant_scale"}
+        # TensorRT-LLM's engine builder does not read tensors of this name, so a rule refuses AWQ
+        # engines.
+        suffixes = {name.split(".")[-1] for name in quantized.names() if "quant" in name}
+        assert suffixes == {"pre_quant_scale"}
         assert weight.numel() * 2 == original.numel()  # two weights in a byte
         assert scale.numel() * 128 == original.numel()  # groups of 128 weights
 
@@ -284,17 +302,22 @@ def test_quantized_checkpoints(
 SMOLLM2 = Architecture(
     "LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True
 )
+"""SmolLM2-135M, whose GEMMs ``training_rates`` measures."""
 
 
 def test_measured_rates_are_plausible() -> None:
-    """The limits are below the rate of a core without vector units, and above that of any core."""
-    before = torch.get_num_threads()
+    """Lower limits are below the rates of a core without vector units, upper limits above any core.
+
+    The rate in ``flops_per_second`` is in bfloat16, which some processors emulate.
+    """
+    threads_before = torch.get_num_threads()
     rates, _ = training_rates(1)
     assert 1e9 < rates.float32_flops_per_second < 1e12
     assert 1e8 < rates.flops_per_second < 1e13
     assert 5e8 < rates.bytes_per_second < 1e12
-    assert torch.get_num_threads() == before
-    # The CPU time of helper threads is counted late: GEMMs that are too short seem twice as fast.
+    assert torch.get_num_threads() == threads_before
+    # Two threads have at most about twice the rate of one. A factor of 3 means that the GEMMs are
+    # too short: the CPU time of helper threads is counted late, so short GEMMs seem twice as fast.
     two_cores, _ = training_rates(2)
     assert two_cores.float32_flops_per_second < 3 * rates.float32_flops_per_second
     assert two_cores.flops_per_second < 3 * rates.flops_per_second
@@ -304,28 +327,35 @@ def test_measured_rates_are_plausible() -> None:
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake timer gives the head half of ``rate``. If this is low, only one layer is measured."""
-    counted = []  # FLOPs of each measurement: smallest, all layers, head, for each data type
+    """A fake timer gives the layers ``rate`` and the head half of it.
 
-    def seconds(operation: Callable[[], object], device: str = "cpu") -> float:
-        if "copy" in operation.__qualname__:
+    At the low rate the GEMMs of the smallest layer are slow, so no other layer is measured.
+    """
+    # FLOPs of each measurement. Three per data type: the smallest layer, whole layers, the head.
+    measured_flops: list[int] = []
+
+    def fake_seconds(operation: Callable[[], object], device: str = "cpu") -> float:
+        if "copy" in operation.__qualname__:  # the measurement of memory bandwidth
             return 1.0
         with FlopCounterMode(display=False) as counter:
             operation()
-        counted.append(flops := counter.get_total_flops())
-        return flops / (rate / 2 if len(counted) % 3 == 0 else rate)
+        measured_flops.append(counter.get_total_flops())
+        is_head = len(measured_flops) % 3 == 0
+        return measured_flops[-1] / (rate / 2 if is_head else rate)
 
-    monkeypatch.setattr(machine_rates, "best_cpu_seconds", seconds)
+    monkeypatch.setattr(machine_rates, "best_cpu_seconds", fake_seconds)
     rates, _ = training_rates(1)
     if rate < 1e9:
         assert rates.flops_per_second == rates.float32_flops_per_second == rate
-        assert len(counted) == 2
+        assert len(measured_flops) == 2  # one per data type
         return
+    # FLOPs per token of a forward pass.
     head = 2 * SMOLLM2.vocab_size * SMOLLM2.hidden_size
     layers = 2 * SMOLLM2.active_weights() - head
+    # The head takes twice the time of layers with the same FLOPs.
     assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
-    # Whole layers are measured: four passes of ``TOKENS`` tokens through each.
-    assert counted[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
+    # Whole layers are measured. Each has GEMMs of four passes with ``TOKENS`` tokens.
+    assert measured_flops[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
 
 
 @pytest.mark.parametrize(
@@ -333,10 +363,11 @@ def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     [(MAX_TOTAL_SECONDS / 100, 9), (MAX_TOTAL_SECONDS / 4, 4), (9.0, MIN_REPEATS)],
 )
 def test_slow_operations_are_repeated_fewer_times(seconds: float, runs: int) -> None:
-    now = [0.0]
+    """With a fake clock. Runs stop after ``MAX_TOTAL_SECONDS``, but not before ``MIN_REPEATS``."""
+    times = [0.0]  # readings of the clock: the start, then the end of each run
 
-    def work() -> None:
-        now.append(now[-1] + seconds)
+    def operation() -> None:
+        times.append(times[-1] + seconds)
 
-    assert best_seconds(work, clock=lambda: now[-1], repeats=9) == pytest.approx(seconds)
-    assert len(now) - 2 == runs  # ``now`` also has the start and the warm-up
+    assert best_seconds(operation, clock=lambda: times[-1], repeats=9) == pytest.approx(seconds)
+    assert len(times) - 2 == runs  # ``times`` also has the start and the warm-up run

@@ -1,4 +1,4 @@
-"""Tests the evaluation of built models: OpenVINO in this process, llama.cpp in its server."""
+"""Tests the evaluation of served models: OpenVINO in this process, llama.cpp as a server."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -46,14 +47,14 @@ from tests.support.runs import make_artifact_folder
 from tests.unit.engines.test_tensorrt_llm import API
 
 LENGTH = 255
-"""Maximum tokens of a prompt: the tiny model's positions minus 1."""
+"""Maximum tokens of a prompt with its answer: the tiny model's 256 positions minus 1."""
 LIMIT = 3
-"""Items of a task."""
+"""Number of items of a task that are evaluated."""
 
 
 @pytest.fixture(scope="module")
 def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with exact weights, for llama.cpp."""
+    """A GGUF file of ``odd_llama`` with float32 weights, which are the model's exact weights."""
     file = tmp_path_factory.mktemp("gguf") / FILE
     write(odd_llama, file, "f32")
     return file
@@ -61,42 +62,60 @@ def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
+    """lm-eval's client of a running llama.cpp server."""
     port = free_port()
-    with serving(llama_command(gguf, port, LENGTH + 1, 1), port, 120) as address:
+    # The server refuses a prompt that fills its context, so the context has one more position.
+    command = llama_command(gguf, port, context=LENGTH + 1, threads=1)
+    with serving(command, port, start_seconds=120) as address:
         yield served.LlamaCppLM(address, odd_llama, LENGTH)
 
 
 @pytest.fixture(scope="module")
 def student(odd_llama: Path) -> packed_lm.PackedLM:
-    tokenizer = AutoTokenizer.from_pretrained(odd_llama)
-    model = load_causal_lm(odd_llama)
-    return packed_lm.PackedLM(model, tokenizer, 600, lambda done, total: None, LENGTH)
+    """``odd_llama`` in transformers, with the class that evaluates students."""
+    return packed_model(odd_llama)
 
 
-def children() -> set[int]:
+def packed_model(folder: Path) -> packed_lm.PackedLM:
+    """Loads a Hugging Face folder as the student is loaded in ``evaluate_served``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_causal_lm(folder)
+    return packed_lm.PackedLM(
+        model, tokenizer, pack_tokens=600, progress=lambda done, total: None, max_length=LENGTH
+    )
+
+
+def child_processes() -> set[int]:
     """Returns the process ids of this process's living children."""
-    # A file holds: process id (name) state parent ...; the name may contain spaces.
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    rows = [(text.split()[0], *text.rpartition(")")[2].split()[:2]) for text in stats]
-    return {int(pid) for pid, state, ppid in rows if int(ppid) == os.getpid() and state != "Z"}
+    children = set()
+    for stat in stats:
+        # The format is: process id (name) state parent ... The name may contain spaces.
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        if int(parent) == os.getpid() and state != "Z":  # Z: a zombie, which has ended
+            children.add(int(stat.split()[0]))
+    return children
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     llama: served.LlamaCppLM, student: packed_lm.PackedLM
 ) -> None:
-    """Some contexts are truncated. Responses also say which continuations are greedy."""
+    """Includes truncated contexts. Responses also say which continuations are greedy."""
     for task in packed_lm.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
-        expected, answers = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (student, llama))
+        expected, answers = (packed_lm.answer(lm, task, LIMIT, seed=1) for lm in (student, llama))
         for pair in zip(answers, expected, strict=True):
-            assert len({(item.id, item.hash) for item in pair}) == 1
+            assert len({(item.id, item.hash) for item in pair}) == 1  # both are the same item
             responses = (torch.tensor(item.response).double().flatten() for item in pair)
             torch.testing.assert_close(*responses, rtol=1e-3, atol=0.02)
     with pytest.raises(RecipeError, match="256 tokens"):
-        llama._loglikelihood_tokens([(None, [1], [2] * (LENGTH + 1))])
+        llama._loglikelihood_tokens([(None, [1], [2] * (LENGTH + 1))])  # too long
     context = llama.tok_encode("The history of the")
     likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
-    assert llama.token_score(context, likeliest)[1]
-    assert not llama.token_score(context, (likeliest + 1) % 293)[1]  # of 293 tokens
+    other = (likeliest + 1) % 293  # the vocabulary has 293 tokens
+    _, is_likeliest = llama.token_score(context, likeliest)
+    assert is_likeliest
+    _, is_likeliest = llama.token_score(context, other)
+    assert not is_likeliest
 
 
 def test_llama_cpp_gives_the_losses_of_transformers(
@@ -107,31 +126,34 @@ def test_llama_cpp_gives_the_losses_of_transformers(
     tokens = torch.randint(3, 290, (2, 24), generator=torch.Generator().manual_seed(0))
     tokens[0, 11] = end
     text = TextSequences.of(tokens, end)
-    assert not text.prediction_mask.all()
+    assert not text.prediction_mask.all()  # the token after ``end`` is not predicted
     log = MetricsLog(tmp_path / "metrics")
     expected = score({TEACHER: Predictor.of(student.model)}, text, 1, log)[TEACHER].losses
     assert llama.losses(text) == pytest.approx(expected, rel=1e-3)
+    # The losses of the two sequences differ, so returning them in the wrong order would fail.
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
 
 
 def test_llama_cpp_generates_the_text_of_transformers(
     llama: served.LlamaCppLM, student: packed_lm.PackedLM, odd_llama: Path, tmp_path: Path
 ) -> None:
-    """The second student's folder has a repetition penalty, which changes the text."""
+    """Compares texts without, then with a repetition penalty in the student's generation config.
+
+    Both use the same server, because the client sends the penalty with each request.
+    """
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     prompts = ("The history of the", "A river is a")
     instances = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(prompts)]
     expected = student.generate_until(instances)
     assert llama.generate_until(instances) == expected
-    assert all(expected)
+    assert all(expected)  # no text is empty
     folder = shutil.copytree(odd_llama, tmp_path / "penalty")
     add_generation_settings(folder, repetition_penalty=1.9)
-    penalised = packed_lm.PackedLM(
-        load_causal_lm(folder), student.tokenizer, 600, lambda done, total: None, LENGTH
-    )
+    penalized_student = packed_model(folder)
     address = llama.base_url.removesuffix("/v1/completions")
-    answers = served.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
-    assert answers == penalised.generate_until(instances) != expected
+    penalized_texts = served.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
+    assert penalized_texts == penalized_student.generate_until(instances)
+    assert penalized_texts != expected
 
 
 def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
@@ -143,21 +165,24 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
 ) -> None:
     """A fake ``trtllm-serve`` records its arguments and starts llama.cpp's server.
 
-    Both servers have the same protocol. The options, routes and fields of TensorRT-LLM are those in
-    its source.
+    Both servers have the same protocol. ``API`` lists the options, routes and fields that occur in
+    TensorRT-LLM's source.
     """
-    words = shlex.join(llama_command(gguf, 99999, LENGTH + 1, 1)).replace("99999", "${!#}")
+    # The port is the last argument of ``trtllm-serve``, which is "${!#}" in bash. 99999 is a
+    # placeholder, because ``llama_command`` takes the port as a number.
+    llama_words = llama_command(gguf, 99999, context=LENGTH + 1, threads=1)
+    start_llama = shlex.join(llama_words).replace("99999", "${!#}")
     write_program(
-        tmp_path / "bin" / "trtllm-serve", f'echo "$@" >{tmp_path}/arguments; exec {words}'
+        tmp_path / "bin" / "trtllm-serve", f'echo "$@" >{tmp_path}/arguments; exec {start_llama}'
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.setattr(served, "require_backend", lambda _: None)
-    requested: list[str] = []
+    requested_paths: list[str] = []
     for method in ("get", "post"):
         send = getattr(requests, method)
 
         def record(url: str, *args: Any, _send: Any = send, **kwargs: Any) -> Any:
-            requested.append("/" + url.split("/", 3)[3])
+            requested_paths.append(urlsplit(url).path)
             return _send(url, *args, **kwargs)
 
         monkeypatch.setattr(requests, method, record)
@@ -169,7 +194,8 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
         assert client.generate_until([request]) == student.generate_until([request])
     assert isinstance(client, served.ServedLM)
     assert client.timeout == served.REQUEST_SECONDS
-    assert {*requested} <= {*API["routes of trtllm-serve"]["routes"]}
+    assert {*requested_paths} <= {*API["routes of trtllm-serve"]["routes"]}
+    # The arguments are the engine, then pairs of an option and its value.
     options = (tmp_path / "arguments").read_text().split()[1::2]
     assert {"--host", "--port"} < {*options} <= {*API["trtllm-serve"]["options"]}
     client.penalty = client.penalty_request(1.9)
@@ -178,15 +204,19 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
     assert payload.keys() <= {*API["requests of trtllm-serve"]["request"]}
 
 
-def test_prompts_fit_the_engine() -> None:
-    """An engine refuses longer prompts after hours; the PyTorch backend would shorten answers."""
-    default: dict[str, Any] = {"max_seq_len": None, "max_input_len": None}
-    assert served.engine_limits(default) == []
-    assert served.engine_limits(default | {"max_seq_len": 2048}) == [2047]
+def test_prompt_limits_come_from_the_build_settings_of_an_engine() -> None:
+    """Without these limits, an engine would refuse a long prompt after hours of evaluation.
+
+    TensorRT-LLM's PyTorch backend would shorten answers instead.
+    """
+    unlimited: dict[str, Any] = {"max_seq_len": None, "max_input_len": None}
+    assert served.engine_limits(unlimited) == []
+    assert served.engine_limits(unlimited | {"max_seq_len": 2048}) == [2047]
     assert served.engine_limits({"max_seq_len": 2048, "max_input_len": 1024}) == [2047, 1024]
 
 
 def add_generation_settings(folder: Path, **settings: Any) -> None:
+    """Adds settings to ``generation_config.json`` in a Hugging Face folder."""
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
@@ -218,11 +248,12 @@ def test_an_openvino_engine_is_compared_with_its_student(even_llama: Path, tmp_p
         lines = (out / "samples" / "piqa.jsonl").read_text().splitlines()
         samples = [json.loads(line) for line in lines]
         assert len(samples) == served_scores.tasks["piqa"].items == LIMIT
+        # A response has [log-likelihood, is greedy] for each choice. The first choice is compared.
         gaps = [s["served"]["response"][0][0] - s["student"]["response"][0][0] for s in samples]
         largest_gap[precision] = max(map(abs, gaps))
-        answers = served_scores.tasks["piqa"].answers
-        assert answers.difference.value == pytest.approx(
-            answers.served.value - answers.student.value
+        likelihoods = served_scores.tasks["piqa"].answers  # mean log-likelihood of right answers
+        assert likelihoods.difference.value == pytest.approx(
+            likelihoods.served.value - likelihoods.student.value
         )
     assert largest_gap["fp32"] < 1e-3
     assert largest_gap["int4"] > 0.05
@@ -234,6 +265,7 @@ def config(**settings: Any) -> EvaluateServedConfig:
 
 
 def gguf_inputs(root: Path, folder: Path, weight_type: str) -> dict[str, Input]:
+    """Writes a GGUF file of the student in ``folder``; returns inputs of ``evaluate_served``."""
     file = root / "file" / FILE
     file.parent.mkdir()
     result = write(folder, file, weight_type)
@@ -245,46 +277,48 @@ def gguf_inputs(root: Path, folder: Path, weight_type: str) -> dict[str, Input]:
 
 
 def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Path) -> None:
-    before = children()
+    children_before = child_processes()
     inputs = gguf_inputs(tmp_path, even_llama, "q8_0")
     result = evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage")).result
     assert (result.server, result.precision, result.text) == ("llama_cpp", "q8_0", None)
-    answers = result.tasks["sciq"].answers
-    assert 0 < abs(answers.difference.value) < 1
-    assert answers.difference.low < answers.difference.value < answers.difference.high
-    assert children() <= before
+    difference = result.tasks["sciq"].answers.difference  # of mean log-likelihoods
+    assert 0 < abs(difference.value) < 1  # quantization changes these, but only a little
+    assert difference.low < difference.value < difference.high
+    assert child_processes() <= children_before
 
 
-def test_a_killed_stage_starts_again_and_gives_the_same_result(
+def test_a_killed_stage_gives_the_same_result_after_a_restart(
     even_llama: Path, tmp_path: Path
 ) -> None:
     inputs, stage = gguf_inputs(tmp_path, even_llama, "q8_0"), tmp_path / "stage"
     for item in inputs.values():
         write_manifest(item.directory, item.manifest)
     references = {name: InputRef.of(item.directory) for name, item in inputs.items()}
-    request = Request("evaluate_served", "f", "c", references, asdict(config())).write(stage)
-    command = start_command(evaluate_served.__name__, request, 1, sys.executable)
-    first = subprocess.Popen(command, start_new_session=True)
+    request = Request(
+        "evaluate_served", fingerprint="f", code="c", inputs=references, config=asdict(config())
+    )
+    request_file = request.write(stage)
+    command = start_command(evaluate_served.__name__, request_file, 1, sys.executable)
+    process = subprocess.Popen(command, start_new_session=True)
     while not (stage / METRICS).exists():  # written while the model is served
-        assert first.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
-    first.kill()
-    first.wait()
+    process.kill()
+    process.wait()
     assert read_manifest(stage) is None
     subprocess.run(command, check=True)
-    killed = read_manifest(stage)
-    assert killed is not None
-    out = make_artifact_folder(tmp_path, "unkilled")
-    assert (
-        killed.result(ServedResult).tasks == evaluate_served.run(config(), inputs, out).result.tasks
-    )
+    manifest = read_manifest(stage)
+    assert manifest is not None
+    out = make_artifact_folder(tmp_path, "uninterrupted")
+    uninterrupted = evaluate_served.run(config(), inputs, out).result
+    assert manifest.result(ServedResult).tasks == uninterrupted.tasks
 
 
 @pytest.mark.parametrize("problem", ["missing", "damaged", "killed"])
-def test_a_failing_server_gives_one_message(
+def test_a_server_failure_is_reported_and_no_process_remains(
     even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    before, inputs = children(), gguf_inputs(tmp_path, even_llama, "f16")
+    children_before, inputs = child_processes(), gguf_inputs(tmp_path, even_llama, "f16")
     messages = {
         "missing": "llama.cpp's server is missing",
         "damaged": "did not start",
@@ -293,25 +327,26 @@ def test_a_failing_server_gives_one_message(
     if problem == "missing":
         monkeypatch.setattr(server, "has_llama_server", lambda: False)
     elif problem == "damaged":
+        # A GGUF file starts with these four letters; the zeros are not a valid header.
         (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
     else:
-        score_token, calls = served.LlamaCppLM.token_score, []
+        token_score, scored_tokens = served.LlamaCppLM.token_score, []
 
-        def kill(self: Any, context: list[int], token: int) -> tuple[float, bool]:
-            calls.append(token)
-            if len(calls) == 5:
-                for pid in children() - before:
+        def kill_server_at_token_5(self: Any, context: list[int], token: int) -> tuple[float, bool]:
+            scored_tokens.append(token)
+            if len(scored_tokens) == 5:
+                for pid in child_processes() - children_before:
                     os.kill(pid, signal.SIGKILL)
-            return score_token(self, context, token)
+            return token_score(self, context, token)
 
-        monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
+        monkeypatch.setattr(served.LlamaCppLM, "token_score", kill_server_at_token_5)
     with pytest.raises(RecipeError, match=messages[problem]):
         evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage"))
-    assert children() <= before
+    assert child_processes() <= children_before
 
 
-def test_a_server_dies_with_its_stage(gguf: Path) -> None:
-    """The server also stops after ``kill -9`` of the stage."""
+def test_a_server_stops_if_its_stage_is_killed(gguf: Path) -> None:
+    """Kills the stage with SIGKILL, after which the stage itself cannot stop the server."""
     port = free_port()
     code = (
         "from recipes.engines.server import llama_command, serving; import signal\n"
@@ -321,13 +356,13 @@ def test_a_server_dies_with_its_stage(gguf: Path) -> None:
     stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert stage.stdout is not None
     while "ready" not in (line := stage.stdout.readline()):
-        assert line
+        assert line  # an empty line means that the stage has ended
     stage.kill()
     stage.wait()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         with socket.socket() as probe:
-            if probe.connect_ex((server.HOST, port)):
+            if probe.connect_ex((server.HOST, port)):  # not 0: no program listens on the port
                 return
         time.sleep(0.1)
     pytest.fail("the server still listens")

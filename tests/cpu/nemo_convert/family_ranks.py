@@ -10,19 +10,26 @@ from typing import Any
 from tests.support.manifests import bare_manifest, dataset_result
 
 TP, PP, DP = "TP=2", "PP=2", "DP=2"
+"""Parallel layouts. They are also names of output folders."""
 DATA_PARALLEL = ("llama", "qwen3_moe")
 """Families that are trained at DP=2: a dense one and an MoE."""
 SEQ_LENGTH = 32
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 1e-2  # large enough that one step changes every weight
 LOGITS = "logits.safetensors"
+"""Name of the file with the teacher's logits."""
 
 
 def main(layout: str, root: Path) -> None:
-    """Writes logits, and students after one training step, to ``root/<family>/``.
+    """Trains students for one step, then computes teachers' logits, on this rank of two.
 
-    The run for TP=2 writes logits and students of all families to ``TP=2/``. The run for PP=2
-    writes logits of all families to ``PP=2/``, and students of ``DATA_PARALLEL`` to ``DP=2/``: at
-    DP=2 each rank has half of the optimizer's weights.
+    Outputs go to folders in ``root/<family>/``. With TP=2, students and logits of all families go
+    to ``TP=2/``. With PP=2, logits of all families go to ``PP=2/``. The two processes of that run
+    also train the families ``DATA_PARALLEL`` with DP=2, where each rank has half of the optimizer's
+    weights. These students go to ``DP=2/``.
+
+    Args:
+        layout: ``TP`` or ``PP``.
+        root: Folder of the fixture ``root`` of ``test_families``.
     """
     from megatron.core import parallel_state
 
@@ -40,7 +47,7 @@ def main(layout: str, root: Path) -> None:
             distil(
                 folder, root / "data", out, tensor_parallel_size=2 if training_layout == TP else 1
             )
-    if training_layout == DP:  # the logits are computed at PP=2
+    if training_layout == DP:  # the process groups of DP=2 are replaced with those of PP=2
         parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(tensor=2) if layout == TP else nemo.Parallelism(pipeline=2)
     nemo.initialize(parallel)
@@ -49,7 +56,11 @@ def main(layout: str, root: Path) -> None:
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:
-    """Writes the teacher's float32 logits [batch, sequence, vocabulary] by our training layers."""
+    """Computes the teacher's logits with our training layers, and writes them to ``LOGITS``.
+
+    The logits are float32 [batch, sequence, vocabulary]. TP rank 0 of the last pipeline stage
+    writes them.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -65,6 +76,7 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
     rank = torch.distributed.get_rank()
     with torch.no_grad():
         if not parallel_state.is_pipeline_first_stage():
+            # Megatron's hidden states are [sequence, batch, hidden_size].
             hidden = torch.empty(tokens.shape[1], len(tokens), core.config.hidden_size)
             torch.distributed.recv(hidden, rank - 1)
             core.set_input_tensor(hidden)
@@ -78,7 +90,16 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
 
 
 def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> None:
-    """Trains one step in bfloat16, with losses on logits, hidden states and next tokens."""
+    """Trains a student one step in bfloat16, with losses on logits, hidden states and next tokens.
+
+    Args:
+        folder: Folder of a family, with ``teacher.nemo`` and ``pruned.nemo``.
+        data: Artifact of a dataset.
+        out: Folder for the metrics, the student ``work/artifact/s.nemo``, and checkpoints of
+            training in ``work/``.
+        tensor_parallel_size: Number of tensor-parallel ranks, 1 or 2. With 1, both ranks are
+            data-parallel.
+    """
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
     from recipes.distillation.objective import Objective, TeacherSource

@@ -1,4 +1,7 @@
-"""Code that comes with a model, a tokenizer or a checkpoint does not run."""
+"""Tests that code which comes with a model, a tokenizer or a checkpoint does not run.
+
+Most tests plant code that would create a file, and check that the file does not exist.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from tests.support.conversion import assert_same_weights, convert_by_command
 def folder_with_code(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, Path]:
-    """A model's folder, and a file that the code planted in it would create.
+    """A copy of a model's folder, and the path of a file. Tests plant code that creates this file.
 
     If transformers asks whether to run the code, the answer is yes.
     """
@@ -41,9 +44,11 @@ def test_code_of_a_tokenizer_does_not_run(
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text())
-    config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
+    auto_map = {"AutoTokenizer": [None, "custom.Own"]}  # no slow class, and a fast class
+    config |= {"auto_map": auto_map, "tokenizer_class": "Own"}
     file.write_text(json.dumps(config))
-    with pytest.raises(RecipeError):  # the loader itself; a conversion refuses the class before it
+    # A conversion checks the class before it loads the tokenizer, so the loader is called too.
+    with pytest.raises(RecipeError):
         load_tokenizer(folder)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert not created_by_code.exists()
@@ -55,38 +60,42 @@ def test_code_of_a_model_does_not_run(folder_with_code: tuple[Path, Path], tmp_p
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
     config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (folder / "config.json").write_text(json.dumps(config))
+    # A conversion checks the config before it loads the model, so the loader is called too.
     with pytest.raises(ValueError, match="trust_remote_code"):
-        hf.load_causal_lm(folder)  # the loader itself; a conversion refuses the config before it
+        hf.load_causal_lm(folder)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert not created_by_code.exists()
 
 
 def test_code_for_generation_does_not_run(folder_with_code: tuple[Path, Path]) -> None:
-    """transformers 4 runs this code even if it must not trust code of the model."""
+    """transformers 4 runs ``custom_generate/generate.py`` even with trust_remote_code=False."""
     folder, created_by_code = folder_with_code
     (folder / "custom_generate").mkdir()
     code = f"open({str(created_by_code)!r}, 'w')\ndef generate(model): pass\n"
     (folder / "custom_generate" / "generate.py").write_text(code)
     model = hf.load_causal_lm(folder)
     assert not created_by_code.exists()
-    assert model.generation_config.temperature == 0.7  # from generation_config.json
+    assert model.generation_config.temperature == 0.7  # generation_config.json is still read
 
 
 def test_context_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NeMo makes the planted call if it opens the context. ``to-hf`` does not open the context."""
+    """NeMo makes the planted call if it opens the context. ``to-hf`` does not open the context.
+
+    The test replaces AutoTokenizer(pretrained_model_name=NAME) with getoutput(cmd="touch FILE").
+    """
     hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
     file = hostile / nemo.CONTEXT / "io.json"
     text = file.read_text()
     tokenizer = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"
-    reference = '"module": "{}", "name": "{}"'
-    assert reference.format(*tokenizer) in text
-    text = text.replace(reference.format(*tokenizer), reference.format("subprocess", "getoutput"))
+    template = '"module": "{}", "name": "{}"'  # how io.json names a Python object
+    assert template.format(*tokenizer) in text
+    text = text.replace(template.format(*tokenizer), template.format("subprocess", "getoutput"))
     context = json.loads(text.replace('"pretrained_model_name"', '"cmd"'))
     for item in context["objects"].values():
-        for pair in item["items"]:
+        for pair in item["items"]:  # [label, value]
             if pair[0] == "Attr(name='pretrained_model_name')":
                 pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {created_by_call}"}
     file.write_text(json.dumps(context))
@@ -97,13 +106,14 @@ def test_context_that_would_run_code_is_refused(
     assert convert_by_command("to-hf", hostile, tmp_path / "converted") == 0
     assert_same_weights(odd_llama, tmp_path / "converted")
     assert not created_by_call.exists()
+    # The result of the call is not a tokenizer, so NeMo may fail after the call.
     with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
         nemo.restore_model(hostile)
     assert created_by_call.exists(), "the planted call must work when the checkpoint is trusted"
 
 
 def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the objects in a context's ``io.json``."""
+    """Calls ``change`` on the dict of objects in a checkpoint's ``io.json``, and saves the dict."""
     file = checkpoint / nemo.CONTEXT / "io.json"
     context = json.loads(file.read_text())
     change(context["objects"])
@@ -114,9 +124,10 @@ def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Pa
     """Contexts have harmless lists under the key ``paths``, but other values must be checked."""
 
     def plant(objects: dict[str, Any]) -> None:
-        # The object that names the tokenizer's class gets the key "paths", and another function.
-        name = objects["auto_tokenizer_1"]["metadata"]["key"]
-        objects["paths"] = objects.pop(name)
+        # The metadata name the tokenizer's class. They get the key "paths", and another function
+        # instead of the class.
+        key = objects["auto_tokenizer_1"]["metadata"]["key"]
+        objects["paths"] = objects.pop(key)
         objects["auto_tokenizer_1"]["metadata"]["key"] = "paths"
         function = objects["paths"]["items"][0][1]
         function |= {"module": "subprocess", "name": "getoutput"}
@@ -128,16 +139,17 @@ def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Pa
         nemo.restore_model(hostile)
 
 
-def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+def test_trust_remote_code_under_another_label_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
     """Fiddle takes the names of arguments from the metadata, not from the label of an item."""
 
     def plant(objects: dict[str, Any]) -> None:
         metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
         names = objects[metadata["items"][1][1]["key"]]
-        # The item's label is use_fast, but the metadata name the argument trust_remote_code.
-        for owner, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
-            item = {"type": "leaf", "value": value, "paths": []}
-            owner["items"].append(["Attr(name='use_fast')", item])
+        # Adds the argument's name to the metadata and its value to the tokenizer. Both items have
+        # the label use_fast, but the metadata name the argument trust_remote_code.
+        for target, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
+            leaf = {"type": "leaf", "value": value, "paths": []}
+            target["items"].append(["Attr(name='use_fast')", leaf])
 
     hostile = tmp_path / "hostile.nemo"
     shutil.copytree(odd_nemo, hostile)
@@ -147,7 +159,14 @@ def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: P
 
 
 def test_metadata_may_name_members_of_enums_as_python_3_11_2_does(tmp_path: Path) -> None:
+    """Python 3.11.2 pickles a member of an enum as a call of ``getattr``.
+
+    Such calls are allowed, but not calls that return another attribute.
+    """
+
     class Attribute:
+        """Is pickled as the call ``getattr(owner, name)``."""
+
         def __init__(self, owner: object, name: str) -> None:
             self.arguments = owner, name
 
@@ -170,6 +189,8 @@ def test_metadata_that_would_run_code_is_refused(
     shutil.copytree(odd_nemo, hostile)
 
     class Planted:
+        """Is pickled as a call of ``os.system``, whose module is ``posix``."""
+
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {created_by_call}",)
 

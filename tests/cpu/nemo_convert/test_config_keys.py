@@ -15,6 +15,8 @@ from nemo_convert.hf_config import as_transformers_4, read_architecture, rope_th
 from tests.support.models import FAMILIES
 from tests.support.transformers_5 import transformers_5
 
+# Prints a JSON object: for each family, a config with all keys. ``to_diff_dict`` leaves out keys
+# with default values, so the keys of the family's own config class are added.
 WRITE_CONFIGS = """
 import json, sys
 from transformers import AutoConfig, PretrainedConfig
@@ -50,10 +52,10 @@ def configs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_a_config_is_listed(configs: dict[str, dict[str, Any]], family: str) -> None:
-    written = {**configs[family], "architectures": [ARCHITECTURES[family]]}
-    config = as_transformers_4(written, family)
+    config_json = {**configs[family], "architectures": [ARCHITECTURES[family]]}
+    config = as_transformers_4(config_json, family)
     assert list(unknown_keys(config)) == []
-    assert rope_theta(config) == 5000.0
-    shape = read_architecture(written, family)
-    assert shape.num_layers == configs[family]["num_hidden_layers"]
-    assert shape.num_moe_experts == FAMILIES[family].get("num_experts", 0)
+    assert rope_theta(config) == 5000.0  # set by WRITE_CONFIGS
+    architecture = read_architecture(config_json, family)
+    assert architecture.num_layers == configs[family]["num_hidden_layers"]
+    assert architecture.num_moe_experts == FAMILIES[family].get("num_experts", 0)

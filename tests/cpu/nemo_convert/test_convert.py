@@ -1,4 +1,4 @@
-"""Conversion keeps side files, logits, and the exact bits of every weight."""
+"""Conversion keeps the logits and the exact bits of every weight, and refuses invalid folders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from tests.support.folder_changes import WEIGHTS, edit_json
 from tests.support.hub import fake_hub, run_with_hub
 from tests.support.models import EVEN, ODD, write_tiny_model
 
+SHARD_BYTES = 60_000
+"""Less than the weights of ``odd_llama``, so they are written as several shards."""
+
 
 def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
     rope = {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}}
+    # The path has characters with a meaning in Hydra's overrides, and one that is not ASCII.
     source = write_tiny_model(tmp_path / "ü=a, b", text_file, **EVEN, **rope, train=False)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
-    # In a new process, since to-nemo has patched the libraries of this one.
+    # to-nemo has patched libraries in this process. to-hf must also work without these patches.
     arguments = ("to-hf", tmp_path / "m.nemo", tmp_path / "back")
     subprocess.run([sys.executable, "-m", "nemo_convert", *arguments], cwd=REPO_ROOT, check=True)
     assert_same_weights(source, tmp_path / "back")
@@ -39,7 +43,7 @@ def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
 def test_commands_disable_tensorfloat_32(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commands fail because the models are missing. They set the variable before."""
+    """The commands set the variable first. Then they fail, because the models are missing."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     assert convert_by_command(command, tmp_path / "first", tmp_path / "second") == 1
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
@@ -48,7 +52,7 @@ def test_commands_disable_tensorfloat_32(
 def test_written_shards_have_an_index_that_transformers_reads(
     odd_llama: Path, tmp_path: Path
 ) -> None:
-    hf.write_weights(iter(read_tensors(odd_llama).items()), tmp_path, shard_bytes=60_000)
+    hf.write_weights(iter(read_tensors(odd_llama).items()), tmp_path, shard_bytes=SHARD_BYTES)
     hf.copy_side_files(odd_llama, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     assert_same_weights(odd_llama, tmp_path)
@@ -57,7 +61,7 @@ def test_written_shards_have_an_index_that_transformers_reads(
 
 
 def test_rope_parameters_of_transformers_5_are_read(odd_llama: Path, tmp_path: Path) -> None:
-    """transformers 4 ignores ``rope_parameters``, and then uses a theta of 10,000."""
+    """transformers 4 ignores ``rope_parameters``, and would use its default theta of 10,000."""
     folder, checkpoint, back = (tmp_path / name for name in ("hf", "m.nemo", "back"))
     shutil.copytree(odd_llama, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -81,8 +85,8 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
 ) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
     # LlamaTokenizer fails if it must add a BOS token and has none.
-    no_token = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
-    edit_json("tokenizer_config.json", **no_token)(folder)
+    no_bos = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
+    edit_json("tokenizer_config.json", **no_bos)(folder)
     assert convert_by_command("check", folder) == 1
     assert "cannot load the tokenizer" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "token")
@@ -106,7 +110,7 @@ def test_a_check_loads_the_tokenizer_without_torch(odd_llama: Path) -> None:
 def test_only_the_files_that_transformers_reads_are_converted(
     odd_llama: Path, tmp_path: Path
 ) -> None:
-    """Other safetensors files may sort before or after ``model.safetensors``."""
+    """Adds files with other values, whose names sort before and after ``model.safetensors``."""
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
     changed = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}
@@ -120,6 +124,7 @@ def test_only_the_files_that_transformers_reads_are_converted(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        # The model's head is tied to the embedding. The added head has other values.
         ("lm_head.weight", "tie_word_embeddings is true"),
         ("v_head.summary.weight", "v_head.summary.weight, which LlamaForCausalLM does not have"),
     ],
@@ -154,7 +159,7 @@ def test_the_error_names_a_missing_shard_or_index(
 ) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    hf.write_weights(iter(read_tensors(odd_llama).items()), folder, shard_bytes=60_000)
+    hf.write_weights(iter(read_tensors(odd_llama).items()), folder, shard_bytes=SHARD_BYTES)
     (folder / "model.safetensors.index.json").rename(tmp_path / "index")
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert "neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
@@ -177,6 +182,7 @@ def test_verify_accepts_an_equal_model_and_refuses_a_changed_one(
     hf.write_weights(iter(weights.items()), changed)
     assert convert_by_command("verify", changed, odd_nemo) == 1
     assert "parity gate failed" in capsys.readouterr().err
+    # ``verify`` requires a folder and a checkpoint, so two folders are refused.
     assert convert_by_command("verify", odd_llama, odd_llama) == 1
 
 
@@ -186,13 +192,13 @@ def test_packed_file_has_the_same_model(odd_llama: Path, odd_nemo: Path, tmp_pat
 
 
 def test_archive_with_a_path_outside_its_directory_is_refused(tmp_path: Path) -> None:
-    evil = tmp_path / "evil.nemo"
-    with tarfile.open(evil, "w") as archive:
+    hostile = tmp_path / "hostile.nemo"
+    with tarfile.open(hostile, "w") as archive:
         entry = tarfile.TarInfo("../outside")
         entry.size = 1
         archive.addfile(entry, io.BytesIO(b"x"))
     with pytest.raises(RecipeError, match="cannot be unpacked safely"):
-        nemo.open_checkpoint(evil, tmp_path / "scratch")
+        nemo.open_checkpoint(hostile, tmp_path / "scratch")
     assert not (tmp_path / "outside").exists()
 
 
@@ -200,7 +206,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_pa
     broken = tmp_path / "broken"
     shutil.copytree(odd_llama, broken)
     config = json.loads((broken / "config.json").read_text())
-    config["vocab_size"] = 200  # the tokenizer has 288 tokens
+    config["vocab_size"] = 200  # the tokenizer has 288 tokens, 88 more
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match="has 88 tokens without an embedding"):
         convert.to_nemo(broken, tmp_path / "x.nemo")
@@ -218,6 +224,8 @@ def test_the_error_names_a_missing_weight(odd_llama: Path, tmp_path: Path) -> No
         convert.to_nemo(broken, tmp_path / "x.nemo")
 
 
+# Loads each checkpoint with stock NeMo. Prints "SUM", the sum of all absolute weights, the name of
+# the model's class, and the size of the tokenizer's vocabulary.
 STOCK_NEMO_SCRIPT = """
 import sys
 from pathlib import Path
@@ -246,29 +254,33 @@ def main():
 if __name__ == "__main__":
     main()
 """
-DENSE = {
+NEMO_CLASSES = {
     "llama": "LlamaModel",
     "mistral": "MistralModel",
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
 }
-"""NeMo's model class of each dense family. The MoE family is left out: without TransformerEngine,
-stock Megatron's checkpoint keys of experts differ."""
+"""NeMo's model class of each dense family. The MoE family is not tested: without
+TransformerEngine, stock Megatron uses other checkpoint keys for experts."""
 
 
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
-    """Runs NeMo's own loader without what needs a GPU: fused kernels, and moves between GPUs."""
+    """Runs NeMo's own loader on the CPU.
+
+    The script turns off what needs a GPU: fused kernels, and moving tensors to a GPU.
+    """
     script = tmp_path / "stock.py"
     script.write_text(STOCK_NEMO_SCRIPT)
-    expected = []
-    for family, model in DENSE.items():
+    checkpoints, expected = [], []
+    for family, class_name in NEMO_CLASSES.items():
         write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)
-        convert.to_nemo(tmp_path / family, tmp_path / f"{family}.nemo")
+        checkpoints.append(tmp_path / f"{family}.nemo")
+        convert.to_nemo(tmp_path / family, checkpoints[-1])
         total = sum(float(t.double().abs().sum()) for t in read_tensors(tmp_path / family).values())
-        vocab_size = 288  # of the tokenizer
-        expected.append([pytest.approx(total, rel=1e-6), model, vocab_size])
+        vocab_size = 288  # of the tokenizer, which has fewer tokens than the model has embeddings
+        expected.append([pytest.approx(total, rel=1e-6), class_name, vocab_size])
     done = subprocess.run(
-        [sys.executable, str(script), *(str(tmp_path / f"{family}.nemo") for family in DENSE)],
+        [sys.executable, script, *checkpoints],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -277,7 +289,8 @@ def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("SUM")]
-    assert [[float(total), model, int(size)] for _, total, model, size in lines] == expected
+    actual = [[float(total), class_name, int(size)] for _, total, class_name, size in lines]
+    assert actual == expected
 
 
 def test_context_keeps_the_settings_for_a_gpu(odd_nemo: Path) -> None:

@@ -52,19 +52,22 @@ SIDE_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Pruned sizes. The teachers have hidden_size=64, 4 heads, ffn_hidden_size=128, and the MoE has 6
+# experts of moe_ffn_hidden_size=40.
 WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32}
 TARGETS = {
     family: {**WIDTH, **(EXPERTS if "num_experts" in fields else {"ffn_hidden_size": 96})}
     for family, fields in FAMILIES.items()
 }
+"""Target widths of each family, as fields of ``PruneTargets``."""
 
 
 def test_every_family_has_a_tiny_model() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    mapping = AutoModelForCausalLM._model_mapping
-    tiny = {mapping[type(AutoConfig.for_model(name))].__name__ for name in FAMILIES}
+    model_classes = AutoModelForCausalLM._model_mapping  # by the class of the config
+    tiny = {model_classes[type(AutoConfig.for_model(name))].__name__ for name in FAMILIES}
     assert tiny == set(SUPPORTED)
 
 
@@ -82,7 +85,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         convert.to_nemo(folder / "hf", folder / "teacher.nemo")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")  # the same in all families
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
     sequences = torch.tensor(ids[: len(ids) // SEQ_LENGTH * SEQ_LENGTH]).view(-1, SEQ_LENGTH)
     save_file({"tokens": sequences[:2].clone()}, root / "tokens.safetensors")
     (root / "data").mkdir()
@@ -95,6 +98,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
+    """Prunes ``teacher.nemo`` to ``pruned.nemo``: drops layer 2, and prunes to ``TARGETS``.
+
+    ``calibration`` has the tokens [sequences, SEQ_LENGTH] for the importance scores.
+    """
     teacher = folder / "teacher.nemo"
     cfg = ScoreConfig(calibration="random", num_loss_samples=0)
     text = TextSequences.of(calibration)
@@ -112,7 +119,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
 
 
 class StatefulNorm(RMSNorm):
-    """Has an extra state, like the norms of TransformerEngine (``pytorch/ops/op.py``)."""
+    """Norm with an extra state, like TransformerEngine's norms (its ``pytorch/ops/op.py``)."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -122,30 +129,33 @@ class StatefulNorm(RMSNorm):
 
 
 def require_norm_states(checkpoint: Path, stateless: Path) -> None:
-    """Asserts that norms with an extra state can be loaded from checkpoints with and without it.
+    """Asserts that norms with an extra state load checkpoints with and without such states.
 
-    ``checkpoint`` has such states. This function writes ``stateless``, which has none.
+    Args:
+        checkpoint: NeMo checkpoint whose norms have states, for loaders that require them.
+        stateless: Path at which this function writes a checkpoint of this model without states.
+            Its weights are arbitrary.
     """
     nemo.initialize(nemo.Parallelism())
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=True)
     weights = stateless / nemo.WEIGHTS
     weights.mkdir(parents=True)
     dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
+    # TransformerEngine fuses all other norms into the next linear layer.
     unfused = {"final_layernorm", "q_layernorm", "k_layernorm"}
-    if core.config.num_moe_experts:  # a dense model fuses this norm into the next linear layer
+    if core.config.num_moe_experts:  # only a dense model fuses this norm
         unfused.add("pre_mlp_layernorm")
-    norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in unfused]
-    for norm in norms:
-        if isinstance(norm, RMSNorm):
-            norm.__class__ = StatefulNorm
+    for name, module in core.named_modules():
+        if name.rpartition(".")[2] in unfused and isinstance(module, RMSNorm):
+            module.__class__ = StatefulNorm
     state = core.sharded_state_dict(prefix="module.")
     assert any(name.endswith(f"norm.{nemo.EXTRA_STATE}") for name in state)
-    dist_checkpointing.load(state, str(checkpoint / nemo.WEIGHTS))
-    nemo.load_weights(core, stateless)
+    dist_checkpointing.load(state, str(checkpoint / nemo.WEIGHTS))  # fails if a state is missing
+    nemo.load_weights(core, stateless)  # does not read states
 
 
-class Experts(torch.nn.Module):
-    """Experts with the state dict of TransformerEngine's grouped linear layer."""
+class GroupedExperts(torch.nn.Module):
+    """Two experts with the state dict of TransformerEngine's grouped linear layer."""
 
     def sharded_state_dict(self, prefix: str) -> dict[str, str]:
         names = ("weight0", "weight1", "_extra_state", "_extra_state1")
@@ -156,8 +166,13 @@ def test_fp8_states_of_experts_are_not_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     names: list[str] = []
-    monkeypatch.setattr(nemo, "read_sharded", lambda state, _: names.extend(state) or {})
-    nemo.load_weights(Experts(), tmp_path)
+
+    def record_names(state: dict[str, Any], _: Path) -> dict[str, Any]:
+        names.extend(state)
+        return {}
+
+    monkeypatch.setattr(nemo, "read_sharded", record_names)
+    nemo.load_weights(GroupedExperts(), tmp_path)
     assert names == ["module.weight0", "module.weight1"]
 
 
@@ -184,8 +199,8 @@ def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) 
 def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: Path) -> None:
     """The model has an untied head. It has no generation config, and conversion adds none."""
     source, back = tmp_path / "hf", tmp_path / "back"
-    shape = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}
-    write_tiny_model(source, text_file, family, train=False, **shape)
+    fields = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}  # gives several shards
+    write_tiny_model(source, text_file, family, train=False, **fields)
     (source / "generation_config.json").unlink()
     assert len(list(source.glob("*.safetensors"))) > 1
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
@@ -205,7 +220,13 @@ def tokens_of(root: Path) -> torch.Tensor:
 
 
 def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor) -> None:
-    """Asserts that logits equal those of transformers, up to rounding."""
+    """Asserts that each of ``logits`` equals what transformers computes, up to rounding.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        tokens: Tokens [batch, sequence].
+        logits: Tensors [batch, sequence, vocabulary] for the same tokens.
+    """
     model = hf.load_causal_lm(folder)
     expected = logits_of(model, tokens)
     noise = measure_ulp_noise(model, lambda: logits_of(model, tokens))
@@ -215,7 +236,7 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Path) -> None:
-    """transformers gives the logits of Megatron, and of the model that evaluation loads."""
+    """The exported model has the logits of Megatron's model and of the model in evaluation."""
     checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
     by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
@@ -223,10 +244,10 @@ def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Pa
     require_logits_of(tmp_path / "hf", tokens, by_megatron, by_evaluation)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     teacher = nemo.architecture_of(root / family / "teacher.nemo")
-    targets = PruneTargets(num_layers=3, **TARGETS[family])
+    targets = PruneTargets(num_layers=3, **TARGETS[family])  # 1 of 4 layers was dropped
     expected = pruned_shape(teacher, targets)
     assert read_architecture(config, family) == expected
-    assert config["head_dim"] == EVEN["head_dim"]
+    assert config["head_dim"] == EVEN["head_dim"]  # is not pruned
     assert expected.parameters() == sum(t.numel() for _, t in convert.hf_weights(checkpoint))
 
 
@@ -238,6 +259,7 @@ def test_training_layers_compute_the_same_model(family: str, root: Path) -> None
 
 @pytest.fixture(scope="module", params=[TP, PP])
 def layout(request: pytest.FixtureRequest, root: Path) -> str:
+    """Runs ``family_ranks`` with a layout, and returns the layout."""
     # The same two processes handle all families, because most of the time goes into imports.
     run_ranks("-m", "tests.cpu.nemo_convert.family_ranks", request.param, str(root))
     return str(request.param)
@@ -248,31 +270,43 @@ def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: 
     for family in FAMILIES:
         logits = load_file(root / family / layout / LOGITS)["logits"]
         require_logits_of(root / family / "hf", tokens, logits)
-    # The run for TP trains all families, into folders TP. The run for PP trains those of
-    # DATA_PARALLEL with data parallelism, into folders DP.
-    for family in FAMILIES if layout == TP else DATA_PARALLEL:
-        require_trained(root / family / (TP if layout == TP else DP))
+    # The run with TP=2 trains all families with TP=2. The run with PP=2 trains only the families
+    # DATA_PARALLEL, with DP=2.
+    training_layout = TP if layout == TP else DP
+    for family in FAMILIES if training_layout == TP else DATA_PARALLEL:
+        require_trained(root / family / training_layout)
 
 
 def require_trained(folder: Path) -> None:
-    """Asserts that one step with positive losses changed every weight of the student."""
+    """Asserts that one step with positive losses changed every weight of the student.
+
+    ``folder`` is a folder that ``family_ranks.distil`` wrote.
+    """
     [step] = steps_of(folder / METRICS, "distill")
-    assert step["teacher_loss"] < 5.0  # chance is ln(294) = 5.7
+    assert step["teacher_loss"] < 5.0  # a uniform guess of 294 tokens has ln(294) = 5.7
     assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
-    start = folder.parent / "pruned.nemo"
-    before = dict(convert.hf_weights(start))
+    pruned = folder.parent / "pruned.nemo"
+    before = dict(convert.hf_weights(pruned))
     after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
     assert before.keys() == after.keys()
-    assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []
+    unchanged = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+    assert unchanged == []
     # Names of checkpoints count steps from 0: this is the checkpoint after the only step.
-    require_exact_start(folder / "work" / CHECKPOINTS / "step=0", start)
+    require_exact_start(folder / "work" / CHECKPOINTS / "step=0", pruned)
 
 
 def require_exact_start(trained: Path, start: Path) -> None:
-    """Asserts that Adam's first step started from the stored weights, without rounding them."""
+    """Asserts that Adam's first step started from the stored weights, without rounding them.
+
+    Args:
+        trained: Checkpoint of training after the first step, with the optimizer's float32 weights
+            and moments.
+        start: NeMo checkpoint with the initial weights.
+    """
     leading_axes = nemo.leading_axes(nemo.architecture_of(start))
 
     def read(folder: Path, prefix: str = "") -> dict[tuple[str, Any], torch.Tensor]:
+        """Maps (checkpoint key without ``prefix``, index of layer and expert) to the weight."""
         keys = {prefix + key: axes for key, axes in leading_axes.items()}
         weights = streaming.read_weights(folder / nemo.WEIGHTS, keys)
         return {(key.removeprefix(prefix), index): tensor for key, index, tensor in weights}
@@ -284,7 +318,7 @@ def require_exact_start(trained: Path, start: Path) -> None:
     assert after.keys() == before.keys()
     beta1, beta2 = DistillConfig().adam_beta1, DistillConfig().adam_beta2
     for key, weight in before.items():
-        # Adam's first step: both moments are divided by 1 - beta, their bias correction.
+        # Dividing by 1 - beta corrects the bias of a moment after one step. 1e-8 is Adam's epsilon.
         update = mean[key] / (1 - beta1) / ((mean_square[key] / (1 - beta2)).sqrt() + 1e-8)
         expected = weight - LEARNING_RATE * update
         torch.testing.assert_close(after[key], expected, rtol=1e-6, atol=1e-6, msg=key[0])

@@ -1,4 +1,7 @@
-"""Variants of Hugging Face folders are converted exactly or refused, usually by a dry run."""
+"""Variants of Hugging Face folders are converted exactly or refused.
+
+A dry run refuses them, except for faults in the values of weights.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,7 @@ from tests.support.variants_of_settings import variants_of_settings
 
 ALL = (*variants(), *variants_of_settings())
 VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in ALL}
+"""Variants by their unique names."""
 CONVERTIBLE = {name: variant for name, variant in VARIANTS.items() if not variant.refusal}
 REFUSED_BY_TRANSFORMERS_5 = {
     *(f"llama: {k} {v}" for k in ("torch_dtype", "dtype") for v in ("auto", "torch.bfloat16")),
@@ -61,12 +65,14 @@ REFUSED_BY_TRANSFORMERS_5 = {
     "llama: switches and floats as 0 and 1",
     "llama: null values",
     "llama: list of token objects in the map",  # version 5 adds dicts as tokens
-    # transformers takes a Mistral model with layer_types for Ministral, which needs a window.
+    # Version 5 loads a Mistral model with layer_types as Ministral, which needs a sliding window.
     "mistral: layer_types None",
     "mistral: layer_types ['full_attention', 'full_attention']",
 }
 """Convertible variants that transformers 5 cannot load."""
 TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
+# The arguments are a result file, a text, and folders. Writes token ids and logits of the text for
+# each folder that can be loaded.
 LOGITS_SCRIPT = """
 import sys, torch
 from safetensors.torch import save_file
@@ -87,21 +93,26 @@ save_file(results, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Writes for each family a folder NAME, and NAME-5, which transformers 5 saved from NAME."""
+    """Writes two folders for each family: FAMILY, saved by transformers 4, and FAMILY-5.
+
+    transformers 5 loads the model of FAMILY and saves it as FAMILY-5.
+    """
     root = tmp_path_factory.mktemp("bases")
-    shape = {**EVEN, "num_hidden_layers": 2, "train": False}
-    save_by_transformers_5(*(write_tiny_model(root / n, text_file, n, **shape) for n in FAMILIES))
+    fields = {**EVEN, "num_hidden_layers": 2, "train": False}
+    folders = [write_tiny_model(root / name, text_file, name, **fields) for name in FAMILIES]
+    save_by_transformers_5(*folders)
     return root
 
 
 def make_folder(variant: Variant, bases: Path, folder: Path) -> Path:
+    """Copies the variant's base to ``folder`` and changes the copy."""
     shutil.copytree(bases / variant.base, folder)
     variant.change(folder)
     return folder
 
 
 def dry_run(folder: Path, _: Path) -> None:
-    """Checks config and files as a dry run does. Takes the arguments of ``convert.to_nemo``."""
+    """Checks config and files as a dry run does. Has the parameters of ``convert.to_nemo``."""
     read_hf_config(str(folder))
     require_convertible(str(folder))
 
@@ -120,8 +131,9 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
         convert.to_nemo(folder, checkpoint)
         parity.compare(folder, checkpoint).require(name)
         return
+    check = convert.to_nemo if variant.reads_weights else dry_run
     with pytest.raises(RecipeError) as error:
-        (convert.to_nemo if variant.reads_weights else dry_run)(folder, checkpoint)
+        check(folder, checkpoint)
     assert re.search(variant.refusal, str(error.value))
     assert "  fix: " in str(error.value)
 
@@ -131,11 +143,12 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
 def test_tokens_that_only_the_class_adds_are_counted(
     name: str, eos: dict[str, Any], bases: Path, tmp_path: Path
 ) -> None:
+    """A tokenizer class may add default special tokens that no file lists."""
     settings = {"tokenizer_class": name, "added_tokens_decoder": ABSENT, **eos}
     no_map = remove_files("special_tokens_map.json")
     change = all_of(edit_json("tokenizer_config.json", **settings), no_map)
     folder = make_folder(Variant(name, change), bases, tmp_path / "hf")
-    vocabulary = read_vocabulary(folder)
+    vocabulary = read_vocabulary(folder)  # before the conversion lists all tokens in files
     convert_tokenizer(folder)
     assert vocabulary.keys() == AutoTokenizer.from_pretrained(folder).get_vocab().keys()
 
@@ -143,17 +156,21 @@ def test_tokens_that_only_the_class_adds_are_counted(
 def test_tokens_that_transformers_does_not_read_are_not_counted(
     bases: Path, tmp_path: Path
 ) -> None:
-    """transformers 4 ignores added_tokens.json if the settings have added_tokens_decoder."""
+    """added_tokens_decoder in the settings makes transformers 4 ignore added_tokens.json."""
     folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
-    (folder / "added_tokens.json").write_text('{"<other>": 288}')
+    (folder / "added_tokens.json").write_text('{"<other>": 288}')  # the first unused id
     assert "added_tokens_decoder" in (folder / "tokenizer_config.json").read_text()
     assert read_vocabulary(folder) == AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
 NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
-BY_TRANSFORMERS_5 = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer"}
 QWEN2_CLASS = edit_json("tokenizer_config.json", tokenizer_class="Qwen2TokenizerFast")
-BY_TRANSFORMERS_5 |= {"bos_token": "<s>", "unk_token": "<unk>"}
+SETTINGS_OF_TRANSFORMERS_5 = {
+    "backend": "tokenizers",
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "unk_token": "<unk>",
+}
 
 
 @pytest.mark.parametrize(
@@ -161,13 +178,16 @@ BY_TRANSFORMERS_5 |= {"bos_token": "<s>", "unk_token": "<unk>"}
     [
         ("qwen2", all_of(use_vocabulary_and_merges, NO_SETTINGS)),
         ("llama", all_of(use_sentencepiece, NO_SETTINGS)),
-        ("llama", edit_json("tokenizer_config.json", **BY_TRANSFORMERS_5)),
+        ("llama", edit_json("tokenizer_config.json", **SETTINGS_OF_TRANSFORMERS_5)),
     ],
 )
 def test_defaults_of_the_class_are_kept(
     bases: Path, tmp_path: Path, base: str, change: Change
 ) -> None:
-    """``generate`` refuses ``token_type_ids``, which the class does not return."""
+    """A conversion may write the generic class, which has other defaults.
+
+    For example, the generic class by default returns ``token_type_ids``. ``generate`` refuses them.
+    """
     folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
     expected = AutoTokenizer.from_pretrained(folder)
     convert_tokenizer(folder)
@@ -193,14 +213,19 @@ def test_defaults_of_the_class_are_kept(
 def test_a_tokenizer_that_transformers_5_replaces_is_noted(
     bases: Path, tmp_path: Path, base: str, change: Change, notes: int
 ) -> None:
-    """transformers 5 uses Qwen2's class for a Qwen2 model, and for others that name this class."""
+    """transformers 5 uses Qwen2's class for Qwen2 models and for tokenizers that name this class.
+
+    Mistral models are an exception. The class splits text in its own way, whatever tokenizer.json
+    says. There is no note if the class itself reads vocab.json and merges.txt.
+    """
     folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
-    assert len([*check_model(str(folder))]) == notes
+    assert len(list(check_model(str(folder)))) == notes
 
 
 SPLIT_DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS_AND_BYTES = {"type": "Sequence", "pretokenizers": [SPLIT_DIGITS, BYTES]}
+"""A pre-tokenizer with a step that GPT-2's class does not have."""
 
 
 @pytest.mark.parametrize(
@@ -217,7 +242,11 @@ DIGITS_AND_BYTES = {"type": "Sequence", "pretokenizers": [SPLIT_DIGITS, BYTES]}
 def test_transformers_5_splits_text_as_version_4(
     like_llama_2: bool, settings: dict[str, Any], bases: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Without the conversion, these classes of version 5 ignore the steps in tokenizer.json."""
+    """After a conversion, transformers 5 splits text as version 4 does.
+
+    Without the conversion, classes of version 5 ignore the normalizer and the pre-tokenizer in
+    tokenizer.json.
+    """
     folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
     if like_llama_2:
         write_byte_fallback_tokenizer(text_file, folder)
@@ -225,19 +254,23 @@ def test_transformers_5_splits_text_as_version_4(
         edit_json("tokenizer.json", pre_tokenizer=DIGITS_AND_BYTES)(folder)
     edit_json("tokenizer_config.json", **settings)(folder)
     texts = ["Items:\n\n1. foo\n2. bar", "x =  3\n    5", "  the hat", "<s>the hat</s> the hen"]
-    loaded = AutoTokenizer.from_pretrained(folder)
-    expected = loaded(texts)
+    original = AutoTokenizer.from_pretrained(folder)
+    expected = original(texts)
     if settings["tokenizer_class"] is not ABSENT:
         assert tokenize_by_transformers_5(folder, texts) != expected["input_ids"]
     convert_tokenizer(folder)
     converted = AutoTokenizer.from_pretrained(folder)
     assert converted(texts) == expected
-    assert converted.special_tokens_map == loaded.special_tokens_map
+    assert converted.special_tokens_map == original.special_tokens_map
     assert tokenize_by_transformers_5(folder, texts) == expected["input_ids"]
 
 
 def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_path: Path) -> None:
-    """Another Python, such as that of a container, may convert a tokenizer in another way."""
+    """A plan computes the hash of the tokenizer that the stage will write.
+
+    If stages run with another Python, such as a container's, the hash is unknown: its libraries may
+    convert a tokenizer differently.
+    """
     folder = make_folder(Variant("", use_sentencepiece), bases, tmp_path / "hf")
     convert.to_nemo(folder, tmp_path / "model.nemo")
     imported = hf.tokenizer_sha256(nemo.side_folder(tmp_path / "model.nemo"))
@@ -249,21 +282,27 @@ def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_pa
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:
-    """Compares logits with the reference, and for exported folders, token ids with version 4."""
+    """Compares the logits of transformers 5 with the plain PyTorch ``reference``.
+
+    Some folders are also converted and exported. For these exports, token ids are compared with
+    those of transformers 4.
+    """
     folders = [
         make_folder(variant, bases, tmp_path / f"{n}")
         for n, variant in enumerate(CONVERTIBLE.values())
     ]
     exports = []
     for n, name in enumerate(CONVERTIBLE):
-        if any(word in name for word in ("as written", "sentencepiece", "as 0 and 1")):
+        is_exported = any(word in name for word in ("as written", "sentencepiece", "as 0 and 1"))
+        if is_exported:
             convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
             convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
             exports.append(tmp_path / f"{n}.export")
     run_with_transformers_5(LOGITS_SCRIPT, tmp_path / "results", TEXT, *folders, *exports)
     results = load_file(tmp_path / "results")
-    for folder, name in [*zip(folders, CONVERTIBLE, strict=True), *((e, e.name) for e in exports)]:
-        ids = results.get(f"{folder} ids")
+    names = [*CONVERTIBLE, *(export.name for export in exports)]
+    for folder, name in zip([*folders, *exports], names, strict=True):
+        ids = results.get(f"{folder} ids")  # None if transformers 5 cannot load the folder
         assert (ids is None) == (name in REFUSED_BY_TRANSFORMERS_5), name
         if ids is None:
             continue

@@ -42,24 +42,33 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+"""RoPE scaling of the type that Llama 3.1 uses."""
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in FAMILIES if name != "qwen3_moe"},
     "qwen2, unpruned": EVEN,
     "llama, Llama 3's RoPE": {"rope_scaling": LLAMA3},
     "llama, tied": {"tie_word_embeddings": True},
 }
-"""Changes of ``NARROW``. The first word of a name is the family."""
+"""Fields that replace those of ``NARROW``, by test case. The first word of a key is the family."""
+BYTE_FALLBACK_SHAPE = {**NARROW, "vocab_size": 440}
+"""Shape with enough embeddings for ``write_byte_fallback_tokenizer``. Its tokenizer has 256 tokens
+for bytes, 3 special tokens, and at most 180 others."""
 
 
 def sharpen_attention(folder: Path) -> None:
-    """Scales the queries up, so that a tiny model's tokens depend on RoPE."""
+    """Scales the queries of a tiny model up. Otherwise its tokens would not depend on RoPE."""
     weights = load_file(folder / "model.safetensors")
-    sharper = {name: (8 if "q_proj" in name else 1) * value for name, value in weights.items()}
-    save_file(sharper, folder / "model.safetensors", metadata={"format": "pt"})
+    scaled = {name: (8 if "q_proj" in name else 1) * value for name, value in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def require_same_generation(folder: Path, file: Path) -> None:
-    """Asserts that llama.cpp generates transformers' tokens with the same log probabilities."""
+    """Asserts that llama.cpp generates transformers' tokens, with the same log-probabilities.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        file: GGUF file of the model.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
@@ -70,8 +79,9 @@ def require_same_generation(folder: Path, file: Path) -> None:
         assert completion.prompt_tokens == ids.shape[1]
         expected = model.generate(ids, max_new_tokens=NEW_TOKENS, **options)
         assert completion.tokens == expected.sequences[0, ids.shape[1] :].tolist()
+        # Log-probability of the most likely token at each step; the batch has one sequence.
         scores = torch.stack(expected.scores).log_softmax(-1)[:, 0].max(-1).values
-        # llama.cpp's kernels for AVX2 round most: they differ from transformers by up to 2.5e-3.
+        # The largest difference was 2.5e-3, with llama.cpp's kernels for AVX2.
         torch.testing.assert_close(
             torch.tensor(completion.log_probabilities), scores, rtol=0, atol=5e-3, check_dtype=False
         )
@@ -100,13 +110,15 @@ def test_rope_factors_are_those_of_transformers() -> None:
     plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
     [tensor] = _rope_factors({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 64)
     factors = tensor.read()
+    # High frequencies are unchanged; low ones are divided by LLAMA3["factor"].
     assert 1 == factors.min() < factors.max() == 4
     torch.testing.assert_close(torch.from_numpy(factors), plain / scaled, rtol=1e-5, atol=0)
 
 
 def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: Path) -> None:
     weights = load_file(even_llama / "model.safetensors")
-    # Bounds of the rounding error, relative to the largest value of a matrix.
+    # Bounds of the rounding error, relative to the largest value of a matrix. f16 has 11
+    # significant bits, and bf16 has 8. q8_0 has 127 steps from 0 to the largest value.
     for matrix_type, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
         write(even_llama, tmp_path / matrix_type, matrix_type)
         stored = {t.name: t for t in GGUFReader(tmp_path / matrix_type).tensors}
@@ -125,7 +137,8 @@ def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("matrix_type", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)]
+    ("matrix_type", "tolerance"),  # of log-probabilities
+    [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)],
 )
 def test_llama_cpp_generates_similarly_with_rounded_matrices(
     even_llama: Path, tmp_path: Path, matrix_type: str, tolerance: float
@@ -137,27 +150,29 @@ def test_llama_cpp_generates_similarly_with_rounded_matrices(
 
 
 @pytest.mark.parametrize(
-    ("settings", "bos_in_file"),
+    ("settings", "file_adds_bos"),  # whether the post-processor of tokenizer.json adds BOS
     [
         ({}, False),
-        # This class replaces the post-processor of tokenizer.json.
+        # The class LlamaTokenizerFast replaces the post-processor of tokenizer.json.
         ({"tokenizer_class": "LlamaTokenizerFast"}, False),
         ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, True),
     ],
 )
 def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformers_does(
-    text_file: Path, tmp_path: Path, settings: dict[str, Any], bos_in_file: bool
+    text_file: Path, tmp_path: Path, settings: dict[str, Any], file_adds_bos: bool
 ) -> None:
-    shape = {**NARROW, "vocab_size": 440}
+    shape = BYTE_FALLBACK_SHAPE
     folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
     write_byte_fallback_tokenizer(text_file, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
-    if bos_in_file:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if file_adds_bos:
+        file = str(folder / "tokenizer.json")
+        backend = Tokenizer.from_file(file)
+        # Templates of one text and of two texts. The id of <s> is 1.
         template = processors.TemplateProcessing("<s> $A", "<s> $A $B:1", [("<s>", 1)])
-        tokenizer.post_processor = template
-        tokenizer.save(str(folder / "tokenizer.json"))
+        backend.post_processor = template
+        backend.save(file)
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     completions = generate_greedily(tmp_path / "model.gguf", PROMPTS, 1)
@@ -165,20 +180,26 @@ def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformer
         assert completion.prompt_tokens == len(tokenizer(prompt).input_ids)
 
 
-@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("has_string_merges", [False, True])
 def test_llama_cpp_merges_in_the_order_of_the_file(
-    text_file: Path, tmp_path: Path, is_old: bool
+    text_file: Path, tmp_path: Path, has_string_merges: bool
 ) -> None:
-    """Exchanges the ids of tokens of early and late merges. Old files have merges as strings."""
-    shape = {**NARROW, "vocab_size": 440}
+    """The order of the ids of merged tokens must not matter.
+
+    The test exchanges the ids of early and late merges. Old versions of tokenizer.json have a merge
+    as the string "a b" instead of the list ["a", "b"].
+    """
+    shape = BYTE_FALLBACK_SHAPE
     folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
     write_byte_fallback_tokenizer(text_file, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     model = tokenizer["model"]
-    vocab, tokens = model["vocab"], ["".join(merge) for merge in model["merges"]]
+    vocab = model["vocab"]  # maps tokens to ids
+    tokens = ["".join(merge) for merge in model["merges"]]
+    # Pairs the first token with the last, the second with the last but one, and so on.
     for early, late in zip(tokens[:40], tokens[:-41:-1], strict=True):
         vocab[early], vocab[late] = vocab[late], vocab[early]
-    if is_old:
+    if has_string_merges:
         model["merges"] = [" ".join(merge) for merge in model["merges"]]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     write(folder, tmp_path / "model.gguf", "f32")
@@ -187,7 +208,7 @@ def test_llama_cpp_merges_in_the_order_of_the_file(
     assert tokenize(tmp_path / "model.gguf", texts) == [loaded(text).input_ids for text in texts]
 
 
-def test_tokenizers_that_llama_cpp_cannot_have_are_refused(
+def test_tokenizers_that_llama_cpp_does_not_support_are_refused(
     even_llama: Path, tmp_path: Path
 ) -> None:
     assert set(PRE_TOKENIZERS.values()) == {"llama-bpe", "qwen2", "tekken"}
@@ -199,38 +220,40 @@ def test_tokenizers_that_llama_cpp_cannot_have_are_refused(
         write(folder, tmp_path / "model.gguf", "f16")
 
 
+# Steps of normalizers and pre-tokenizers, as in tokenizer.json
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": next(iter(PRE_TOKENIZERS))}}
+SPLIT = {"type": "Split", "pattern": {"Regex": next(iter(PRE_TOKENIZERS))}}  # Llama 3's pattern
 BYTES = {"type": "ByteLevel", "use_regex": False}
 
 
 @pytest.mark.parametrize(
-    ("normalizers", "is_known"),
+    ("normalizers", "is_supported"),
     [([PREPEND, SPACES], True), ([SPACES], True), ([{"type": "NFKC"}, PREPEND, SPACES], False)],
 )
-def test_a_normalizer_that_llama_cpp_does_not_have_is_refused(
-    normalizers: list[dict[str, Any]], is_known: bool
+def test_a_normalizer_that_llama_cpp_does_not_support_is_refused(
+    normalizers: list[dict[str, Any]], is_supported: bool
 ) -> None:
     normalizer = {"type": "Sequence", "normalizers": normalizers}
     tokenizer = {"model": {"merges": [], "byte_fallback": True}, "normalizer": normalizer}
-    with nullcontext() if is_known else pytest.raises(RecipeError, match="NFKC"):
+    with nullcontext() if is_supported else pytest.raises(RecipeError, match="NFKC"):
         assert pre_tokenizer_name(tokenizer) is None
 
 
 @pytest.mark.parametrize(
-    ("steps", "is_known"),
+    ("steps", "is_supported"),
     [
         ([SPLIT, BYTES], True),
         ([DIGITS, SPLIT, BYTES], False),
         ([SPLIT, DIGITS, BYTES], False),
+        # use_regex splits the text a second time, with GPT-2's pattern.
         ([SPLIT, {"type": "ByteLevel", "use_regex": True}], False),
     ],
 )
-def test_a_pre_tokenizer_with_more_steps_is_refused(
-    steps: list[dict[str, Any]], is_known: bool
+def test_a_pre_tokenizer_with_further_splits_is_refused(
+    steps: list[dict[str, Any]], is_supported: bool
 ) -> None:
     pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
-    with nullcontext() if is_known else pytest.raises(RecipeError, match="pre_tokenizer="):
+    with nullcontext() if is_supported else pytest.raises(RecipeError, match="pre_tokenizer="):
         pre_tokenizer_name({"model": {"merges": []}, "pre_tokenizer": pre_tokenizer})

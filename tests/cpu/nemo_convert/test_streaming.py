@@ -1,4 +1,4 @@
-"""Weights are read ahead and in order while others are written; errors are raised."""
+"""Streamed saves read one weight ahead, in order; read and write errors are raised."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from nemo_convert.streaming import Index, _prefetch, _SourcePlanner, _without_ch
 from recipes.core.errors import RecipeError
 
 KEYS: list[tuple[str, Index]] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
+"""(key, index) of four weights: those of two layers under each of two keys."""
 
 
 def make_weight(key: str, index: Index) -> Tensor:
+    """Returns a weight [2, 3] filled with the position of (key, index) in ``KEYS``."""
     return torch.full((2, 3), KEYS.index((key, index))).bfloat16()
 
 
@@ -33,8 +35,8 @@ def test_one_weight_is_read_ahead() -> None:
     for number, (key, tensor) in enumerate(_prefetch(source, KEYS)):
         assert key == KEYS[number]
         assert tensor.tolist() == [[number] * 3] * 2
-        for following in KEYS[number + 1 : number + 2]:  # none after the last weight
-            assert started[following].wait(60)
+        for following in KEYS[number + 1 : number + 2]:  # one key, or none after the last weight
+            assert started[following].wait(60)  # seconds
         assert not any(started[later].is_set() for later in KEYS[number + 2 :])
 
 
@@ -51,10 +53,11 @@ def test_error_of_the_source_is_raised_when_its_weight_is_requested() -> None:
 
 
 def test_planner_refuses_an_order_other_than_the_plans() -> None:
-    planner = _SourcePlanner(make_weight, {"a": 1, "b": 1})
-    planner._weights = _prefetch(make_weight, KEYS)
+    planner = _SourcePlanner(make_weight, {"a": 1, "b": 1})  # one leading axis: the layer
+    planner._weights = _prefetch(make_weight, KEYS)  # as ``finish_plan`` does
 
-    def item(key: str, index: Index) -> Any:
+    def write_item(key: str, index: Index) -> Any:
+        """Returns those fields of a ``WriteItem`` that the planner reads, for one weight."""
         chunk = SimpleNamespace(offsets=torch.Size([*index, 0, 0]), sizes=torch.Size([1, 2, 3]))
         properties = SimpleNamespace(dtype=torch.float32)
         return SimpleNamespace(
@@ -62,11 +65,11 @@ def test_planner_refuses_an_order_other_than_the_plans() -> None:
             tensor_data=SimpleNamespace(chunk=chunk, properties=properties),
         )
 
-    first = planner.resolve_data(item(*KEYS[0]))
+    first = planner.resolve_data(write_item(*KEYS[0]))
     assert first.shape == (1, 2, 3)
     assert first.dtype == torch.float32
     with pytest.raises(RuntimeError, match="where the plan has"):
-        planner.resolve_data(item(*KEYS[2]))
+        planner.resolve_data(write_item(*KEYS[2]))  # KEYS[1] is due
     planner.close()
 
 
@@ -79,13 +82,14 @@ def test_checksums_are_off_only_within_the_context() -> None:
     assert torch.serialization.get_crc32_options()
     with pytest.raises(RecipeError):
         fail()
-    assert torch.serialization.get_crc32_options()
+    assert torch.serialization.get_crc32_options()  # on again, although an error was raised
 
 
 @pytest.mark.parametrize("failing_shard", [0, 1, 2])
 def test_failed_write_of_a_shard_raises(tmp_path: Path, failing_shard: int) -> None:
     (tmp_path / f"shard-{failing_shard}").mkdir()  # a folder where a file must be written
-    tensors = {name: torch.zeros(4) for name in "abc"}  # 16 bytes each, one shard
+    tensors = {name: torch.zeros(4) for name in "abc"}
+    # Each tensor has 16 bytes, so each gets its own shard.
     with pytest.raises(SafetensorError):
         hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)
 
@@ -111,5 +115,5 @@ def test_read_weight_is_independent_of_its_file(tmp_path: Path) -> None:
     hf.write_weights(iter([("ones", torch.ones(1000))]), tmp_path)
     ones = hf.Weights(tmp_path).read("ones")
     file = tmp_path / "model.safetensors"
-    file.write_bytes(bytes(file.stat().st_size))
+    file.write_bytes(bytes(file.stat().st_size))  # overwrites the file with zeros
     assert ones.sum() == 1000

@@ -32,7 +32,7 @@ from tests.support.manifests import bare_manifest
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 KEPT = [1, 4]
-"""Layers of the student, of the four layers of its teacher."""
+"""Layers that a student keeps, counted from 1; its teacher has four."""
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,28 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint
 
 
-def pruned(teacher: Path, layers: list[int], out: Path) -> Path:
-    """Saves the teacher with only some layers, without training."""
+def save_pruned(teacher: Path, layers: list[int], out: Path) -> Path:
+    """Saves the teacher with only ``layers`` as a checkpoint, without training; returns ``out``."""
     shape = nemo.architecture_of(teacher)
     weights = prune_weights(teacher, KeptIndices(layers, {}), shape.kv_channels)
     save_weights(teacher, replace(shape, num_layers=len(layers)), weights, out)
     return out
 
 
-def test_sizes_grow_by_the_first_missing_layer() -> None:
+def test_each_size_adds_the_first_missing_layer() -> None:
     assert layers_by_size([1, 4, 6], 6) == [[1, 4, 6], [1, 2, 4, 6], [1, 2, 3, 4, 6]]
+
+
+def test_layers_of_a_student_are_numbered_as_in_the_teacher() -> None:
     assert layers_of_student([1, 4, 6], range(1, 7)) == [1, 4, 6]
-    assert layers_of_student([1, 6], [1, 4, 6]) == [1, 3], "the teacher was pruned, too"
+    # This teacher was pruned, too: its third layer is layer 6 of the unpruned model.
+    assert layers_of_student([1, 6], [1, 4, 6]) == [1, 3]
 
 
 @pytest.mark.parametrize("layers", [None, [1, 7]])
-def test_a_student_of_another_teacher_is_refused(layers: list[int] | None) -> None:
+def test_student_layers_that_are_unknown_or_not_in_the_teacher_are_refused(
+    layers: list[int] | None,
+) -> None:
     with pytest.raises(RecipeError, match="not layers of the teacher"):
         layers_of_student(layers, range(1, 7))
 
@@ -65,7 +71,7 @@ def test_a_student_of_another_teacher_is_refused(layers: list[int] | None) -> No
 def test_an_untrained_student_with_added_layers_is_the_teacher_pruned_less(
     teacher: Path, tmp_path: Path
 ) -> None:
-    student = pruned(teacher, KEPT, tmp_path / "student.nemo")
+    student = save_pruned(teacher, KEPT, tmp_path / "student.nemo")
     combined = combine_weights(student, teacher, KEPT, [1, 2, 4])
     head_size = nemo.architecture_of(teacher).kv_channels
     expected = prune_weights(teacher, KeptIndices([1, 2, 4], {}), head_size)
@@ -77,15 +83,17 @@ def test_an_untrained_student_with_added_layers_is_the_teacher_pruned_less(
 def test_only_added_layers_have_the_weights_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     shape = nemo.architecture_of(teacher)
     weights = prune_weights(teacher, KeptIndices(KEPT, {}), shape.kv_channels)
+    # Doubled weights represent the result of training.
     trained = {name: 2 * weight for name, weight in weights.items()}
     save_weights(teacher, replace(shape, num_layers=2), trained, tmp_path / "student.nemo")
     combined = combine_weights(tmp_path / "student.nemo", teacher, KEPT, [1, 2, 4])
-    for name, weight in prune_weights(teacher, KeptIndices([1, 2, 4], {}), 16).items():
-        factor = 1 if ".layers.1." in name else 2
-        assert torch.equal(combined[name], factor * weight), name
+    unchanged = prune_weights(teacher, KeptIndices([1, 2, 4], {}), shape.kv_channels)
+    for name, weight in unchanged.items():
+        is_added = ".layers.1." in name  # layer 2, since names count layers from 0
+        assert torch.equal(combined[name], weight if is_added else 2 * weight), name
 
 
-def test_a_student_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_student_that_was_pruned_from_another_model_is_refused(tmp_path: Path) -> None:
     teacher = bare_manifest("import_hf", "checkpoint_nemo", None)
     student = bare_manifest("prune", "checkpoint_nemo", None)
     student.inputs = {"checkpoint": "another model"}
@@ -97,19 +105,22 @@ def test_a_student_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_have_the_quality_of_saved_models(teacher: Path, tmp_path: Path) -> None:
+    """Compares models combined in memory with the same models saved as checkpoints."""
+    # Four sequences of 32 random token ids. The vocabulary has 294 tokens.
     tokens = torch.randint(5, 290, (4, 32), generator=torch.Generator().manual_seed(1))
     text = TextSequences(tokens, torch.ones(4, 31, dtype=torch.bool), {"text": slice(0, 4)})
-    saved = [
-        pruned(teacher, layers, tmp_path / f"{len(layers)}.nemo")
+    checkpoints = [  # with 2 and 3 layers
+        save_pruned(teacher, layers, tmp_path / f"{len(layers)}.nemo")
         for layers in layers_by_size(KEPT, 4)
     ]
-    expected = measure_checkpoints(teacher, saved, text, "32", 2)
+    expected = measure_checkpoints(teacher, checkpoints, text, precision="32", micro_batch_size=2)
     steps: list[tuple[int, int]] = []
     cfg = AddLayersConfig(micro_batch_size=2)
-    measured = measure_sizes(cfg, saved[0], teacher, KEPT, text, lambda *step: steps.append(step))
+    student = checkpoints[0]
+    measured = measure_sizes(cfg, student, teacher, KEPT, text, lambda *step: steps.append(step))
     assert list(measured) == [2, 3]
     assert steps == [(1, 2), (2, 2)]
-    for size, quality, checkpoint in zip(measured.values(), expected, saved, strict=True):
+    for size, quality, checkpoint in zip(measured.values(), expected, checkpoints, strict=True):
         assert size.perplexity == pytest.approx(quality.perplexity, rel=1e-5)
         assert size.kl_to_teacher == pytest.approx(quality.kl_to_teacher, rel=1e-4)
         assert size.parameters == nemo.architecture_of(checkpoint).parameters()
@@ -138,14 +149,14 @@ def test_a_recipe_exports_a_size_between_student_and_teacher(
     evaluation = manifest_of(run, "evaluate").result(EvaluationResult)
     assert evaluation.distilled.parameters == result.sizes[3].parameters
     assert evaluation.distilled.loss == pytest.approx(result.sizes[3].loss, rel=1e-5)
-    folder = run / "export_hf" / ARTIFACT
-    [added], exported = result.added_layers, Weights(folder)
+    # The exported model has the added layer with the teacher's weights. Names count layers from 0.
+    export = run / "export_hf" / ARTIFACT
+    [added] = result.added_layers
     index = result.kept_layers.index(added)
-    name = "model.layers.{}.mlp.up_proj.weight"
-    assert torch.equal(
-        exported.read(name.format(index)), Weights(even_llama).read(name.format(added - 1))
-    )
-    card = (folder / "README.md").read_text()
+    weight = Weights(export).read(f"model.layers.{index}.mlp.up_proj.weight")
+    original = Weights(even_llama).read(f"model.layers.{added - 1}.mlp.up_proj.weight")
+    assert torch.equal(weight, original)
+    card = (export / "README.md").read_text()
     [dropped] = {1, 2, 3, 4} - {*result.kept_layers}
     assert f"- Layers dropped, counted from 1: {dropped}.\n" in card
     assert f"from the teacher and without training: {added} " in card

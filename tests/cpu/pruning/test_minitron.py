@@ -43,24 +43,23 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import ROUNDINGS, measure_ulp_noise
 
-LAYERS = 4
-VOCABULARY = 294
+LAYERS, VOCABULARY = EVEN["num_hidden_layers"], EVEN["vocab_size"]
 DOCUMENT_END = 83
-"""A frequent token, which the tests treat as the end of a document."""
-WeightChange = Callable[[Any], None]
+"""Id of a frequent token, which the tests treat as the end of a document."""
+WeightChange = Callable[[Any], None]  # changes a Hugging Face model in place
 SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 
 
 @pytest.fixture(scope="module")
 def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
-    """Returns text that the model was trained on: a loss near chance would be refused."""
+    """Returns 16 sequences of training text. On other text, a loss near chance may be refused."""
     tokenizer = AutoTokenizer.from_pretrained(even_llama)
     ids = tokenizer(text_file.read_text()[: 1 << 16])["input_ids"]
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
 
 
 def convert_changed(folder: Path, even_llama: Path, change: WeightChange = lambda _: None) -> Path:
-    """Changes the tiny model's weights with ``change``, and converts the model to NeMo."""
+    """Changes the weights of ``even_llama``, and returns the changed model as NeMo checkpoint."""
     model = load_causal_lm(even_llama)
     with torch.no_grad():
         change(model)
@@ -89,6 +88,7 @@ def importance(teacher: Path, calibration: torch.Tensor) -> Importance:
 def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
 ) -> tuple[Path, Architecture, KeptIndices]:
+    """Saves a student of the sizes ``targets``, whose layers are chosen by ``method``."""
     teacher_shape = nemo.architecture_of(teacher)
     student = pruned_shape(teacher_shape, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
@@ -101,11 +101,12 @@ def prune(
 def test_layers_of_a_pruned_checkpoint_keep_the_numbers_of_the_unpruned_model(
     teacher: Path, importance: Importance, tmp_path: Path
 ) -> None:
-    """The checkpoint's manifest says that an earlier pruning kept layers 2, 3, 5 and 6 of six."""
+    """The manifest says that the checkpoint's 4 layers are layers 2, 3, 5 and 6 of that model."""
     artifact = tmp_path / ARTIFACT
     artifact.mkdir()
     (artifact / teacher.name).symlink_to(teacher)
     importance.save(artifact)
+    # 16 sequences have 16 * 32 tokens and 16 * 31 predictions.
     score_result = ScoreResult("text", 16, 512, importance.teacher_loss, importance.layers, 496)
     inputs = {
         "checkpoint": Input(tmp_path, bare_manifest("distill", "c", KeptLayers([2, 3, 5, 6]))),
@@ -119,22 +120,18 @@ def test_layers_of_a_pruned_checkpoint_keep_the_numbers_of_the_unpruned_model(
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of a NeMo checkpoint."""
     return parity.core_logits(parity.load_core(checkpoint), tokens)
 
 
-ALL_AXES = {
-    "num_layers": 3,
-    "hidden_size": 40,
-    "ffn_hidden_size": 72,
-    "num_attention_heads": 2,
-    "num_query_groups": 2,
-}
+TARGETS = {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 72, "num_attention_heads": 2}
+"""Sizes that prune all axes but query groups, which ModelOpt cannot prune."""
 
 
 def test_pruned_weights_are_the_teachers_at_the_saved_indices(
     teacher: Path, importance: Importance, tmp_path: Path
 ) -> None:
-    student, shape, kept = prune(teacher, importance, tmp_path, **ALL_AXES)
+    student, shape, kept = prune(teacher, importance, tmp_path, **TARGETS)
     kept.save(tmp_path)
     saved = KeptIndices.load(tmp_path)
     assert saved.layers == kept.layers
@@ -146,7 +143,7 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
             saved.indices[f"layers.{number}.{axis}"]
             for axis in ("ffn_hidden_size", "num_attention_heads")
         )
-        assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)
+        assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)  # as in ``TARGETS``
         head_columns = torch.cat([torch.arange(16) + 16 * head for head in heads])
         for name, columns in (("mlp.down_proj", ffn), ("self_attn.o_proj", head_columns)):
             weight = teacher_weights[f"model.layers.{number - 1}.{name}.weight"]
@@ -158,8 +155,7 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
     """ModelOpt's pruning also sorts channels by importance, which does not change the logits."""
-    targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
-    student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
+    student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **TARGETS)
     register_rms_norm()
     core = parity.load_core(teacher)
 
@@ -173,7 +169,7 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     core, _ = mtp.prune(
         core.eval(),
         mode=[("mcore_minitron", divisors)],
-        constraints={"export_config": targets},
+        constraints={"export_config": TARGETS},
         dummy_input=None,
         config={"forward_loop": forward},
     )
@@ -185,13 +181,13 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
 
 
 def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the logits of a Hugging Face model without some layers."""
+    """Returns the logits of a Hugging Face model without the layers ``dropped``, counted from 1."""
     model = load_causal_lm(folder)
-    kept = [layer for n, layer in enumerate(model.model.layers, 1) if n not in dropped]
-    for number, layer in enumerate(kept):
-        layer.self_attn.layer_idx = number
-    model.model.layers = torch.nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
+    kept_layers = [layer for n, layer in enumerate(model.model.layers, 1) if n not in dropped]
+    for index, layer in enumerate(kept_layers):
+        layer.self_attn.layer_idx = index
+    model.model.layers = torch.nn.ModuleList(kept_layers)
+    model.config.num_hidden_layers = len(kept_layers)
     with torch.no_grad():
         result: torch.Tensor = model(tokens, use_cache=False).logits
     return result
@@ -200,14 +196,14 @@ def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> to
 def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     even_llama: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
-    tokens = calibration[:8]
-    mask = tokens[:, :-1] != DOCUMENT_END
+    tokens = calibration[:8]  # ``SCORE.num_loss_samples`` sequences
+    mask = tokens[:, :-1] != DOCUMENT_END  # the start of the next document is not predicted
     assert 0 < (~mask).sum() < mask.sum(), "some predictions must be masked"
 
     def loss(*dropped: int) -> float:
-        """Returns the mean loss of the predictions that are not masked."""
-        kept = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
-        return torch.nn.functional.cross_entropy(kept, tokens[:, 1:][mask]).item()
+        """Returns the mean loss without some layers, over the predictions that ``mask`` selects."""
+        predictions = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
+        return torch.nn.functional.cross_entropy(predictions, tokens[:, 1:][mask]).item()
 
     assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
     for layer, change in importance.layers["loss"].items():
@@ -218,27 +214,28 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
 
 def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
     loss_scores = importance.layers["loss"]
-    assert layers_to_keep(importance, "loss", 4) == [1, 2, 3, 4]
-    assert set(range(1, 5)) - set(layers_to_keep(importance, "loss", 3)) == {
-        min(loss_scores, key=lambda n: loss_scores[n])
-    }
-    start = min(importance.blocks[2], key=lambda n: importance.blocks[2][n])
-    assert set(range(1, 5)) - set(layers_to_keep(importance, "block", 2)) == {start, start + 1}
+    all_layers = [1, 2, 3, 4]
+    assert layers_to_keep(importance, "loss", 4) == all_layers
+    least_important = min(loss_scores, key=lambda layer: loss_scores[layer])
+    assert {*all_layers} - {*layers_to_keep(importance, "loss", 3)} == {least_important}
+    start = min(importance.blocks[2], key=lambda first: importance.blocks[2][first])
+    assert {*all_layers} - {*layers_to_keep(importance, "block", 2)} == {start, start + 1}
     with pytest.raises(RecipeError, match=r"stages.score.block_sizes=\[3\]"):
-        layers_to_keep(importance, "block", 1)
+        layers_to_keep(importance, "block", 1)  # drops 3 layers, but ``SCORE`` has blocks of 2
     with pytest.raises(RecipeError, match="num_loss_samples"):
         layers_to_keep(replace(importance, layers={"block_influence": loss_scores}), "loss", 2)
 
 
+# Neurons, a query group, a layer and hidden channels that have no effect. Only layers count from 1.
 DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
 
 
 def make_dead(model: Any) -> None:
-    """Sets weights of neurons, a query group and a layer to 0, so that these have no effect."""
+    """Sets weights to 0, so that neurons, a query group and a layer have no effect."""
     layers = model.model.layers
     for layer in layers:
         layer.mlp.up_proj.weight[DEAD_NEURONS] = 0
-        layer.self_attn.v_proj.weight[16 * DEAD_GROUP : 16 * (DEAD_GROUP + 1)] = 0
+        layer.self_attn.v_proj.weight[16 * DEAD_GROUP : 16 * (DEAD_GROUP + 1)] = 0  # 16: head size
     layers[DEAD_LAYER - 1].self_attn.o_proj.weight[:] = 0
     layers[DEAD_LAYER - 1].mlp.down_proj.weight[:] = 0
 
@@ -249,8 +246,8 @@ def test_dead_neurons_groups_and_layers_are_pruned_without_effect(
     checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_dead)
     importance = score(checkpoint, calibration)
     assert importance.layers["loss"][DEAD_LAYER] == pytest.approx(0, abs=1e-6)
-    shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}  # without the dead
-    student, _, kept = prune(checkpoint, importance, tmp_path, "block_influence", **shape)
+    targets = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}  # drops the dead
+    student, _, kept = prune(checkpoint, importance, tmp_path, "block_influence", **targets)
     assert DEAD_LAYER not in kept.layers
     for layer in kept.layers:
         neurons = kept.indices[f"layers.{layer}.ffn_hidden_size"].tolist()
@@ -263,20 +260,20 @@ def test_dead_neurons_groups_and_layers_are_pruned_without_effect(
 def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The dead head has query weights of 0. So its output is a mean of values, which is near 0."""
+    """Head 1 attends equally to all earlier tokens. Its output is the mean of values, near 0."""
 
     def make_head_and_channels_dead(model: Any) -> None:
         for layer in model.model.layers:
             attention = layer.self_attn
-            attention.q_proj.weight *= 50  # so that the other head attends to single tokens
-            attention.q_proj.weight[16:32] = 0
+            attention.q_proj.weight *= 50  # so that head 0 attends to single tokens
+            attention.q_proj.weight[16:32] = 0  # head 1, which has 16 channels
             attention.o_proj.weight[:, 16:32] = 0
             for projection in (attention.o_proj, layer.mlp.down_proj):
                 projection.weight[DEAD_CHANNELS] = 0
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[DEAD_CHANNELS] = 0
 
-            # Changes v_proj before the layer uses it, so that values have the mean 0.
+            # Changes v_proj before the layer uses it: the mean input then gives values of 0.
             def remove_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
                 mean = out.mean(dim=(0, 1))
                 weight = module.v_proj.weight
@@ -289,7 +286,7 @@ def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
     scores = score(checkpoint, calibration).widths
     for layer in range(1, LAYERS + 1):
         heads = scores[f"layers.{layer}.num_attention_heads"]
-        assert heads[1] < 0.9 * heads[0]
+        assert heads[1] < 0.9 * heads[0]  # lower by more than rounding
     assert sorted(scores["hidden_size"].argsort()[:2].tolist()) == DEAD_CHANNELS
     assert scores["hidden_size"][DEAD_CHANNELS].max() == 0
 
@@ -312,44 +309,48 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     cfg = replace(SCORE, block_sizes=[])
     limit = 4 * VOCABULARY * 50  # bytes of the float32 logits of 50 positions
     monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", limit)
-    with LogitsWatch(VOCABULARY) as watch:
+    with LogitsWatch(VOCABULARY) as watch:  # records the largest logits that exist
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.max_positions == 50
     assert_same_scores(scores, importance)
+    # Even without loss scores, the teacher's loss is measured.
     configs = [replace(cfg, num_loss_samples=0, micro_batch_size=size) for size in (1, 8)]
     losses = [score(teacher, calibration, config).teacher_loss for config in configs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_padding_short_text_and_noise_that_is_not_configured_are_refused(
+def test_padding_and_short_text_and_noise_in_place_of_text_are_refused(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
+    noise_cfg = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
+    text_cfg = replace(noise_cfg, calibration="text")
     data = Input(tmp_path, bare_manifest("prepare_data", "dataset", None))
-    tokens = calibration_text(noise, data, teacher).tokens
-    assert torch.equal(tokens, calibration_text(noise, data, teacher).tokens)
+    noise = calibration_text(noise_cfg, data, teacher).tokens
+    assert torch.equal(noise, calibration_text(noise_cfg, data, teacher).tokens)  # a fixed seed
     with pytest.raises(RecipeError, match="hardly below chance"):
-        score(teacher, tokens, replace(noise, calibration="text"))
-    assert score(teacher, tokens, replace(noise, block_sizes=[])).widths
-    padded = TextSequences.of(torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)]))
+        score(teacher, noise, text_cfg)
+    assert score(teacher, noise, replace(noise_cfg, block_sizes=[])).widths
+    # Three of four sequences are padding with token 0. All four are in one micro batch.
+    padded = TextSequences.of(torch.cat([noise[:1], torch.zeros(3, 32, dtype=torch.int64)]))
     monkeypatch.setattr("recipes.pruning.scoring.read_sequences", lambda *_: padded)
     for ranks, message in (("1", "is one token"), ("2", "1 micro batch.* 2 data-parallel ranks")):
         monkeypatch.setenv("WORLD_SIZE", ranks)
         with pytest.raises(RecipeError, match=message):
-            calibration_text(replace(noise, calibration="text"), data, teacher)
+            calibration_text(text_cfg, data, teacher)
 
 
 def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path: Path) -> None:
-    shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)
+    shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)  # the weights have 128
     weights = prune_weights(teacher, KeptIndices([1, 2, 3, 4], {}), shape.kv_channels)
     with pytest.raises(RecipeError, match="according to the config"):
         save_weights(teacher, shape, weights, tmp_path / "even.nemo")
     assert not (tmp_path / "even.nemo").exists()
 
 
-def test_unknown_weights_are_refused_and_those_of_dropped_layers_skipped() -> None:
+def test_unknown_weights_are_refused_and_weights_of_dropped_layers_skipped() -> None:
     with pytest.raises(RecipeError, match="add its axes to AXES"):
         prune_weight("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
+    # Names count layers from 0: this weight is in layer 4.
     assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
 
 
@@ -365,19 +366,21 @@ scores = score(Path(sys.argv[1]), tokens, replace(SCORE, pipeline_model_parallel
 if rank() == 0:
     scores.save(Path(sys.argv[3]))
 """
+"""Program of each rank. Arguments: checkpoint, file of tokens, folder for scores, stages."""
 
 
 def score_on_ranks(
     teacher: Path, calibration: torch.Tensor, ranks: int, stages: int, folder: Path
 ) -> Importance:
-    """Scores a checkpoint on ranks in pipelines of ``stages``, which are data-parallel."""
+    """Scores a checkpoint on ``ranks / stages`` data-parallel pipelines of ``stages`` stages."""
     (folder / "ranks.py").write_text(RANK_SCRIPT)
     torch.save(calibration, folder / "tokens.pt")
-    files = folder / "ranks.py", teacher, folder / "tokens.pt", folder
-    run_ranks(*map(str, files), str(stages), number=ranks)
+    paths = folder / "ranks.py", teacher, folder / "tokens.pt", folder
+    run_ranks(*map(str, paths), str(stages), number=ranks)
     return Importance.load(folder)
 
 
+# A layout is (ranks, pipeline stages).
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"])
 def test_several_ranks_give_the_scores_of_one_rank(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, layout: Any

@@ -1,7 +1,8 @@
-"""Rehearses jobs, in which a function may be replaced by one with a defect: ``defects.py JOBS``.
+"""Rehearses jobs with planted defects: ``python defects.py JOBS``.
 
-``JOBS`` is a JSON file with a list of [job, name of the defect or null]. ``DEFECTS`` describes each
-defect.
+A defect is a faulty replacement of one function. ``JOBS`` is a JSON file with a list of pairs: a
+``RankJob``, and the name of its defect or null. Prints each job's ``RehearsalResult`` as a line of
+JSON. ``DEFECTS``, below the replacements, describes each defect.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def build_with_norms_on_cpu(build: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def update_with_steps_on_cpu(update: Any, *tensors: Any, **settings: Any) -> None:
-    *others, steps = tensors
-    update(*others, [torch.tensor(1.0) for _ in steps], **settings)
+    *other_tensors, steps = tensors  # the last argument is the list of step counts
+    update(*other_tensors, [torch.tensor(1.0) for _ in steps], **settings)
 
 
 def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any:
@@ -55,45 +56,53 @@ def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any
 
 
 def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Changes the hidden states that rank 0 sends to the next pipeline stage in training."""
+    """Returns a patch of ``_forward_both`` that changes the output of rank 0 in training.
 
-    def changed(forward: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
+    This output is the hidden states that rank 0 sends to the next pipeline stage.
+    """
+
+    def forward_and_change(forward: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
         states = forward(core, *args, **kwargs)
         return change(states) if core.training and os.environ["RANK"] == "0" else states
 
-    return wrap(changed)
+    return wrap(forward_and_change)
 
 
 def restore_with(change: Callable[[Any], None]) -> Callable[..., Any]:
-    """Changes the config of a model that is restored from a checkpoint."""
+    """Returns a patch of ``restore_model`` that changes the restored model's config."""
 
-    def restored(restore: Any, checkpoint: Path) -> Any:
+    def restore_and_change(restore: Any, checkpoint: Path) -> Any:
         model = restore(checkpoint)
         change(model.config)
         return model
 
-    return wrap(restored)
+    return wrap(restore_and_change)
 
 
-def in_second_call(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces only the second call of a function."""
-    calls = count()
+def in_second_call(replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a patch that replaces only the second call of a function.
 
-    def changed(original: Any, *args: Any, **kwargs: Any) -> Any:
-        call = change if next(calls) == 1 else lambda f, *a, **k: f(*a, **k)
-        return call(original, *args, **kwargs)
+    ``replacement`` gets the original function, then the arguments of the call.
+    """
+    call_indices = count()  # from 0
 
-    return wrap(changed)
+    def call(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(call_indices) == 1:
+            return replacement(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    return wrap(call)
 
 
 def total_of_two_columns(original: Any, values: Any, group: Any) -> Any:
-    """Returns the right sums [n, 1], but reduces a tensor [n, 2, 1], in which each sum is twice."""
+    """Returns the right sums [n, 1], but all-reduces a tensor [n, 2, 1] that has each sum twice."""
+    # [n, columns] is repeated to [n, 2, columns], whose last axis is summed.
     return original(values.repeat(1, 2).unflatten(-1, (2, -1)), group)[:, :1, 0]
 
 
 def with_small_buckets(original: Any, *args: Any, **kwargs: Any) -> Any:
-    *before, _, names = args[:7]  # the last two are the size of a bucket and the parameters' names
-    return original(*before, 1, names, *args[7:], **kwargs)
+    bucket_size = 5  # position of this argument: the number of elements of a bucket
+    return original(*args[:bucket_size], 1, *args[bucket_size + 1 :], **kwargs)
 
 
 def gather_in_one(shard: Any, group: Any) -> Any:
@@ -102,8 +111,10 @@ def gather_in_one(shard: Any, group: Any) -> Any:
     return torch.cat(whole.chunk(group.size()), dim=-1)
 
 
-def expect_from_the_first(original: Any, *args: Any, **kwargs: Any) -> None:
-    original(*args, **(kwargs | {"src": 0} if "src" in kwargs else kwargs))
+def broadcast_from_rank_0(original: Any, *args: Any, **kwargs: Any) -> None:
+    if "src" in kwargs:
+        kwargs["src"] = 0
+    original(*args, **kwargs)
 
 
 def with_barrier(original: Any, *args: Any) -> Any:
@@ -117,6 +128,7 @@ def with_gathered_objects(original: Any, *args: Any) -> Any:
 
 
 _models: list[Any] = []
+"""Keeps all loaded models in memory."""
 
 
 def keep_in_float32(load: Any, checkpoint: Path, dtype: Any) -> Any:
@@ -132,17 +144,17 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "gather_too_much": (
         "recipes.distillation.vocabulary:gather",
-        "Each rank expects one row more from the other ranks than they have.",
+        "Each rank expects one row more from every rank than the rank sends.",
         replace_with(gather_too_much),
     ),
     "match_names": (
         "recipes.distillation.trainer:_load_main_weights",
-        "Main weights are restored by Megatron's function, which also finds the teacher's weights.",
+        "Megatron's function restores the main weights. It also finds the teacher's weights by name.",
         replace_with(load_as_megatron),
     ),
     "leave_on_cpu": (
         "nemo_convert.nemo:build_core",
-        "A model is cast but not moved to the GPU, and Megatron makes its own norms on the CPU.",
+        "The input norms of a model are left on the CPU.",
         wrap(build_with_norms_on_cpu),
     ),
     "count_steps_on_cpu": (
@@ -184,13 +196,13 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "total_two_columns": (
         "recipes.distillation.losses:sum_columns",
-        "A rank of the last stage sums tensors of another shape.",
+        "A rank of the last stage all-reduces tensors of another shape.",
         wrap(total_of_two_columns),
     ),
     "wrong_root": (
         "torch.distributed:broadcast_object_list",
         "A rank of the first stage expects a broadcast from rank 0 instead of the last stage.",
-        wrap(expect_from_the_first),
+        wrap(broadcast_from_rank_0),
     ),
     "skip_receive": (
         "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops",
@@ -199,7 +211,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "reverse_groups": (
         "megatron.core.parallel_state:RankGenerator.get_ranks",
-        "A rank creates process groups in another order.",
+        "A rank creates the process groups of each type in reverse order.",
         wrap(lambda original, *args, **kwargs: original(*args, **kwargs)[::-1]),
     ),
     "add_barrier": (
@@ -209,7 +221,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "gather_in_one": (
         "recipes.distillation.vocabulary:gather",
-        "One rank gathers with a different collective.",
+        "One rank gathers with another collective: into one tensor instead of a list.",
         replace_with(gather_in_one),
     ),
     "gather_objects": (
@@ -243,24 +255,26 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         wrap(keep_in_float32),
     ),
 }
-"""Defects by name: the replaced function, a description of the defect, and the replacement."""
+"""Maps the name of each defect to (target, reason, replace), which are fields of its ``Patch``: the
+replaced function, a description of the defect, and the factory of the faulty function."""
 
 
 def main() -> None:
-    pairs = json.loads(Path(sys.argv[1]).read_text())
-    # Only results go to the standard output; what libraries print goes to the standard error.
+    """Rehearses the jobs of the file that the command line names, each in a fork."""
+    jobs_with_defects = json.loads(Path(sys.argv[1]).read_text())
+    # Only results go to standard output. What libraries print there goes to standard error.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     rehearse = prepare()
 
-    def with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
+    def rehearse_with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
         if defect is not None:
-            target, description, replacement = DEFECTS[defect]
-            # An empty fingerprint means that the original is not checked.
-            apply([Patch(target, description, "", replacement)])
+            target, description, replace = DEFECTS[defect]
+            # An empty ``source_hash`` means that the original is not checked.
+            apply([Patch(target, description, source_hash="", replace=replace)])
         return rehearse(TypeAdapter(RankJob).validate_python(job))
 
-    tasks = (partial(with_defect, *pair) for pair in pairs)
+    tasks = (partial(rehearse_with_defect, job, defect) for job, defect in jobs_with_defects)
     for result in in_forks(tasks, cores()):
         print(json.dumps(asdict(result)), file=results, flush=True)
 

@@ -1,4 +1,4 @@
-"""Runs operations on tensors of two devices in a rehearsal, and prints the errors as JSON."""
+"""Runs operations on GPU and CPU tensors in a rehearsal; prints their errors as a JSON object."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from torch import Tensor
 
 attention = torch.nn.functional.scaled_dot_product_attention
 Operation = Callable[["Operands"], object]
+"""Calls one PyTorch operation. What the operation returns is not used."""
 
 
 class Operands:
-    """A matrix, a number, indices and a mask, each on the GPU and (``c_``) on the CPU.
+    """Operands on the GPU. Those that also exist on the CPU have there the prefix ``c_``.
 
-    ``heads`` is a matrix [1, 1, 4, 4] of queries, keys or values on the GPU.
-    ``first`` is a single index, which has 0 dimensions, as ``number`` has.
+    Attributes:
+        matrix: Shape [4, 4].
+        heads: The matrix as queries, keys or values of attention [1, 1, 4, 4].
+        number: Tensor with 0 dimensions.
+        index: Indices, int64 [4].
+        scalar_index: One index, int64 with 0 dimensions.
+        mask: bool [4].
     """
 
     def __init__(self) -> None:
@@ -26,18 +32,19 @@ class Operands:
         self.index, self.c_index = (
             torch.zeros(4, dtype=torch.int64, device=d) for d in ("cuda", "cpu")
         )
-        self.first, self.c_first = (
+        self.scalar_index, self.c_scalar_index = (
             torch.zeros((), dtype=torch.int64, device=d) for d in ("cuda", "cpu")
         )
         self.mask, self.c_mask = (
             torch.ones(4, dtype=torch.bool, device=d) for d in ("cuda", "cpu")
         )
 
-    def adam(self, **replaced: Tensor) -> None:
-        """Updates one weight by the fused kernel. All numbers are on the GPU unless replaced."""
+    def adam(self, **numbers_on_cpu: Tensor) -> None:
+        """Updates one weight by the fused kernel. Its other operands are on the GPU."""
         names = ("state_steps", "grad_scale", "found_inf")
-        numbers = dict.fromkeys(names, self.number) | replaced
+        numbers = dict.fromkeys(names, self.number) | numbers_on_cpu
         steps = [numbers.pop("state_steps")]
+        # Lists of parameters, gradients, first and second moments, with one tensor each.
         lists = [[self.matrix.clone()] for _ in range(4)]
         torch._fused_adamw_(
             *lists, [], steps, lr=1e-3, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8,
@@ -58,20 +65,20 @@ REFUSED: dict[str, Operation] = {
     "index_put": lambda t: t.c_matrix.index_put_((t.index,), t.c_number),
     "index_put_values": lambda t: t.matrix.index_put_((t.index,), t.c_matrix),
     "index_select": lambda t: t.matrix.index_select(0, t.c_index),
-    "index_select_first": lambda t: t.matrix.index_select(0, t.c_first),
+    "index_select_scalar": lambda t: t.matrix.index_select(0, t.c_scalar_index),
     "index_copy": lambda t: t.matrix.index_copy_(0, t.c_index, t.matrix),
-    "index_copy_first": lambda t: t.matrix[0].index_copy_(0, t.c_first, t.number),
+    "index_copy_scalar": lambda t: t.matrix[0].index_copy_(0, t.c_scalar_index, t.number),
     "index_add": lambda t: t.matrix.index_add_(0, t.index, t.c_matrix),
-    "gather": lambda t: t.matrix[0].gather(0, t.c_first),
-    "scatter": lambda t: t.matrix[0].scatter_(0, t.c_first, 1.0),
-    "scatter_source": lambda t: t.matrix[0].scatter_(0, t.first, t.c_number),
-    "embedding": lambda t: torch.nn.functional.embedding(t.c_first, t.matrix),
+    "gather": lambda t: t.matrix[0].gather(0, t.c_scalar_index),
+    "scatter": lambda t: t.matrix[0].scatter_(0, t.c_scalar_index, 1.0),
+    "scatter_source": lambda t: t.matrix[0].scatter_(0, t.scalar_index, t.c_number),
+    "embedding": lambda t: torch.nn.functional.embedding(t.c_scalar_index, t.matrix),
     "masked_fill_mask": lambda t: t.matrix.masked_fill_(t.c_mask, 0.0),
     "matmul": lambda t: t.matrix @ t.c_matrix,
     "addmm": lambda t: torch.addmm(t.c_number, t.matrix, t.matrix),
     "baddbmm": lambda t: torch.baddbmm(t.c_number, t.matrix[None], t.matrix[None]),
     "stack": lambda t: torch.stack([t.number, t.c_number]),
-    "cross_entropy": lambda t: torch.nn.functional.cross_entropy(t.matrix[0], t.c_first),
+    "cross_entropy": lambda t: torch.nn.functional.cross_entropy(t.matrix[0], t.c_scalar_index),
     "add": lambda t: t.matrix + t.c_matrix,
     "add_number_of_gpu": lambda t: t.c_matrix + t.number,
     "attention": lambda t: attention(t.heads, t.heads.cpu(), t.heads.cpu()),
@@ -81,7 +88,7 @@ REFUSED: dict[str, Operation] = {
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
 }
-"""Operations on mixed devices that CUDA refuses, even if the CPU tensor has 0 dimensions."""
+"""Operations on mixed devices that CUDA refuses. Many others accept a CPU tensor of 0 dimensions."""
 ALLOWED: dict[str, Operation] = {
     "fused": lambda t: t.adam(),
     "foreach_list": lambda t: torch._foreach_add([t.matrix], [t.matrix]),
@@ -97,9 +104,9 @@ ALLOWED: dict[str, Operation] = {
     "index_put_number": lambda t: t.matrix.index_put_((t.index,), t.c_number),
     "set_item": lambda t: t.matrix.__setitem__(0, t.c_number),
     "index_fill": lambda t: t.matrix.index_fill_(0, t.index, t.c_number),
-    "index_select": lambda t: t.matrix.index_select(0, t.first),
-    "scatter": lambda t: t.matrix[0].scatter_(0, t.first, t.number),
-    "embedding": lambda t: torch.nn.functional.embedding(t.first, t.matrix),
+    "index_select": lambda t: t.matrix.index_select(0, t.scalar_index),
+    "scatter": lambda t: t.matrix[0].scatter_(0, t.scalar_index, t.number),
+    "embedding": lambda t: torch.nn.functional.embedding(t.scalar_index, t.matrix),
     "masked_fill": lambda t: t.matrix.masked_fill_(t.mask, t.c_number),
     "addmm": lambda t: torch.addmm(t.number, t.matrix, t.matrix),
     "stack": lambda t: torch.stack([t.number, t.number]),
@@ -121,22 +128,24 @@ ALLOWED: dict[str, Operation] = {
     "copy": lambda t: t.matrix.copy_(t.c_matrix),
     "copy_back": lambda t: t.c_matrix.copy_(t.matrix),
 }
-"""Operations that CUDA accepts: on mixed devices, or on the GPU alone if mixed ones are refused."""
+"""Operations that CUDA accepts: on mixed devices, or, for some that ``REFUSED`` also has, on the GPU
+alone."""
 
 
 def main() -> None:
+    """Prints the errors by operation. A key is "refused NAME" or "allowed NAME"."""
     from recipes.rehearsal import fake_cuda
     from recipes.rehearsal.device import fake_tensors
 
     fake_cuda.install()
     errors = {}
     with fake_tensors():
-        for kind, operations in (("refused", REFUSED), ("allowed", ALLOWED)):
+        for expectation, operations in (("refused", REFUSED), ("allowed", ALLOWED)):
             for name, operation in operations.items():
                 try:
                     operation(Operands())
                 except Exception as error:
-                    errors[f"{kind} {name}"] = f"{type(error).__name__}: {error}"
+                    errors[f"{expectation} {name}"] = f"{type(error).__name__}: {error}"
     print(json.dumps(errors))
 
 

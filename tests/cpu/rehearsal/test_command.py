@@ -1,4 +1,4 @@
-"""The command ``rehearse=RANKS``: what it prints and how it ends."""
+"""``rehearse=RANKS`` prints the memory of ranks, and fails if their communication differs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ def all_reduce(*args, **kwargs):
     if torch.distributed.get_rank() == 0:
         _all_reduce(*args, **kwargs)
 """
+"""Code that makes only rank 0 call the all-reduce of ``vocabulary.py``. The tensor-parallel group of
+rank 0 also has rank 1."""
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a copy of the repository's packages, which a test can edit."""
     return copy_with(tmp_path_factory.mktemp("checkout"))
 
 
-def test_sound_ranks_are_shown_with_their_memory(checkout: Path) -> None:
-    done = run(checkout, *COMMAND)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2/2 distill, rank 1 of 8: done in" in done.stdout
-    assert "Memory at the peak, GB: rehearsed / planned" in done.stdout
+def test_ranks_without_a_mistake_are_printed_with_their_memory(checkout: Path) -> None:
+    process = run(checkout, *COMMAND)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "2/2 distill, rank 1 of 8: done in" in process.stdout
+    assert "Memory at the peak, GB: rehearsed / planned" in process.stdout
 
 
-def test_a_rank_that_skips_a_collective_is_a_mistake(checkout: Path) -> None:
+def test_a_rank_that_skips_a_collective_is_reported_and_the_command_fails(checkout: Path) -> None:
     module = checkout / "recipes" / "distillation" / "vocabulary.py"
     source = module.read_text()
     module.write_text(source + DEFECT)
     try:
-        done = run(checkout, *COMMAND)
+        process = run(checkout, *COMMAND)
     finally:
         module.write_text(source)
-    assert done.returncode == 1
-    assert "TENSOR_MODEL_PARALLEL_GROUP" in done.stdout
-    assert "error: the rehearsal found" in done.stdout + done.stderr
+    assert process.returncode == 1
+    assert "TENSOR_MODEL_PARALLEL_GROUP" in process.stdout
+    assert "error: the rehearsal found" in process.stdout + process.stderr

@@ -15,18 +15,21 @@ from tests.cpu.rehearsal.operations import ALLOWED, REFUSED
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """Errors by operation. A new process runs the operations, since fake CUDA stays installed."""
+    """Returns the errors by operation, as ``operations.main`` prints them.
+
+    Another process runs the operations, because fake CUDA cannot be uninstalled.
+    """
     command = [sys.executable, "-m", "tests.cpu.rehearsal.operations"]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return json.loads(process.stdout)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_mixed_devices_are_refused(name: str, errors: dict[str, str]) -> None:
+def test_operations_that_cuda_refuses_are_refused(name: str, errors: dict[str, str]) -> None:
     assert "device" in errors[f"refused {name}"]
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_legal_mixes_of_devices_are_accepted(name: str, errors: dict[str, str]) -> None:
+def test_operations_that_cuda_accepts_are_accepted(name: str, errors: dict[str, str]) -> None:
     assert f"allowed {name}" not in errors

@@ -126,9 +126,10 @@ BROKEN = {
     Case(SMALL, "score", defect="leave_on_cpu"): "at least two devices",
     Case("llama_search", "rank_candidates", defect="index_on_cpu"): "at least two devices",
     Case(SMALL, "score", defect="widen"): "linear_fc1.weight is (2, 3072, 576) in the checkpoint, "
-    "not (2, 3104, 576)",
+    "but must be (2, 3104, 576)",
     Case(SMALL, "score", defect="add_norms"): "q_layernorm.weight is not in a checkpoint",
-    Case(SMALL, "import_hf", defect="lose_a_row"): "is made (49151, 576), not (49152, 576)",
+    Case(SMALL, "import_hf", defect="lose_a_row"): "is (49151, 576) after conversion, "
+    "but must be (49152, 576)",
     Case(*QWEN, (f"{D}tensor_model_parallel_size=3",)): "must be a multiple of tensor_model_par",
 }
 """Maps each case with a defect to words of the error that must be reported."""

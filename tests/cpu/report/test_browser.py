@@ -1,4 +1,4 @@
-"""Opens pages in a real browser: no errors, all plots visible, nothing wider than the screen."""
+"""Opens reports in headless Chromium: no errors, all plots visible, nothing wider than the screen."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 PHONE = 390
 """Width of a phone's screen, in pixels."""
 TIMEOUTS = (60, 60, 240)
-"""Seconds per attempt. Headless Chromium takes seconds, but sometimes hangs."""
+"""Seconds that each attempt may take. Headless Chromium usually needs a few seconds, but sometimes
+hangs. Then it is started again."""
 COMPARISON_PLOTS = [
     f"plot-{quality}-{cost}"
     for quality in ("perplexity", "kl", "tasks")
     for cost in ("parameters", "disk", "latency")
 ]
+"""Ids of the plots in a comparison of runs: each quality against each cost."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,13 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chromium(profile: Path, page: Path, *options: str) -> str:
-    """Opens a page headless, without network, and returns the browser's output."""
+    """Opens a page in headless Chromium without network; returns Chromium's output.
+
+    Args:
+        profile: Prefix of the paths of the profile and of the output. Each attempt has its own.
+        page: HTML file.
+        options: More options for Chromium.
+    """
     program = shutil.which("chromium")
     if not program:
         pytest.skip("chromium is not installed: apt-get install chromium")
@@ -77,18 +85,23 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
                 with suppress(ProcessLookupError):
                     os.killpg(browser.pid, signal.SIGKILL)
                 browser.wait()
-    pytest.fail(f"{program} did not end within {TIMEOUTS} seconds")
+    pytest.fail(f"{program} hung in every attempt; their time limits were {TIMEOUTS} seconds")
 
 
 def console_errors(page: Path, folder: Path) -> list[str]:
     """Returns the messages that the page writes to the browser's console."""
     output = chromium(folder / "console", page, "--dump-dom", "--enable-logging=stderr")
-    assert 'class="card' in output
+    assert 'class="card' in output  # the page was loaded
     return [line for line in output.splitlines() if "CONSOLE" in line]
 
 
 def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
-    """Returns the layout of the page in a frame of ``width`` pixels."""
+    """Returns the layout of the page in a frame of ``width`` pixels.
+
+    The wrapper's script writes the layout as JSON into the title. All values are pixels: ``width``
+    of the frame's visible area, ``content`` (width of the page), ``plots`` (pairs of a plot's id and
+    its height), and the positions ``labels_left`` and ``labels_right`` of the outermost labels.
+    """
     wrapper = folder / "wrapper.html"
     wrapper.write_text(
         f"""<!doctype html><title>waiting</title>
@@ -112,7 +125,7 @@ def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
     )
     output = chromium(folder / "profile", wrapper, "--dump-dom", "--virtual-time-budget=5000")
     title = re.search(r"<title>({.*?})</title>", output)
-    assert title, output[:500]
+    assert title, output[:500]  # the script did not run
     layout: dict[str, Any] = json.loads(html.unescape(title.group(1)))
     return layout
 
@@ -134,13 +147,14 @@ def test_page_shows_all_plots_within_its_width(
     layout = measure_layout(path, tmp_path, width)
     assert layout["content"] <= layout["width"] <= width
     assert 0 <= layout["labels_left"] < layout["labels_right"] <= layout["width"]
-    assert {name for name, height in layout["plots"] if height > 50} == set(plots)
+    # A plot that failed to render has almost no height.
+    assert {plot for plot, height in layout["plots"] if height > 50} == set(plots)
 
 
 def test_browser_reports_content_that_the_content_security_policy_blocks(
     tmp_path: Path, page: Path
 ) -> None:
-    """If the browser did not report errors, the other tests would prove nothing."""
+    """The tests for an empty list of errors are valid only if the browser reports errors."""
     text = page.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">'))
@@ -148,10 +162,11 @@ def test_browser_reports_content_that_the_content_security_policy_blocks(
 
 
 def test_dark_mode_changes_the_page(page: Path, tmp_path: Path) -> None:
-    shots = [tmp_path / "light.png", tmp_path / "dark.png"]
-    light, dark = "1", "0"
-    for scheme, shot in zip((light, dark), shots, strict=True):
+    images = {}
+    for mode, scheme in (("light", 1), ("dark", 0)):  # Chromium's numbers of the color schemes
         scheme_option = f"--blink-settings=preferredColorScheme={scheme}"
-        chromium(tmp_path / "profile", page, scheme_option, f"--screenshot={shot}")
-        assert shot.read_bytes().startswith(b"\x89PNG")
-    assert shots[0].read_bytes() != shots[1].read_bytes()
+        screenshot = tmp_path / f"{mode}.png"
+        chromium(tmp_path / "profile", page, scheme_option, f"--screenshot={screenshot}")
+        images[mode] = screenshot.read_bytes()
+        assert images[mode].startswith(b"\x89PNG")
+    assert images["light"] != images["dark"]

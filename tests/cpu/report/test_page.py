@@ -1,4 +1,4 @@
-"""The report of a whole run: numbers, text and plots."""
+"""Tests the report of a run without optional stages: its numbers, text and plots."""
 
 from __future__ import annotations
 
@@ -45,23 +45,25 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
+    """The required inputs of a report, by name."""
     return make_inputs(tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="module")
 def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of ``inputs`` as HTML."""
     return render_page(inputs, tmp_path_factory.mktemp("report"))
 
 
 def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Input]) -> None:
     manifests = {name: item.manifest for name, item in inputs.items()}
-    expected = {1 - STUDENT.parameters() / TEACHER.parameters()}
+    expected = {1 - STUDENT.parameters() / TEACHER.parameters()}  # pruned fraction of parameters
     for name in ("evaluation", "teacher", "exported", "data"):
         expected |= all_numbers(manifests[name].metrics)
     expected.add(manifests["pruned"].metrics["calibration_tokens"])
     for shape in (TEACHER, STUDENT):
-        axes = set(shape.as_dict()) - {"max_position_embeddings", "tied_embeddings"}
-        expected |= {getattr(shape, axis) for axis in axes if axis != "hf_architecture"} - {None}
+        not_shown = {"max_position_embeddings", "tied_embeddings", "hf_architecture"}
+        expected |= {getattr(shape, field) for field in set(shape.as_dict()) - not_shown}
         expected.add(shape.parameters())
     for manifest in manifests.values():
         expected |= {manifest.seconds, manifest.peak_rss_bytes, manifest.total_bytes()}
@@ -72,8 +74,9 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
 
 
 def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_path: Path) -> None:
+    """The teacher has 8 experts and the student 6, which are 25% fewer."""
     shape = {**STUDENT.as_dict(), "moe_ffn_hidden_size": 96}
-    moe = {
+    moe_inputs = {
         role: replace(
             inputs[role],
             manifest=replace(
@@ -82,19 +85,21 @@ def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_pa
         )
         for role, experts in (("teacher", 8), ("distilled", 6))
     }
-    rows = render_page({**inputs, **moe}, tmp_path).partition('id="table-architecture"')[2]
-    assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", rows.partition("</table>")[0])
-    assert "Expert FFN size" in rows
-    assert "Expert" not in text, "of a dense model"
+    page = render_page({**inputs, **moe_inputs}, tmp_path)
+    table = page.partition('id="table-architecture"')[2].partition("</table>")[0]
+    assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", table)
+    assert "Expert FFN size" in table
+    assert "Expert" not in text, "the report of a dense model mentions experts"
 
 
 def test_numbers_are_rounded(text: str) -> None:
+    """The unrounded values are in ``tests/support``, such as the teacher's loss of 3.0214."""
     shown = Page(text).text
     for number in ("86.5 M", "3.021", "409.6 K", "79.3%", "938.0", "540.2 MB", "1 h 08 min"):
         assert number in shown
     for number in ("4.0 GB", "1.14e−4"):
         assert number in shown
-    assert "CC-BY-4.0" in shown
+    assert "CC-BY-4.0" in shown  # the number in a license's name is not rounded
 
 
 def test_the_training_speed_is_rounded(inputs: dict[str, Input], tmp_path: Path) -> None:
@@ -110,15 +115,17 @@ def test_the_training_speed_is_rounded(inputs: dict[str, Input], tmp_path: Path)
 def test_long_names_of_rows_are_shortened() -> None:
     names = ["sciq", "mmlu_high_school_physics", "mmlu_high_school_biology"]
     plot = interval_plot("plot", "Scores", {name: [("teacher", 0.5, 0.1)] for name in names})
+    # Pairs of the visible label and its tooltip, which has the whole name.
     labels = re.findall(r'class="row".*?>(.*?)<title>(.*?)</title>', plot)
     assert [name for _, name in labels] == names
     assert max(len(label) for label, _ in labels) <= MAX_ROW_LABEL
-    assert len({label for label, _ in labels}) == 3
+    assert len({label for label, _ in labels}) == 3  # shortened labels remain distinct
 
 
 def test_licences_of_teacher_and_text_are_shown(
     inputs: dict[str, Input], text: str, tmp_path: Path
 ) -> None:
+    """Shows both licences with a remark, since they forbid commercial use."""
     licences = [with_restriction(licence) for licence in ("qwen-research", "CC-BY-NC-4.0")]
     assert not any(licence in text for licence in licences)
     teacher = with_result(inputs["teacher"], replace(RESULTS["import_hf"], licence="qwen-research"))
@@ -133,8 +140,9 @@ def test_a_report_states_that_pretokenized_text_was_not_compared(
     text: str, inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     assert "not compared" not in text
-    data = replace(inputs["data"].manifest.result(DatasetResult), sample="Once upon")
-    page = render_page(inputs | {"data": with_result(inputs["data"], data)}, tmp_path)
+    # Only the result of pretokenized text has a decoded sample.
+    pretokenized = replace(inputs["data"].manifest.result(DatasetResult), sample="Once upon")
+    page = render_page(inputs | {"data": with_result(inputs["data"], pretokenized)}, tmp_path)
     assert "not compared with held-out text and benchmarks" in section(page, "settings")
 
 
@@ -142,34 +150,39 @@ def test_results_come_before_settings_and_plan(text: str) -> None:
     sections = re.findall(r'<section id="(\w+)"', text)
     assert sections[0] == "quality"
     assert sections.index("distillation") < sections.index("settings") < sections.index("cost")
+    # The navigation links to every section, in the same order.
     assert sections == [link.removeprefix("#") for link in Page(text).values("href")]
 
 
 def test_page_is_self_contained(text: str, inputs: dict[str, Input]) -> None:
     page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "embed"} & {t for t, _ in page.tags}
+    tags = {tag for tag, _ in page.tags}
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & tags
     assert page.values("src") == page.values("xlink:href") == []
     assert not re.search(r"https?:|url\(|@import", text)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert set(PLOTS) <= set(ids)
-    assert str(inputs["teacher"].directory) not in text
+    assert str(inputs["teacher"].directory) not in text  # no paths of this machine
 
 
 def test_provenance_lists_every_stage_and_file(text: str, inputs: dict[str, Input]) -> None:
     page = Page(text)
-    titles = set(page.values("title"))
+    titles = set(page.values("title"))  # tooltips; those of hashes have all digits
     for item in inputs.values():
         manifest = item.manifest
         assert {manifest.fingerprint, manifest.code, manifest.git_sha} <= titles
         assert {stamp.sha256 for stamp in manifest.files.values()} <= titles
-        names = (manifest.stage, manifest.started_at.replace("T", " "), *manifest.versions.values())
-        assert all(name in page.text for name in names)
+        start = manifest.started_at.replace("T", " ")
+        details = (manifest.stage, start, *manifest.versions.values())
+        assert all(detail in page.text for detail in details)
 
 
-def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_path: Path) -> None:
+def test_stale_results_that_the_user_kept_are_listed(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
     distilled = inputs["distilled"]
-    acceptance = Acceptance("f", ["lr changed 1 → 2", "its code changed"])
+    acceptance = Acceptance(fingerprint="f", reasons=["lr changed 1 → 2", "its code changed"])
     accepted = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
     text = Page(render_page({**inputs, "distilled": accepted}, tmp_path)).text
     assert "The result of distill was kept although lr changed 1 → 2, its code changed." in text
@@ -178,14 +191,17 @@ def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_p
 def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
     text = render_page(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
     assert "<script" not in text
-    # The title is in the head and in the body; the description and a generated text occur once.
-    assert text.count(html.escape(NASTY).replace("&#x27;", "&#39;")) == 4
+    escaped = html.escape(NASTY).replace("&#x27;", "&#39;")  # Jinja's code for an apostrophe
+    # The title occurs in the head and in the body; the description and a generated text, once each.
+    assert text.count(escaped) == 4
     assert NASTY in Page(text).text
 
 
 def test_dropped_layers_are_marked(text: str) -> None:
-    styles = [c.split()[1] for c in Page(text).values("class") if c.startswith("bar ")]
-    legend, bars = styles[:2], styles[2:]
+    # A bar's class is "bar kept" or "bar dropped".
+    classes = [c for c in Page(text).values("class") if c.startswith("bar ")]
+    styles = [name.removeprefix("bar ") for name in classes]
+    legend, bars = styles[:2], styles[2:]  # the legend has one bar of each style
     assert legend == ["kept", "dropped"]
     assert [n for n, style in enumerate(bars, 1) if style == "dropped"] == list(DROPPED)
     assert len(bars) == LAYERS
@@ -193,9 +209,13 @@ def test_dropped_layers_are_marked(text: str) -> None:
 
 @pytest.mark.parametrize("drop_layers", [[], list(DROPPED)])
 @pytest.mark.parametrize("method", ["loss", "block"])
-def test_a_block_of_layers_is_not_said_to_be_chosen_by_the_scores(
+def test_layer_scores_are_not_named_as_the_reason_to_drop_a_block(
     inputs: dict[str, Input], tmp_path: Path, method: str, drop_layers: list[int]
 ) -> None:
+    """The method ``block`` drops adjacent layers by their joint loss, not by single scores.
+
+    It is not used if the recipe lists the layers to drop.
+    """
     manifest = inputs["pruned"].manifest
     config = {**manifest.config, "layer_importance": method, "drop_layers": drop_layers}
     result = replace(manifest.result(PruneResult), layer_measure="block_influence")
@@ -203,45 +223,45 @@ def test_a_block_of_layers_is_not_said_to_be_chosen_by_the_scores(
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
     shown = Page(section(render_page({**inputs, "pruned": pruned}, tmp_path), "layers")).text
     assert ("block" in shown) == (method == "block" and not drop_layers)
-    assert not re.search(r"[a-z]\.\w", shown), "a blank is missing after a sentence"
+    assert not re.search(r"[a-z]\.\w", shown), "a space is missing after a sentence"
 
 
 @pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
-    """Two terms have three curves: one for each term, and one for their sum.
+    """KD and LM loss have three curves: one for each, and one for their weighted sum.
 
-    An unfinished start with another loss does not replace the curves of the result.
+    The run also has the metrics of an unfinished restart with the other ``lm_weight``. The report
+    must use the metrics of the complete result instead.
     """
     inputs = make_inputs(tmp_path / "run", lm_weight=lm_weight)
     distilled = inputs["distilled"].directory
     (distilled / METRICS).rename(distilled / RESULT_METRICS)
-    write_training_log(distilled, 0.5 - lm_weight)
+    write_training_log(distilled, lm_weight=0.5 - lm_weight)
     text = render_page(inputs, tmp_path)
     assert section(text, "distillation").count('class="key"') == curves
 
 
 def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> None:
     trained = inputs["distilled"].manifest.result(DistillationResult)
-    stopped = with_result(
-        inputs["distilled"], replace(trained, stopped="stopped at step 60 of 400")
-    )
-    assert (
-        "stopped at step 60" in Page(render_page({**inputs, "distilled": stopped}, tmp_path)).text
-    )
+    result = replace(trained, stopped="stopped at step 60 of 400")
+    distilled = with_result(inputs["distilled"], result)
+    page = Page(render_page({**inputs, "distilled": distilled}, tmp_path))
+    assert "stopped at step 60" in page.text
 
 
 def test_tokens_and_epochs_of_training_sources_are_listed(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     trained = inputs["distilled"].manifest.result(DistillationResult)
-    sources = [TrainedSource("repeated", 301, 4.25), TrainedSource("once", 1707, 1.75)]
+    # Source, tokens and epochs. The report marks a source that is read more than 4 times.
+    sources = [TrainedSource("repeated", 301, 4.25), TrainedSource("fresh", 1707, 1.75)]
     distilled = with_result(inputs["distilled"], replace(trained, sources=sources))
     page = render_page({**inputs, "distilled": distilled}, tmp_path)
     table = page.partition('id="table-trained"')[2].partition("</table>")[0]
-    _, _, repeated, once = table.split("<tr>")
+    _, _head, repeated, fresh = table.split("<tr>")
     assert all(value in repeated for value in ("repeated", "301", "4.25", 'class="tag"'))
-    assert all(value in once for value in ("once", "1,707", "1.75"))
-    assert 'class="tag"' not in once
+    assert all(value in fresh for value in ("fresh", "1,707", "1.75"))
+    assert 'class="tag"' not in fresh
 
 
 @pytest.mark.parametrize("fraction", [None, -0.4, 1.2])
@@ -251,17 +271,18 @@ def test_recovered_may_be_unknown_or_outside_0_to_1(
     evaluation = with_result(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
     text = render_page({**inputs, "evaluation": evaluation}, tmp_path)
     assert fraction is None or fraction in Page(text).numbers()
+    # A negative fraction is explained: distillation raised the loss further.
     assert ("further" in Page(text).text) == (fraction == -0.4)
     assert "lowered the loss" not in Page(text).text
     assert "None" not in text
-    assert 'width="-' not in text
+    assert 'width="-' not in text  # no bar with a negative width
 
 
 def test_a_width_pruned_model_has_no_dropped_layers(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    kept = list(range(1, LAYERS + 1))
-    result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=kept)
+    all_layers = list(range(1, LAYERS + 1))
+    result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=all_layers)
     pruned = with_result(inputs["pruned"], result)
     config = asdict(PruneConfig("prune", target_hidden_size=448))
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
@@ -271,27 +292,29 @@ def test_a_width_pruned_model_has_no_dropped_layers(
 
 
 def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
-    """The checkpoints come from other stages than usual, and no training was logged."""
-    bare = {}
+    """Checkpoints of an unknown stage have no settings or metrics, and no training log exists."""
+    bare_inputs = {}
     for name, item in inputs.items():
         is_checkpoint = "checkpoint" in item.manifest.kind
         manifest = replace(
             item.manifest, architecture=None, parameters=None, versions={}, git_sha=None, files={},
             **({"stage": "other", "config": {}, "metrics": {}} if is_checkpoint else {}),
         )  # fmt: skip
-        bare[name] = Input(tmp_path / name, manifest)
-    page = Page(render_page(bare, tmp_path, ReportConfig("report")))
+        bare_inputs[name] = Input(tmp_path / name, manifest)  # a directory that does not exist
+    page = Page(render_page(bare_inputs, tmp_path, ReportConfig("report")))
     assert "None" not in page.text
     assert not {"plot-loss", "plot-layers", "plot-work"} & set(page.values("id"))
 
 
 def test_one_dominant_layer_does_not_flatten_the_others() -> None:
+    """On a linear scale, most bars would have 3% of the height of the highest."""
     scores = {1: 16.1, 2: 2.6, **{layer: 0.4 + layer / 100 for layer in range(3, 31)}}
     plot = layer_plot("plot-layers", "Layers", scores, set(scores))
     heights = [float(h) for h in re.findall(r'class="bar kept".*?height="([\d.]+)%"', plot)]
     assert len(heights) == 30
-    assert min(heights) > 10
-    assert heights.index(min(heights)) + 1 == min(scores, key=scores.__getitem__)
+    assert min(heights) > 10  # percent of the plot's height
+    lowest_layer = min(scores, key=scores.__getitem__)
+    assert heights.index(min(heights)) + 1 == lowest_layer  # layers count from 1
 
 
 @pytest.mark.parametrize("scores", [{1: 0.0, 2: 5.0, 3: 0.0}, {1: 0.0}])
@@ -300,10 +323,11 @@ def test_layer_scores_of_zero_are_drawn(scores: dict[int, float]) -> None:
 
 
 def test_plots_of_long_runs_are_small() -> None:
-    points = [(float(n), wobble(n)) for n in range(1, 100_001)]
+    """A plot draws at most about ``MAX_POINTS`` of the points, and always the last one."""
+    points = [(float(step), wobble(step)) for step in range(1, 100_001)]
     plot = line_plot("plot-long", "Long", [Series("loss", "total", points)])
-    assert len(plot) < 50_000
-    assert "100,000" in plot
+    assert len(plot) < 50_000  # characters
+    assert "100,000" in plot  # the last step
 
 
 @pytest.mark.parametrize(
@@ -313,6 +337,7 @@ def test_plots_of_long_runs_are_small() -> None:
 def test_ticks_are_round_numbers_on_the_axis(
     low: float, high: float, ticks: list[float] | None
 ) -> None:
+    """``ticks`` is ``None`` if only the number of ticks and their range are checked."""
     values = Axis(low, high).ticks()
     assert ticks is None or values == pytest.approx(ticks)
     assert 3 <= len(values) <= 7

@@ -26,7 +26,9 @@ from recipes.search.settings import (
 )
 from recipes.search.space import Budget
 
-NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
+NAN, INFINITE = float("nan"), float("inf")
+LARGE = 10**20
+"""Above the upper limit of every integer setting, and above 64 bits."""
 
 
 @pytest.mark.parametrize(
@@ -75,16 +77,18 @@ def test_error_shows_the_invalid_value_and_its_requirement(config: Any, expected
 
 
 @pytest.mark.parametrize(
-    ("config", "field", "requirement"),
+    ("config_class", "field", "requirement"),
     [
         (DistillConfig, "intermediate_layer_pairs", "must be a list, such as [a,b]"),
         (EvaluateTasksConfig, "num_fewshot", "must be a mapping, such as {a: 1}"),
         (DistillConfig, "precision", "must be a string"),
     ],
 )
-def test_error_shows_a_value_of_the_wrong_type(config: Any, field: str, requirement: str) -> None:
-    settings = config(stage="x")
-    setattr(settings, field, 5)
+def test_error_shows_a_value_of_the_wrong_type(
+    config_class: Any, field: str, requirement: str
+) -> None:
+    settings = config_class(stage="x")
+    setattr(settings, field, 5)  # a number has the wrong type for all of these fields
     assert f"invalid {field}=5: {requirement}" in list(violations(settings))
 
 
@@ -93,15 +97,18 @@ def test_infinite_memory_is_valid() -> None:
     assert not list(violations(Hardware(memory_bytes=INFINITE)))
 
 
-def unconstrained_numbers(declared: type) -> list[str]:
-    """Returns the numeric fields of a config and of nested configs that have no constraint."""
+def unconstrained_numbers(config: type) -> list[str]:
+    """Returns the names of numeric fields without a constraint, in a config and nested configs."""
     names = []
-    for name, hint in typing.get_type_hints(declared, include_extras=True).items():
-        # A constraint is in ``Annotated``, so the types inside it are not examined.
-        types = {hint} if typing.get_origin(hint) is Annotated else {hint, *typing.get_args(hint)}
-        names += [name] if types & {int, float} else []
-        nested = [t for t in types if isinstance(t, type) and dataclasses.is_dataclass(t)]
-        names += [f"{name}.{field}" for config in nested for field in unconstrained_numbers(config)]
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        # A constraint is in ``Annotated``. The number type inside it is therefore not examined.
+        is_constrained = typing.get_origin(hint) is Annotated
+        types = {hint} if is_constrained else {hint, *typing.get_args(hint)}
+        if types & {int, float}:
+            names.append(name)
+        for nested in types:
+            if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+                names += [f"{name}.{field}" for field in unconstrained_numbers(nested)]
     return names
 
 

@@ -14,5 +14,6 @@ def test_error_shows_the_fix_on_its_own_line() -> None:
     ("word", "expected"),
     [("distil", " Did you mean 'distill'?"), ("prnue", " Did you mean 'prune'?"), ("xyz", "")],
 )
-def test_did_you_mean(word: str, expected: str) -> None:
+def test_only_a_similar_name_is_suggested(word: str, expected: str) -> None:
+    # The suggestion starts with a space, because it is appended to a message.
     assert did_you_mean(word, iter(("prune", "distill"))) == expected

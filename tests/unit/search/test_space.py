@@ -18,11 +18,11 @@ from recipes.search.space import (
     cache_bytes,
     corner_shapes,
     enumerate_shapes,
+    gigabytes_per_step,
     latency_ms,
     memory_bytes,
     middle_shape,
     name_of,
-    read_gigabytes,
     weight_bytes,
 )
 
@@ -134,7 +134,7 @@ def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
     assert len(shapes) == 6
     step_times = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
     # The first corner is the teacher, which has 30 layers.
-    assert step_times[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
+    assert step_times[0] == pytest.approx(2 + 3 + 20 * gigabytes_per_step(SMOLLM2, service))
     latency = fit_latency(shapes, step_times, service)
     assert dataclasses.astuple(latency) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)
     measured = dataclasses.replace(service, measured=latency)
@@ -156,7 +156,7 @@ def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
 def test_fitted_times_are_not_negative() -> None:
     """Noise can make shapes with fewer layers look slower."""
     shapes, service = corner_shapes(SMOLLM2, Space()), Service()
-    step_times = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
+    step_times = [10 * gigabytes_per_step(s, service) - 0.01 * s.num_layers for s in shapes]
     latency = fit_latency(shapes, step_times, service)
     assert min(dataclasses.astuple(latency)) >= 0
     assert latency.gigabyte_ms > 0

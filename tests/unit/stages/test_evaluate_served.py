@@ -40,4 +40,4 @@ def test_benchmarks_follow_from_the_server(tasks: str, plan: Callable[..., Plan]
     for served, generated in (("engine", True), ("gguf", False)):
         planned = plan(*TRTLLM, f"tasks={tasks}", "gguf=q8_0", f"served={served}")
         [config] = (s.config for s in planned.stages if s.name == "evaluate_served")
-        assert (config.tasks == [*evaluate_served.GENERATED]) == generated  # type: ignore[attr-defined]
+        assert (config.tasks == [*evaluate_served.GENERATION_TASKS]) == generated  # type: ignore[attr-defined]
