@@ -80,18 +80,12 @@ def measure(
     rank_text = text[rank() :: world_size()]
     tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    stride = max(1, len(text) // max(1, cfg.num_generations))  # spaces examples over the text
-    examples = text.tokens[::stride][: cfg.num_generations]
-    end = cfg.prompt_tokens + cfg.new_tokens
-    prompts = examples[:, : cfg.prompt_tokens]
-    # Tokens of the prompts, of their original continuations, and below of each model's.
-    generations = {"prompt": prompts, "text": examples[:, cfg.prompt_tokens : end]}
+    generations = _examples(cfg, text)  # tokens; each model's continuations are added below
     states, parameters = {}, {}
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        # Sequences of earlier models are done. A default argument keeps this iteration's value; a
-        # closure would read the loop's variable.
+        # The default argument keeps this model's value. A closure would read the loop's variable.
         def progress(done: int, earlier: int = number * len(rank_text)) -> None:
             log.progress("evaluate", earlier + done, len(checkpoints) * len(rank_text))
 
@@ -99,7 +93,7 @@ def measure(
             Predictor.of(model), rank_text, cfg.micro_batch_size, progress
         )
         parameters[role] = sum(p.numel() for p in model.parameters())
-        if rank() == 0 and len(prompts):
+        if rank() == 0 and len(prompts := generations["prompt"]):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
     metrics = compare_predictions(states, rank_text)
@@ -121,6 +115,17 @@ def measure(
         recovered=_recovered(scores),
         sources=_by_source(scores, text) if len(text.sources) > 1 else {},
     )
+
+
+def _examples(cfg: EvaluateConfig, text: TextSequences) -> dict[str, Tensor]:
+    """Returns prompts and their original continuations, from sequences spaced over the text."""
+    stride = max(1, len(text) // max(1, cfg.num_generations))
+    examples = text.tokens[::stride][: cfg.num_generations]
+    end = cfg.prompt_tokens + cfg.new_tokens
+    return {
+        "prompt": examples[:, : cfg.prompt_tokens],
+        "text": examples[:, cfg.prompt_tokens : end],
+    }
 
 
 def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:

@@ -94,7 +94,8 @@ def _with_equal_experts(
         self.output_splits = np.full(self.ep_size, sent_to_local.sum())
         self.output_splits_tp = np.full(self.tp_size, self.ep_size * sent_to_local.sum())
     self.num_global_tokens_per_local_expert = np.tile(sent_to_local, (ranks, 1))
-    return sent_to_local * ranks  # every rank sends the same number of tokens
+    received: np.ndarray = sent_to_local * ranks  # every rank sends the same number of tokens
+    return received
 
 
 def _permute(

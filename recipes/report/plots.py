@@ -390,9 +390,10 @@ def _labels(marks: Sequence[Mark], points: Sequence[tuple[float, float]]) -> lis
     """Returns the label of each mark. Of several close marks, the first gets all their labels."""
     texts: dict[int, list[str]] = {}  # by the index of the mark that shows them
     for i, point in enumerate(points):
-        owner = next((j for j in texts if _overlap(points[j], point)), i)
-        texts.setdefault(owner, []).append(marks[i].label)
-    return [", ".join(filter(None, texts.get(i, []))) for i in range(len(points))]
+        if marks[i].label:
+            owner = next((j for j in texts if _overlap(points[j], point)), i)
+            texts.setdefault(owner, []).append(marks[i].label)
+    return [", ".join(texts.get(i, [])) for i in range(len(points))]
 
 
 def _overlap(point: tuple[float, float], other: tuple[float, float]) -> bool:

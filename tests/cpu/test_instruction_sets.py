@@ -30,7 +30,7 @@ NUMERICAL = (
     "pruning/test_minitron.py::test_pruning_gives_the_logits_of_modelopts_own_pruning",
     "search/test_search.py::test_candidates_have_the_metrics_of_pruned_models",
 )
-"""Files and tests, below ``tests/cpu``, whose results depend on the order of floating-point sums."""
+"""Files and tests below ``tests/cpu`` whose results depend on the order of sums."""
 INSTRUCTION_SETS = {
     "AVX2": ("avx2", "AVX2", "AVX2"),
     "AVX512": ("avx512", "AVX512_CORE", "AVX512"),  # without bfloat16 and AMX

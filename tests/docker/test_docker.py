@@ -53,7 +53,7 @@ def docker() -> Iterator[Docker]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and the launcher's command, which every test starts anew in this directory."""
+    """A run directory, and the command of the launcher that each test starts on it."""
 
     docker: Docker
     directory: Path
@@ -80,7 +80,8 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # If a shell runs pytest in the background, pytest ignores SIGINT, and so would the launcher.
+            # If a shell runs pytest as a background job, pytest ignores SIGINT. Without this call,
+            # the launcher would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 

@@ -15,7 +15,7 @@ from tests.gpu.small import Small, make_reference
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of this folder as GPU tests; skips them without a GPU and without the plan."""
+    """Marks the tests of this folder as GPU tests, and skips them where they cannot run."""
     import torch
 
     started_by_plan = RESULTS in os.environ

@@ -88,7 +88,8 @@ STEPS = (
          "a training stopped at its time limit resumes", TRAINING),
     Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_teacher "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
-         "a cached teacher gives a live one's losses; hidden-state losses match the CPU's", REFERENCE),
+         "a cached teacher gives a live one's losses; hidden-state losses match the CPU's",
+         REFERENCE),
     Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
          "losses match the CPU's with recomputed activations, and with CP=2 on two GPUs",
          REFERENCE),
@@ -97,15 +98,16 @@ STEPS = (
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
          "training some layers of Llama 8B on fake tensors takes the planned memory", ("imports",)),
     Step("memory", "memory::measured_memory_matches_the_rehearsal", 5,
-         "training some layers of Llama 8B takes the memory of their rehearsal", (DEVICE, "rehearsal")),
+         "training some layers of Llama 8B takes the memory of their rehearsal",
+         (DEVICE, "rehearsal")),
     Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
          "a student is evaluated in bfloat16, exported and quantized to FP8", TRAINING),
 )  # fmt: skip
 """Steps in the order in which they run.
 
 A step that needs no GPU comes directly before the first step that depends on it. So if the time
-limit ends the plan early, as many steps as possible have used the GPU. The first ten minutes include
-``layers``, since no other machine has TransformerEngine.
+limit ends the plan early, as many steps as possible have used the GPU. The first ten minutes
+include ``layers``, since no other machine has TransformerEngine.
 """
 
 
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     steps, env = with_dependencies(args.steps), {RESULTS: str(folder)}
     if args.on_cpu:
-        # Steps that depend on the device run nevertheless, since ``run`` ignores a missing dependency.
+        # Steps that depend on ``DEVICE`` still run: ``run`` ignores dependencies that are missing.
         steps = [step for step in steps if step.name != DEVICE]
         env |= {ON_CPU: "1", "CUDA_VISIBLE_DEVICES": ""}
     console = Console(soft_wrap=True)

@@ -5,6 +5,7 @@ The recipes themselves run with transformers 4.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -41,7 +42,11 @@ def transformers_5() -> Path:
         )
         require_package_index(pip)
         assert pip.returncode == 0, pip.stderr
-        target.rename(folder)  # only now, so that an aborted installation leaves no folder
+        # Only now, so that an aborted installation leaves no folder. Another process may have
+        # installed the same packages meanwhile.
+        with contextlib.suppress(OSError):
+            target.rename(folder)
+    assert folder.is_dir()
     return folder
 
 

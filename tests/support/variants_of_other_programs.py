@@ -37,8 +37,7 @@ from tests.support.folder_changes import (
 )
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-QWEIGHT = "model.layers.0.self_attn.q_proj.qweight"
-"""Name of the weight ``QUERY`` in models that GPTQ has quantized."""
+QWEIGHT = "model.layers.0.self_attn.q_proj.qweight"  # the name of QUERY in a GPTQ model
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
@@ -46,7 +45,7 @@ LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
 disable the window."""
 TOO_MANY_TOKENS = [f"<token{n}>" for n in range(8)]
 """Eight special tokens. The embedding has only six unused rows."""
-EOS = {
+EOS = {  # in the format in which transformers saves an AddedToken
     "__type": "AddedToken",
     "content": "<eos>",
     "lstrip": False,
@@ -54,7 +53,6 @@ EOS = {
     "rstrip": False,
     "single_word": False,
 }
-"""A token in the format in which transformers saves an ``AddedToken``."""
 
 
 def variants_of_other_programs() -> Iterator[Variant]:
@@ -202,8 +200,7 @@ def _refused_files() -> Iterator[Variant]:
         ("a list", "__metadata__", []),
         ("a number", "__metadata__", {"format": "pt", "step": 5}),
         ("a float", "model.norm.weight", {"shape": [64.0]}),
-        # 75,264 bytes: 294 rows of 64 float32
-        ("a float offset", "lm_head.weight", {"data_offsets": [0, 75264.0]}),
+        ("a float offset", "lm_head.weight", {"data_offsets": [0, 294 * 64 * 4.0]}),  # float32
         ("two metadata", "__metadata__", None),
         ("two heads", "lm_head.weight", None),
     ):
@@ -230,7 +227,6 @@ def _refused_names_and_indexes() -> Iterator[Variant]:
         yield Variant(f"prefix {prefix}", _add_prefix(prefix), f"fix: .*remove '{prefix}'")
     no_prefix = edit_weights(_remove_prefix)
     yield Variant("no prefix", no_prefix, "fix: .*add 'model.'")
-    # Only the name is that of a quantized weight.
     quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
     yield Variant("GPTQ", quantized, "fix: .*before quantization")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
@@ -263,7 +259,6 @@ def _refused_generation() -> Iterator[Variant]:
     ):
         change = edit_json(GENERATION, **{key: value})
         yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
-    # Greedy decoding gives only one text.
     greedy = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
     yield Variant("several greedy texts", greedy, "num_return_sequences=2 with num_beams=1")
     for token in (True, 1.0, {"a": 1}):
@@ -298,8 +293,7 @@ def _refused_tokenizers() -> Iterator[Variant]:
     # With added_tokens_decoder, transformers 4 would ignore the older files of tokens.
     no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
     tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOO_MANY_TOKENS)
-    change = all_of(no_decoder, tokens)
-    yield Variant("too many tokens in the map", change, "tokens without an embedding")
+    yield Variant("too many in the map", all_of(no_decoder, tokens), "tokens without an embedding")
     # This class adds 7 special tokens. The embedding has 6 unused rows.
     code_llama = edit_json(TOKENIZER, tokenizer_class="CodeLlamaTokenizer", eos_token=ABSENT)
     yield Variant("too many tokens of the class", code_llama, "has 1 tokens without an embedding")
@@ -329,8 +323,7 @@ def _refused_tokenizers() -> Iterator[Variant]:
         change = edit_json("special_tokens_map.json", **{key: value})
         refusal = f"special_tokens_map.json: invalid {key}"
         yield Variant(f"map with {key}={value}", all_of(no_decoder, change), refusal)
-    for file in ("config.json", "special_tokens_map.json"):
-        # Deeper than the recursion limit of Python's JSON parser.
+    for file in ("config.json", "special_tokens_map.json"):  # too deep for Python's JSON parser
         nested = write_file(file, '{"a":' * 100_000 + "1" + "}" * 100_000)
         yield Variant(f"nested {file}", nested, f"{file} is not valid JSON")
 

@@ -33,7 +33,7 @@ def _configs() -> Iterator[Variant]:
         ("attention_dropout", "x"),
     ):
         yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
-    # The folder has the weights of 2 layers. A list of all missing weights would be too long.
+    # The names of all weights of so many layers might not fit in memory.
     too_many_layers = edit_config(num_hidden_layers=2_000_000)
     yield Variant("too many layers", too_many_layers, "num_hidden_layers=2000000")
 
@@ -88,8 +88,7 @@ def _tokenizers() -> Iterator[Variant]:
         ("split_special_tokens", "x"),
         ("split_special_tokens", None),
         ("additional_special_tokens", [{"content": "<x>"}]),
-        # The next two are parameters of the tokenizer class, but not settings of a file.
-        ("self", None),
+        ("self", None),  # settings become arguments of the tokenizer class's constructor
         ("init_inputs", 5),
         ("eos_token", {**token, "lstrip": "x"}),
         ("added_tokens_decoder", {"0": {"content": "<unk>", "special": "x"}}),

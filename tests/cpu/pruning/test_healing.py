@@ -152,9 +152,9 @@ def test_an_unpruned_model_does_not_change(family: str) -> None:
 
 
 def test_least_squares_never_increase_the_error() -> None:
-    """Fits noise on 24 tokens: a weight with 8 outputs and 32 inputs, of which 16 are duplicates."""
+    """Fits a weight with 8 outputs and 32 inputs, of which 16 are duplicates, to noise."""
     torch.manual_seed(0)
-    inputs, missing_outputs = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
+    inputs, missing_outputs = torch.randn(1, 24, 32), torch.randn(1, 24, 8)  # 24 tokens
     inputs[..., 16:] = inputs[..., :16]  # G is singular, so only the ridge makes it solvable
     fit = LeastSquares(torch.zeros(8, 32))
     for start in range(0, 24, 8):

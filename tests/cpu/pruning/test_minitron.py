@@ -43,7 +43,7 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import ROUNDINGS, measure_ulp_noise
 
-LAYERS, VOCABULARY = EVEN["num_hidden_layers"], EVEN["vocab_size"]
+VOCABULARY = EVEN["vocab_size"]
 DOCUMENT_END = 83
 """Id of a frequent token, which the tests treat as the end of a document."""
 WeightChange = Callable[[Any], None]  # changes a Hugging Face model in place
@@ -88,7 +88,7 @@ def importance(teacher: Path, calibration: torch.Tensor) -> Importance:
 def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
 ) -> tuple[Path, Architecture, KeptIndices]:
-    """Saves a student of the sizes ``targets``, whose layers are chosen by ``method``."""
+    """Prunes by scores to the sizes ``targets``. ``method`` selects the scores of layers."""
     teacher_shape = nemo.architecture_of(teacher)
     student = pruned_shape(teacher_shape, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
@@ -106,8 +106,8 @@ def test_layers_of_a_pruned_checkpoint_keep_the_numbers_of_the_unpruned_model(
     artifact.mkdir()
     (artifact / teacher.name).symlink_to(teacher)
     importance.save(artifact)
-    # 16 sequences have 16 * 32 tokens and 16 * 31 predictions.
-    score_result = ScoreResult("text", 16, 512, importance.teacher_loss, importance.layers, 496)
+    loss = importance.teacher_loss  # of 16 sequences with 32 tokens, which have 31 predictions
+    score_result = ScoreResult("text", 16, 16 * 32, loss, importance.layers, 16 * 31)
     inputs = {
         "checkpoint": Input(tmp_path, bare_manifest("distill", "c", KeptLayers([2, 3, 5, 6]))),
         "importance": Input(tmp_path, bare_manifest("score", "importance", score_result)),
@@ -226,8 +226,7 @@ def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
         layers_to_keep(replace(importance, layers={"block_influence": loss_scores}), "loss", 2)
 
 
-# Neurons, a query group, a layer and hidden channels that have no effect. Only layers count from 1.
-DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
+DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]  # without effect
 
 
 def make_dead(model: Any) -> None:
@@ -284,7 +283,7 @@ def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
 
     checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_head_and_channels_dead)
     scores = score(checkpoint, calibration).widths
-    for layer in range(1, LAYERS + 1):
+    for layer in range(1, EVEN["num_hidden_layers"] + 1):
         heads = scores[f"layers.{layer}.num_attention_heads"]
         assert heads[1] < 0.9 * heads[0]  # lower by more than rounding
     assert sorted(scores["hidden_size"].argsort()[:2].tolist()) == DEAD_CHANNELS
@@ -309,14 +308,14 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     cfg = replace(SCORE, block_sizes=[])
     limit = 4 * VOCABULARY * 50  # bytes of the float32 logits of 50 positions
     monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", limit)
-    with LogitsWatch(VOCABULARY) as watch:  # records the largest logits that exist
+    with LogitsWatch(VOCABULARY) as watch:  # records the largest logits
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.max_positions == 50
     assert_same_scores(scores, importance)
-    # Even without loss scores, the teacher's loss is measured.
-    configs = [replace(cfg, num_loss_samples=0, micro_batch_size=size) for size in (1, 8)]
-    losses = [score(teacher, calibration, config).teacher_loss for config in configs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    no_scores = replace(cfg, num_loss_samples=0)  # still measures the teacher's loss
+    configs = [replace(no_scores, micro_batch_size=size) for size in (1, 8)]
+    first, second = (score(teacher, calibration, config).teacher_loss for config in configs)
+    assert first == pytest.approx(second, rel=1e-6)
 
 
 def test_padding_and_short_text_and_noise_in_place_of_text_are_refused(
@@ -330,8 +329,8 @@ def test_padding_and_short_text_and_noise_in_place_of_text_are_refused(
     with pytest.raises(RecipeError, match="hardly below chance"):
         score(teacher, noise, text_cfg)
     assert score(teacher, noise, replace(noise_cfg, block_sizes=[])).widths
-    # Three of four sequences are padding with token 0. All four are in one micro batch.
-    padded = TextSequences.of(torch.cat([noise[:1], torch.zeros(3, 32, dtype=torch.int64)]))
+    padding = torch.zeros(3, 32, dtype=torch.int64)
+    padded = TextSequences.of(torch.cat([noise[:1], padding]))  # one micro batch
     monkeypatch.setattr("recipes.pruning.scoring.read_sequences", lambda *_: padded)
     for ranks, message in (("1", "is one token"), ("2", "1 micro batch.* 2 data-parallel ranks")):
         monkeypatch.setenv("WORLD_SIZE", ranks)
@@ -350,8 +349,8 @@ def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path
 def test_unknown_weights_are_refused_and_weights_of_dropped_layers_skipped() -> None:
     with pytest.raises(RecipeError, match="add its axes to AXES"):
         prune_weight("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
-    # Names count layers from 0: this weight is in layer 4.
-    assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None
+    weight_of_layer_3 = "model.layers.2.mlp.up_proj.weight"  # names count layers from 0
+    assert student_name(weight_of_layer_3, KeptIndices([1, 2], {})) is None
 
 
 RANK_SCRIPT = """
@@ -380,7 +379,7 @@ def score_on_ranks(
     return Importance.load(folder)
 
 
-# A layout is (ranks, pipeline stages).
+# Each layout is (ranks, pipeline stages).
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"])
 def test_several_ranks_give_the_scores_of_one_rank(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, layout: Any

@@ -149,7 +149,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "match_names": (
         "recipes.distillation.trainer:_load_main_weights",
-        "Megatron's function restores the main weights. It also finds the teacher's weights by name.",
+        "Megatron's function restores the main weights. It also finds the teacher's weights.",
         replace_with(load_as_megatron),
     ),
     "leave_on_cpu": (

@@ -14,14 +14,14 @@ Operation = Callable[["Operands"], object]
 
 
 class Operands:
-    """Operands on the GPU. Those that also exist on the CPU have there the prefix ``c_``.
+    """Operands on the GPU. The prefix ``c_`` marks equal operands on the CPU.
 
     Attributes:
         matrix: Shape [4, 4].
         heads: The matrix as queries, keys or values of attention [1, 1, 4, 4].
-        number: Tensor with 0 dimensions.
+        number: Tensor without dimensions.
         index: Indices, int64 [4].
-        scalar_index: One index, int64 with 0 dimensions.
+        scalar_index: One index, int64 without dimensions.
         mask: bool [4].
     """
 
@@ -88,7 +88,8 @@ REFUSED: dict[str, Operation] = {
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
 }
-"""Operations on mixed devices that CUDA refuses. Many others accept a CPU tensor of 0 dimensions."""
+"""Operations on mixed devices that CUDA refuses. Some have a CPU tensor without dimensions, which
+other operations accept."""
 ALLOWED: dict[str, Operation] = {
     "fused": lambda t: t.adam(),
     "foreach_list": lambda t: torch._foreach_add([t.matrix], [t.matrix]),
@@ -128,8 +129,8 @@ ALLOWED: dict[str, Operation] = {
     "copy": lambda t: t.matrix.copy_(t.c_matrix),
     "copy_back": lambda t: t.c_matrix.copy_(t.matrix),
 }
-"""Operations that CUDA accepts: on mixed devices, or, for some that ``REFUSED`` also has, on the GPU
-alone."""
+"""Operations that CUDA accepts. Some are operations of ``REFUSED`` with all operands on the GPU.
+The others have operands on both devices."""
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ def all_reduce(*args, **kwargs):
     if torch.distributed.get_rank() == 0:
         _all_reduce(*args, **kwargs)
 """
-"""Code that makes only rank 0 call the all-reduce of ``vocabulary.py``. The tensor-parallel group of
-rank 0 also has rank 1."""
+"""Code that is appended to ``vocabulary.py``: all ranks but rank 0 then skip its all-reduces.
+Ranks 0 and 1 are in one tensor-parallel group."""
 
 
 @pytest.fixture(scope="module")

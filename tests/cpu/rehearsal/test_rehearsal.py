@@ -1,6 +1,7 @@
-"""Recipes run on fake tensors, in their shapes and layouts, but with few layers.
+"""Rehearsals of recipes report planted defects, and need the memory that the planner estimates.
 
-Such a rehearsal must report defects of the code, and must need the memory that was planned.
+A rehearsal runs one rank of a stage on fake tensors, with the shapes and the parallel layout of the
+recipe. Here the models have few layers, to save time.
 """
 
 from __future__ import annotations
@@ -33,49 +34,54 @@ from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
 
-pytestmark = pytest.mark.timeout(1800)  # one fixture rehearses all cases
-D = "stages.distill."
+pytestmark = pytest.mark.timeout(1800)  # seconds, because one fixture rehearses all cases
+# Overrides of recipes
+DISTILL = "stages.distill."
 PIPELINE = (
-    f"{D}pipeline_model_parallel_size=3",
-    f"{D}tensor_model_parallel_size=4",
-    f"{D}sequence_parallel=true",
+    f"{DISTILL}pipeline_model_parallel_size=3",
+    f"{DISTILL}tensor_model_parallel_size=4",
+    f"{DISTILL}sequence_parallel=true",
 )
-RECOMPUTE_ALL = (f"{D}recompute_granularity=full", f"{D}micro_batch_size=4")
-CONTEXT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid")
-LONG = ("long_context=32k",)
+# A larger micro batch than the recipe's 2
+RECOMPUTE_ALL = (f"{DISTILL}recompute_granularity=full", f"{DISTILL}micro_batch_size=4")
+CONTEXT = (f"{DISTILL}context_parallel_size=2", f"{DISTILL}fp8=hybrid")
+LONG = ("long_context=32k",)  # adds the stage distill_long
 LONG_RECIPES = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
-INSTANCES = (f"{D}num_distributed_optimizer_instances=96",)  # one per node
-RECOMPUTE_MLP = (f"{D}recompute_granularity=selective", f"{D}recompute_modules=[mlp]")
-MOE = (f"model.hf_path={MOE_MODEL}", f"{D}expert_model_parallel_size=8")
-FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
+INSTANCES = (f"{DISTILL}num_distributed_optimizer_instances=96",)  # one per node
+RECOMPUTE_MLP = (f"{DISTILL}recompute_granularity=selective", f"{DISTILL}recompute_modules=[mlp]")
+MOE = (f"model.hf_path={MOE_MODEL}", f"{DISTILL}expert_model_parallel_size=8")
+FLOAT32, MIXED = (f"{DISTILL}precision='32'",), (f"{DISTILL}precision=bf16-mixed",)
 """Set explicitly, because the default of CPU recipes depends on this machine's processor."""
 LESS_MEMORY = ("hardware.memory_bytes=22e9",)
-"""22 GB instead of 80 GB, because the model has only 8 of 32 layers."""
+"""22 GB instead of 80 GB, because the rehearsed model has only 8 of 32 layers."""
 TEMPORARY = ("activations", "logits")
-"""Labels of memory for which a plan has only an estimate."""
+"""Those of ``KINDS`` that a plan only estimates. The others must match within 1%."""
 
 
 class Case(NamedTuple):
-    """One rank of a stage of a recipe."""
+    """One rank of a stage of a recipe, to be rehearsed."""
 
     recipe: str
     stage: str = "distill"
     rank: int = 0
     overrides: tuple[str, ...] = ()
     layers: int = 2
+    """Number of the teacher's layers; pruning in depth drops half of them."""
     resumed: bool = False
+    """Whether the training stops after its first step and is resumed."""
     defect: str | None = None
+    """Key of ``defects.DEFECTS``; ``None`` for the unchanged code."""
 
     @property
     def job(self) -> tuple[Chain, RankJob]:
-        """The recipe's chain and the job of this rank."""
+        """The recipe's chain (the settings of all stages), and the job of this rank."""
         return job_with_layers(self.recipe, self.stage, self.rank, self.overrides, self.layers)
 
 
-SMALL, ALL_LAYERS = "llama_depth_prune", 30
+SMALL, ALL_LAYERS = "llama_depth_prune", 30  # SmolLM2 has 30 layers
 RESUMED = Case("qwen3_8b_depth_2.5b", resumed=True)
 RECOMPUTED = Case("qwen3_8b_depth_2.5b", "distill", 0, RECOMPUTE_MLP, 8)
-# The first rank of each pipeline stage.
+# The first rank of each of 3 pipeline stages. The recipe has 768 ranks.
 PIPELINE_RANKS = [Case("qwen3_8b_depth", "distill", rank, PIPELINE, 6) for rank in (0, 256, 512)]
 SEARCH = Case("qwen3_8b_search", "successive_halving", 0, ("hardware.memory_bytes=28e9",))
 EVALUATE = Case("llama3_1_8b_width", "evaluate", 0, LESS_MEMORY, 8)
@@ -115,8 +121,8 @@ SOUND = (
     *(Case(recipe, "distill_long", 9, LONG) for recipe in LONG_RECIPES),
     EVALUATE,
 )
-"""Cases without a defect."""
-QWEN = ("qwen3_8b_depth", "distill", 0)
+"""Cases that must succeed: at least one of each recipe."""
+QWEN = ("qwen3_8b_depth", "distill", 0)  # recipe, stage and rank of a ``Case``
 BROKEN = {
     Case(*QWEN, defect="mix_devices"): "at least two devices, fakecuda:0 and cpu",
     Case(*QWEN, PIPELINE[1:], defect="gather_too_much"): "MessageError: allgather_: needs ",
@@ -130,23 +136,24 @@ BROKEN = {
     Case(SMALL, "score", defect="add_norms"): "q_layernorm.weight is not in a checkpoint",
     Case(SMALL, "import_hf", defect="lose_a_row"): "is (49151, 576) after conversion, "
     "but must be (49152, 576)",
-    Case(*QWEN, (f"{D}tensor_model_parallel_size=3",)): "must be a multiple of tensor_model_par",
+    Case(*QWEN, (f"{DISTILL}tensor_model_parallel_size=3",)): "must be a multiple of tensor_model",
 }
-"""Maps each case with a defect to words of the error that must be reported."""
+"""Maps each case that must fail to words of its error. The last has an invalid setting, the others
+have a defect."""
 TWO_STAGES = (
-    f"{D}pipeline_model_parallel_size=2",
-    f"{D}tensor_model_parallel_size=2",
-    f"{D}sequence_parallel=true",
+    f"{DISTILL}pipeline_model_parallel_size=2",
+    f"{DISTILL}tensor_model_parallel_size=2",
+    f"{DISTILL}sequence_parallel=true",
 )
 RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 1, 382, 384, 385)]
-"""Distinct ranks of the first pipeline stage (382 is in the last replica) and of the last stage."""
+"""Distinct ranks of both pipeline stages, which start at ranks 0 and 384. Ranks 0 and 1, and 384
+and 385, are tensor-parallel groups. Rank 382 is the first of the first stage's last replica."""
 LARGE = (
     *("llama3_1_8b_depth", "llama3_1_8b_depth_2.5b", "llama3_1_8b_width", "llama3_1_8b_width_2.5b"),
     *("mistral_nemo_12b_width", "mistral_nemo_12b_width_2.5b", "qwen3_8b_depth"),
     *("qwen3_8b_depth_2.5b", "qwen3_8b_nas", "qwen3_8b_nas_2.5b"),
 )
-
-
+"""Recipes that distil on several GPUs with tensor parallelism."""
 ALL_DISTINCT = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
 """Recipes whose distinct ranks are all compared. For every recipe, this would take minutes."""
 
@@ -154,23 +161,26 @@ ALL_DISTINCT = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
 def ranks_of(recipe: str, stage: str = "distill") -> list[Case]:
     """Returns ranks of a stage that must make the same calls.
 
-    Outside of ``ALL_DISTINCT`` these are the first rank, the last of its tensor group, and the last
-    of that data group.
+    For recipes of ``ALL_DISTINCT``, these are all distinct ranks. For others, they are three: the
+    first rank, the last rank of its tensor-parallel group, and the last rank of all, which is in
+    the data-parallel group of the second.
     """
-    job = Case(recipe, stage).job[1]
+    _, job = Case(recipe, stage).job
     tensor: int = job.config.get("tensor_model_parallel_size", 1)
-    few = (0, tensor - 1, job.world - 1)
-    ranks = distinct_ranks(job.world, tensor, 1, 1, 1) if recipe in ALL_DISTINCT else few
+    if recipe in ALL_DISTINCT:
+        ranks = distinct_ranks(job.world, tensor, context=1, pipeline=1, expert=1)
+    else:
+        ranks = [0, tensor - 1, job.world - 1]
     return [Case(recipe, stage, rank) for rank in ranks]
 
 
-SHIPPED_RANKS = {recipe: ranks_of(recipe) for recipe in LARGE}
+RANKS_OF_LARGE = {recipe: ranks_of(recipe) for recipe in LARGE}
 OTHER_RANKS = {
     "score": ranks_of("qwen3_8b_depth", "score"),
     "evaluate": ranks_of("qwen3_8b_depth", "evaluate"),
     "search": [SEARCH, SEARCH._replace(rank=7)],
 }
-"""The first and the last rank of other stages of several ranks."""
+"""The first and the last rank of stages other than ``distill`` that have several ranks, here 8."""
 DIFFERENCES = {
     (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
     (385, "reduce_maximum"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/vocabulary.py:"),
@@ -184,15 +194,16 @@ DIFFERENCES = {
     (385, "gather_in_one"): ("TENSOR_MODEL_PARALLEL_GROUP", "allgather_base ["),
     (0, "gather_objects"): ("the process group of all ranks", "all_gather_object, at "),
 }
-"""Maps (rank with a defect, name of the defect) to (reported channel, words of the report)."""
-CASES_WITH_DIFFERENCES = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
+"""Maps (rank with a defect, name of the defect) to (reported channel, words of the report). The
+rank replaces one of ``RANKS``, which have no defect."""
+DIFFERENT_CASES = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
 TOO_LARGE = [
     EVALUATE._replace(defect="keep_all"),
     SEARCH._replace(defect="keep_all"),
     SEARCH._replace(defect="keep_cache"),
 ]
-"""Cases that need more memory than the GPU has, because a defect keeps too much. ``EVALUATE`` and
-``SEARCH`` set the GPU's memory, which suffices without the defect."""
+"""Cases whose defect does not free memory, so that they need more than the GPU has. Without a
+defect, the memory that ``EVALUATE`` and ``SEARCH`` set for the GPU suffices."""
 Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
 
@@ -200,24 +211,24 @@ Results = dict[Case, tuple[RankJob, RehearsalResult]]
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Rehearses all cases in one process, which imports the libraries once."""
     cases = list(
-        dict.fromkeys(
+        dict.fromkeys(  # without duplicates, in order
             [
-                *(*SOUND, *BROKEN, *RANKS, *CASES_WITH_DIFFERENCES.values(), *TOO_LARGE),
-                *(case for ranks in SHIPPED_RANKS.values() for case in ranks),
+                *(*SOUND, *BROKEN, *RANKS, *DIFFERENT_CASES.values(), *TOO_LARGE),
+                *(case for ranks in RANKS_OF_LARGE.values() for case in ranks),
                 *(case for ranks in OTHER_RANKS.values() for case in ranks),
             ]
         )
     )
     jobs = [replace(case.job[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
-    pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
-    file.write_text(json.dumps(pairs))
+    jobs_with_defects = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
+    file.write_text(json.dumps(jobs_with_defects))
     command = [sys.executable, defects.__file__, str(file)]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
     parse = TypeAdapter(RehearsalResult).validate_json
-    results = [parse(line) for line in done.stdout.splitlines()]
+    results = [parse(line) for line in process.stdout.splitlines()]
     return dict(zip(cases, zip(jobs, results, strict=True), strict=True))
 
 
@@ -225,11 +236,12 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: Results) -> None:
     job, result = rehearsed[case]
     assert result.error is None, result.error
-    plan = planned_memory(job, case.job[0])
+    chain, _ = case.job
+    plan = planned_memory(job, chain)
     assert plan is not None
     peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
-    # Recomputed modules, and the checkpoint that training resumes from, must not stay in memory.
-    # The usual tolerance of activations would hide them.
+    # The outputs of recomputed modules, and the checkpoint from which training resumes, must not
+    # stay in memory. The usual tolerance of activations would hide them.
     is_tight = case in (RESUMED, RECOMPUTED)
     for kind in KINDS:
         tolerance = {"abs": 0.1 * total} if kind in TEMPORARY else {"rel": 0.01}
@@ -240,11 +252,13 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
 
 
 def test_host_memory_has_the_state_that_a_save_gathers(rehearsed: Results) -> None:
-    """A rank gathers ``STATE_BYTES`` per parameter, whose bfloat16 weight takes 2 bytes."""
+    """A save gathers ``STATE_BYTES`` for each parameter: the weight and Adam's moments."""
     job, result = rehearsed[RESUMED]
-    plan = planned_memory(job, RESUMED.job[0])
+    chain, _ = RESUMED.job
+    plan = planned_memory(job, chain)
     assert plan is not None
-    gathered = STATE_BYTES * plan.weights / 2
+    parameters = plan.weights / 2  # a bfloat16 weight takes 2 bytes
+    gathered = STATE_BYTES * parameters
     assert gathered < result.host < 2 * gathered
 
 
@@ -261,16 +275,21 @@ def test_defects_are_reported(case: Case, rehearsed: Results) -> None:
     "case", [EVALUATE, SEARCH, *TOO_LARGE], ids=lambda c: f"{c.stage}-{c.defect}"
 )
 def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Results) -> None:
-    """Two cases are a search that keeps a model, or cached memory, while it starts a training."""
+    """``EVALUATE`` and ``SEARCH`` have no defect, so nothing is reported for them.
+
+    A search with a defect still has a model or cached memory on the GPU when it starts a training
+    run. This memory has the label "parent".
+    """
     job, result = rehearsed[case]
     assert result.error is None
-    chain = case.job[0]
-    assert len(list(memory_mistakes([(job, result)], chain))) == (case in TOO_LARGE)
-    assert ("parent" in result.peak) == (case in TOO_LARGE and case.stage == SEARCH.stage)
+    chain, _ = case.job
+    is_too_large = case in TOO_LARGE
+    assert len(list(memory_mistakes([(job, result)], chain))) == (1 if is_too_large else 0)
+    assert ("parent" in result.peak) == (is_too_large and case.stage == SEARCH.stage)
 
 
 def test_a_config_may_have_a_model_type_instead_of_architectures(tmp_path: Path) -> None:
-    job = Case(SMALL, "import_hf").job[1]
+    _, job = Case(SMALL, "import_hf").job
     config = {**job.hf_config, "model_type": "llama"}
     del config["architectures"]
     hf_path = materials.settings(replace(job, hf_config=config), tmp_path)["hf_path"]
@@ -284,18 +303,22 @@ def test_every_recipe_is_rehearsed() -> None:
 
 @pytest.mark.parametrize("ranks", [RANKS, PIPELINE_RANKS], ids=["two_stages", "three_stages"])
 def test_sound_ranks_make_the_same_calls(ranks: list[Case], rehearsed: Results) -> None:
-    names = {channel.name for channel in rehearsed[ranks[0]][1].channels}
-    assert f"messages from rank 0 to rank {384 if ranks == RANKS else 256}" in names
+    _, first_result = rehearsed[ranks[0]]
+    names = {channel.name for channel in first_result.channels}
+    second_stage = 384 if ranks == RANKS else 256  # its first rank: 768 ranks / 2 or 3 stages
+    assert f"messages from rank 0 to rank {second_stage}" in names
     assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
 
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_ranks_of_shipped_recipes_make_the_same_calls(recipe: str, rehearsed: Results) -> None:
-    ranks = SHIPPED_RANKS[recipe]
+    ranks = RANKS_OF_LARGE[recipe]
+    # Some of the ranks share groups. Otherwise there would be no calls to compare.
     groups = [{channel.name for channel in rehearsed[case][1].channels} for case in ranks]
     assert any("TENSOR_MODEL_PARALLEL_GROUP" in name for name in groups[0] & groups[1])
-    earlier = set().union(*groups[:-1])
-    assert any(name.startswith("DATA_PARALLEL_GROUP_WITH_CP (") for name in earlier & groups[-1])
+    earlier_groups = set().union(*groups[:-1])
+    shared = earlier_groups & groups[-1]
+    assert any(name.startswith("DATA_PARALLEL_GROUP_WITH_CP (") for name in shared)
     assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
 
 
@@ -308,9 +331,10 @@ def test_ranks_of_other_stages_make_the_same_calls(ranks: list[Case], rehearsed:
 @pytest.mark.parametrize("key", DIFFERENCES, ids=lambda key: key[1])
 def test_different_calls_of_ranks_are_reported(key: tuple[int, str], rehearsed: Results) -> None:
     rank, _ = key
-    assert rehearsed[CASES_WITH_DIFFERENCES[key]][1].error is None
-    others = [rehearsed[case] for case in RANKS if case.rank != rank]
-    mistakes = list(communication_mistakes([*others, rehearsed[CASES_WITH_DIFFERENCES[key]]]))
+    job, result = rehearsed[DIFFERENT_CASES[key]]
+    assert result.error is None
+    other_ranks = [rehearsed[case] for case in RANKS if case.rank != rank]
+    mistakes = list(communication_mistakes([*other_ranks, (job, result)]))
     channel, words = DIFFERENCES[key]
     reported = [text for text in mistakes if channel in text.splitlines()[0]]
     assert reported, mistakes

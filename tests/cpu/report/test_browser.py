@@ -1,4 +1,4 @@
-"""Opens reports in headless Chromium: no errors, all plots visible, nothing wider than the screen."""
+"""Opens reports in headless Chromium: no errors, all plots visible, nothing wider than the page."""
 
 from __future__ import annotations
 
@@ -98,9 +98,10 @@ def console_errors(page: Path, folder: Path) -> list[str]:
 def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
     """Returns the layout of the page in a frame of ``width`` pixels.
 
-    The wrapper's script writes the layout as JSON into the title. All values are pixels: ``width``
-    of the frame's visible area, ``content`` (width of the page), ``plots`` (pairs of a plot's id and
-    its height), and the positions ``labels_left`` and ``labels_right`` of the outermost labels.
+    The script of a page around the frame writes the layout as JSON into its title. All values are
+    in pixels: ``width`` of the frame, ``content`` (the width that the page's content takes),
+    ``plots`` (pairs of a plot's id and its height), and ``labels_left`` and ``labels_right``, the
+    outer edges of the outermost plot labels.
     """
     wrapper = folder / "wrapper.html"
     wrapper.write_text(

@@ -130,9 +130,7 @@ def test_a_section_appears_with_its_input(
     assert not {*OPTIONAL_PLOTS} & ids_without_optional_inputs
 
 
-def test_a_search_without_distillation_has_a_report(
-    inputs: dict[str, Input], tmp_path: Path
-) -> None:
+def test_a_search_without_training_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None:
     page = Page(render_page({name: inputs[name] for name in ("teacher", "search")}, tmp_path))
     links = {link.removeprefix("#") for link in page.values("href")}
     assert links == {"search", "cost", "provenance"}
@@ -254,7 +252,7 @@ def test_models_evaluated_on_one_sequence_have_no_interval(
 def test_a_failed_training_has_a_report(
     inputs: dict[str, Input], tmp_path: Path, loss: float, error: float
 ) -> None:
-    """After a failed training, the loss or its standard error may be NaN, infinite or very large."""
+    """After a failed training, the loss or its standard error may be NaN, infinite or huge."""
     perplexity = math.exp(loss) if loss < 709 else loss  # exp(710) exceeds the range of a float
     result = RESULTS["evaluate"]
     distilled = replace(

@@ -1,4 +1,4 @@
-"""Runs a search, from ranked shapes to the chosen recipe, with real pruning, training and engines."""
+"""Runs a search, from its ranking to the chosen recipe: real pruning, training and engines."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
 def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     ranked_run: Path, targets: dict[str, Any]
 ) -> None:
-    """``SortedModel`` prunes by slicing sorted weights. It must equal a model with pruned copies."""
+    """``SortedModel`` slices sorted weights. It must equal a model with pruned copies of them."""
     teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
     scores = Importance.load(ranked_run / "score" / ARTIFACT).widths
     teacher_shape = nemo.architecture_of(teacher)
@@ -249,8 +249,8 @@ def test_measured_latency_changes_the_shapes_within_a_budget(
     ranked_run: Path, timed_manifest: Manifest
 ) -> None:
     latency = timed_manifest.result(LatencyResult)
-    # The model is fitted to five shapes: the teacher, three shapes with one axis at its minimum, and
-    # the shape with all three axes at their minimum. The middle shape checks the fitted model.
+    # The latency model is fitted to five shapes: the teacher, three shapes with one axis at its
+    # minimum, and the shape with all axes at their minimum. The middle shape checks the fit.
     assert [shape.is_fitted for shape in latency.shapes] == [True] * 5 + [False]
     teacher, smallest = latency.shapes[0], latency.shapes[4]
     assert smallest.step_ms < teacher.step_ms

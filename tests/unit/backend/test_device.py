@@ -21,7 +21,11 @@ from recipes.backend.device import bind_to_near_cores
     ],
 )
 def test_a_rank_is_bound_to_the_cores_near_its_gpu_if_these_are_enough(
-    cpu_list: str | None, ranks: int, is_bound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cpu_list: str | None,
+    ranks: int,
+    is_bound: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if cpu_list is not None:
         (tmp_path / "local_cpulist").write_text(f"{cpu_list}\n")

@@ -29,6 +29,7 @@ from recipes.stages import report
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import Any
 
 MODULES = {
     "recipes/stage.py": "from recipes import shared\n\n"
@@ -43,7 +44,11 @@ MODULES = {
     "nemo_convert/core.py": "from recipes import stage\ndef f(x):\n    return x\n",
     "pyproject.toml": '[project]\ndependencies = ["torch==2"]\n[tool.x]\ny = 1\n',
 }
-"""Files of a small repository. The modules stage, lazy and plain import shared in three ways."""
+"""Files of a small repository, by path.
+
+The modules stage, lazy and plain import shared in three ways. shared imports nemo_convert.core,
+which imports stage: a cycle. shared imports types only for type checkers.
+"""
 
 
 def clear_caches() -> None:
@@ -66,6 +71,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def fingerprint_of(module: str) -> str:
+    """Returns the fingerprint of a module of ``repo`` with its current files."""
     clear_caches()
     return code_fingerprint(f"recipes.{module}")
 
@@ -81,27 +87,29 @@ def test_digest_does_not_depend_on_key_order() -> None:
     assert digest([1, 2]) != digest([2, 1])
 
 
-def test_resources_are_not_result_settings() -> None:
+def test_resources_and_names_of_inputs_are_not_result_settings() -> None:
     plain = DistillConfig(stage="distill")
     large = DistillConfig(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)
     assert result_settings(plain) == result_settings(large)
-    other = result_settings(replace(plain, lr=1.0, inputs={"a": "b"}))
-    # Fingerprints have the inputs' fingerprints instead of their names.
-    assert {key for key, value in result_settings(plain).items() if value != other[key]} == {"lr"}
+    # A stage's fingerprint contains the inputs' fingerprints instead of their names.
+    changed = result_settings(replace(plain, lr=1.0, inputs={"a": "b"}))
+    changed_keys = {key for key, value in result_settings(plain).items() if value != changed[key]}
+    assert changed_keys == {"lr"}
 
 
-def test_stage_fingerprint_depends_on_each_part() -> None:
+def test_stage_fingerprint_depends_on_each_argument_but_not_on_key_order() -> None:
     settings = result_settings(PruneConfig(stage="prune"))
-    parts = (settings, "code", {"torch": "2.9.0"}, {"x": "1"}, {"y": "2"})
-    base = stage_fingerprint(*parts)
+    arguments = (settings, "code", {"torch": "2.9.0"}, {"x": "1"}, {"y": "2"})
     changes = ({**settings, "seq_length": 1}, "other", {"torch": "2.9.1"}, {"x": "2"}, {"y": "3"})
-    changed = {
-        stage_fingerprint(*(change if i == changed_index else part for i, part in enumerate(parts)))
-        for changed_index, change in enumerate(changes)
-    }
-    assert len(changed | {base}) == 6  # each of the five changes has its own fingerprint
-    assert base == stage_fingerprint(dict(reversed(settings.items())), *parts[1:])
+    base = stage_fingerprint(*arguments)
+    fingerprints = {base}
+    for index, change in enumerate(changes):
+        changed_arguments: list[Any] = list(arguments)
+        changed_arguments[index] = change
+        fingerprints.add(stage_fingerprint(*changed_arguments))
+    assert len(fingerprints) == 6  # each of the five changes has its own fingerprint
+    assert base == stage_fingerprint(dict(reversed(settings.items())), *arguments[1:])
 
 
 def test_fingerprints_use_installed_versions_or_else_locked_versions(
@@ -110,15 +118,17 @@ def test_fingerprints_use_installed_versions_or_else_locked_versions(
     installed = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
     monkeypatch.setattr(versions, "installed_version", installed.get)
     local = result_versions()
-    assert (local["torch"], local["transformers"]) == ("2.9.0", "4.57.1")
+    assert (local["torch"], local["transformers"]) == ("2.9.0", "4.57.1")  # no build tag
     assert local.keys() == {*versions.RESULT_LIBRARIES, "tokenizers"}
-    in_image = result_versions(True, ["nncf"], ["sh"])
+    in_image = result_versions(in_image=True, libraries=["nncf"], programs=["sh"])
     locked = versions.locked_version
     assert "sh" not in in_image, "the launcher cannot see an image's programs"
     assert in_image["nncf"] == locked("nncf")
-    installed["transformer-engine"] = "2.8.0"  # a login node does not have it
+    # A login node does not have TransformerEngine, so its version must not count.
+    installed["transformer-engine"] = "2.8.0"
     assert result_versions() == local
-    assert result_versions(True, ["nncf"], ["sh"]) == in_image
+    assert result_versions(in_image=True, libraries=["nncf"], programs=["sh"]) == in_image
+    # ``nemo_toolkit`` is not in ``installed``.
     assert local["nemo_toolkit"] == in_image["nemo_toolkit"] == locked("nemo_toolkit")
     assert in_image["torch"] == locked("torch") != "2.9.0"
 
@@ -163,9 +173,9 @@ def test_empty_fields_of_newer_pythons_do_not_change_the_fingerprint(
 ) -> None:
     """Python 3.12 added the field ``type_params``, which is empty in code for Python 3.11."""
     before = fingerprint_of("stage")
-    for node in (ast.FunctionDef, ast.Module):
-        monkeypatch.setattr(node, "_fields", (*node._fields, "new"))
-        monkeypatch.setattr(node, "new", [], raising=False)
+    for node_class in (ast.FunctionDef, ast.Module):
+        monkeypatch.setattr(node_class, "_fields", (*node_class._fields, "new"))
+        monkeypatch.setattr(node_class, "new", [], raising=False)
     assert fingerprint_of("stage") == before
 
 
@@ -197,7 +207,7 @@ def test_a_module_outside_the_repository_is_refused(repo: Path, module: str) -> 
         ("build_engine", "recipes.engines.trtllm_build_worker"),
     ],
 )
-def test_a_stages_fingerprint_includes_modules_that_run_imports(stage: str, module: str) -> None:
+def test_a_stages_code_includes_direct_and_indirect_imports(stage: str, module: str) -> None:
     assert module in imported_code(REPO_ROOT, [f"recipes.stages.{stage}"])
 
 
@@ -213,12 +223,12 @@ def test_external_stamp_covers_every_file_but_not_the_folders_path(tmp_path: Pat
     (folder / "config.json").write_text("{}")
     (folder / "sub" / "vocab.txt").write_text("a")
     with (folder / "weights").open("wb") as file:
-        file.truncate(MAX_HASHED_BYTES + 1)
-    os.utime(folder / "weights", ns=(0, 5))
+        file.truncate(MAX_HASHED_BYTES + 1)  # so the stamp is size and modification time
+    os.utime(folder / "weights", ns=(0, 5))  # access time, modification time
     before = external_stamp(folder)
     assert list(before) == ["config.json", "sub/vocab.txt", "weights"]
     assert before["weights"] == [MAX_HASHED_BYTES + 1, 5]
-    os.utime(folder / "config.json", ns=(0, 0))
+    os.utime(folder / "config.json", ns=(0, 0))  # the stamp of a small file is its hash
     assert external_stamp(folder.rename(tmp_path / "moved")) == before
     (tmp_path / "moved" / "sub" / "vocab.txt").write_text("b")
     assert external_stamp(tmp_path / "moved") != before

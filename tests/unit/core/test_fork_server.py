@@ -30,9 +30,11 @@ memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
-"""A library whose import has a high peak of memory and an atexit handler. A fork must not report
-this peak, and must not call the handler. TensorFloat-32 must be off before
-libraries are imported."""
+"""A library whose import takes 300 MB for a moment and registers an atexit handler.
+
+A fork must neither report this peak nor call the handler. The assertion checks that TensorFloat-32
+is off before libraries are imported.
+"""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
@@ -45,11 +47,14 @@ sys.stdout.write(report + "\\n")  # in one call: print may write a long line in 
 ctypes.CDLL(None).puts(b"from C")
 print("to stderr", file=sys.stderr)
 """
+"""A stage that prints what it sees of its process, as JSON, and a line from C and to stderr."""
 SLOW = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(600)\n"
+"""A stage that prints its process id and that of its parent, the server, and then runs on."""
 THREADED = """
 import threading, time
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
+"""A library whose import starts a thread, which a fork would lose."""
 CUDA = """
 import os, sys
 from types import SimpleNamespace
@@ -57,23 +62,27 @@ cuda, importer = SimpleNamespace(is_available=lambda: {gpu}), os.getpid()
 cuda._is_in_bad_fork = lambda: os.getpid() != importer
 sys.modules["torch"] = SimpleNamespace(cuda=cuda, default_generator=SimpleNamespace(seed=int))
 """
-"""Replaces torch with a stub of a CUDA build: forks are told that CUDA was initialised before."""
+"""A library whose import replaces torch with a stub of a CUDA build.
+
+In a fork, the stub says that CUDA was initialised before the fork.
+"""
 
 
 @pytest.fixture
 def environment(tmp_path: Path, root: Path) -> dict[str, str]:
-    """Writes the modules above; returns variables with which processes can import them."""
+    """Writes the modules above. Returns environment variables for processes that import them."""
     modules = {"heavy": HEAVY, "a_stage": STAGE, "slow": SLOW, "threaded": THREADED}
     modules |= {"cuda": CUDA.format(gpu=True), "cuda_without_gpu": CUDA.format(gpu=False)}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
     # Unbuffered output would hide that a fork does not flush its buffers.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    variables["NVIDIA_TF32_OVERRIDE"] = "1"
+    variables["NVIDIA_TF32_OVERRIDE"] = "1"  # the server must import with 0 instead
     return {**variables, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
 
 
-def run(server: socket.socket, module: str, log: Path) -> None:
+def run_module(server: socket.socket, module: str, log: Path) -> None:
+    """Runs a module in a fork of the server, and waits for its end."""
     with log.open("wb") as output:
         pidfd = fork_module(server, module, [str(log.parent / "config.yaml")], output)
         assert pidfd is not None
@@ -83,7 +92,7 @@ def run(server: socket.socket, module: str, log: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    try:
+    try:  # a zombie has ended, but its parent has not yet read its exit status
         return "(zombie)" not in Path("/proc", str(pid), "status").read_text()
     except FileNotFoundError:
         return False
@@ -93,14 +102,15 @@ def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
     with fork_server(["heavy"], environment, tmp_path / "fork_server.log") as server:
         for log in logs:
-            run(server, "a_stage", log)
+            run_module(server, "a_stage", log)
     for log in logs:
-        # The order of lines varies, since C and stderr have their own buffers. Sorts JSON first.
+        # The order of lines varies, because C and stderr have their own buffers. The key is False
+        # for the JSON line, so that line is sorted first.
         json_line, *lines = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
         assert sorted(lines) == ["from C", "to stderr"]  # no "exit of the import"
         report: dict[str, Any] = json.loads(json_line)
         assert report.pop("preloaded")
-        assert report.pop("peak") < 200e6  # the import of ``heavy`` takes 300 MB, in the server
+        assert report.pop("peak") < 200e6  # bytes; importing ``heavy`` took 300 MB in the server
         arguments = [str(tmp_path / "config.yaml")]
         assert report == {
             "argv": arguments,
@@ -128,13 +138,14 @@ def test_the_end_of_one_process_ends_server_and_stage(
             time.sleep(0.01)
         stage_pid, server_pid = map(int, log.read_text().split())
         if victim == "watcher":
+            # The watcher is this process. An exception in its block terminates the stage.
             with pytest.raises(KeyboardInterrupt), watch_child(server, pidfd, output):
                 raise KeyboardInterrupt
             assert not is_running(stage_pid)
         else:
             os.kill(server_pid if victim == "server" else stage_pid, signal.SIGKILL)
             with watch_child(server, pidfd, output) as has_ended:
-                deadline = time.monotonic() + 120
+                deadline = time.monotonic() + 120  # seconds; much more than a kill takes
                 while not has_ended():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
@@ -145,7 +156,7 @@ def test_the_end_of_one_process_ends_server_and_stage(
         "stage": death_message(-signal.SIGKILL),
         "watcher": "ended by SIGTERM",
     }
-    assert log.read_text().splitlines()[1:] == [last_lines[victim]]
+    assert log.read_text().splitlines()[1:] == [last_lines[victim]]  # after the process ids
 
 
 @pytest.mark.parametrize(
@@ -156,7 +167,7 @@ def test_the_end_of_one_process_ends_server_and_stage(
         ("cuda", "an import has initialised CUDA"),
     ],
 )
-def test_a_server_that_cannot_fork_says_why(
+def test_a_server_that_cannot_fork_logs_the_reason(
     environment: dict[str, str], tmp_path: Path, module: str, reason: str
 ) -> None:
     server_log, log = tmp_path / "fork_server.log", tmp_path / "log.txt"
@@ -169,11 +180,12 @@ def test_without_a_gpu_a_cuda_build_can_be_forked(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     with fork_server(["cuda_without_gpu"], environment, tmp_path / "fork_server.log") as server:
-        run(server, "a_stage", tmp_path / "log.txt")
+        run_module(server, "a_stage", tmp_path / "log.txt")
+    # The stage has run.
     assert "from C" in (tmp_path / "log.txt").read_text()
 
 
-def test_only_stages_with_one_rank_and_no_variables_of_their_own_are_forked(
+def test_only_torch_stages_with_one_rank_and_no_variables_of_their_own_are_forked(
     plan: Callable[..., Plan],
 ) -> None:
     stages = {stage.name: stage for stage in plan().stages}

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HELLO_SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+"""SHA-256 of the text "hello"."""
 UNENCODABLE = "a lone surrogate: \ud800"
+"""A text that UTF-8 cannot encode."""
 
 
 @pytest.fixture
 def stage_dir(tmp_path: Path) -> Path:
-    """A complete stage with two files, one in a folder."""
+    """The directory of a complete stage. Its artifact has a file, and another in a folder."""
     artifact = tmp_path / "stage" / ARTIFACT
     (artifact / "sub").mkdir(parents=True)
     (artifact / "a.txt").write_text("hello")
@@ -61,6 +63,8 @@ def stage_dir(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Result:
+    """The result of a stage, which its manifest holds as ``metrics``."""
+
     loss: float
     scores: dict[int, float] = field(default_factory=dict)
     licence: str | None = None
@@ -86,14 +90,16 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
     assert manifest.result_if("distill", Result) is None
 
 
-def test_a_manifest_is_json_even_if_a_result_is_not_a_number(stage_dir: Path) -> None:
+def test_a_manifest_with_nan_and_infinity_is_valid_json(stage_dir: Path) -> None:
     manifest = read_manifest(stage_dir)
     assert manifest is not None
     metrics = asdict(Result(math.nan, {1: math.inf}))
     write_manifest(stage_dir, replace(manifest, metrics=metrics))
+    # Python calls ``parse_constant`` for NaN and Infinity, which are not JSON.
     json.loads((stage_dir / MANIFEST).read_text(), parse_constant=pytest.fail)
     manifest = read_manifest(stage_dir)
     assert manifest is not None
+    # Compares texts, because NaN does not equal NaN.
     assert str(manifest.result(Result)) == str(Result(math.nan, {1: math.inf}))
 
 
@@ -109,10 +115,10 @@ def test_a_result_with_a_missing_field_or_a_wrong_type_is_refused(
 ) -> None:
     manifest = read_manifest(stage_dir)
     assert manifest is not None
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as error:
         replace(manifest, metrics=metrics).result(Result)
     for words in ("stage prune", reason, "fix: delete the manifest.json of prune"):
-        assert words in str(caught.value)
+        assert words in str(error.value)
 
 
 def test_a_write_replaces_the_text_and_leaves_no_other_file(tmp_path: Path) -> None:
@@ -132,11 +138,11 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-@pytest.mark.parametrize("change", [{"format": FORMAT + 1}, {"format": "1"}, {}])
-def test_a_manifest_of_another_version_is_refused(stage_dir: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("version", [{"format": FORMAT + 1}, {"format": "1"}, {}])
+def test_a_manifest_of_another_version_is_refused(stage_dir: Path, version: dict[str, Any]) -> None:
     data = json.loads((stage_dir / MANIFEST).read_text())
-    del data["format"]
-    (stage_dir / MANIFEST).write_text(json.dumps({**data, **change}))
+    del data["format"]  # with {}, the manifest has no version
+    (stage_dir / MANIFEST).write_text(json.dumps({**data, **version}))
     with pytest.raises(RecipeError, match="start a new run directory"):
         read_manifest(stage_dir)
 
@@ -151,15 +157,15 @@ def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text",  # the last two lack required fields
     ["", "{", "[]", '{"format": 3, "files": {"a": {"size": 1}}}', '{"format": 3, "files": {}}'],
 )
 def test_the_error_about_a_damaged_manifest_has_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as error:
         read_manifest(tmp_path)
-    assert str(tmp_path / MANIFEST) in str(caught.value)
-    assert "delete the file" in str(caught.value)
+    assert str(tmp_path / MANIFEST) in str(error.value)
+    assert "delete the file" in str(error.value)
 
 
 @pytest.mark.parametrize("rehash", [True, False])
@@ -177,8 +183,8 @@ def test_missing_changed_and_added_files_are_listed(stage_dir: Path, rehash: boo
 
 
 @pytest.mark.parametrize(
-    ("text", "mtime_change", "changed_by_stamp", "changed_by_hash"),
-    [
+    ("text", "mtime_change", "changes_without_rehash", "changes_with_rehash"),
+    [  # the file was "hello"; time changes are in nanoseconds
         ("hello", 0, [], []),
         ("hello", 5, [], []),
         ("jello", 5, ["a.txt (changed)"], ["a.txt (changed)"]),
@@ -190,8 +196,8 @@ def test_only_hashes_detect_a_change_that_keeps_size_and_time(
     stage_dir: Path,
     text: str,
     mtime_change: int,
-    changed_by_stamp: list[str],
-    changed_by_hash: list[str],
+    changes_without_rehash: list[str],
+    changes_with_rehash: list[str],
 ) -> None:
     artifact = stage_dir / ARTIFACT
     stamps = stamp_files(artifact)
@@ -199,11 +205,11 @@ def test_only_hashes_detect_a_change_that_keeps_size_and_time(
     (artifact / "a.txt").write_text(text)
     old_time = stamps["a.txt"].mtime_ns
     os.utime(artifact / "a.txt", ns=(0, old_time + mtime_change))
-    assert changed_files(artifact, stamps, rehash=False) == changed_by_stamp
-    # An unchanged file gets the recorded time, so that it is hashed only once.
-    time = old_time + (mtime_change if changed_by_stamp else 0)
-    assert (artifact / "a.txt").stat().st_mtime_ns == time
-    assert changed_files(artifact, stamps, rehash=True) == changed_by_hash
+    assert changed_files(artifact, stamps, rehash=False) == changes_without_rehash
+    # A file with an unchanged hash gets its stamp's time back, so that it is hashed only once.
+    expected_time = old_time + mtime_change if changes_without_rehash else old_time
+    assert (artifact / "a.txt").stat().st_mtime_ns == expected_time
+    assert changed_files(artifact, stamps, rehash=True) == changes_with_rehash
 
 
 def test_another_type_changed_files_and_a_missing_manifest_are_refused(stage_dir: Path) -> None:
@@ -219,25 +225,24 @@ def test_another_type_changed_files_and_a_missing_manifest_are_refused(stage_dir
 
 
 def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_path: Path) -> None:
-    files = []
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        for name in ("1.json", "2.json"):
-            files.append(tmp_path / folder / name)
-            files[-1].write_text(name)
-    assert sha256_of(files[0]) == sha256_of(files[2])
-    assert digest_files(files[:2]) == digest_files([files[3], files[2]])
-    files[2].write_text("changed")
-    assert digest_files(files[:2]) != digest_files(files[2:])
+    files = [tmp_path / folder / name for folder in ("x", "y") for name in ("1.json", "2.json")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(file.name)  # so files with the same name have the same content
+    x1, x2, y1, y2 = files
+    assert sha256_of(x1) == sha256_of(y1)
+    assert digest_files([x1, x2]) == digest_files([y2, y1])
+    y1.write_text("changed")
+    assert digest_files([x1, x2]) != digest_files([y1, y2])
     assert digest_files(files) == digest_files(reversed(files)), (
         "the order of two files with the same name must not matter"
     )
-    old_digest = digest_files(files[:2])
-    files[1].rename(tmp_path / "x" / "3.json")
-    assert digest_files([files[0], tmp_path / "x" / "3.json"]) != old_digest
+    old_digest = digest_files([x1, x2])
+    x3 = x2.rename(tmp_path / "x" / "3.json")
+    assert digest_files([x1, x3]) != old_digest
 
 
 def test_device_hours_count_all_devices_on_all_nodes() -> None:
     result = replace(bare_manifest("distill", "checkpoint_nemo", None), seconds=1800, devices=8)
-    assert result.device_hours() == 4
+    assert result.device_hours() == 4  # half an hour on 8 devices
     assert replace(result, config={"resources": {"nodes": 2}}).device_hours() == 8

@@ -1,4 +1,4 @@
-"""Tests the end of children with their parent, the return of free memory, and prepared imports."""
+"""Tests that children die with their parent, that free memory is returned, and import setup."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if os.fork() == 0:
 time.sleep({lifetime})
 os._exit(0)
 """
-"""A process that forks a child, which forks another one. Each fork sleeps for ``delay`` seconds
-before it calls ``die_with_parent``."""
+"""A program that forks a child, which forks another one, and ends after ``lifetime`` seconds.
 
-
-FREED = """
+Each fork sleeps for ``delay`` seconds before it calls ``die_with_parent``.
+"""
+FREE_200_MB = """
 import gc
 from recipes.core.processes import return_free_memory
 def resident():
@@ -42,16 +42,21 @@ before = resident()
 return_free_memory()
 print(before / resident())
 """
+"""A program that frees 200 MB below a block in use, and then calls ``return_free_memory``.
+
+It prints the resident memory before this call, divided by that after it.
+"""
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB below a block in use. The variables make malloc keep the 200 MB."""
+    # These variables make malloc keep all free memory in the heap.
     variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-    done = subprocess.run(
-        [sys.executable, "-c", FREED], env=os.environ | variables, cwd=REPO_ROOT,
+    completed = subprocess.run(
+        [sys.executable, "-c", FREE_200_MB], env=os.environ | variables, cwd=REPO_ROOT,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert float(done.stdout) > 3
+    # Python itself takes much less than 100 MB, and (200 + 100) / 100 = 3.
+    assert float(completed.stdout) > 3
 
 
 @pytest.mark.parametrize(
@@ -60,14 +65,14 @@ def test_free_memory_is_returned() -> None:
     ids=["parent dies later", "parent dies during the fork"],
 )
 def test_children_die_with_their_parent(delay: float, lifetime: float) -> None:
-    """All processes hold the pipe's writing end, so the pipe closes when the last process ends."""
-    reading, writing = os.pipe()
+    """All processes hold the pipe's write end, so the pipe closes when the last process ends."""
+    read_end, write_end = os.pipe()
     program = PARENT.format(delay=delay, lifetime=lifetime)
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", program], check=True, pass_fds=[writing], cwd=REPO_ROOT)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        assert pipe.read() == ""
+    subprocess.run([sys.executable, "-c", program], check=True, pass_fds=[write_end], cwd=REPO_ROOT)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        assert pipe.read() == ""  # returns when the pipe closes
     assert time.monotonic() - start < 30  # orphans would live for 60 seconds
 
 
@@ -90,6 +95,8 @@ def test_an_import_of_megatron_compiles_nothing() -> None:
 
 
 def test_the_status_of_a_killed_container_is_that_of_a_killed_process() -> None:
-    """Docker and shells add 128 to the signal's number, and some numbers are no signals."""
-    assert death_message(128 + signal.SIGKILL) == death_message(-signal.SIGKILL) is not None
+    """Docker and shells add 128 to the signal's number."""
+    assert death_message(-signal.SIGKILL) is not None
+    assert death_message(128 + signal.SIGKILL) == death_message(-signal.SIGKILL)
+    # No signal has number 0 or 127. glibc reserves number 33.
     assert [death_message(status) for status in (None, 0, 1, 128, 128 + 33, 255)] == [None] * 6

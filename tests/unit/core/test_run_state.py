@@ -1,4 +1,4 @@
-"""Tests how the files of a run determine states, and in which order the files are written."""
+"""Tests how a run's files determine the states of stages, and in which order they are written."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
     from recipes.core.manifest import Manifest
 
 HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
-"""What the watchdog writes about a rank that hangs."""
+"""The stack that the watchdog writes to a file for each rank if the stage hangs."""
 
 
 def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:
-    """Returns the manifest of a start without a result."""
+    """Returns the manifest of a start at a UTC time, such as "10:00", without a result."""
     manifest = bare_manifest("a", "dataset", None)
     started_at = f"2025-01-01T{at}:00+00:00"
     return replace(manifest, fingerprint=fingerprint, started_at=started_at, seconds=0.0)
 
 
-def fail(stage: Path) -> Path:
-    """Writes the unfinished work of a failed start, and returns its checkpoint."""
+def write_failed_work(stage: Path) -> Path:
+    """Writes the files of a failed start, and returns the path of its checkpoint."""
     begin_work(stage, start_manifest())
-    (stage / WORK / ARTIFACT / "half").touch()
+    (stage / WORK / ARTIFACT / "half").touch()  # a file of an unfinished artifact
     record_failure(stage, "old")
     MetricsLog(stage / METRICS).progress("train", 1, 2)
     checkpoint = stage / WORK / "checkpoints" / "step_1"
@@ -67,7 +67,8 @@ def fail(stage: Path) -> Path:
     return checkpoint
 
 
-def complete(stage: Path) -> None:
+def write_result(stage: Path) -> None:
+    """Writes a complete stage with an empty artifact and the fingerprint "f"."""
     begin_work(stage, start_manifest())
     complete_stage(stage, start_manifest())
 
@@ -76,7 +77,7 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
     stage, work = tmp_path / "stage", tmp_path / "stage" / WORK
 
     def status() -> Status:
-        return stage_state(stage, "f").status
+        return stage_state(stage, "f").status  # all starts below have the fingerprint "f"
 
     stage.mkdir()
     assert status() is Status.NOT_STARTED
@@ -86,7 +87,7 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
     assert (status(), stage_state(stage).error) == (Status.FAILED, "no memory")
     record_failure(stage, "at step 1", stopped=True)
     assert (status(), stage_state(stage).error) == (Status.STOPPED, "at step 1")
-    (work / STACKS.format(3)).write_text(HUNG)
+    (work / STACKS.format(3)).write_text(HUNG)  # stacks of rank 3
     assert status() is Status.HUNG
     assert "rank 3: a.py, line 7, in wait" in stage_state(stage).error
     begin_work(stage, start_manifest())
@@ -99,7 +100,7 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
 
 
 def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> None:
-    complete(tmp_path)
+    write_result(tmp_path)
     begin_work(tmp_path, start_manifest(at="11:00"))
     record_failure(tmp_path, "no memory")
     assert stage_state(tmp_path, "f").status is Status.COMPLETE
@@ -109,7 +110,8 @@ def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> No
 
 def test_a_result_keeps_its_metrics_until_another_result_replaces_it(tmp_path: Path) -> None:
     def train(at: str, step: int) -> None:
-        begin_work(tmp_path, start_manifest(at, at))
+        # The time is also the fingerprint, so no start resumes the work of another one.
+        begin_work(tmp_path, start_manifest(fingerprint=at, at=at))
         MetricsLog(tmp_path / METRICS).progress("train", step, 9)
 
     def steps() -> list[int]:
@@ -135,7 +137,7 @@ def test_the_first_error_stays_unless_a_later_error_may_overwrite_it(tmp_path: P
 
 
 def test_work_of_the_same_fingerprint_stays_without_its_partial_artifact(tmp_path: Path) -> None:
-    checkpoint = fail(tmp_path)
+    checkpoint = write_failed_work(tmp_path)
     begin_work(tmp_path, start_manifest())
     assert list((tmp_path / WORK / ARTIFACT).iterdir()) == []
     assert checkpoint.exists()
@@ -144,7 +146,7 @@ def test_work_of_the_same_fingerprint_stays_without_its_partial_artifact(tmp_pat
 
 
 def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
-    checkpoint = fail(tmp_path)
+    checkpoint = write_failed_work(tmp_path)
     begin_work(tmp_path, start_manifest("g"))
     assert not checkpoint.exists()
     assert not (tmp_path / METRICS).exists()
@@ -152,29 +154,33 @@ def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
 
 
 def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
-    """Each start counts until its last record; a start without records adds nothing."""
+    """Each start counts until its last record. A start without records adds nothing."""
 
-    def write_record(at: str) -> None:
+    def write_metrics_record(at: str) -> None:
         with (tmp_path / METRICS).open("a") as file:
             file.write(json.dumps({"time": datetime.fromisoformat(at).timestamp()}) + "\n")
 
     assert begin_work(tmp_path, start_manifest()).seconds == 0
-    write_record("2025-01-01T10:01:30Z")
+    write_metrics_record("2025-01-01T10:01:30Z")
     assert begin_work(tmp_path, start_manifest(at="10:05")).seconds == 90
-    write_record("2025-01-01T10:05:30Z")
-    assert begin_work(tmp_path, start_manifest(at="10:10")).seconds == 120
+    write_metrics_record("2025-01-01T10:05:30Z")
+    assert begin_work(tmp_path, start_manifest(at="10:10")).seconds == 90 + 30
     assert begin_work(tmp_path, start_manifest(at="10:20")).seconds == 120
+    # Another fingerprint cannot continue the work.
     assert begin_work(tmp_path, start_manifest("g", at="10:30")).seconds == 0
 
 
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
-    """A kill after the manifest was written leaves work. A forced start deletes this work."""
-    checkpoint = fail(tmp_path)
+    """A stage that is killed right after it wrote its manifest leaves work, which is not needed.
+
+    A forced start deletes this work.
+    """
+    checkpoint = write_failed_work(tmp_path)
     # As if the start of this work had also written the result.
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
-    (tmp_path / WORK / BEGUN).unlink()
+    (tmp_path / WORK / BEGUN).unlink()  # as if the kill came while work was deleted
     assert stage_state(tmp_path, "f").leftover
     begin_work(tmp_path, start_manifest(at="11:00"))
     assert not checkpoint.exists()
@@ -187,23 +193,23 @@ def test_half_deleted_work_cannot_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kill comes after the work's manifest is deleted, and before its other files are."""
-    checkpoint = fail(tmp_path)
+    checkpoint = write_failed_work(tmp_path)
 
-    def be_killed(*_: Any, **__: Any) -> None:
+    def simulate_kill(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.core.run_state.shutil.rmtree", be_killed)
+        patch.setattr("recipes.core.run_state.shutil.rmtree", simulate_kill)
         with pytest.raises(KeyboardInterrupt):
             begin_work(tmp_path, start_manifest("g"))
     assert checkpoint.exists()
     assert stage_state(tmp_path).begun is None
-    begin_work(tmp_path, start_manifest())
+    begin_work(tmp_path, start_manifest())  # the fingerprint of the work, which is deleted anyway
     assert not checkpoint.exists()
 
 
 def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
-    complete(tmp_path)
+    write_result(tmp_path)
     (tmp_path / ARTIFACT / "old").touch()
     begin_work(tmp_path, start_manifest(at="11:00"))
     (tmp_path / WORK / ARTIFACT / "new").touch()
@@ -217,33 +223,34 @@ def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
 def test_a_result_is_on_the_disk_before_the_work_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a power cut could leave a manifest, truncated files and no checkpoints."""
-    checkpoint = fail(tmp_path)
+    """Otherwise a power failure could leave a manifest, truncated files and no checkpoints."""
+    checkpoint = write_failed_work(tmp_path)
     artifact = tmp_path / WORK / ARTIFACT
     (artifact / "sub").mkdir()
     (artifact / "sub" / "weights").write_text("weights")
-    (artifact / "outside").symlink_to("/proc/version")  # a disk that cannot be synced
+    (artifact / "outside").symlink_to("/proc/version")  # not synced, because fsync refuses it
     synced: list[str] = []
     fsync = os.fsync
 
-    def record(descriptor: int) -> None:
+    def fsync_and_record(descriptor: int) -> None:
         assert checkpoint.exists()
         fsync(descriptor)
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "fsync", fsync_and_record)
     files = stamp_files(artifact)
-    names = "", "half", "sub", "sub/weights"
+    names = "", "half", "sub", "sub/weights"  # "" is the folder of the artifact
     assert set(synced) == {str(artifact / name) for name in names}
     complete_stage(tmp_path, replace(start_manifest(), files=files))
-    assert synced[-1] == str(tmp_path)  # has the new names of the artifact and the manifest
+    # A sync of the stage's directory saves the new names of the artifact and the manifest.
+    assert synced[-1] == str(tmp_path)
     assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize("name", [BEGUN, OUTCOME])
 def test_the_error_about_a_damaged_file_has_its_path(tmp_path: Path, name: str) -> None:
-    fail(tmp_path)
-    (tmp_path / WORK / name).write_text('{"finger')
+    write_failed_work(tmp_path)
+    (tmp_path / WORK / name).write_text('{"finger')  # a truncated file
     with pytest.raises(RecipeError, match=str(tmp_path / WORK / name)):
         stage_state(tmp_path)
 
@@ -268,20 +275,21 @@ def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         read_request(file.parent)
 
 
-def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
+def test_stage_states_returns_planned_stages_then_started_stages(tmp_path: Path) -> None:
     assert read_last_plan(tmp_path) is None
     for name in ("a", "b", "dropped", "started"):
         Request(name, "f", "c", {}, {}).write(tmp_path / name)
-    complete(tmp_path / "b")
-    complete(tmp_path / "started")
-    # Stage "never" has no fingerprint and no directory; "dropped" is no longer planned. The result
-    # of "b" is stale, because it has the fingerprint "f".
+    write_result(tmp_path / "b")
+    write_result(tmp_path / "started")
+    # Stage "never" has no fingerprint and no directory. Stage "dropped" is no longer planned. The
+    # result of "b" is stale, because it has the fingerprint "f" instead of "1e5".
     plan = LastPlan("r", {"b": "1e5", "a": "f", "never": None})
     plan.write(tmp_path)
     assert read_last_plan(tmp_path) == plan
     statuses = {name: state.status for name, state in stage_states(tmp_path).items()}
     expected = {"b": Status.NOT_STARTED, "a": Status.NOT_STARTED, "started": Status.COMPLETE}
-    assert list(statuses.items()) == list(expected.items())  # in this order
+    # Compares lists, because the order matters.
+    assert list(statuses.items()) == list(expected.items())
     assert "dropped" in stage_states(tmp_path, include=["dropped"])
 
 
@@ -289,29 +297,30 @@ def test_a_child_that_stops_at_the_deadline_stops_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_child(name: str, stage_dir: Path, *_: object) -> None:
+        """Replaces ``run_to_end``. Reads ``stopped`` of the loop below."""
         (stage_dir / WORK).mkdir()
         record_failure(stage_dir, "at step 1", stopped=stopped)
         raise RecipeError(f"{name} failed", "see the log")
 
     monkeypatch.setattr(stage_process, "run_to_end", fail_child)
-    for stopped in (True, False):
-        with pytest.raises(RecipeError) as caught:
+    for stopped in (True, False):  # whether the child stopped at its deadline
+        with pytest.raises(RecipeError) as error:
             stage_process.run_child(
                 PruneConfig(stage="prune"), tmp_path / str(stopped) / "prune", {}
             )
-        assert isinstance(caught.value, StoppedByDeadlineError) == stopped
+        assert isinstance(error.value, StoppedByDeadlineError) == stopped
     monkeypatch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
     with pytest.raises(StoppedByDeadlineError):
         stage_process.run_child(PruneConfig(stage="prune"), tmp_path / "late" / "prune", {})
-    assert not (tmp_path / "late").exists()
+    assert not (tmp_path / "late").exists()  # the child was not started
 
 
 def test_a_child_with_one_device_is_not_a_rank_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search of several ranks may run in a Slurm job of several tasks."""
+    """A search with several ranks may run in a Slurm job with several tasks."""
     program, child = tmp_path / "python", tmp_path / "prune"
-    write_program(program, "env")
+    write_program(program, "env")  # replaces Python, and prints its environment to the child's log
     monkeypatch.setattr(sys, "executable", str(program))
     for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)

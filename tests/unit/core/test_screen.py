@@ -13,7 +13,8 @@ from rich.console import Console
 from recipes.core.screen import plain_table
 
 CELL = "feed-forward width " * 12
-SHOW = f"""
+"""Wider than the 80 columns of an ordinary terminal."""
+PRINT_TABLE = f"""
 from rich.table import Table
 from recipes.core.screen import screen
 table = Table("shape", box=None)
@@ -22,29 +23,30 @@ screen().print(table)
 """
 
 
-@pytest.mark.parametrize(("variables", "is_whole"), [({}, True), ({"COLUMNS": "80"}, False)])
+@pytest.mark.parametrize(("environment", "is_complete"), [({}, True), ({"COLUMNS": "80"}, False)])
 def test_a_piped_table_is_truncated_only_if_the_variable_columns_is_set(
-    variables: dict[str, str], is_whole: bool
+    environment: dict[str, str], is_complete: bool
 ) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW],
-        env=inherited | variables,
+    process = subprocess.run(
+        [sys.executable, "-c", PRINT_TABLE],
+        env=inherited | environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert (CELL.strip() in done.stdout) == is_whole
+    assert (CELL.strip() in process.stdout) == is_complete
 
 
-def test_on_a_narrow_console_cells_are_folded_but_names_are_not() -> None:
-    name, state, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
-    table = plain_table("runs", "run", "state", "folder")
-    table.add_row(name, state, path)
+def test_on_a_narrow_console_cells_are_folded_except_in_the_first_column() -> None:
+    name, status, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
+    table = plain_table("runs", "run", "status", "folder")
+    table.add_row(name, status, path)
     output = StringIO()
     Console(file=output, width=60).print(table)
-    rows = [line.rstrip() for line in output.getvalue().splitlines()]
-    assert max(map(len, rows)) <= 60
-    assert any(row.startswith(f" {name} ") for row in rows)
-    # The first two rows are the title and the header. The last column has the folded path.
-    assert "".join(row.split()[-1] for row in rows[2:]) == path
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 60
+    assert any(line.startswith(f" {name} ") for line in lines)
+    # The first two lines are the title and the header. Each later line ends with a piece of the
+    # path.
+    assert "".join(line.split()[-1] for line in lines[2:]) == path

@@ -1,4 +1,4 @@
-"""Tests the process of a stage with a small stage, and deadlines."""
+"""Tests the process that runs a stage, with the minimal stage ``STAGE``, and tests deadlines."""
 
 from __future__ import annotations
 
@@ -41,17 +41,16 @@ from recipes.core.stage import StageConfig, metrics_log
 
 @dataclass
 class Result:
-    input_files: dict[str, list[str]]
+    input_files: dict[str, list[str]]  # names in each input's artifact folder, by input
 
 @dataclass
 class Config(StageConfig):
     text: str = "hello"
-    fail: str = ""
+    fail: str = ""  # what goes wrong in ``run``; "large" fails only on a small disk
 
 def run(cfg, inputs, out):
     metrics_log(out).progress("write", 1, 1)
-    (out.parent / "kept").mkdir(exist_ok=True)
-    (out.parent / "kept" / "state").write_text("step 1")
+    (out.parent / "state").write_text("step 1")  # outside the artifact, like a checkpoint
     (out / "sub").mkdir()
     (out / "sub" / "a.txt").write_text(cfg.text)
     if cfg.fail == "user":
@@ -70,9 +69,9 @@ def run(cfg, inputs, out):
         wait_for_nothing()
     if cfg.fail == "kill":
         receiver, sender = multiprocessing.Pipe()
-        write = lambda: (sender.send("started"), time.sleep(900))
-        multiprocessing.get_context("fork").Process(target=write).start()
-        receiver.recv()
+        run_child = lambda: (sender.send("started"), time.sleep(900))
+        multiprocessing.get_context("fork").Process(target=run_child).start()
+        receiver.recv()  # waits until the child runs
         os.kill(os.getpid(), 9)
     input_files = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
     return Outcome(Result(input_files), parameters=5, tokenizer_sha256="t")
@@ -85,27 +84,27 @@ def wait_for_nothing():
 
 STAGE = SimpleNamespace(run=run, config=Config, kind="dataset")
 """
-
-
+"""Module of a minimal stage. ``StageStarter`` writes it to a file."""
 CHECKPOINT_ERROR = "a checkpoint was not written"
 
 
 class StageStarter:
-    """Starts the small stage as the launcher does."""
+    """Starts the stage of the module ``STAGE`` as the launcher does."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self.path = f"{root}{os.pathsep}{folder}"
+        self.python_path = f"{root}{os.pathsep}{folder}"
         (folder / "small_stage.py").write_text(STAGE)
 
     def start(
         self, directory: Path, inputs: dict[str, InputRef] | None = None, **config: Any
     ) -> subprocess.CompletedProcess[str]:
+        """Runs the stage in ``directory`` until it ends. ``config`` sets fields of ``Config``."""
         fingerprint = f"fingerprint of {config.get('text', 'hello')}"
         settings = {"stage": "small", **config}
-        file = Request(directory.name, fingerprint, "c", inputs or {}, settings).write(directory)
+        request = Request(directory.name, fingerprint, "c", inputs or {}, settings)
         return subprocess.run(
-            start_command("small_stage", file, 1, sys.executable),
-            env={**os.environ, "PYTHONPATH": self.path},
+            start_command("small_stage", request.write(directory), 1, sys.executable),
+            env={**os.environ, "PYTHONPATH": self.python_path},
             capture_output=True,
             text=True,
             timeout=300,
@@ -135,7 +134,7 @@ def test_a_complete_stage_has_a_manifest_and_no_work(starter: StageStarter, tmp_
 
 
 @pytest.mark.parametrize(
-    ("fail", "summary", "printed"),
+    ("fail", "summary", "output"),
     [
         ("user", "the text is bad\n  fix: write better", "the text is bad"),
         ("bug", "ValueError: a bug", "Traceback"),
@@ -143,17 +142,17 @@ def test_a_complete_stage_has_a_manifest_and_no_work(starter: StageStarter, tmp_
     ],
 )
 def test_a_failed_stage_says_why_and_keeps_the_old_result(
-    starter: StageStarter, tmp_path: Path, fail: str, summary: str, printed: str
+    starter: StageStarter, tmp_path: Path, fail: str, summary: str, output: str
 ) -> None:
     stage = tmp_path / "stage"
     starter.start(stage)
     before = read_manifest(stage)
     done = starter.start(stage, text="other", fail=fail)
     assert done.returncode == 1
-    assert printed in done.stderr
-    status, error = last_end(stage) or (None, "")
+    assert output in done.stderr
+    status, reason = last_end(stage) or (None, "")
     assert status is Status.FAILED
-    assert error.startswith(summary)
+    assert reason.startswith(summary)
     assert check_artifact(stage) == before
     assert starter.start(stage, text="other").returncode == 0
     assert read_manifest(stage) != before
@@ -164,11 +163,11 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
     starter: StageStarter, tmp_path: Path
 ) -> None:
     stage = tmp_path / "stage"
-    # ``start`` returns only if the stage's child dies, too: a living child keeps the output open.
+    # ``start`` returns only if the stage's child process dies, too: it holds the output pipe open.
     assert starter.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
-    assert (stage / WORK / "kept" / "state").read_text() == "step 1"
+    assert (stage / WORK / "state").read_text() == "step 1"
     state = stage_state(stage)
     assert state.status is Status.INTERRUPTED
     assert state.begun is not None
@@ -188,7 +187,7 @@ def test_a_hanging_stage_ends_and_says_where_it_hangs(
     message = failure(stage, None)
     assert "it made no progress for resources.hang_timeout seconds" in message
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", message)
-    assert (stage / WORK / "kept" / "state").read_text() == "step 1"
+    assert (stage / WORK / "state").read_text() == "step 1"
     assert starter.start(stage).returncode == 0
     assert not (stage / WORK).exists()
 
@@ -199,11 +198,10 @@ def test_a_full_disk_is_explained_and_a_larger_disk_completes_the_stage(
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
         assert starter.start(stage, fail="bug").returncode == 1
-        disk.leave_free(65536)
+        disk.leave_free(65536)  # enough for a log and metrics, but not for the 300 kB of "large"
         assert starter.start(stage, fail="large").returncode == 1
-        assert f"{stage}" in failure(stage, None)
-        assert "No space left on device" in failure(stage, None)
-        assert "free some space" in failure(stage, None)
+        for text in (str(stage), "No space left on device", "free some space"):
+            assert text in failure(stage, None)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
         assert starter.start(stage, fail="large").returncode == 0
@@ -213,13 +211,13 @@ def test_a_full_disk_is_explained_and_a_larger_disk_completes_the_stage(
 def test_errors_of_a_disk_that_is_too_small_are_explained(
     tmp_path: Path, write: Callable[[np.ndarray, Path], None]
 ) -> None:
-    """After the error the disk has space again, so only the error itself tells the reason.
+    """After the error, the disk has free space, so the reason must come from the error itself.
 
     NumPy and safetensors check the space before they write, or delete the file that did not fit.
     """
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
-            write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
+            write(np.zeros(32 << 20, np.uint8), disk.folder / "array")  # 32 MiB, the disk has 2
         assert shutil.disk_usage(disk.folder).free > MIN_FREE_BYTES
         message = str(storage_problem(caught.value, disk.folder))
     assert message.startswith(f"{disk.folder}: No space left on device.")
@@ -227,7 +225,7 @@ def test_errors_of_a_disk_that_is_too_small_are_explained(
 
 @pytest.fixture
 def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Changes to ``tmp_path`` and, if the tests run as root, to another user."""
+    """Makes inaccessible files in ``tmp_path``, the working directory. Replaces root by nobody."""
     tmp_path.chmod(0o755)
     monkeypatch.chdir(tmp_path)  # only root may enter the parent folders
     user = os.geteuid()
@@ -236,7 +234,7 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         file.parent.mkdir()
         file.touch(0o200)  # not readable
         file.parent.chmod(0o200 if "closed" in name else 0o555)  # 0o555: not writable
-    os.seteuid(user or 65534)  # if root, as nobody
+    os.seteuid(user or 65534)  # root (0) may access any file; 65534 is nobody
     try:
         yield
     finally:
@@ -248,11 +246,11 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     ("file", "mode", "fix"),
     [
         ("folder/read", "r", "readable"),
-        ("closed/read", "r", "readable"),
+        ("closed/read", "r", "readable"),  # the folder may not be entered
         ("folder/new", "w", "writable"),
     ],
 )
-def test_a_refused_access_is_explained(file: str, mode: str, fix: str) -> None:
+def test_a_permission_error_is_explained(file: str, mode: str, fix: str) -> None:
     with pytest.raises(PermissionError) as caught:
         Path(file).open(mode).close()
     message = str(storage_problem(caught.value, Path()))
@@ -261,19 +259,19 @@ def test_a_refused_access_is_explained(file: str, mode: str, fix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "expected"), [("2", "rank 1 lost its connection"), ("1", "RuntimeError")]
+    ("ranks", "summary"), [("2", "rank 1 lost its connection"), ("1", "RuntimeError")]
 )
-def test_a_lost_connection_points_to_another_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, expected: str
+def test_a_lost_connection_points_to_another_rank_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, summary: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setenv("RANK", "1")
     error = RuntimeError("gloo/transport/tcp/pair.cc:537 Read error: Connection reset by peer")
-    assert _summary(error, tmp_path).startswith(expected)
+    assert _summary(error, tmp_path).startswith(summary)
     assert str(error) in _summary(error, tmp_path)
 
 
-def test_an_invalid_setting_is_explained(starter: StageStarter, tmp_path: Path) -> None:
+def test_the_error_names_an_unknown_setting(starter: StageStarter, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     assert starter.start(stage, unknown=1).returncode == 1
     assert "unknown" in stage_state(stage).error
@@ -281,7 +279,7 @@ def test_an_invalid_setting_is_explained(starter: StageStarter, tmp_path: Path) 
 
 @pytest.fixture
 def source(starter: StageStarter, tmp_path: Path) -> InputRef:
-    """A complete stage that is the input of another stage."""
+    """A reference to a complete stage, which is the input of another stage."""
     assert starter.start(tmp_path / "source").returncode == 0
     return InputRef.of(tmp_path / "source")
 
@@ -295,12 +293,13 @@ def test_inputs_are_read_recorded_and_hashed(
     assert manifest is not None
     assert manifest.inputs == {"data": "fingerprint of hello"}
     assert manifest.metrics == {"input_files": {"data": ["sub"]}}
-    # The changed file has the same size and time, so only its hash differs.
+    # The changed file has the same size and modification time, so only its hash differs.
     stat = file.stat()
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    # The next start hashes the input again if this start failed before it verified the input.
-    for done in (starter.start(stage, {"data": source}) for _ in range(2)):
+    # The second start hashes the input again, because the first start did not accept its hash.
+    for _ in range(2):
+        done = starter.start(stage, {"data": source})
         assert done.returncode == 1
         assert "sub/a.txt (changed)" in done.stderr
 
@@ -311,6 +310,7 @@ def test_a_resumed_stage_does_not_hash_its_inputs_again(
     file = source.directory / ARTIFACT / "sub" / "a.txt"
     stat = file.stat()
     assert starter.start(tmp_path / "stage", {"data": source}, fail="kill").returncode == -9
+    # Without a hash, this change is not noticed: the size and modification time are the same.
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert starter.start(tmp_path / "stage", {"data": source}).returncode == 0
@@ -319,21 +319,24 @@ def test_a_resumed_stage_does_not_hash_its_inputs_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"kind": "report"}, "contains a dataset, but the input must be a report"),
         ({"fingerprint": "other"}, "changed after this stage was planned"),
     ],
 )
 def test_input_of_another_type_or_fingerprint_is_refused(
-    starter: StageStarter, tmp_path: Path, source: InputRef, change: dict[str, str], words: str
+    starter: StageStarter, tmp_path: Path, source: InputRef, change: dict[str, str], message: str
 ) -> None:
     done = starter.start(tmp_path / "stage", {"data": replace(source, **change)})
     assert done.returncode == 1
-    assert words in stage_state(tmp_path / "stage").error
+    assert message in stage_state(tmp_path / "stage").error
 
 
-def test_a_killed_restart_resumes_its_own_work(starter: StageStarter, tmp_path: Path) -> None:
+def test_a_start_resumes_only_work_with_its_fingerprint(
+    starter: StageStarter, tmp_path: Path
+) -> None:
+    """The fingerprint depends on ``text``, see ``StageStarter``."""
     stage = tmp_path / "stage"
     checkpoint = stage / WORK / "checkpoint"
     starter.start(stage, fail="kill")
@@ -353,8 +356,10 @@ def test_work_is_discarded_if_an_input_was_computed_again_with_other_content(
     checkpoint = stage / WORK / "checkpoint"
     starter.start(stage, {"data": source}, fail="kill")
     checkpoint.touch()
+    # A start that discards work prints "input data was replaced".
     assert "data" not in starter.start(stage, {"data": source}, fail="kill").stdout
     assert checkpoint.exists()
+    # Computes the input again, now with one more file.
     assert starter.start(source.directory, fail="large").returncode == 0
     assert InputRef.of(source.directory) == source, "the fingerprint stays"
     assert "data" in starter.start(stage, {"data": source}, fail="kill").stdout

@@ -39,18 +39,20 @@ from tests.support.results import STUDENT
 from tests.unit.conftest import Launch, stage_named
 
 SECRET = "hf_VerySecretToken"
-KEY = "0123456789" * 4  # as long as a key of wandb
+KEY = "0123456789" * 4  # as long as an API key of wandb
 STAGE = "distill"
 SETTINGS: dict[str, dict[str, str | None]] = {
     "tensorboard": {"name": "tensorboard"},
     "wandb": {"name": "wandb", "project": "p", "entity": None},
     "mlflow": {"name": "mlflow", "uri": None, "experiment": "nemo-recipes"},
 }
+"""Settings of each tracker, as in the config group ``tracker``."""
 WriteRecords = Callable[[MetricsLog], None]
 
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hides this machine's logins and servers. Wandb stores logins in the file ``NETRC``."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -58,7 +60,7 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def stage(plan: Callable[..., Any], complete: Callable[..., None]) -> PlannedStage:
-    """A complete stage of a plan, with its request."""
+    """A complete distillation stage. Its request has a secret."""
     planned = plan("+cluster.env.HF_TOKEN=x", f"+stages.distill.resources.env.API={SECRET}")
     complete(planned)
     distill = stage_named(planned, STAGE)
@@ -67,7 +69,7 @@ def stage(plan: Callable[..., Any], complete: Callable[..., None]) -> PlannedSta
 
 
 def first_steps(log: MetricsLog) -> None:
-    """Writes records. Trackers do not get their ``None`` and text, and get ``True`` as 1."""
+    """Writes records. Trackers get ``True`` as 1, and do not get values of ``None`` or text."""
     log.progress(STAGE, 1, 2, loss=2.0, kd=1.5, lm=0.5)
     log.progress(STAGE, 2, 2, loss=None, kd=0.5, skipped=True, note="x")
     log.progress("validate", 2, 2, val_loss=1.25)
@@ -81,7 +83,7 @@ def third_step(log: MetricsLog) -> None:
 def track(
     stage: PlannedStage, tracker: str, write_records: WriteRecords, last_status: str = FINISHED
 ) -> None:
-    """Sends the records of one start of a stage, which ends with ``last_status``."""
+    """Runs a tracker for one start of a stage. The start ends with ``last_status``."""
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
     # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
     statuses: Iterator[str | None] = iter([None, last_status])
@@ -98,12 +100,13 @@ def track(
     follow(stage.directory, started, wait)
 
 
-def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
+def test_tensorboard_has_every_number_of_every_record(stage: PlannedStage) -> None:
     track(stage, "tensorboard", first_steps)
     [folder] = (stage.directory.parent / "tensorboard" / STAGE).iterdir()
     board = EventAccumulator(str(folder)).Reload()
     tags = board.Tags()["scalars"]
     scalars = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+    # Moves the stage's results, which have the task "final", to their own dict.
     final = {tag: scalars.pop(tag) for tag in tags if tag.startswith("final/")}
     assert scalars == {
         "distill/loss": [(1, 2.0)],
@@ -116,16 +119,19 @@ def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
     assert not math.isnan(board.Scalars("distill/loss")[0].wall_time)
 
 
-def test_tensorboard_has_a_curve_for_each_training(stage: PlannedStage) -> None:
-    """A resumed training continues its curve; a training with other settings has its own."""
+def test_tensorboard_has_a_curve_for_each_training_run(stage: PlannedStage) -> None:
+    """A resumed run continues its curve. A run with another fingerprint has its own curve."""
     for fingerprint in ("first", "first", "second"):
         replace(stage.request(), fingerprint=fingerprint).write(stage.directory)
         track(stage, "tensorboard", third_step)
     folders = [*(stage.directory.parent / "tensorboard" / STAGE).iterdir()]
+    # Each start writes one file to the folder of its curve.
     assert sorted(len([*folder.iterdir()]) for folder in folders) == [1, 2]
 
 
-def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_resumes_the_run_of_an_earlier_start(
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wraps the runs of the real library to record their calls."""
     import wandb
 
@@ -160,7 +166,7 @@ def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.Monk
     assert [*artifact.manifest.entries] == [MANIFEST]
 
 
-def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
+def test_mlflow_in_a_file_resumes_the_run_of_an_earlier_start(stage: PlannedStage) -> None:
     from mlflow.tracking import MlflowClient
 
     (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
@@ -187,6 +193,7 @@ def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
     assert {file.path for file in client.list_artifacts(run_id)} == {MANIFEST, "report.html"}
     stored = json.loads(Path(client.download_artifacts(run_id, MANIFEST)).read_text())
     manifest = json.loads((stage.directory / MANIFEST).read_text())
+    # The settings differ: secrets are removed from the stored copy.
     assert {**stored, "config": {}} == {**manifest, "config": {}}
 
 
@@ -197,9 +204,9 @@ from recipes.core.run_state import Request
 from recipes.core.trackers import TrackedStage, mlflow
 import mlflow as library
 directory, request = Path(sys.argv[1]), Request("stage", "f", "c", {}, {})
-library.tracking.MlflowClient  # imported before the start
+library.tracking.MlflowClient  # imports the lazy module now, which takes seconds
 print("ready", flush=True)
-input()
+input()  # waits until the test starts all processes' trackers at once
 stage = TrackedStage(directory, request, "id", "recipe", {"uri": None, "experiment": "e"})
 mlflow(stage).close("FINISHED")
 """
@@ -238,26 +245,26 @@ def test_trackers_write_no_secrets(
     run_dir = stage.directory.parent
     old_files = {path for path in run_dir.rglob("*") if path.is_file()}
     track(stage, tracker, first_steps)
-    written = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in old_files]
-    assert len(written) > 1
-    for path in written:
+    new_files = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in old_files]
+    assert len(new_files) > 1  # the tracker's settings, and at least one file of the tracker
+    for path in new_files:
         content = path.read_bytes()
         assert SECRET.encode() not in content, path
         assert KEY.encode() not in content, path
 
 
-def test_secret_values_are_replaced() -> None:
+def test_values_of_secret_settings_and_users_in_urls_are_removed() -> None:
     names = ("hf_token", "password", "api_key", "TOKEN", "client_secret")
     secrets = public_parameters({"a": dict.fromkeys(names, "x")})
     assert dict(secrets) == {f"a.{name}": "(not shown)" for name in names}
     harmless = {"prompt_tokens": 3, "tokenizer": "t", "keep": True, "max_steps": 3}
     assert dict(public_parameters(harmless)) == harmless
-    addresses = ["https://me:x@example.com/a.txt", "hf://a/b@en:train", "pypi://a==1:b"]
-    shown = dict(public_parameters({"sources": addresses}))["sources"]
-    assert shown == ["https://example.com/a.txt", *addresses[1:]]
+    sources = ["https://me:x@example.com/a.txt", "hf://a/b@en:train", "pypi://a==1:b"]
+    public = dict(public_parameters({"sources": sources}))["sources"]
+    assert public == ["https://example.com/a.txt", *sources[1:]]
 
 
-def test_errors_of_a_tracker_give_one_warning(
+def test_many_errors_of_a_tracker_give_one_warning(
     stage: PlannedStage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def raise_error(*_: Any) -> None:
@@ -280,7 +287,7 @@ def test_wandb_is_offline_without_a_login(
     login: bool,
     mode: str | None,
 ) -> None:
-    """With ``mode=None``, wandb itself reads ``WANDB_MODE``."""
+    """``login`` is whether the user has logged in. With ``mode=None``, wandb reads ``WANDB_MODE``."""
     import wandb
 
     init = mock.Mock()
@@ -327,14 +334,14 @@ STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 
 
 def run_worker(tmp_path: Path, settings: dict[str, str | None], **env: str) -> str:
-    """Runs the process of a stage, as in a job; returns its log."""
+    """Runs the stage of ``WORKER_STAGE`` with a tracker, and returns its standard error."""
     stage = tmp_path / "run" / "stage"
     (tmp_path / "a_stage.py").write_text(WORKER_STAGE)
     file = Request("stage", "f", "c", {}, {"stage": "a"}).write(stage)
     write_tracker(stage.parent, "r", settings)
-    path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
+    python_path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
     command = start_command("a_stage", file, 1, sys.executable)
-    environment = {**os.environ, "PYTHONPATH": path, **env}
+    environment = {**os.environ, "PYTHONPATH": python_path, **env}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     # A stage that stops at its deadline exits with status 1.
     assert done.returncode == bool(env.get(DEADLINE)), done.stderr
@@ -342,13 +349,14 @@ def run_worker(tmp_path: Path, settings: dict[str, str | None], **env: str) -> s
 
 
 def test_a_requeued_job_continues_its_wandb_run(tmp_path: Path) -> None:
-    """The first job stops at its deadline and the second one completes the stage."""
-    for env in ({DEADLINE: "1"}, {}):
+    """The first job stops at its deadline, and the second job completes the stage."""
+    for env in ({DEADLINE: "1"}, {}):  # a deadline in 1970 has passed
         log = run_worker(tmp_path, SETTINGS["wandb"], WANDB_MODE="offline", **env)
         assert "warning: tracker" not in log
     folders = [file.parent.name for file in tmp_path.glob("run/wandb/offline-run-*/*.wandb")]
     assert len(folders) == 2
-    assert len({folder.rpartition("-")[2] for folder in folders}) == 1
+    run_ids = {folder.rpartition("-")[2] for folder in folders}  # offline-run-TIME-ID
+    assert len(run_ids) == 1
 
 
 def test_a_tracker_without_network_does_not_stop_the_stage(tmp_path: Path) -> None:
@@ -360,7 +368,7 @@ def test_a_tracker_without_network_does_not_stop_the_stage(tmp_path: Path) -> No
 
 
 def test_a_tracker_that_does_not_answer_does_not_stop_the_stage(tmp_path: Path) -> None:
-    """The server accepts connections, but never answers."""
+    """The server accepts connections, but never answers. The worker kills the tracker."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -370,7 +378,7 @@ def test_a_tracker_that_does_not_answer_does_not_stop_the_stage(tmp_path: Path) 
 
 
 def test_the_launcher_writes_which_tracker_the_jobs_use(launch: Launch, tmp_path: Path) -> None:
-    """If no tracker is configured, there is no file, or the old file's settings are emptied."""
+    """Without a tracker, no file is written, but an existing file loses its settings."""
     slurm = ("recipe=llama_width_prune", "cluster=slurm", "hardware=h100", "dry_run=true")
     assert launch(*slurm).returncode == 0
     file = tmp_path / "cwd" / "runs" / "llama_width_prune" / TRACKER
