@@ -19,6 +19,7 @@ WORKFLOW: dict[Any, Any] = yaml.safe_load((REPO_ROOT / ".github/workflows/ci.yml
 
 
 def steps() -> Iterator[dict[str, Any]]:
+    """Yields the steps of all jobs."""
     for job in WORKFLOW["jobs"].values():
         yield from job["steps"]
 
@@ -29,7 +30,7 @@ def test_the_workflow_has_read_access_and_a_push_cancels_the_previous_run() -> N
     assert WORKFLOW["concurrency"]["cancel-in-progress"] is True
 
 
-def test_make_targets_of_the_workflow_exist() -> None:
+def test_the_workflow_runs_make_lint_and_make_test() -> None:
     makefile = (REPO_ROOT / "Makefile").read_text()
     commands = [step.get("run", "") for step in steps()]
     targets = {command.split()[1] for command in commands if command.startswith("make ")}
@@ -37,23 +38,33 @@ def test_make_targets_of_the_workflow_exist() -> None:
     assert all(re.search(rf"^{target}: ", makefile, re.M) for target in targets)
 
 
-def test_actions_have_a_major_version() -> None:
-    used = [step["uses"] for step in steps() if "uses" in step]
-    assert used
-    assert [name for name in used if not re.fullmatch(r"actions/[\w-]+@v\d+", name)] == []
+def test_actions_are_of_github_and_have_a_major_version() -> None:
+    actions = [step["uses"] for step in steps() if "uses" in step]  # such as actions/checkout@v4
+    assert actions
+    assert [name for name in actions if not re.fullmatch(r"actions/[\w-]+@v\d+", name)] == []
 
 
 def test_the_cache_key_covers_the_files_of_the_installation_stamp() -> None:
-    stamped = re.findall(r"sha256sum (.+)\)", (REPO_ROOT / "install.sh").read_text())[0].split()
+    """A cache may only be restored if ``install.sh`` would find nothing to do."""
+    script = (REPO_ROOT / "install.sh").read_text()
+    stamped_files = re.findall(r"sha256sum (.+)\)", script)[0].split()
     [key] = {step["with"]["key"] for step in steps() if "cache" in step.get("uses", "")}
-    assert re.findall(r"'([^']+)'", key) == stamped
+    # The key has each file in quotes, as an argument of hashFiles.
+    assert re.findall(r"'([^']+)'", key) == stamped_files
 
 
 @pytest.mark.parametrize("job", WORKFLOW["jobs"])
 def test_python_versions_of_the_workflow_are_supported(job: str) -> None:
-    spec = WORKFLOW["jobs"][job]
+    """A job either names its version, or has a matrix of versions."""
+    definition = WORKFLOW["jobs"][job]
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         supported = SpecifierSet(tomllib.load(file)["project"]["requires-python"])
-    [configured] = [s["with"]["python-version"] for s in spec["steps"] if "setup-python" in str(s)]
-    versions = spec["strategy"]["matrix"]["python"] if "matrix" in configured else [configured]
+    [version_setting] = [
+        step["with"]["python-version"]
+        for step in definition["steps"]
+        if "setup-python" in step.get("uses", "")
+    ]
+    versions = [version_setting]
+    if "matrix" in version_setting:  # "${{ matrix.python }}"
+        versions = definition["strategy"]["matrix"]["python"]
     assert all(version in supported for version in versions)

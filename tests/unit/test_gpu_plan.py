@@ -1,4 +1,4 @@
-"""Tests the runner of the GPU tests: order, time limits, dependencies and the table."""
+"""Tests ``tests.gpu.plan``, which runs the GPU tests: order, limits, dependencies and table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.gpu.plan import (
     StepResult,
 )
 
-CODES = {  # programs that run in place of a step's tests
+PROGRAMS = {  # Python code that runs in place of a step's tests
     "good": "print('fine')",
     "bad": "print('E   assert 1 == 2'); raise SystemExit(1)",
     "dead": "import os; os.abort()",
@@ -33,12 +33,20 @@ CODES = {  # programs that run in place of a step's tests
 
 
 def step(name: str, *after: str, seconds: float = 300) -> Step:
-    """Returns a step that runs code of ``CODES``, whose key is the name without digits."""
-    code = CODES[name.rstrip("0123456789")]
-    return Step(name, tests=code, minutes=seconds / 60, checks="something", after=after)
+    """Returns a step that runs one of ``PROGRAMS``: "good1" and "good2" both run "good".
+
+    Args:
+        name: Key of ``PROGRAMS``, followed by digits if a test needs several such steps.
+        after: Names of the steps that this step depends on.
+        seconds: Time limit.
+    """
+    program = PROGRAMS[name.rstrip("0123456789")]
+    return Step(name, tests=program, minutes=seconds / 60, checks="something", after=after)
 
 
 def run(folder: Path, *steps: Step, minutes: float = 10) -> list[StepResult]:
+    """Runs steps with a time limit of all together; writes their outputs to ``folder``."""
+
     def command(step: Step) -> list[str]:
         return [sys.executable, "-c", step.tests]
 
@@ -54,19 +62,19 @@ def test_a_failure_skips_only_the_steps_that_depend_on_it(tmp_path: Path) -> Non
     assert reasons[:3] == ["assert 1 == 2", "depends on bad", "depends on good1"]
     assert reasons[4].startswith("exit status -6")  # SIGABRT
     assert (tmp_path / "good3.log").read_text() == "fine\n"
-    screen = Console(width=100, file=io.StringIO())
-    screen.print(plan.table(steps, results))
-    assert ["good1", "not", "run", "300", "depends", "on", "bad"] in [
-        line.split() for line in screen.file.getvalue().splitlines()
-    ]
+    output = io.StringIO()
+    Console(width=100, file=output).print(plan.table(steps, results))
+    words_by_row = [line.split() for line in output.getvalue().splitlines()]
+    # Name, status, time limit in seconds, and reason.
+    assert ["good1", "not", "run", "300", "depends", "on", "bad"] in words_by_row
 
 
 def test_each_step_and_the_whole_plan_have_time_limits(tmp_path: Path) -> None:
     results = run(tmp_path, step("slow", seconds=0.5), step("good"))
     assert [result.status for result in results] == [TIMEOUT, PASSED]
-    stopped = run(tmp_path, step("slow"), step("good"), minutes=0.5 / 60)
-    assert [result.status for result in stopped] == [TIMEOUT, NOT_RUN]
-    assert stopped[1].reason == "the 0.00833333 minutes were over"
+    results = run(tmp_path, step("slow"), step("good"), minutes=0.5 / 60)
+    assert [result.status for result in results] == [TIMEOUT, NOT_RUN]
+    assert results[1].reason == "the 0.00833333 minutes were over"
 
 
 def test_steps_come_after_their_dependencies() -> None:
@@ -74,8 +82,9 @@ def test_steps_come_after_their_dependencies() -> None:
     assert len(set(names)) == len(names)
     for index, item in enumerate(STEPS):
         assert set(item.after) <= set(names[:index]), item.name
-    for item, following in pairwise(STEPS):  # a step without a GPU comes as late as possible
-        assert DEVICE in item.after or item.name in following.after, item.name
+    # A step that needs no GPU comes directly before the first step that depends on it.
+    for item, next_item in pairwise(STEPS):
+        assert DEVICE in item.after or item.name in next_item.after, item.name
     assert [item.name for item in plan.with_dependencies(["killed"])] == [
         "imports", DEVICE, "reference", "training", "killed"
     ]  # fmt: skip
@@ -84,35 +93,38 @@ def test_steps_come_after_their_dependencies() -> None:
 
 
 def test_the_first_ten_minutes_include_layers_of_transformer_engine() -> None:
+    """The sum of the time limits of all steps up to ``layers`` is at most ten minutes."""
     index = [item.name for item in STEPS].index("layers")
     assert sum(item.minutes for item in STEPS[: index + 1]) <= 10
 
 
-def test_every_test_on_a_gpu_is_in_the_plan() -> None:
-    tests = [
+def test_every_test_on_a_gpu_is_in_exactly_one_step() -> None:
+    node_ids = [
         f"{file.name}::{node.name}"
         for file in plan.HERE.glob("test_*.py")
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
-    assert sorted(tests) == sorted(node for step in STEPS for node in step.nodes())
+    assert sorted(node_ids) == sorted(node for step in STEPS for node in step.nodes())
 
 
 def test_the_line_about_a_missing_device_is_the_reason_of_a_failure() -> None:
     log = "F\nno CUDA device: PyTorch 2.13.0+cpu was built without CUDA\nFAILED x.py - no\n"
-    assert plan._reason(log, 1) == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"
+    assert plan._reason(log, exit_status=1) == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"
 
 
 def test_a_step_with_a_skipped_test_is_not_passed(tmp_path: Path) -> None:
-    test = tmp_path / "test_skip.py"
-    test.write_text(
+    """In place of the tests of a real step, its pytest command runs a file of two tests."""
+    test_file = tmp_path / "test_skip.py"
+    test_file.write_text(
         "import pytest\ndef test_it():\n    pytest.importorskip('no_such_module')\n"
         "def test_other():\n    pass\n"
     )
 
     def command(step: Step) -> list[str]:
-        program, *options = plan.pytest_command(step)
-        return [program, *options[: -len(step.nodes())], "--rootdir", str(tmp_path), str(test)]
+        real_command = plan.pytest_command(step)  # ends with the step's tests
+        without_tests = real_command[: -len(step.nodes())]
+        return [*without_tests, "--rootdir", str(tmp_path), str(test_file)]
 
     [result] = plan.run([STEPS[0]], tmp_path, command)
     assert result.status == SKIPPED

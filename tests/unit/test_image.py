@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without building it."""
+"""Tests the Dockerfile as text, without building images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from recipes.core.files import REPO_ROOT
 DOCKERFILE = REPO_ROOT / "Dockerfile"
 
 
-def test_dockerfile_is_clean() -> None:
+def test_hadolint_reports_nothing_about_the_dockerfile() -> None:
     subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], check=True)
 
 
 def test_builds_check_the_interpreter_that_jobs_call() -> None:
+    """Jobs call ``python``. In a base image, ``python3`` may be another interpreter."""
     assert "python3" not in DOCKERFILE.read_text()
     assert DockerConfig().python == "python"
 
@@ -26,6 +27,8 @@ def test_image_does_not_run_as_root_and_holds_no_secret() -> None:
     text = DOCKERFILE.read_text()
     stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     users = [re.findall(r"^USER (\S+)", stage, flags=re.MULTILINE) for stage in stages]
-    assert users == [[], ["10001"], ["10001"]]  # the first stage only provides uv for the others
+    # The first stage only provides the program uv. The others are the images engine and recipes.
+    assert users == [[], ["10001"], ["10001"]]
     assert not re.findall(r"^(?:ARG|ENV) .*(?:TOKEN|KEY|SECRET|PASS)", text, flags=re.MULTILINE)
+    # Copying the whole checkout could copy files with secrets.
     assert not re.findall(r"^(?:COPY|ADD) \.", text, flags=re.MULTILINE)

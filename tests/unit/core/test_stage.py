@@ -313,7 +313,7 @@ def test_a_resumed_stage_does_not_hash_its_inputs_again(
     # Without a hash, this change is not noticed: the size and modification time are the same.
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert starter.start(tmp_path / "stage", {"data": source}).returncode == 0
+    assert starter.start(tmp_path / "stage", {"data": source}, fail="kill").returncode == -9
     file.write_text("a changed size")
     assert starter.start(tmp_path / "stage", {"data": source}).returncode == 1
 

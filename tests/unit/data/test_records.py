@@ -24,7 +24,7 @@ def test_python_and_markup_files_are_one_document_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tab", "\t"), ("tsv", "\t")])
 def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path) -> None:
-    # The file starts with a byte order mark.
+    # The file starts with a byte order mark, which is not part of the name "id".
     rows = [("\ufeffid", "text", "title"), ("1", '"one, ""two"""', "A"), ("2", "three", "B")]
     content = "\n".join(map(delimiter.join, rows))
     source = write(tmp_path, f"a.{suffix}", content)
@@ -32,13 +32,13 @@ def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path
     assert documents(f"{source}#text=title,text") == ['A\none, "two"', "B\nthree"]
     with pytest.raises(RecipeError, match="row 1: no text in field 'body'"):
         documents(source, "body")
-    broken = write(tmp_path, f"b.{suffix}", 'text\n"open')
+    broken = write(tmp_path, f"b.{suffix}", 'text\n"open')  # the quotation mark is not closed
     with pytest.raises(RecipeError, match=rf"cannot be read as .{suffix}: unexpected end"):
         documents(broken)
 
 
-def test_rows_between_two_quotation_marks_are_not_joined(tmp_path: Path) -> None:
-    """Tables with tabs often do not quote cells. In a CSV file, a cell may have line breaks."""
+def test_only_a_csv_file_may_have_cells_with_line_breaks(tmp_path: Path) -> None:
+    """Tables with tabs often do not quote cells. In these tables, rows 1 to 3 may not be joined."""
     rows = ["id,text", '1,"Hello', "2,first", '3,World"', "4,end"]
     for suffix in ("tab", "tsv"):
         table = write(tmp_path, f"a.{suffix}", "\n".join(rows).replace(",", "\t"))
@@ -82,8 +82,9 @@ def test_a_row_with_too_few_or_too_many_cells_is_an_error(
     ],
 )
 def test_a_byte_order_mark_is_not_text(name: str, content: str, tmp_path: Path) -> None:
-    marked = documents(write(tmp_path, name, f"\ufeff{content}"))
-    assert marked == documents(write(tmp_path, name, content))
+    with_mark = documents(write(tmp_path, name, f"\ufeff{content}"))
+    without_mark = documents(write(tmp_path, name, content))
+    assert with_mark == without_mark
 
 
 def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
     source = write(tmp_path, "a.json", json.dumps({"tea": recipe}))
     assert documents(f"{source}#text=title,time,how.steps") == ["Tea\nBoil water.\nWait."]
     assert documents(f"{source}#text=time") == []
+    # A number is not text, even beside a field with text.
     for fields in ("n,time", "title,n"):
         with pytest.raises(RecipeError, match=f"record 1: no text in field '{fields}'"):
             documents(f"{source}#text={fields}")
@@ -100,20 +102,20 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
     def message(sender: str, text: str) -> dict[str, str]:
         return {"sender": sender, "text": text}
 
-    turns = [
-        [message("x", "Hi."), message("x", "How\nare you?")],
+    messages = [
+        [message("x", "Hi."), message("x", "How\nare you?")],  # a list of messages is allowed
         [message("y", "Fine.")],
         message("x", "Ok."),
     ]
-    source = write(tmp_path, "a.json", json.dumps({"1": {"messages": turns}}))
+    source = write(tmp_path, "a.json", json.dumps({"1": {"messages": messages}}))
     assert documents(f"{source}#format=dialogue") == ["A: Hi. How are you?\nB: Fine.\nA: Ok."]
     [chat] = read_source(source, "text", chat=True)
     assert [turn["role"] for turn in json.loads(chat.text)] == ["user", "assistant", "user"]
     assert json.loads(chat.text)[0]["content"] == "Hi.\nHow\nare you?"
-    one_turn = write(tmp_path, "b.json", json.dumps([{"messages": turns[:1]}]))
-    assert documents(f"{one_turn}#format=dialogue") == []
-    three = [*turns, message("z", "Me too.")]
-    three_people = write(tmp_path, "c.json", json.dumps([{"messages": three}]))
+    one_person = write(tmp_path, "b.json", json.dumps([{"messages": messages[:1]}]))
+    assert documents(f"{one_person}#format=dialogue") == []  # nobody answers
+    messages_of_three = [*messages, message("z", "Me too.")]
+    three_people = write(tmp_path, "c.json", json.dumps([{"messages": messages_of_three}]))
     with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
         documents(f"{three_people}#format=dialogue")
 
@@ -131,11 +133,12 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
 def test_json_with_a_single_record_or_with_lines_is_refused(
     content: str, field: str, tmp_path: Path
 ) -> None:
-    """A mapping of names to texts would be read field by field."""
+    """If the file were a mapping of names to texts, each field would be a document."""
     with pytest.raises(RecipeError, match=r"(?s)a\.json cannot be read.*\.jsonl"):
         documents(write(tmp_path, "a.json", content), field)
-    named = write(tmp_path, "b.json", '{"text": {"text": "one"}, "url": "two"}')
-    assert documents(named) == ["one", "two"]
+    # Here, "text" is the name of a record, because its value is a mapping.
+    mapping = write(tmp_path, "b.json", '{"text": {"text": "one"}, "url": "two"}')
+    assert documents(mapping) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -157,22 +160,23 @@ def test_senders_and_texts_of_dialogues_are_checked(
 
 
 def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:
-    """A compressed file may have several frames, as pzstd writes them."""
-    whole = b"".join(
+    """The compressed file has two frames, because tools such as pzstd write several."""
+    frames = b"".join(
         pyarrow.compress(line, codec="zstd", asbytes=True)
         for line in (b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n')
     )
     compressed = tmp_path / "a.jsonl.zst"
-    compressed.write_bytes(whole)
+    compressed.write_bytes(frames)
     assert documents(str(compressed)) == ["one", "two", "three"]
-    compressed.write_bytes(whole[:-3])
+    compressed.write_bytes(frames[:-3])
     with pytest.raises(RecipeError, match=r"cannot be read as .jsonl.zst"):
         documents(str(compressed))
     table = tmp_path / "a.parquet"
     chats = [[{"role": "user", "content": text}] for text in ("", "y")]
-    # Each row has every column; Llama's and Mistral's templates fail on these values.
-    columns: dict[str, object] = {"name": None, "tool_calls": []}
-    rows = [[message | columns for message in chat] for chat in chats]
+    # In Parquet, each message has every field. Chat templates of Llama and Mistral fail on empty
+    # fields, so the reader removes them.
+    empty_fields: dict[str, object] = {"name": None, "tool_calls": []}
+    rows = [[message | empty_fields for message in chat] for chat in chats]
     parquet.write_table(pyarrow.table({"body": ["one", "two"], "messages": rows}), table)
     assert documents(f"{table}#text=body") == ["one", "two"]
     [first, _] = read_source(str(table), "text", chat=True)

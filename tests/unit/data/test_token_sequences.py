@@ -29,6 +29,7 @@ def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
     # All orders differ from each other and from the order of the text.
     assert len({*orders.values(), tuple(range(50))}) == len(pairs) + 1
     assert all(sorted(order) == list(range(50)) for order in orders.values())
+    # A second call returns the same order.
     assert tuple(sequence_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
 
 
@@ -42,6 +43,7 @@ def test_a_subset_keeps_the_order_of_the_whole(epoch: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(9, 2), (8, 1), (5, 1), (4, 0)])
 def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: int) -> None:
+    """A sequence has 4 tokens. Its last label is the next token of the text."""
     text = np.arange(tokens, dtype=np.int32)
     assert count_sequences(text, 4) == sequences
     for number in range(sequences):
@@ -49,24 +51,27 @@ def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: in
 
 
 def test_predictions_of_the_token_after_an_end_token_are_not_in_the_loss() -> None:
-    """The end token itself is predicted. A sequence's first token is not predicted."""
+    """The end token, here 0, is itself predicted. A sequence's first token is never predicted."""
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
     assert text.prediction_mask.tolist() == [[True, False, True], [False, True, True]]
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
     assert text[1:].targets.tolist() == [9, 0]
-    assert TextSequences.of(text.tokens).predictions == 6
+    assert TextSequences.of(text.tokens).predictions == 6  # all: 2 sequences of 4 - 1
 
 
 def test_a_loss_mask_decides_which_predictions_are_in_the_loss() -> None:
-    """End tokens have no effect then, because a turn may end with the token that ends documents."""
+    """With a loss mask, end tokens have no effect: a turn may end with the end token."""
     loss_mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
     assert text.prediction_mask.tolist() == [[False, True, True], [True, False, False]]
     assert text.targets.tolist() == [6, 7, 8]
 
 
-def test_sequences_are_spread_over_the_sources() -> None:
-    """The sources have the tokens 0 to 9, 10 and 11, and 12 to 25. A sequence has 4 tokens."""
+def test_each_source_has_the_sequences_that_are_completely_in_it() -> None:
+    """The sources have the tokens 0 to 9, 10 and 11, and 12 to 25. A sequence has 4 tokens.
+
+    Sequence 2 (tokens 8 to 11) spans two sources. A limit is divided by the number of sources.
+    """
     sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]
     assert sequences_by_source(sources, 4) == {"a": range(2), "b": range(3, 6)}
     assert sequences_by_source(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
@@ -75,7 +80,7 @@ def test_sequences_are_spread_over_the_sources() -> None:
     assert sequences_by_source(sources[1:2], 4, 2) == {}
 
 
-def test_sources_without_a_whole_sequence_are_warned_of(
+def test_a_warning_names_sources_without_a_whole_sequence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The source "prose" is only for evaluation, and "mine" has text in all splits."""
@@ -93,7 +98,10 @@ def test_sources_without_a_whole_sequence_are_warned_of(
 
 
 def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
-    """With two sources and sequences of 4 tokens, 7 tokens have a whole sequence in any case."""
+    """Sequences of 4 tokens start at multiples of 4, so any 7 consecutive tokens have a whole one.
+
+    "law" follows the 5 tokens of "prose". Its 6 tokens, 5 to 10, do not include 8 to 11.
+    """
     cfg = PrepareDataConfig(
         sources=["mine.txt"], heldout_sources=["prose.txt", "law.txt"], seq_length=4
     )
@@ -101,7 +109,7 @@ def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
     for tokens in ({"prose": 5, "law": 6}, {"prose": 3, "law": 7}, {"prose": 5}, {}):
         with pytest.raises(RecipeError, match=r"(?s)heldout: (prose|law).*7 tokens"):
             require_heldout_sources(cfg, tokens)
-    # The held-out text of another stage is evaluated.
+    # With this input, models are evaluated on that stage's held-out text instead.
     cfg.inputs["held_out"] = "prepare_data"
     require_heldout_sources(cfg, {})
 
@@ -109,5 +117,6 @@ def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
 def test_first_selects_the_first_sequences_of_each_source() -> None:
     tokens = torch.arange(10)[:, None].expand(10, 4)
     text = replace(TextSequences.of(tokens), sources={"a": slice(0, 6), "b": slice(6, 10)})
+    # 3 / 2 sources is rounded up to 2 sequences each.
     assert text.first(3).tokens[:, 0].tolist() == [0, 1, 6, 7]
     assert TextSequences.of(tokens).first(3).tokens[:, 0].tolist() == [0, 1, 2]

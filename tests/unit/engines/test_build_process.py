@@ -1,4 +1,4 @@
-"""Tests the process that builds a TensorRT engine, with a program in place of the builder."""
+"""Tests the process that builds a TensorRT engine, with a fake builder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from recipes.engines import tensorrt_llm
 from tests.unit.engines.test_tensorrt_llm import checkpoint_folder, config
 
 
-def test_the_builder_dies_with_its_stage_and_leaves_no_files(
+def test_the_builder_dies_with_its_stage_and_its_workspace_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine is first written to a workspace, which must be on the file system of the run."""
+    """The fake builder records its workspace and its death signal, and fails with status 3.
+
+    Its last argument is the request file. TensorRT-LLM first writes the engine to the workspace,
+    which must be on the file system of the run.
+    """
     folder = checkpoint_folder(tmp_path / "hf", None)
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
-    record = """
+    fake_builder = """
 import ctypes, json, pathlib, sys
 death_signal = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
@@ -31,7 +35,7 @@ pathlib.Path("record.json").write_text(json.dumps([str(workspace), death_signal.
 sys.exit(3)
 """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", record]))
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", fake_builder]))
     out = tmp_path / "work" / "artifact"
     out.mkdir(parents=True)
     with pytest.raises(RecipeError, match="ended with status 3"):

@@ -1,7 +1,7 @@
-"""Tests the code that calls TensorRT-LLM, which is not installed.
+"""Tests the code that calls TensorRT-LLM, without TensorRT-LLM.
 
-Every option, class and key that the code uses must be in ``tensorrt_llm_api.json``, a list of names
-in TensorRT-LLM's source.
+Every option, class and key that the code uses must be in ``tensorrt_llm_api.json``. This file lists
+names that were copied from TensorRT-LLM's source.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ REPORT: dict[str, Any] = {
     section: dict.fromkeys(API["report"][section], 1.0)
     for section in ("engine", "world_info", "request_info", "performance", "streaming_metrics")
 }
-"""A report with the keys of TensorRT-LLM, so that reading any other key is an error."""
+"""A report with only the keys that TensorRT-LLM writes: reading any other key raises an error."""
+# The values match ``SHAPE``. 4 requests of 128 + 32 tokens in 250 ms are 2560 tokens/s.
 REPORT["request_info"] |= {"num_requests": 4, "avg_input_length": 128.0, "avg_output_length": 32.0}
 REPORT["performance"] |= {
     "total_latency_ms": 250.0,
@@ -48,12 +49,13 @@ REPORT["streaming_metrics"]["avg_ttft_ms"] = 26.0
 
 
 def config(**settings: Any) -> BuildEngineConfig:
-    base = {"backend": "tensorrt_llm", "precision": "bf16"}
-    return BuildEngineConfig(stage="build_engine", **{**base, **settings})
+    """Returns the config of an engine; by default a bfloat16 TensorRT engine."""
+    defaults = {"backend": "tensorrt_llm", "precision": "bf16"}
+    return BuildEngineConfig(stage="build_engine", **(defaults | settings))
 
 
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
-    """Returns the broken rules if stages run on this machine, so that no image is required."""
+    """Returns the names of the rules that a config breaks if stages run on this machine."""
     return [p.rule.name for p in engine_problems(cfg, replace(chain, runs_here=True))]
 
 
@@ -63,20 +65,21 @@ def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architectur
     model = TimedModel("student", backend, Storage("bf16"), engine, folder, teacher, 2)
     argv = bench.trtllm_command(model, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
-    split = argv.index("throughput")
+    subcommand = argv.index("throughput")  # each side of it has its own options
     for arguments, command in (
-        (argv[1:split], "trtllm-bench"),
-        (argv[split + 1 :], "trtllm-bench throughput"),
+        (argv[1:subcommand], "trtllm-bench"),
+        (argv[subcommand + 1 :], "trtllm-bench throughput"),
     ):
         options, flags = API[command]["options"], API[command].get("flags", [])
         while arguments:
             assert arguments[0] in options
+            # A flag has no value. Any other option is followed by one.
             arguments = arguments[1:] if arguments[0] in flags else arguments[2:]
     assert "throughput" in API["trtllm-bench"]["commands"]
-    chosen = argv[argv.index("--backend") + 1]
-    assert chosen in API["trtllm-bench throughput"]["backends"]
-    assert (chosen == "tensorrt") == ("--engine_dir" in argv)
-    if chosen == "tensorrt":
+    backend_option = argv[argv.index("--backend") + 1]
+    assert backend_option in API["trtllm-bench throughput"]["backends"]
+    assert (backend_option == "tensorrt") == ("--engine_dir" in argv)
+    if backend_option == "tensorrt":
         assert not set(argv) & set(API["trtllm-bench throughput"]["refused_with_engine"])
 
 
@@ -86,9 +89,9 @@ def test_every_option_of_the_server_exists(backend: str) -> None:
     assert (program, engine) == ("trtllm-serve", "/engine")
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert options.keys() <= set(API["trtllm-serve"]["options"])
-    chosen = options.get("--backend", "pytorch")  # the default
-    assert chosen in API["trtllm-serve"]["backends"]
-    assert (chosen == "tensorrt") == (backend == "tensorrt_llm")
+    backend_option = options.get("--backend", "pytorch")  # pytorch is the default
+    assert backend_option in API["trtllm-serve"]["backends"]
+    assert (backend_option == "tensorrt") == (backend == "tensorrt_llm")
 
 
 @pytest.mark.parametrize("precision", tensorrt_llm.ENGINE_PRECISIONS)
@@ -97,24 +100,27 @@ def test_every_keyword_of_the_builder_exists(precision: str) -> None:
     request = tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
     builder = API["engine builder"]
     assert request["llm"].keys() <= set(builder["llm_keywords"])
+    # The builder also passes these two keywords to the LLM class.
     assert {"build_config", "quant_config"} <= set(builder["llm_keywords"])
     assert request["build_config"].keys() <= set(API["BuildConfig"]["fields"])
     assert request["plugin_config"].keys() <= set(builder["plugin_config"])
     assert request["quant_config"].keys() <= set(builder["quant_config"])
     algorithms = {request["quant_config"].get("quant_algo")} - {None}
     assert algorithms <= set(API["QuantAlgo"]["members"])
-    assert bool(algorithms) == (precision not in ("bf16", "fp16"))
+    assert bool(algorithms) == (precision not in ("bf16", "fp16"))  # these are not quantized
     assert request["llm"]["dtype"] in ("bfloat16", "float16")  # never "auto": see DTYPES
+    # By default, a sequence may fill the model's positions, and a prompt all but one of them.
     assert request["build_config"]["max_seq_len"] == 2048
     assert request["build_config"]["max_input_len"] == 2047
 
 
 @pytest.mark.parametrize("kv_cache_dtype", tensorrt_llm.KV_CACHE_DTYPES)
-def test_attention_in_fp8_is_built_only_with_an_fp8_kv_cache(kv_cache_dtype: str) -> None:
+def test_fp8_attention_is_built_only_with_an_fp8_kv_cache(kv_cache_dtype: str) -> None:
     cfg = config(precision="fp8", kv_cache_dtype=kv_cache_dtype)
     request = tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
-    cached_in_fp8 = "kv_cache_quant_algo" in request["quant_config"]
-    assert ("use_fp8_context_fmha" in request["plugin_config"]) == cached_in_fp8
+    has_fp8_cache = "kv_cache_quant_algo" in request["quant_config"]
+    has_fp8_attention = "use_fp8_context_fmha" in request["plugin_config"]
+    assert has_fp8_attention == has_fp8_cache == (kv_cache_dtype == "fp8")
 
 
 def test_every_import_and_call_of_the_builder_exists() -> None:
@@ -125,7 +131,7 @@ def test_every_import_and_call_of_the_builder_exists() -> None:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tensorrt_llm")
     }
     assert imports == API["engine builder"]["imports"]
-    calls = {
+    llm_methods = {  # methods that the builder calls as ``llm.METHOD(...)``
         node.func.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
@@ -133,27 +139,28 @@ def test_every_import_and_call_of_the_builder_exists() -> None:
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "llm"
     }
-    assert calls == set(API["engine builder"]["llm_methods"])
+    assert llm_methods == set(API["engine builder"]["llm_methods"])
 
 
 def test_options_of_the_pytorch_backend_exist() -> None:
     cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
     options = json.loads(tensorrt_llm.llm_options(cfg, 1024))
     assert options.keys() <= set(API["llm options"]["options"])
-    # trtllm-bench has its own KV cache options. kv_cache_config replaces all, so it needs each one.
+    # ``kv_cache_config`` replaces all KV cache options of trtllm-bench, so it must have them all.
     set_by_benchmark = set(API["options of the benchmark itself"]["kv_cache_config"])
-    known = set_by_benchmark | set(API["llm options"]["kv_cache_config"])
-    assert set_by_benchmark <= options["kv_cache_config"].keys() <= known
-    # With block reuse, repeated prompts would not be computed.
+    existing = set_by_benchmark | set(API["llm options"]["kv_cache_config"])
+    assert set_by_benchmark <= options["kv_cache_config"].keys() <= existing
+    # With block reuse, the measured prompts would already be cached by the warm-up.
     assert options["kv_cache_config"]["enable_block_reuse"] is False
     assert options["max_seq_len"] == 1024
 
 
-def test_report_is_parsed() -> None:
+def test_times_of_a_benchmark_report_are_parsed() -> None:
     timing = bench.parse_trtllm_report(json.dumps(REPORT), SHAPE)
-    assert timing == Timing(0.026, 0.25)
+    assert timing == Timing(first_seconds=0.026, total_seconds=0.25)
+    # 31 of the 32 new tokens of each request come after the first, in 0.25 - 0.026 s.
     assert timing.decode_rate(SHAPE) == pytest.approx(4 * 31 / 0.224)
-    # The report defines its own throughput in the same way.
+    # Throughput has the same definition as in the report.
     assert timing.throughput(SHAPE) == REPORT["performance"]["system_total_throughput_tok_s"]
 
 
@@ -161,11 +168,13 @@ def test_report_is_parsed() -> None:
     ("change", "message"),
     [
         ({"streaming_metrics": None}, "unknown format"),
-        ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "not"),
-        ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "not"),
+        ({"request_info": {**REPORT["request_info"], "num_requests": 3}}, "measured .* not"),
+        ({"request_info": {**REPORT["request_info"], "avg_output_length": 9.5}}, "measured .* not"),
     ],
 )
-def test_invalid_reports_are_refused(change: dict[str, Any], message: str) -> None:
+def test_reports_of_unknown_format_or_other_requests_are_refused(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         bench.parse_trtllm_report(json.dumps({**REPORT, **change}), SHAPE)
     with pytest.raises(RecipeError, match="unknown format"):
@@ -176,40 +185,47 @@ def test_invalid_reports_are_refused(change: dict[str, Any], message: str) -> No
 def test_each_start_of_the_benchmark_is_an_mpi_job(
     tmp_path: Path, teacher: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one job, Open MPI 4 would refuse the second start. The benchmark is a fake."""
+    """A fake ``trtllm-bench`` records the id of its MPI job, and writes a report.
+
+    If both starts were in one job, Open MPI 4 would refuse the second.
+    """
     (tmp_path / "report").write_text(json.dumps(REPORT))
     program = tmp_path / "trtllm-bench"
-    copy = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
-    program.write_text(f"#!/bin/sh\necho $PMIX_NAMESPACE >>{tmp_path}/jobs\n{copy}\n")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    record_job = f"echo $PMIX_NAMESPACE >>{tmp_path}/jobs"
+    write_report = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
+    program.write_text(f"#!/bin/sh\n{record_job}\n{write_report}\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # lists no GPU
     for file in (program, tmp_path / "nvidia-smi"):
         file.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    slurm = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
-    monkeypatch.setenv(tensorrt_llm.LAUNCHER, slurm.mpi.measure_speed)
+    cluster = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, cluster.mpi.measure_speed)
     model = TimedModel("student", "tensorrt_llm", Storage("bf16"), tmp_path, tmp_path, teacher)
     worker = bench.TensorRtLlmWorker(model, tmp_path)
-    for seed in (0, 1):
+    for seed in (0, 1):  # each request starts the benchmark
         worker.generate(random_prompts(SHAPE, 512, seed), SHAPE.new_tokens)
     assert len(set((tmp_path / "jobs").read_text().split())) == 2
 
 
-def test_requests_have_the_requested_size_and_differ_by_seed() -> None:
+def test_benchmark_dataset_has_the_configured_size_and_depends_on_the_seed() -> None:
+    vocabulary = 512
     lines, lines_of_other_seed = (
-        bench.trtllm_dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
+        bench.trtllm_dataset(random_prompts(SHAPE, vocabulary, seed), 32).splitlines()
+        for seed in (1, 2)
     )
     requests = [json.loads(line) for line in lines]
     assert [r["task_id"] for r in requests] == [0, 1, 2, 3]
     assert {len(r["input_ids"]) for r in requests} == {128}
     assert {r["output_tokens"] for r in requests} == {32}
-    assert max(max(r["input_ids"]) for r in requests) < 512
+    assert max(max(r["input_ids"]) for r in requests) < vocabulary
     assert lines_of_other_seed != lines
 
 
 @pytest.mark.parametrize(("listing", "mebibytes"), [("1024\\n512", 1536), ("[N/A]", 0)])
-def test_gpu_memory_is_summed(
+def test_memory_of_all_gpus_is_summed(
     listing: str, mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A fake ``nvidia-smi`` prints ``listing``: the memory in MiB, one line per GPU."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{listing}\\n'\n")
     program.chmod(0o755)
@@ -219,7 +235,7 @@ def test_gpu_memory_is_summed(
         deadline = time.monotonic() + 60
         while len(samples) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert samples[1] == mebibytes << 20
+    assert samples[1] == mebibytes << 20  # samples[0] is always 0
 
 
 def test_missing_requirements_of_a_machine_are_named() -> None:
@@ -229,7 +245,9 @@ def test_missing_requirements_of_a_machine_are_named() -> None:
     both_missing = str(problem("tensorrt_llm", None, gpu=False))
     assert "an NVIDIA GPU and TensorRT-LLM" in both_missing
     assert tensorrt_llm.IMAGE in both_missing
+    # The first line is the problem, without the fix.
     assert "GPU" not in str(problem("tensorrt_llm", None, gpu=True)).splitlines()[0]
+    # Release 1.3 cannot build engines, but has the PyTorch backend.
     assert "1.3.0rc20" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
 
 
@@ -237,45 +255,46 @@ def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
     supported = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
     chain = Chain("teacher", supported, {})
     assert rules(config(), chain) == []
-    pytorch = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
-    assert rules(pytorch, chain) == []
+    awq = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
+    assert rules(awq, chain) == []
+    # No kernel has a head size of 10.
     odd_head = Chain("teacher", replace(supported, kv_channels=10), {})
     assert rules(config(), odd_head) == ["head-size"]
     assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == ["head-size"]
+    # int8 needs multiples of 64. bfloat16 accepts any size.
     narrow = Chain("teacher", replace(supported, hidden_size=120), {})
     assert rules(config(), narrow) == []
     assert rules(config(precision="int8"), narrow) == ["alignment"]
-    seven = replace(supported, num_attention_heads=7, num_query_groups=7)
-    assert rules(config(tensor_parallel_size=2), Chain("teacher", seven, {})) == [
-        "tensor-parallel",
-        "tensor-parallel",
-    ]
+    # Two ranks can divide neither the 7 heads nor the 7 query groups.
+    seven_heads = replace(supported, num_attention_heads=7, num_query_groups=7)
+    two_ranks = config(tensor_parallel_size=2)
+    assert rules(two_ranks, Chain("teacher", seven_heads, {})) == 2 * ["tensor-parallel"]
 
 
 @pytest.mark.parametrize(
     ("backend", "build_devices"), [("tensorrt_llm", 4), ("tensorrt_llm_pytorch", 1)]
 )
-def test_stages_that_run_an_engine_get_the_devices_that_share_it(
+def test_stages_that_run_an_engine_get_a_device_per_tensor_parallel_rank(
     compose: Compose, plan: MakePlan, backend: str, build_devices: int
 ) -> None:
-    """Their job has one process: TensorRT-LLM starts its ranks."""
+    """A TensorRT engine is also built on as many devices. The PyTorch backend builds nothing.
+
+    The setting ``resources.devices`` stays 1, because TensorRT-LLM starts its ranks itself.
+    """
     overrides = (
         *("cluster=slurm", "cluster.images.tensorrt_llm=image", "skip_rules=[image,served]"),
         *("served=engine", f"stages.build_engine.backend={backend}"),
         "stages.build_engine.tensor_parallel_size=4",
     )
-    large = "recipe=qwen3_8b_depth_2.5b"
-    _, cluster = executor_of(compose(large, *overrides).cluster)
-    planned = plan(*overrides, recipe=large)
+    recipe = "recipe=qwen3_8b_depth_2.5b"
+    _, cluster = executor_of(compose(recipe, *overrides).cluster)
+    planned = plan(*overrides, recipe=recipe)
     devices = {"build_engine": build_devices, "build_teacher_engine": build_devices}
     devices |= {"measure_speed": 4, "evaluate_served": 4, "prune": 1}
     for name, number in devices.items():
         stage = stage_named(planned, name)
-        assert (stage.devices, stage.request().devices, stage.config.resources.devices) == (
-            number,
-            number,
-            1,
-        )
+        assert stage.devices == stage.request().devices == number
+        assert stage.config.resources.devices == 1
         assert f"--gpus-per-node={number}\n" in slurm.job_script(stage, cluster)
 
 
@@ -305,25 +324,32 @@ def test_invalid_settings_break_a_rule(
     assert rules(config(**settings), chain) == [rule]
 
 
-def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64, hidden_size=128), {})
+def test_a_backend_that_supports_the_precision_is_suggested(teacher: Architecture) -> None:
+    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
     [awq] = engine_problems(config(precision="int4_awq"), replace(chain, runs_here=True))
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
+
+
+def test_an_fp8_kv_cache_needs_calibrated_scales_or_the_pytorch_backend(
+    teacher: Architecture,
+) -> None:
+    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
     for settings in (
         {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},
         {"precision": "fp8", "kv_cache_dtype": "fp8"},  # an FP8 checkpoint has the scales
     ):
         assert rules(config(**settings), chain) == []
+    # With ``auto``, the quantize stage calibrates no scales of the KV cache.
     cfg = config(precision="fp8", kv_cache_dtype="fp8", inputs={"checkpoint": "quantize"})
-    for dtype, broken in (("fp8", []), ("auto", ["kv-cache"])):
+    for calibrated_dtype, broken in (("fp8", []), ("auto", ["kv-cache"])):
         source = QuantizeConfig(
-            stage="quantize", kv_cache_dtype=dtype, inputs={"checkpoint": "import_hf"}
+            stage="quantize", kv_cache_dtype=calibrated_dtype, inputs={"checkpoint": "import_hf"}
         )
         assert rules(cfg, replace(chain, stages={"quantize": source})) == broken
 
 
 def checkpoint_folder(folder: Path, algorithm: str | None) -> Path:
-    """Makes a folder that declares quantization by ``algorithm``, or no quantization."""
+    """Makes a folder that declares the quantization ``algorithm``; ``None`` declares none."""
     folder.mkdir(exist_ok=True)
     if algorithm:
         text = json.dumps({"quantization": {"quant_algo": algorithm}})
@@ -336,36 +362,37 @@ def test_a_checkpoint_must_have_the_configured_quantization(tmp_path: Path) -> N
     plain = checkpoint_folder(tmp_path / "plain", None)
     awq = checkpoint_folder(tmp_path / "awq", "W4A16_AWQ")
     require(plain, "bf16")
-    require(plain, "int8")
+    require(plain, "int8")  # the engine builder quantizes to int8
     require(awq, "int4_awq")
     for folder, precision in ((plain, "fp8"), (awq, "fp8"), (awq, "bf16")):
         with pytest.raises(RecipeError, match="needs a checkpoint with quantization"):
             require(folder, precision)
 
 
-def test_an_engine_must_match_its_config(tmp_path: Path) -> None:
+def test_an_engine_that_differs_from_the_request_is_refused(tmp_path: Path) -> None:
     request = tensorrt_llm.build_request(
         config(precision="int8", max_batch_size=4), Path("/hf"), tmp_path, 1024
     )
-    engine = {
+    engine_config = {
         "pretrained_config": {"quantization": {"quant_algo": "W8A16"}, "mapping": {"tp_size": 1}},
         "build_config": {"max_batch_size": 4, "max_seq_len": 1024},
     }
-    (tmp_path / "config.json").write_text(json.dumps(engine))
+    (tmp_path / "config.json").write_text(json.dumps(engine_config))
     with pytest.raises(RecipeError, match=r"rank\*.engine files: 0 instead of 1"):
         tensorrt_llm.require_engine(tmp_path, request)
     (tmp_path / "rank0.engine").write_bytes(b"engine")
     tensorrt_llm.require_engine(tmp_path, request)
-    engine["pretrained_config"]["quantization"]["quant_algo"] = None  # silently not quantized
-    (tmp_path / "config.json").write_text(json.dumps(engine))
+    # As if the builder had ignored the quantization without an error.
+    engine_config["pretrained_config"]["quantization"]["quant_algo"] = None
+    (tmp_path / "config.json").write_text(json.dumps(engine_config))
     with pytest.raises(RecipeError, match="quant_algo=None instead of W8A16"):
         tensorrt_llm.require_engine(tmp_path, request)
 
 
 def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path / "hf", None)
-    source = {"max_position_embeddings": 512, "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(source))
+    checkpoint_config = {"max_position_embeddings": 512, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(checkpoint_config))
     (folder / "model.safetensors").write_bytes(b"weights")
     out = tmp_path / "out"
     out.mkdir()
@@ -373,7 +400,7 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     tensorrt_llm.prepare_pytorch(cfg, folder, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
-    # The backend computes in this type.
-    built = json.loads((out / "config.json").read_text())
-    assert built == {"max_position_embeddings": 512, "torch_dtype": "bfloat16"}
-    assert json.loads((folder / "config.json").read_text()) == source
+    # The backend computes in the type of config.json, so the copy names bfloat16.
+    engine_config = json.loads((out / "config.json").read_text())
+    assert engine_config == {"max_position_embeddings": 512, "torch_dtype": "bfloat16"}
+    assert json.loads((folder / "config.json").read_text()) == checkpoint_config

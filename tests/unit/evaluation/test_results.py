@@ -1,4 +1,4 @@
-"""Compares results of paired comparisons with values that were computed by hand."""
+"""Tests paired comparisons of models against values that were computed by hand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from recipes.core.statistics import difference, margin95, standard_error
 from recipes.evaluation.results import ROLES, Item, compare_answers, compare_scores, recovered
 
 RIGHT, WRONG = [1.0], [0.0]
+"""Score of one right and of one wrong answer, as lists: ``RIGHT * 3`` are three right answers."""
 
 
 def test_standard_error_of_a_mean() -> None:
-    values = [2.0, 4, 4, 4, 5, 5, 7, 9]  # with a sample variance of 32/7
+    values = [2.0, 4, 4, 4, 5, 5, 7, 9]  # their sample variance is 32 / 7
     assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
     assert standard_error([3.0]) is None
+    # The sample variance is 100 / 99 * 0.7 * 0.3.
     assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
 
 
@@ -35,7 +37,8 @@ def test_paired_difference_of_100_items() -> None:
     # 1.984 is the quantile of Student's t with 99 degrees of freedom.
     interval = (-0.1, -0.1 - 1.984217 * error, -0.1 + 1.984217 * error)
     assert (paired.value, paired.low, paired.high) == pytest.approx(interval, abs=1e-6)
-    # 2.80 standard errors: 1.96 for significance, and 0.84 for a power of 80%.
+    # 2.80 standard errors: 1.96 for significance, and 0.84 for a power of 80%. The tolerance allows
+    # for Student's t: 1.984 / 1.960 is 1.012.
     assert paired.detectable == pytest.approx(2.801585 * error, rel=0.02)
     with pytest.raises(ValueError, match="shorter"):
         difference([1.0, 0.0], [1.0])
@@ -43,23 +46,25 @@ def test_paired_difference_of_100_items() -> None:
 
 @pytest.mark.parametrize("items", [2, 4, 10])
 def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(items: int) -> None:
-    draws, zeros = random.Random(0), [0.0] * items
-    samples = ([draws.gauss(0, 1) for _ in zeros] for _ in range(4000))
+    generator, zeros = random.Random(0), [0.0] * items
+    samples = ([generator.gauss(0, 1) for _ in zeros] for _ in range(4000))
     intervals = [difference(sample, zeros) for sample in samples]
-    assert fmean(not (i.is_negative or i.is_positive) for i in intervals) == pytest.approx(
-        0.95, abs=0.012
-    )
+    # The true difference is 0.
+    coverage = fmean(not (i.is_negative or i.is_positive) for i in intervals)
+    # 0.012 is 3.5 standard errors of the fraction: sqrt(0.95 * 0.05 / 4000) = 0.0034.
+    assert coverage == pytest.approx(0.95, abs=0.012)
 
 
 @pytest.mark.parametrize(("items", "margin"), [(2, 1.0), (100, 0.03)])
-def test_equal_scores_have_an_interval_by_the_rule_of_three(items: int, margin: float) -> None:
+def test_equal_differences_have_an_interval_by_the_rule_of_three(items: int, margin: float) -> None:
+    """The margin is 3 / items. The ends of the interval are limited to -1 and 1."""
     same = difference(RIGHT * items, RIGHT * items)
     assert (same.value, same.low, same.high) == pytest.approx((0, -margin, margin))
     worse = difference(WRONG * items, RIGHT * items)
     assert (worse.low, worse.high) == pytest.approx((-1, 3 / items - 1))
-    assert worse.is_negative == (items == 100)
+    assert worse.is_negative == (items == 100)  # two items are too few: 3 / 2 - 1 > 0
     losses = difference([3.25] * items, [3.0] * items)
-    assert (losses.low, losses.high) == (0.25, 0.25), "losses keep Student's t"
+    assert (losses.low, losses.high) == (0.25, 0.25), "the rule is only for scores in [0, 1]"
 
 
 def test_one_item_is_not_significant() -> None:
@@ -68,31 +73,41 @@ def test_one_item_is_not_significant() -> None:
     assert not change.is_positive
     assert recovered([2.0], [1.0], [1.5]) is None
     items = {role: [Item("", "", "", "", "", {"acc": 1.0})] for role in ROLES}
-    json.dumps(asdict(compare_scores("acc", items)), allow_nan=False)  # JSON has no infinity
+    # Raises an error for an infinite interval, which JSON cannot represent.
+    json.dumps(asdict(compare_scores("acc", items)), allow_nan=False)
 
 
 @pytest.mark.parametrize("values", [2, 3, 4, 9, 10, 40, 1000, 14042])
-def test_few_values_have_wide_intervals(values: int) -> None:
+def test_margin_equals_the_quantile_of_students_t(values: int) -> None:
     assert margin95(1.0, values) == pytest.approx(stdtrit(values - 1, 0.975), abs=1e-6)
 
 
 def test_recovered_is_the_restored_fraction_of_what_pruning_lost() -> None:
-    teacher, pruned, distilled = (RIGHT * n + WRONG * (100 - n) for n in (80, 40, 70))
-    assert recovered(teacher, pruned, distilled) == pytest.approx(0.75)
+    teacher, pruned, distilled = (RIGHT * right + WRONG * (100 - right) for right in (80, 40, 70))
+    assert recovered(teacher, pruned, distilled) == pytest.approx(0.75)  # (70 - 40) / (80 - 40)
     assert recovered(teacher, pruned, WRONG * 100) == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("gained", [0, 20, 21, 40])
-def test_recovered_is_none_if_pruning_lost_nothing_significant(gained: int) -> None:
-    """The pruned model loses 30 of the teacher's right answers, and gains ``gained`` others."""
+@pytest.mark.parametrize(
+    ("gained", "significant"), [(0, True), (20, False), (21, False), (40, False)]
+)
+def test_recovered_is_none_if_pruning_lost_nothing_significant(
+    gained: int, significant: bool
+) -> None:
+    """The pruned model loses 30 of the teacher's right answers, and gains ``gained`` others.
+
+    The 95% intervals of pruned minus teacher are -0.3 ± 0.09, -0.1 ± 0.14, -0.09 ± 0.14 and
+    0.1 ± 0.17.
+    """
     teacher = RIGHT * 40 + WRONG * 60
     pruned = WRONG * 30 + RIGHT * 10 + RIGHT * gained + WRONG * (60 - gained)
     change = difference(pruned, teacher)
-    assert (recovered(teacher, pruned, teacher) is None) == (not change.is_negative)
-    assert change.is_negative == (gained < 20)
+    assert change.is_negative == significant
+    assert (recovered(teacher, pruned, teacher) is None) == (not significant)
 
 
 def test_models_are_compared_by_a_metric() -> None:
+    # Means: teacher 0.8, pruned 0, distilled 0.6. The sample variance of distilled is 0.3.
     values = {"teacher": (1, 1, 1, 1, 0), "pruned": (0,) * 5, "distilled": (1, 1, 0, 1, 0)}
     items = {
         role: [Item("", "", "", "", "", {"acc": value, "other": 7.0}) for value in row]
@@ -104,7 +119,7 @@ def test_models_are_compared_by_a_metric() -> None:
     assert scores.distilled.standard_error == pytest.approx(math.sqrt(0.3 / 5))
     assert scores.differences.pruned.value == pytest.approx(-0.8)
     assert scores.differences.distilled.value == pytest.approx(-0.2)
-    assert scores.recovered == pytest.approx(0.75)
+    assert scores.recovered == pytest.approx(0.75)  # 0.6 / 0.8
 
 
 def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
@@ -121,10 +136,13 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     }
     scores = compare_answers(items)
     assert scores is not None
+    # The means of (-2, -3), (-6, -7) and (-3, -4).
     assert [score.value for score in scores.models().values()] == [-2.5, -6.5, -3.5]
     assert scores.differences.distilled.value == -1
-    assert scores.recovered == pytest.approx(0.75)
-    several = [item(" word", -1, -2)]  # whose right choice is not known
-    assert compare_answers(dict.fromkeys(items, several)) is None
+    assert scores.recovered == pytest.approx(0.75)  # (-3.5 + 6.5) / (-2.5 + 6.5)
+    # The target is text, and there are several responses: the right one is not known.
+    ambiguous = [item(" word", -1, -2)]
+    assert compare_answers(dict.fromkeys(items, ambiguous)) is None
+    # A generated answer has no log-likelihood.
     generated = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
     assert compare_answers({role: [generated] for role in items}) is None

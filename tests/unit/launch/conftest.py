@@ -1,4 +1,4 @@
-"""Fixtures of tests of executors."""
+"""Fixtures and overrides for tests of executors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ SLURM = ("cluster=slurm", "hardware=h100")
 DOCKER = ("cluster=docker", "hardware=h100")
 ENGINE_IMAGE = "cluster.images.tensorrt_llm=engine:1"
 Prepare = Callable[..., tuple["Plan", Any]]
+"""Takes overrides; returns the plan, as the executor prepared it, and the cluster's settings."""
 
 
 @pytest.fixture
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets the working directory and the cache, whose paths are in the scripts."""
+    """Sets a working directory and a cache of the test, because job scripts contain their paths.
+
+    Also unsets the folders of huggingface_hub, and puts a fake ``docker`` first on ``PATH``.
+    """
     for folder in ("home", "cache"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")
@@ -34,19 +38,19 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     for name in machine.HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
-    write_program(tmp_path / "bin" / "docker", "exit 0")  # a docker that has every image
+    write_program(tmp_path / "bin" / "docker", "exit 0")  # as if it had every image
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
 
 
 @pytest.fixture
 def prepare(compose: Compose, plan: MakePlan, own_folders: None) -> Prepare:
-    """Returns a function that plans a run and lets the executor check the plan."""
+    """Plans a run, lets its executor prepare the plan, and makes the stage directories."""
 
     def prepare(*overrides: str) -> tuple[Plan, Any]:
         executor, cluster = executor_of(compose(*complete_overrides(RECIPE, overrides)).cluster)
-        checked = executor.prepare(plan(*overrides), cluster)
-        for stage in checked.stages:
+        prepared = executor.prepare(plan(*overrides), cluster)
+        for stage in prepared.stages:
             stage.directory.mkdir(parents=True, exist_ok=True)
-        return checked, cluster
+        return prepared, cluster
 
     return prepare

@@ -1,4 +1,7 @@
-"""A stale result that was expensive is replaced or kept only if the user says so."""
+"""Tests ``accept`` and ``confirm_above``: an expensive stale result is not replaced silently.
+
+The user must either accept the stale result, or force its stage to run again.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
 
 OTHER_LR = "stages.distill.lr=2e-4"
 SAME_LR = "stages.distill.lr=3e-4"
+"""``SAME_LR`` is the learning rate of the result in ``run``. ``OTHER_LR`` makes it stale."""
 LR_CHANGED = "lr changed 0.0003 → 0.0002"
 
 
 @pytest.fixture
 def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
-    """A complete run whose distillation took an hour on four devices."""
+    """A complete run whose distillation took an hour on four devices: two nodes with two each."""
     planned = plan(SAME_LR)
     write_last_plan(planned)
     complete(planned)
@@ -37,10 +41,12 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 def actions(plan: Plan) -> dict[str, str]:
+    """Returns the action of each stage, such as ``run`` or ``skip``."""
     return {stage.name: stage.action for stage in plan.stages}
 
 
 def refusal(plan: MakePlan, *overrides: str) -> str:
+    """Returns the message of the error with which planning fails."""
     with pytest.raises(RecipeError) as caught:
         plan(*overrides)
     return str(caught.value)
@@ -52,19 +58,23 @@ def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
     message = refusal(plan, OTHER_LR)
     assert f"\n  distill, 4 device-hours: {LR_CHANGED}\n" in message
     assert message.endswith("accept=[distill] to keep them, or force=[distill] to replace them")
+    # Only results above the limit need a confirmation, and this one cost exactly 4 device-hours.
     assert actions(plan(OTHER_LR, "confirm_above=4"))["distill"] == "run"
     assert actions(plan(OTHER_LR, "force=[distill]"))["distill"] == "run"
     message = refusal(plan, SAME_LR, "stages.prune.target_hidden_size=448")
     assert "4 device-hours: its input student changed" in message
     assert "4 device-hours: prune runs again" in refusal(plan, SAME_LR, "force=[prune]")
-    edit_manifest(run / "distill", seconds=3600.0 * 308.4)
+    edit_manifest(run / "distill", seconds=3600.0 * 308.4)  # 1233.6 device-hours, shown rounded
     assert "distill, 1,230 device-hours" in refusal(plan, OTHER_LR)
+    # As if another torch were installed.
     monkeypatch.setattr("launch.plan.result_versions", lambda *_: {"torch": "1.0"})
     assert re.search(r"its version of torch \(\S+ → 1.0\) changed", refusal(plan, SAME_LR))
 
 
-def test_accepted_result_feeds_later_stages_as_it_is(run: Path, plan: MakePlan) -> None:
-    """Only the model card and the report are written again, because they cite the acceptance."""
+def test_accepted_result_is_kept_and_used_by_later_stages(run: Path, plan: MakePlan) -> None:
+    """Only ``export_hf`` and ``report`` run again: the model card and the report cite the
+    acceptance.
+    """
     planned = plan(OTHER_LR, "accept=[distill]")
     assert actions(planned) == dict.fromkeys(STAGES, "skip") | {"export_hf": "run", "report": "run"}
     distill = stage_named(planned, "distill")
@@ -78,11 +88,13 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     run: Path, launch: Launch, plan: MakePlan, complete: Complete
 ) -> None:
     arguments = (RECIPE, f"run_dir={run}", "tasks=null", "engine=null", "skip_rules=[disk]")
+    # A dry run shows the acceptance, but does not record it.
     dry_run = launch(*arguments, OTHER_LR, "accept=[distill]", "dry_run=true")
     assert dry_run.returncode == 0, dry_run.stderr
     assert "accepted although lr changed" in dry_run.stdout
     assert manifest_of(run, "distill").accepted is None
     accepted = plan(OTHER_LR, "accept=[distill]")
+    # All stages have results now, so the launcher only records the acceptance.
     complete(accepted, "export_hf", "report")
     done = launch(*arguments, OTHER_LR, "accept=[distill]")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,17 +102,19 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     assert acceptance == stage_named(accepted, "distill").accepted
     assert acceptance is not None
     assert acceptance.reasons == [LR_CHANGED]
+    # The recorded acceptance holds without the override, too.
     for accept in ((), ("accept=[distill]",)):
         again = launch(*arguments, OTHER_LR, *accept)
         assert "everything was complete, nothing ran" in again.stdout, again.stdout + again.stderr
     assert {stage.status for stage in read_statuses(run)} == {"complete"}
+    # Any further change needs a new decision.
     assert "lr changed 0.0003 → 0.0001" in refusal(plan, "stages.distill.lr=1e-4")
     assert f"{LR_CHANGED}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
-    # With the settings of the result, the acceptance is not needed and is removed.
+    # With the settings of the result, the acceptance is not needed. ``None`` removes it.
     assert plan(SAME_LR).acceptances == {run / "distill": None}
     complete(accepted, "prune", content="another result")
     assert f"{LR_CHANGED}, its input student changed" in refusal(plan, OTHER_LR)
-    # Of an input that runs again after the acceptance, the content is accepted as well.
+    # If the plan of the acceptance also runs an input again, any new content of it is accepted.
     [acceptance] = plan(OTHER_LR, "accept=[distill]", "force=[prune]").acceptances.values()
     edit_manifest(run / "distill", accepted=acceptance)
     complete(accepted, "prune", content="a third result")
@@ -118,14 +132,16 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
         ("accept={a: b}", "accept"),
     ],
 )
-def test_bad_values_are_refused(run: Path, launch: Launch, override: str, message: str) -> None:
-    (run / "plan" / "manifest.json").unlink()
+def test_invalid_values_of_accept_and_confirm_above_are_refused(
+    run: Path, launch: Launch, override: str, message: str
+) -> None:
+    (run / "plan" / "manifest.json").unlink()  # for accept=[plan]: it has no result
     done = launch(RECIPE, f"run_dir={run}", "tasks=null", "engine=null", override)
     assert done.returncode == 1
     assert done.stderr.count("error:") == 1
     assert message in done.stderr
 
 
-def test_a_stage_is_not_both_forced_and_accepted(run: Path, plan: MakePlan) -> None:
+def test_a_stage_that_is_both_forced_and_accepted_is_refused(run: Path, plan: MakePlan) -> None:
     message = refusal(plan, "accept=[distill]", "force=[prune,distill]")
     assert message.startswith("force and accept both name distill.")

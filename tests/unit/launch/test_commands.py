@@ -1,4 +1,7 @@
-"""Commands about runs on this machine; ``tests/slurm`` tests the commands about Slurm jobs."""
+"""Tests ``status``, ``logs``, ``runs``, ``cancel`` and signals for runs on this machine.
+
+``tests/slurm`` tests these commands for Slurm jobs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from tests.unit.conftest import Complete, Launch, MakePlan
 
-AFTER = ["evaluate", "export_hf", "report"]
+AFTER_DISTILL = ["evaluate", "export_hf", "report"]
 """Stages that follow the distillation."""
 SLOW_IMPORT = """\
 import time
@@ -43,6 +46,7 @@ try:
 except BaseException:
     pass
 """
+"""A module that is imported for up to ten minutes, and swallows ``KeyboardInterrupt``."""
 
 SLOW_STAGE = """\
 import signal, sys, time
@@ -57,15 +61,15 @@ with start_process(["sh", "-c", stage], sys.stdout.buffer):
     while True:  # a signal just before a sleep is handled only after the sleep
         time.sleep(0.1)
 """
+"""A launcher that waits for a stage. The stage takes 2 seconds to end after SIGTERM."""
 
 
 @pytest.fixture
 def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
-    """A run that was interrupted in its distillation."""
+    """A run that was interrupted in its distillation: after 3 of 60 steps of 2 seconds."""
     planned = plan()
-    complete(
-        planned, *(stage.name for stage in planned.stages if stage.name not in ("distill", *AFTER))
-    )
+    unfinished = ("distill", *AFTER_DISTILL)
+    complete(planned, *(stage.name for stage in planned.stages if stage.name not in unfinished))
     write_last_plan(planned)
     distill = stage_named(planned, "distill")
     begin_work(distill.directory, unfinished_manifest(distill.request()))
@@ -78,29 +82,33 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 def states(run_dir: Path) -> dict[str, str]:
+    """Returns the status of each stage by name, in the order of the plan."""
     return {stage.name: stage.status for stage in read_statuses(run_dir)}
 
 
 def test_status_of_an_interrupted_run(run_dir: Path, launch: Launch) -> None:
     statuses = states(run_dir)
-    assert list(statuses)[-4:] == ["distill", *AFTER]
+    assert list(statuses)[-4:] == ["distill", *AFTER_DISTILL]
     assert list(statuses.values())[-4:] == ["interrupted"] + ["not started"] * 3
     assert set(list(statuses.values())[:-4]) == {"complete"}
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"distill +interrupted +distill 3/60, 0:01:54 left *$", shown.stdout, re.M)
-    # 57 steps of 2 seconds remain. Later stages add little: the complete ones were fast.
+    # 57 steps of 2 seconds remain. The later stages add 2 to 3 seconds: their times are estimated
+    # from those of the complete stages, which were fast.
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "86.5 M parameters" in shown.stdout
 
 
-def test_failed_stage_says_why_and_its_log_is_shown(run_dir: Path, launch: Launch) -> None:
+def test_status_shows_why_a_stage_failed_and_logs_shows_its_log(
+    run_dir: Path, launch: Launch
+) -> None:
     record_failure(run_dir / "distill", "no memory\n  fix: buy some")
     assert states(run_dir)["distill"] == "failed"
     assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
     shown = launch("logs", f"run_dir={run_dir}", "lines=2")
     assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
-    # The log's path, and 50 lines by default.
+    # The first line is the path of the log. By default, 50 lines of the log follow.
     assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
     record_failure(run_dir / "distill", "at step 3", stopped=True)
     assert states(run_dir)["distill"] == "stopped"
@@ -123,6 +131,7 @@ def test_the_stage_in_the_lock_file_is_running(run_dir: Path) -> None:
 def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A launcher waits until a reader releases its shared lock, which ``read_holder`` takes."""
     monkeypatch.setattr(lock, "WAIT_SECONDS", 60)
     with (run_dir / lock.LOCK).open("a") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
@@ -135,12 +144,12 @@ def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
 def test_a_file_system_without_locks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Lustre without the mount option ``flock`` does not implement ``flock``."""
+    """An example is Lustre that is mounted without the option ``flock``."""
 
-    def flock(*_: object) -> None:
+    def failing_flock(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", failing_flock)
     with pytest.raises(RecipeError, match="localflock"), lock.acquire(tmp_path):
         pass
     with pytest.raises(RecipeError, match="localflock"):
@@ -148,6 +157,7 @@ def test_a_file_system_without_locks_is_refused(
 
 
 def listed_run(launch: Launch, run_dir: Path) -> str:
+    """Returns the row of a run in the table of the command ``runs``."""
     shown = launch("runs", str(run_dir.parent))
     assert shown.returncode == 0, shown.stderr
     return shown.stdout.splitlines()[2]  # after the table's title and headings
@@ -165,7 +175,7 @@ def test_runs_are_listed_with_their_state_and_results(
     assert " complete " in finished
     assert "perplexity 20.5 → 938.0 → 45.3, recovered 79%" in finished
     assert "86.5 M" in finished
-    assert finished.rstrip().endswith("now")
+    assert finished.rstrip().endswith("now")  # the time of the last change
     (run_dir / "prune" / MANIFEST).write_text("{")
     assert "unreadable: see status" in listed_run(launch, run_dir)
     assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
@@ -174,43 +184,44 @@ def test_runs_are_listed_with_their_state_and_results(
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
     """The command deletes nothing without ``--yes``, or while a launcher holds the run's lock.
 
-    The other run was written by an earlier version, and is in a folder of a sweep.
+    The other run is in a folder of a sweep. An earlier version wrote it, in another format.
     """
-    (run_dir / CODE / "hash").mkdir(parents=True)
+    (run_dir / CODE / "hash").mkdir(parents=True)  # a snapshot of the code
     other = run_dir.parent / "sweep" / "0"
     shutil.copytree(run_dir, other)
-    # Of the run to clean, ``other`` needs only the result of import_hf, and the exported model.
+    # Changes the paths in ``other`` so that it needs only two results of ``run_dir``: that of
+    # import_hf as an input, and the exported model as its teacher.
     for request in other.glob("*/config.yaml"):
-        text = (
-            request.read_text()
-            .replace(f"{run_dir}/", f"{other}/")
-            .replace("format: 3", "format: 1")
-        )
+        text = request.read_text().replace("format: 3", "format: 1")
+        text = text.replace(f"{run_dir}/", f"{other}/")
         text = re.sub("hf_path: .*", f"hf_path: {run_dir}/export_hf/artifact", text)
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
-    before = sorted(run_dir.rglob("[!.]*"))  # all but the lock file
+    files = sorted(run_dir.rglob("[!.]*"))  # all but the lock file
     listed = launch("runs", "clean", str(run_dir))
     assert "nothing was deleted" in listed.stdout
     assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed.stdout)
-    assert sorted(run_dir.rglob("[!.]*")) == before
+    assert sorted(run_dir.rglob("[!.]*")) == files
     with lock.acquire(run_dir):
         assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
-    assert sorted(run_dir.rglob("[!.]*")) == before
+    assert sorted(run_dir.rglob("[!.]*")) == files
     other_files = sorted(other.rglob("*"))
     assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
     folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
-    assert folders == {"import_hf", "export_hf", CODE}, "the remaining stage needs the code"
+    assert folders == {"import_hf", "export_hf", CODE}, "the remaining stages need the code"
     assert (run_dir / "import_hf" / MANIFEST).exists()
     assert sorted(other.rglob("*")) == other_files
+    # If both runs are cleaned, nothing is needed any more.
     assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
     assert not run_dir.exists()
     assert not other.exists()
 
 
-def test_clean_keeps_what_a_run_needs_behind_a_link(run_dir: Path, launch: Launch) -> None:
+def test_clean_keeps_what_a_run_needs_by_the_path_of_a_link(run_dir: Path, launch: Launch) -> None:
+    """The other run has one stage, whose input has the path of a symbolic link to ``run_dir``."""
     other = run_dir.parent / "other"
     shutil.copytree(run_dir, other)
-    (link := run_dir.parent / "link").symlink_to(run_dir)
+    link = run_dir.parent / "link"
+    link.symlink_to(run_dir)
     request = other / "score" / "config.yaml"
     request.write_text(request.read_text().replace(f"{run_dir}/import_hf", f"{link}/import_hf"))
     for folder in other.iterdir():
@@ -250,31 +261,34 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
     root: Path, tmp_path: Path, hf_folder: Path, run_dir: Path, launch: Launch
 ) -> None:
     assert "nothing runs" in launch("cancel", f"run_dir={run_dir}").stdout
-    run_dir = tmp_path / "cancelled"
+    cancelled_dir = tmp_path / "cancelled"
     command = [sys.executable, str(root / "launch" / "run.py"), "recipe=llama_width_prune"]
-    command += [f"run_dir={run_dir}", f"model.hf_path={hf_folder}"]
+    command += [f"run_dir={cancelled_dir}", f"model.hf_path={hf_folder}"]
     command += SMALL_STUDENT
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while (holder := lock.read_holder(run_dir)) is None or holder.stage is None:
+    # Wait until the launcher runs a stage.
+    while (holder := lock.read_holder(cancelled_dir)) is None or holder.stage is None:
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    cancelled = launch("cancel", f"run_dir={run_dir}")
-    assert f"{run_dir}: stopped at " in cancelled.stdout, cancelled.stderr
+    cancelled = launch("cancel", f"run_dir={cancelled_dir}")
+    assert f"{cancelled_dir}: stopped at " in cancelled.stdout, cancelled.stderr
     output, _ = launcher.communicate(timeout=120)
-    assert launcher.returncode == 130
+    assert launcher.returncode == 130  # as after Ctrl+C: 128 + SIGINT
     assert "interrupted; the same command resumes" in output
-    assert lock.read_holder(run_dir) is None
+    assert lock.read_holder(cancelled_dir) is None
 
 
 def test_cancel_of_another_users_run_is_refused(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(*_: int) -> None:
+    """This process holds the lock. ``os.kill`` fails as if the process were another user's."""
+
+    def failing_kill(*_: int) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(os, "kill", failing_kill)
     refusal = pytest.raises(RecipeError, match=f"process {os.getpid()} .* another user")
     with lock.acquire(run_dir), refusal:
         commands.cancel({"run_dir": str(run_dir)}, Console())
@@ -282,7 +296,7 @@ def test_cancel_of_another_users_run_is_refused(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    """A fake hydra imports slowly, and swallows exceptions such as ``KeyboardInterrupt``."""
+    """A fake module ``hydra`` takes long to import, and swallows ``KeyboardInterrupt``."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
         [sys.executable, str(root / "launch" / "run.py")],
@@ -305,20 +319,23 @@ def test_a_repeated_sigterm_does_not_end_the_wait_for_a_stage(root: Path) -> Non
         [sys.executable, "-c", SLOW_STAGE], cwd=root, stdout=subprocess.PIPE, text=True
     )
     assert launcher.stdout
-    lines = {launcher.stdout.readline() for _ in range(2)}
+    lines = {launcher.stdout.readline() for _ in range(2)}  # in any order
     assert lines == {"started\n", "waits\n"}
     for _ in range(2):
         launcher.send_signal(signal.SIGTERM)
-        time.sleep(1)
+        time.sleep(1)  # the stage needs 2 seconds, so the second signal comes while it ends
     assert launcher.communicate(timeout=60)[0] == "ended\n"
 
 
 def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]  # time, step
-    records = [{"time": t, "task": "distill", "done": d, "total": 10} for t, d in times]
+    # Seconds and steps. The restart at 1000 s repeats step 3. Since then, a step takes 10 s.
+    times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]
+    records = [
+        {"time": seconds, "task": "distill", "done": step, "total": 10} for seconds, step in times
+    ]
     assert progress_text(stage_state(tmp_path)) == ""
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
     assert progress_text(stage_state(tmp_path)) == "distill 5/10, 0:00:50 left"
-    metrics.write_text(json.dumps(records[0]) + "\n")
+    metrics.write_text(json.dumps(records[0]) + "\n")  # one record shows no speed
     assert progress_text(stage_state(tmp_path)) == "distill 1/10"

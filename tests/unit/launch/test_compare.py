@@ -1,4 +1,4 @@
-"""Compares runs: the page, the best run, and runs that cannot be compared."""
+"""Tests comparisons of runs: the page, the best run, and runs that cannot be compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from tests.unit.conftest import Launch
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five runs: three evaluated on the same text, one on other text, and one not evaluated."""
+    """Five runs: three evaluated on the same text, one on other text, and one not evaluated.
+
+    Run 1 has the lowest loss on the common text. The slower of these three runs have lower losses.
+    """
     root = tmp_path_factory.mktemp("sweeps") / "sweep"
     root.mkdir()
     make_run(root / "0", loss=3.8125)
@@ -52,7 +55,7 @@ def page(sweep: Path) -> Page:
 
 
 def test_a_sweep_names_the_best_run_and_the_command_that_compares(sweep: Path) -> None:
-    best, command = best_of(find_runs([sweep])).splitlines()
+    best, command = best_of(find_runs([sweep])).splitlines()  # two lines
     assert best.startswith("best: sweep/1, ")
     arguments = shlex.split(command.partition("python launch/run.py compare ")[2])
     assert [Path(argument).resolve() for argument in arguments] == find_runs([sweep])
@@ -60,38 +63,43 @@ def test_a_sweep_names_the_best_run_and_the_command_that_compares(sweep: Path) -
 
 def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) -> None:
     assert [run.name for run in find_runs([sweep])] == ["0", "1", "2", "10", "11"]
-    assert find_runs([sweep / "2", sweep])[0].name == "2"
-    assert len(find_runs([sweep / "2", sweep])) == 5
+    # A path that is named first comes first, and is not repeated.
+    assert [run.name for run in find_runs([sweep / "2", sweep])] == ["2", "0", "1", "10", "11"]
 
 
 def test_page_shows_the_numbers_of_the_manifests(page: Page, sweep: Path) -> None:
-    shown = page.numbers()
-    for number in ("0", "1", "2", "10"):
-        evaluation = read_manifest(sweep / number / "evaluate")
-        exported = read_manifest(sweep / number / "export_hf")
+    page_numbers = page.numbers()
+    for name in ("0", "1", "2", "10"):
+        evaluation = read_manifest(sweep / name / "evaluate")
+        exported = read_manifest(sweep / name / "export_hf")
         assert evaluation is not None
         assert exported is not None
         metrics = evaluation.metrics["distilled"]
-        assert {metrics[k] for k in ("perplexity", "loss", "kl_to_teacher", "parameters")} <= shown
-        assert exported.total_bytes() in shown
+        keys = ("perplexity", "loss", "kl_to_teacher", "parameters")
+        assert {metrics[key] for key in keys} <= page_numbers
+        assert exported.total_bytes() in page_numbers
 
 
-def test_pareto_fronts_have_the_runs_that_no_other_run_beats(sweep: Path) -> None:
+def test_pareto_fronts_have_the_runs_that_no_other_run_dominates(sweep: Path) -> None:
     plots = compare_runs([read_run(run) for run in find_runs([sweep])])["plots"]
-    # Points have the numbers of their rows, which start at 1.
+    # The first plots show perplexity against parameters, disk and latency, in this order. Points
+    # have the numbers of their rows: run 0 is row 1.
     fronts = [re.findall(r"<title>(\d): [^<]*on the Pareto front", plot["plot"]) for plot in plots]
     assert fronts[0] == ["2"], "all runs have the same size, so only the best perplexity counts"
     assert fronts[2] == ["1", "2", "3"], "each slower run has a better perplexity"
-    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "equal runs both count"
+    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, (
+        "equal points are both on the front"
+    )
 
 
 def test_runs_that_are_not_significantly_worse_are_listed_beside_the_best(tmp_path: Path) -> None:
+    # The losses differ by less than the noise that ``make_run`` adds to them.
     runs = [make_run(tmp_path / name, loss=loss) for name, loss in (("a", 3.65), ("b", 3.652))]
     rows = compare_runs([read_run(run) for run in runs])["rows"]
     assert describe_best(rows).endswith("at 95%: b")
 
 
-def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Path) -> None:
+def test_mean_scores_cover_only_the_tasks_that_all_runs_have_in_common(tmp_path: Path) -> None:
     """Two tasks do not count: one run lacks piqa, and another has fewer items of sciq."""
     paths = [make_run(tmp_path / name) for name in ("a", "b", "c")]
     runs = [read_run(path) for path in paths]
@@ -99,9 +107,10 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
     runs[2].stages["tasks"].metrics["tasks"]["sciq"]["items"] = 100
     content = compare_runs(runs)
     assert content["tasks"] == ["arc_easy", "lambada"]
+    # The scores of lambada are not fractions, so only arc_easy counts in the mean.
     score = runs[0].stages["tasks"].metrics["tasks"]["arc_easy"]["distilled"]["value"]
     assert [row.tasks["distilled"] for row in content["rows"]] == [score] * 3
-    runs[1].stages["tasks"].metrics["tasks"] = {}
+    runs[1].stages["tasks"].metrics["tasks"] = {}  # no task is common to all runs
     assert [row.tasks for row in compare_runs(runs)["rows"]] == [{}] * 3
 
 
@@ -116,20 +125,26 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
         ("precision", "bf16-mixed"),
     ],
 )
-def test_scores_of_other_items_or_examples_do_not_count(
+def test_scores_that_were_measured_in_another_way_are_not_compared(
     tmp_path: Path, name: str, value: object
 ) -> None:
+    """Run b differs in one value: a field of its task piqa, or a setting of all its tasks.
+
+    In both runs, only piqa has few-shot examples.
+    """
     runs = [read_run(make_run(tmp_path / run)) for run in ("a", "b")]
     for run in runs:
         run.stages["tasks"].metrics["tasks"]["piqa"]["num_fewshot"] = 1
     tasks = runs[1].stages["tasks"]
     piqa = tasks.metrics["tasks"]["piqa"]
-    (piqa if name in piqa else tasks.config)[name] = value
+    is_task_field = name in piqa
+    (piqa if is_task_field else tasks.config)[name] = value
     content = compare_runs(runs)
     assert "piqa" not in content["tasks"]
     assert "piqa" in content["other_tasks"]
-    # Without examples, neither the seed nor a limit above the number of items changes a score.
-    assert ("sciq" in content["tasks"]) == (name in ("limit", "seed", *piqa))
+    # The runs have the same number of items, so ``limit`` and ``seed`` only affect the choice of
+    # examples. sciq has no examples. ``precision`` affects all tasks.
+    assert ("sciq" in content["tasks"]) == (is_task_field or name in ("limit", "seed"))
 
 
 def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
@@ -137,13 +152,14 @@ def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
     content = compare_runs(runs)
     assert any("plot-kl-" in plot["plot"] for plot in content["plots"])
     assert content["teacher"]
-    # The loss of the same teacher on another machine; another teacher with the same loss.
-    for name, factor, is_same in (("loss", 1 + 1e-6, True), ("parameters", 2, False)):
+    # The loss of the same teacher differs a little on another machine. A teacher of another size
+    # is another teacher, even with the same loss.
+    for field, factor, is_same in (("loss", 1 + 1e-6, True), ("parameters", 2, False)):
         runs = [read_run(tmp_path / run) for run in ("a", "b")]
-        runs[1].stages["evaluate"].metrics["teacher"][name] *= factor
+        runs[1].stages["evaluate"].metrics["teacher"][field] *= factor
         assert (compare_runs(runs)["teacher"] is not None) == is_same
     runs = [read_run(tmp_path / name) for name in ("a", "b")]
-    runs[1].stages["evaluate"].metrics["teacher"] |= {"loss": 2.5}
+    runs[1].stages["evaluate"].metrics["teacher"] |= {"loss": 2.5}  # another teacher
     content = compare_runs(runs)
     assert content["teacher"] is None
     assert not any("plot-kl-" in plot["plot"] for plot in content["plots"])
@@ -154,7 +170,7 @@ def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
 def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
     losses = (("a", 3.8), ("b", 3.7), ("c", 3.6))
     runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in losses]
-    metrics = runs[0].stages["evaluate"].metrics["distilled"]
+    metrics = runs[0].stages["evaluate"].metrics["distilled"]  # run a diverges
     metrics["loss"] = metrics["perplexity"] = math.nan
     content = compare_runs(runs)
     assert content["best"] == "c"
@@ -162,16 +178,16 @@ def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
 
 
 def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
-    text = " ".join(page.text.split())
+    text = " ".join(page.text.split())  # with single spaces
     assert "sweep/10: evaluated on other held-out text" in text
     content = compare_runs([read_run(run) for run in find_runs([sweep])])
     assert content["best"] == "sweep/1"
-    assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is the fourth run"
+    assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is row 4"
 
 
 def test_a_run_evaluated_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
-    runs[2].stages["evaluate"].metrics["sequences"] = 20
+    runs[2].stages["evaluate"].metrics["sequences"] = 20  # the others have more
     assert [row.comparable for row in compare_runs(runs)["rows"]] == [True, True, False]
 
 
@@ -181,8 +197,10 @@ def test_incomplete_runs_are_listed(page: Page) -> None:
 
 
 def test_stages_of_the_last_plan_must_be_complete(tmp_path: Path) -> None:
-    """A result with another fingerprint is not read. A stage of an earlier plan is incomplete if it
-    has been started."""
+    """A result with another fingerprint than the last plan's is not read.
+
+    A stage that is only in an earlier plan is incomplete if it has been started.
+    """
     run = make_run(tmp_path / "run")
     plan = read_last_plan(run)
     assert plan is not None
@@ -194,7 +212,7 @@ def test_stages_of_the_last_plan_must_be_complete(tmp_path: Path) -> None:
         Request(name, "0abc", "c", {}, {}).write(run / name)
     LastPlan(plan.recipe, {**plan.stages, "quantize": "0abc"}).write(run)
     assert read_run(run).incomplete == ("quantize",)
-    (run / "export_gguf" / "work").mkdir()
+    (run / "export_gguf" / "work").mkdir()  # a started stage has this folder
     assert read_run(run).incomplete == ("quantize", "export_gguf")
 
 
@@ -203,16 +221,18 @@ def test_only_settings_that_differ_are_shown(page: Page) -> None:
     assert "distill.lr" in text
     assert "distill.max_steps" in text
     assert {1e-3, 3e-4} <= page.numbers()
-    for equal in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
-        assert equal not in text
+    # The first two are equal in all runs. The page never compares the others.
+    for setting in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
+        assert setting not in text
 
 
 def test_paired_difference_has_the_standard_error_of_the_differences() -> None:
     reference = [1.0, 2.0, 3.0, 4.0]
+    # The differences 0.5, 0.5, 0.75 and 0.25 have a sample variance of 0.125 / 3.
     mean, error = paired_difference([1.5, 2.5, 3.75, 4.25], reference) or (0.0, 0.0)
     assert mean == pytest.approx(0.5)
-    assert error == pytest.approx(0.102062, abs=1e-6)
-    assert paired_difference([1.0], reference) is None
+    assert error == pytest.approx(math.sqrt(0.125 / 3 / 4))
+    assert paired_difference([1.0], reference) is None  # the lengths differ
 
 
 def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables of plans and results, and the progress of a running stage."""
+"""Tests the printed tables of plans and results, and the progress of a running stage."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def screen() -> Console:
-    """A console without a terminal."""
+    """A console that writes to a string, without a terminal."""
     return Console(file=StringIO(), width=200, highlight=False, soft_wrap=True)
 
 
 def text_of(screen: Console) -> str:
+    """Returns all text that was written to the console."""
     assert isinstance(screen.file, StringIO)
     return screen.file.getvalue()
 
 
 def lines_of(screen: Console, word: str = "") -> list[str]:
+    """Returns the written lines that contain ``word``; by default all."""
     return [line for line in text_of(screen).splitlines() if word in line]
 
 
 def test_recipes_are_listed_with_their_descriptions(screen: Console) -> None:
     print_recipes({"one": "the first", "two": "the second"}, screen)
+    # The first line is the title.
     assert [line.split() for line in lines_of(screen)[1:3]] == [
         ["one", "the", "first"],
         ["two", "the", "second"],
@@ -52,29 +55,30 @@ def test_recipes_are_listed_with_their_descriptions(screen: Console) -> None:
 def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete: Complete) -> None:
     complete(plan())
     print_plan(plan("stages.distill.weight_decay=0.25", "stages.report.title='a [draft]'"), screen)
-    shown = {line.split()[0]: line.split()[1:] for line in lines_of(screen)[2:]}
-    assert shown["prune"] == ["skip", "complete"]
-    assert shown["distill"] == ["run", "weight_decay", "0.1", "→", "0.25"]
-    assert "a [draft]" in text_of(screen)
+    rows = (line.split() for line in lines_of(screen)[2:])  # after the title and the headings
+    words_by_stage = {row[0]: row[1:] for row in rows}
+    assert words_by_stage["prune"] == ["skip", "complete"]
+    assert words_by_stage["distill"] == ["run", "weight_decay", "0.1", "→", "0.25"]
+    assert "a [draft]" in text_of(screen)  # the brackets are not markup
 
 
-def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
+def test_sources_are_shown_and_tokenized_text_is_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
-    # Benchmark items are found in text, not in tokens.
+    """Benchmark items can be found in text, but not in tokens."""
     prefix = write_token_files(tmp_path / "corpus")
-    for name in "ab":
+    for name in ("a", "b"):  # together 72,000 characters: 18,000 tokens of 4 characters
         (tmp_path / f"{name}.md").write_text("text " * 7200)
     files = f"data.sources=['{tmp_path}/*.md#name=pages&licence=MIT']"
     print_sources(plan(files, "stages.distill.max_steps=50"), screen)
     [row] = lines_of(screen, "pages")
     assert " ".join(row.split()) == "pages training 2 documents, about 18,000 tokens MIT"
-    overrides = ("data.sources=[]", "data.heldout_sources=[]")
     chats = "data.sources=['teacher://chat#tokens=1000']"
     print_sources(plan(chats, "stages.distill.max_steps=50"), screen)
     assert "about 1,000 tokens" in text_of(screen)
     assert "not compared" not in text_of(screen)
-    print_sources(plan(*overrides, f"data.prefix={prefix}", "skip_rules=[tokens]"), screen)
+    no_sources = ("data.sources=[]", "data.heldout_sources=[]")
+    print_sources(plan(*no_sources, f"data.prefix={prefix}", "skip_rules=[tokens]"), screen)
     assert re.search("corpus: .* benchmarks", lines_of(screen)[-1])
 
 
@@ -86,15 +90,15 @@ def test_summary_shows_the_results_of_stages(
     assert text_of(screen).count("incomplete") == len(planned.stages)
     complete(planned)
     print_summary(plan("heal=least_squares", "engine=openvino"), 1.25, screen)
-    shown = text_of(screen)
+    summary = text_of(screen)
     for text in (
         *("897,123 tokens", "86.5 M parameters", "1.0 GB", "report.html", "openvino int8"),
         "KL 0.680 → 0.415 on validation text",
         "1.38 × prefill, 1.31 × decode (transformers, batch 1)",
         "everything was complete, nothing ran; 1.2 s",
     ):
-        assert text in shown
-    assert shown.count("skipped") == len(planned.stages)
+        assert text in summary
+    assert summary.count("skipped") == len(planned.stages)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_summary_shows_the_results_of_stages(
         (None, ""),
     ],
 )
-def test_headline_of_an_evaluation(
+def test_headline_of_an_evaluation_shows_perplexities_and_recovered_loss(
     plan: MakePlan, complete: Complete, recovered: float | None, suffix: str
 ) -> None:
     complete(plan())
@@ -117,7 +121,7 @@ def test_headline_of_an_evaluation(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The follower's time, which changes only when a test changes it."""
+    """The follower's clock. ``clock[0]`` is the time in seconds, which only the test advances."""
     now = [100.0]
     monkeypatch.setattr("launch.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
@@ -125,6 +129,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def stage(plan: MakePlan, clock: list[float]) -> PlannedStage:
+    """The distillation of a plan. Its directory is empty."""
     stage = stage_named(plan(), "distill")
     stage.directory.mkdir(parents=True)
     return stage
@@ -132,10 +137,12 @@ def stage(plan: MakePlan, clock: list[float]) -> PlannedStage:
 
 @pytest.fixture
 def log(stage: PlannedStage) -> MetricsLog:
+    """The metrics file of ``stage``."""
     return MetricsLog(stage.directory / METRICS)
 
 
 def steps_shown(screen: Console) -> list[str]:
+    """Returns ``STEP/TOTAL`` of each printed line of the task ``train``."""
     return [line.split()[2] for line in lines_of(screen, "train")]
 
 
@@ -144,9 +151,9 @@ def test_follower_prints_start_progress_and_end(
 ) -> None:
     with Follower(stage, screen) as follower:
         follower.update()
-        log.progress("train", 1, 1, loss=2.34567, other=1)
+        log.progress("train", 1, 1, loss=2.34567, other=1)  # ``other`` is not shown
         follower.update()
-        follower.update()
+        follower.update()  # prints nothing, because there is no new record
     lines = ["distill: started", "distill: train 1/1  loss 2.346", "distill: complete in 0 s"]
     assert lines_of(screen) == lines
     with pytest.raises(ValueError, match="x"), Follower(stage, screen):
@@ -158,15 +165,17 @@ def test_follower_prints_start_progress_and_end(
 def test_follower_shows_the_time_left_of_stage_and_run(
     stage: PlannedStage, log: MetricsLog, clock: list[float], terminal: bool
 ) -> None:
+    """A step takes 10 seconds. The later stages of the run take an hour."""
     screen = Console(file=StringIO(), width=200, force_terminal=terminal, highlight=False)
-    with Follower(stage, screen, run_estimate=lambda left: left + 3600) as follower:
+    with Follower(stage, screen, run_estimate=lambda seconds: seconds + 3600) as follower:
         for step in (1, 2, 5):
-            clock[0] += 2 * LINE_SECONDS
+            clock[0] += 2 * LINE_SECONDS  # so each record is printed
             log.log(time=10.0 * step, task="train", done=step, total=5, loss=2.5)
             follower.update()
     if terminal:
-        assert "about 1:00:00 for the run loss 2.5" in text_of(screen)  # in the bar's last frame
-    else:
+        # The bar's last frame is at step 5 of 5.
+        assert "about 1:00:00 for the run loss 2.5" in text_of(screen)
+    else:  # without the lines of the start and the end
         assert lines_of(screen)[1:-1] == [
             "distill: train 1/5  loss 2.5",
             "distill: train 2/5, 0:00:30 left, about 1:00:30 for the run  loss 2.5",
@@ -182,27 +191,30 @@ def test_follower_prints_a_line_every_few_seconds(
             clock[0] += LINE_SECONDS / 20
             log.progress("train", step, 50)
             follower.update()
-    # More than LINE_SECONDS have passed after each 21 steps. The last step is always shown.
+    # After 20 steps, exactly LINE_SECONDS have passed, so the next line comes after 21. The last
+    # step is always shown.
     assert steps_shown(screen) == ["1/50", "22/50", "43/50", "50/50"]
 
 
 def test_follower_waits_for_the_rest_of_a_line(screen: Console, stage: PlannedStage) -> None:
     line = json.dumps({"task": "train", "done": 3, "total": 3}) + "\n"
     with Follower(stage, screen) as follower, (stage.directory / METRICS).open("a") as file:
-        for part in (line[:10], line[10:]):
-            assert steps_shown(screen) == []
-            file.write(part)
+        for fragment in (line[:10], line[10:]):
+            assert steps_shown(screen) == []  # also after the first fragment
+            file.write(fragment)
             file.flush()
             follower.update()
     assert steps_shown(screen) == ["3/3"]
 
 
-@pytest.mark.parametrize("before", ['{"task": "train", "done": 1, "total": 1}\n', '{"task": "tra'])
+@pytest.mark.parametrize(
+    "old_text", ['{"task": "train", "done": 1, "total": 1}\n', '{"task": "tra']
+)
 def test_follower_skips_records_of_an_earlier_start(
-    screen: Console, stage: PlannedStage, log: MetricsLog, before: str
+    screen: Console, stage: PlannedStage, log: MetricsLog, old_text: str
 ) -> None:
-    """A kill may truncate the last old record. The log then starts a new line for a new record."""
-    (stage.directory / METRICS).write_text(before)
+    """A kill may have truncated the last old record."""
+    (stage.directory / METRICS).write_text(old_text)
     with Follower(stage, screen) as follower:
         log.progress("train", 2, 2)
         follower.update()
@@ -210,7 +222,7 @@ def test_follower_skips_records_of_an_earlier_start(
 
 
 @pytest.mark.parametrize("steps", [(7,), (7, 8, 9)], ids=["shorter", "longer"])
-def test_follower_reads_a_new_file_from_its_start(
+def test_follower_reads_a_replaced_metrics_file_from_its_start(
     screen: Console, stage: PlannedStage, steps: tuple[int, ...]
 ) -> None:
     file: Path = stage.directory / METRICS

@@ -1,4 +1,4 @@
-"""The commands of docker and their mounts."""
+"""The ``docker run`` command of a stage, and the paths that it mounts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def test_docker_command_has_exactly_these_options(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "getgroups", lambda: [os.getgid(), 4300])
+    other_group = 4300  # an arbitrary group of the user, in addition to the primary one
+    monkeypatch.setattr(os, "getgroups", lambda: [os.getgid(), other_group])
     planned, cluster = prepare(
         *DOCKER,
         'cluster.options=["--network=host"]',
@@ -36,22 +37,26 @@ def test_docker_command_has_exactly_these_options(
         "+cluster.env.OMP_NUM_THREADS='8'",
         "+cluster.images.distill=special:1",
     )
+    # The default of ``pass_env`` in conf/cluster/docker.yaml.
     assert {"HF_HUB_OFFLINE", "TRUST_CHECKPOINTS"} <= set(cluster.pass_env)
     stage = stage_named(planned, "distill")
     arguments = [arg for group in docker.command(stage, cluster) for arg in group]
     cache = f"{tmp_path}/cache"
-    options = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
-    options["/usr/share"] = ":ro"
+    # The option of each mount, by path. The cache is writable although ``mounts`` has ``cache:ro``.
+    mount_options = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
+    mount_options["/usr/share"] = ":ro"
     assert arguments == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
         *("--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
-        *(f"--user={os.getuid()}:{os.getgid()}", "--group-add=4300", f"--workdir={tmp_path}/home"),
-        *(f"--volume={path}:{path}{options[path]}" for path in sorted(options)),
+        *(f"--user={os.getuid()}:{os.getgid()}", f"--group-add={other_group}"),
+        f"--workdir={tmp_path}/home",
+        *(f"--volume={path}:{path}{mount_options[path]}" for path in sorted(mount_options)),
         *("--env=OMP_NUM_THREADS=8", "--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
         *(f"--env=PYTHONPATH={stage.code_dir}", "--env=PYTHONSAFEPATH=1"),
         *(f"--env=HOME={cache}", "--env=USER=nemo-recipes"),
         f"--env=TORCHINDUCTOR_CACHE_DIR={cache}/torchinductor",
-        *(f"--env={n}=/tmp/{n.lower()}" for n in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")),
+        "--env=TORCH_EXTENSIONS_DIR=/tmp/torch_extensions_dir",
+        "--env=TRITON_CACHE_DIR=/tmp/triton_cache_dir",
         f"--env=NEMO_RECIPES_CACHE={cache}",
         *(f"--env={name}" for name in cluster.pass_env),
         *("--network=host", "special:1"),
@@ -59,26 +64,32 @@ def test_docker_command_has_exactly_these_options(
         *("-m", "recipes.core.worker", "recipes.stages.distill"),
         f"{tmp_path}/run/distill/config.yaml",
     ]
+    # ``images.distill`` does not affect other stages: they run in the default image.
     assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(planned, "prune"), cluster)
 
 
 def test_docker_script_starts_the_command(prepare: Prepare, tmp_path: Path) -> None:
-    """Runs the real script with a fake docker that only records its arguments."""
+    """Runs the real script with a fake docker that only records its arguments.
+
+    ``AWKWARD`` has characters that the script must quote.
+    """
     planned, cluster = prepare(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_named(planned, "prune")
     write_program(tmp_path / "bin" / "docker", f'printf "%s\\n" "$@" >>{tmp_path}/arguments')
     docker.write_scripts(planned, cluster)
     subprocess.run([stage.directory / local.SCRIPT], check=True, cwd="/")
     arguments = [arg for group in docker.command(stage, cluster) for arg in group]
+    assert arguments[0] == "docker"
+    # The script first removes a container that an earlier start may have left.
     removal = ["rm", "--force", docker.container_name(stage)]
     assert (tmp_path / "arguments").read_text().splitlines() == [*removal, *arguments[1:]]
 
 
-def test_docker_refuses_what_it_cannot_run(prepare: Prepare) -> None:
+def test_several_nodes_missing_images_and_malformed_options_are_refused(prepare: Prepare) -> None:
     for override, message in (
         ("stages.prune.resources.nodes=2", "resources.nodes|one rank"),
         ("cluster.images.default=null", "no image is set for stage"),
-        ("cluster.options=[host]", "an option of docker run"),
+        ("cluster.options=[host]", "an option of docker run"),  # does not start with a hyphen
     ):
         with pytest.raises(RecipeError, match=message):
             prepare(*DOCKER, override)
@@ -89,22 +100,27 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
 ) -> None:
     model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*model))
+    # Prune takes its checkpoint from outside of the run directory.
     shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
     planned, cluster = prepare(
         *(*DOCKER, *model, "only=[import_hf,prepare_data,score,prune]"),
         f"stages.prune.inputs.checkpoint={shared}",
-        f"cluster.mounts=[{tmp_path}/run]",
+        f"cluster.mounts=[{tmp_path}/run]",  # every stage mounts the run directory anyway
     )
     mounts = container.mounts_of(stage_named(planned, "import_hf"), cluster)
     is_read_only = {str(mount.path): mount.read_only for mount in mounts}
     assert is_read_only[str(hf_folder)] is True
     assert is_read_only[str(cache_dir())] is False
-    inputs = [str(mount) for mount in container.mounts_of(stage_named(planned, "prune"), cluster)]
-    assert f"{shared}:{shared}:ro" in inputs
-    assert sum(str(tmp_path / "run") in mount for mount in inputs) == 1
+    prune_mounts = list(map(str, container.mounts_of(stage_named(planned, "prune"), cluster)))
+    assert f"{shared}:{shared}:ro" in prune_mounts
+    assert sum(str(tmp_path / "run") in mount for mount in prune_mounts) == 1
 
 
 def test_tokenized_text_with_a_licence_is_mounted(prepare: Prepare, tmp_path: Path) -> None:
+    """The option ``#licence=`` is not part of the path.
+
+    The distillation needs the mount, too: the result of ``prepare_data`` has links to the files.
+    """
     prefix = write_token_files(tmp_path / "corpus")
     planned, cluster = prepare(
         *(*DOCKER, "data.sources=[]", "data.heldout_sources=[]", "skip_rules=[tokens]"),

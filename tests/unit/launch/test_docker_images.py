@@ -1,4 +1,4 @@
-"""The container image of each stage, its mounts of links, and the end of a container."""
+"""Images of stages, mounts of paths with symbolic links, and the removal of containers."""
 
 from __future__ import annotations
 
@@ -21,33 +21,39 @@ if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
 
 DOCKER = ("cluster=docker", "hardware=h100")
-PYTORCH = "stages.build_engine.backend=tensorrt_llm_pytorch"
+PYTORCH_BACKEND = "stages.build_engine.backend=tensorrt_llm_pytorch"
 GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
-ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH, GENERATIVE_TASK)}
+"""A benchmark without log-likelihoods: TensorRT-LLM's server does not return those of prompts."""
+ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH_BACKEND, GENERATIVE_TASK)}
+"""Further overrides by choice of ``engine``."""
 
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
-def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> None:
-    """Stages that run TensorRT-LLM use its image; all others, also OpenVINO's, the default one."""
-    engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
-    for engine in ENGINE_OVERRIDES:
-        overrides = (*DOCKER, f"engine={engine}", "served=engine", *ENGINE_OVERRIDES[engine])
+def test_only_stages_that_run_tensorrt_llm_use_its_image(plan: MakePlan, recipe: str) -> None:
+    """All other stages use the default image, also those that run OpenVINO."""
+    engine_stages = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
+    for engine, engine_overrides in ENGINE_OVERRIDES.items():
+        overrides = (*DOCKER, f"engine={engine}", "served=engine", *engine_overrides)
         planned = plan(*overrides, recipe=f"recipe={recipe}")
-        in_engine_image = {s.name for s in planned.stages if s.image == "nemo-recipes-engine:0.1.0"}
-        assert in_engine_image == (engines if engine == "tensorrt_llm" else set())
-        assert {s.image for s in planned.stages if s.name not in in_engine_image} == {
-            "nemo-recipes:0.1.0"
+        images = {stage.name: stage.image for stage in planned.stages}
+        in_engine_image = {
+            name for name, image in images.items() if image == "nemo-recipes-engine:0.1.0"
         }
+        assert in_engine_image == (engine_stages if engine == "tensorrt_llm" else set())
+        other_images = {images[name] for name in images.keys() - in_engine_image}
+        assert other_images == {"nemo-recipes:0.1.0"}
 
 
-@pytest.mark.parametrize(("cluster", "unset"), [("docker", "~{}"), ("slurm", "{}=null")])
+@pytest.mark.parametrize(
+    ("cluster", "unset"),
+    [("docker", "~cluster.images.tensorrt_llm"), ("slurm", "cluster.images.tensorrt_llm=null")],
+)
 def test_a_missing_image_of_tensorrt_llm_is_refused(
     plan: MakePlan, cluster: str, unset: str
 ) -> None:
     """The default image lacks TensorRT-LLM; without a check, the run would fail after training."""
     overrides = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
-    unset = unset.format("cluster.images.tensorrt_llm")
-    engine = ("engine=tensorrt_llm", PYTORCH)
+    engine = ("engine=tensorrt_llm", PYTORCH_BACKEND)
     with pytest.raises(
         RecipeError, match="build_engine, evaluate_served, measure_speed cannot run"
     ) as error:
@@ -57,27 +63,30 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     with pytest.raises(RecipeError, match="does not exist") as error:
         plan(*overrides, "cluster.images.tensorrt_llm=/no.sqsh", *engine)
     assert "engine=null" in str(error.value)
+    # Both fixes work.
     assert plan(*overrides, unset, "engine=null")
     assert plan(*overrides, "cluster.images.tensorrt_llm=engine:1", *engine)
 
 
-def test_a_missing_image_is_refused_only_if_docker_answers(
+def test_a_missing_image_is_refused_only_if_the_docker_daemon_runs(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its daemon, the client of a real docker also fails for images that exist."""
+    """Without its daemon, docker's client fails for all images, also for those that exist."""
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    # ``docker version`` succeeds, as with a daemon, but ``docker image inspect`` fails.
     docker_program = write_program(tmp_path / "bin" / "docker", '[ "$1" = version ]')
     with pytest.raises(RecipeError, match=r"nemo-recipes:0\.1\.0 does not exist"):
         plan(*DOCKER)
-    write_program(docker_program, "exit 1")
+    write_program(docker_program, "exit 1")  # as without a daemon
     assert plan(*DOCKER)
 
 
-def test_the_fixes_for_slurm_without_hardware_make_it_run(plan: MakePlan) -> None:
-    """The default profile is that of a CPU, but ``cluster=slurm`` requests GPUs."""
+def test_the_suggested_fixes_for_slurm_without_a_gpu_profile_work(plan: MakePlan) -> None:
+    """The default hardware profile is that of a CPU, but ``cluster=slurm`` requests GPUs."""
     slurm = ("cluster=slurm", "engine=null")
     with pytest.raises(RecipeError, match="requests GPUs") as error:
         plan(*slurm)
+    # The two fixes are hardware=h100 and cluster.gpus=null. The message also quotes hardware=cpu.
     fixes = re.findall(r"(?:hardware|cluster[.]gpus)=(?!cpu)\w+", str(error.value))
     assert len(fixes) == 2
     for fix in fixes:
@@ -89,15 +98,17 @@ def test_recipes_run_in_containers_without_further_settings(plan: MakePlan, reci
     assert plan("cluster=docker", recipe=f"recipe={recipe}")
 
 
-def test_folders_to_which_links_of_a_model_lead_are_mounted(
+def test_targets_of_links_in_a_model_path_are_mounted(
     plan: MakePlan, tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub's cache has links to ``blobs``; the user may have made a link to the model's folder.
+    """Symbolic links may be at several places of a path.
 
-    A link may also be in a folder that is mounted, such as the current directory.
+    The files of a model in the hub's cache are links to ``blobs``. The user may have made a link to
+    the model's folder. A link may also be in a folder that is mounted anyway, such as the current
+    directory.
     """
 
-    def read_only(path: Path) -> set[Path]:
+    def read_only_mounts(path: Path) -> set[Path]:
         model = (f"model.hf_path={path}", *SMALL_STUDENT)
         [stage] = plan(*DOCKER, *model, "only=[import_hf]").stages
         mounts = container.mounts_of(stage, docker.DockerConfig())
@@ -105,34 +116,37 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
 
     plain = tmp_path / "plain"
     plain.symlink_to(hf_folder)
-    assert read_only(plain) == {plain, hf_folder}  # and not the whole folder that has the link
+    assert read_only_mounts(plain) == {plain, hf_folder}  # but not the folder that contains the link
+    # The current directory is mounted, so a link in it needs no mount, but its target does.
     (work := tmp_path / "work").mkdir()
     (work / "models").symlink_to(tmp_path)
     monkeypatch.chdir(work)
-    assert read_only(Path("models/hf_model")) == {hf_folder}
+    assert read_only_mounts(Path("models/hf_model")) == {hf_folder}
     (tmp_path / "scratch").symlink_to(tmp_path)
     (work / "stored").symlink_to(tmp_path / "scratch")  # a link to a link
-    assert read_only(Path("stored/hf_model")) == {tmp_path / "scratch/hf_model", hf_folder}
+    assert read_only_mounts(Path("stored/hf_model")) == {tmp_path / "scratch/hf_model", hf_folder}
+    # A folder as in the hub's cache: each file in the snapshot is a relative link to a blob.
     blobs, snapshot, link = (tmp_path / name for name in ("blobs", "snapshots/a", "links/model"))
     for folder in (blobs, snapshot, link.parent):
         folder.mkdir(parents=True)
     for number, file in enumerate(hf_folder.iterdir()):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    (snapshot / "loop").symlink_to("loop")
+    (snapshot / "loop").symlink_to("loop")  # a link to itself must not cause endless recursion
     link.symlink_to(snapshot)
-    assert read_only(snapshot) == {snapshot, blobs}
-    assert read_only(link) == {snapshot, blobs, link.parent}
-    assert read_only(Path("models/snapshots/a")) == {snapshot, blobs}
+    assert read_only_mounts(snapshot) == {snapshot, blobs}
+    assert read_only_mounts(link) == {snapshot, blobs, link.parent}
+    assert read_only_mounts(Path("models/snapshots/a")) == {snapshot, blobs}
 
 
-def test_the_default_cache_of_the_hub_is_mounted(
+def test_the_hub_folder_is_the_default_cache_unless_a_variable_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Containers mount the folders that ``hub_folders`` returns."""
     for name in machine.HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert machine.hub_folders() == {}
+    assert machine.hub_folders() == {}  # the default cache does not exist yet
     (default := tmp_path / "huggingface").mkdir()
     assert machine.hub_folders() == {"HF_HOME": str(default)}
     monkeypatch.setenv("HF_HUB_CACHE", str(default))
@@ -151,12 +165,18 @@ def test_a_missing_folder_of_the_hub_is_refused(
 def test_a_stopped_stage_leaves_no_container(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake docker starts a process that outlives its client, as a container does."""
+    """A fake docker starts a process that outlives docker's client, as a container does.
+
+    ``docker run`` starts ``sleep`` in its own session and writes its process id to a file. Then the
+    client ignores SIGTERM and waits. ``docker rm`` kills the process.
+    """
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
-    pid = tmp_path / "pid"
-    run = f"setsid sleep 600 & echo $! >{pid}.new; mv {pid}.new {pid}; trap '' TERM; wait"
-    remove = f"if [ -e {pid} ]; then kill $(cat {pid}); fi"
+    pid_file = tmp_path / "pid"
+    # The rename makes the file appear with its content.
+    write_pid = f"echo $! >{pid_file}.new; mv {pid_file}.new {pid_file}"
+    run = f"setsid sleep 600 & {write_pid}; trap '' TERM; wait"
+    remove = f"if [ -e {pid_file} ]; then kill $(cat {pid_file}); fi"
     commands = f'if [ "$1" = rm ]; then {remove}; elif [ "$1" = run ]; then {run}; fi'
     write_program(tmp_path / "bin" / "docker", commands)
     planned = plan(*DOCKER, "only=[plan]")
@@ -166,13 +186,14 @@ def test_a_stopped_stage_leaves_no_container(
 
     def start_and_interrupt() -> None:
         with (tmp_path / "log").open("wb") as log, docker.start_container(stage, log):
-            while not pid.exists():
+            while not pid_file.exists():
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         start_and_interrupt()
     deadline = time.monotonic() + 10
-    while (process := Path("/proc", pid.read_text().strip())).exists():
+    process = Path("/proc", pid_file.read_text().strip())
+    while process.exists():
         assert time.monotonic() < deadline, f"{process} still runs"
         time.sleep(0.01)

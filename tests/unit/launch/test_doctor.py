@@ -1,4 +1,4 @@
-"""``doctor`` on this machine, and on machines that lack something."""
+"""``doctor`` on this machine, and on simulated machines that do not meet the requirements."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def run_doctor(*arguments: str) -> tuple[int, str]:
-    """Returns the exit status and the output."""
+    """Runs ``doctor`` in this process; returns its exit status and its output."""
     screen = StringIO()
     status = doctor.run(arguments, Console(file=screen, width=200))
     return status, screen.getvalue()
 
 
-def results() -> dict[str, str]:
-    """Returns the result of each check, by the first word of the check's name."""
+def check_results() -> dict[str, str]:
+    """Returns the result of each check (ok, warn or fail), by the first word of its name."""
     return {check.name.split()[0]: check.result for check in doctor.examine()}
 
 
@@ -40,15 +40,15 @@ def test_doctor_says_that_recipes_can_run_here(launch: Launch) -> None:
     done = launch("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "recipes can run here" in done.stdout
-    for word in ("megatron-core", "shared memory", "cache", "docker", "tensorrt_llm"):
-        assert word in done.stdout
+    for check_name in ("megatron-core", "shared memory", "cache", "docker", "tensorrt_llm"):
+        assert check_name in done.stdout
 
 
-def test_every_rule_is_listed(launch: Launch) -> None:
+def test_every_rule_is_listed_and_a_misspelled_argument_is_refused(launch: Launch) -> None:
     status, text = run_doctor("rules")
     assert status == 0
     assert all(rule.name in text for rule in RULES.values())
-    assert "NVIDIA/Model-Optimizer#2489" in text
+    assert "NVIDIA/Model-Optimizer#2489" in text  # the reference of one of the rules
     refused = launch("doctor", "rule")
     assert refused.returncode == 1
     assert "Did you mean 'rules'" in refused.stderr
@@ -63,9 +63,13 @@ def test_doctor_imports_no_torch(root: Path) -> None:
 def test_recipes_cannot_run_with_a_wrong_or_missing_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fakes = {"megatron-core": "0.16.0", "omegaconf": None}
-    real = versions.installed_version
-    monkeypatch.setattr(versions, "installed_version", lambda name: fakes.get(name, real(name)))
+    fake_versions = {"megatron-core": "0.16.0", "omegaconf": None}  # too new, and missing
+    real_version = versions.installed_version
+    monkeypatch.setattr(
+        versions,
+        "installed_version",
+        lambda name: fake_versions.get(name, real_version(name)),
+    )
     status, text = run_doctor()
     assert status == 1
     assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
@@ -74,7 +78,7 @@ def test_recipes_cannot_run_with_a_wrong_or_missing_library(
 def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without RESULT_LIBRARIES, only the launcher seems to be installed. It needs omegaconf.
     absent = (*RESULT_LIBRARIES, "omegaconf")
-    for module in (versions, doctor):
+    for module in (versions, doctor):  # ``doctor`` imports the function by name
         monkeypatch.setattr(
             module, "installed_version", lambda name: None if name in absent else version(name)
         )
@@ -87,38 +91,47 @@ def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPa
     ("specifier", "version", "is_satisfied"),
     [
         (">=2.9,<2.14", "2.13.0+cpu", True),
-        (">=2.9,<2.14", "2.9.0a0+50eac811a6.nv25.9", True),
+        (">=2.9,<2.14", "2.9.0a0+50eac811a6.nv25.9", True),  # a build of an NGC container
         (">=2.9,<2.14", "2.14.0", False),
         ("==0.15.3", "0.15.3", True),
-        ("==0.15.3", None, False),
+        ("==0.15.3", None, False),  # not installed
         ("<2", "1.26.4", True),
     ],
 )
-def test_pin_ranges(specifier: str, version: str | None, is_satisfied: bool) -> None:
-    assert Pin("x", specifier, version).is_satisfied is is_satisfied
+def test_a_pin_compares_versions_without_their_build_suffix(specifier: str, version: str | None, is_satisfied: bool) -> None:
+    assert Pin("any-library", specifier, version).is_satisfied is is_satisfied
 
 
 def test_a_gpu_needs_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = "echo 'NVIDIA H100 80GB HBM3, 81559 MiB, 570.86'"
-    write_program(tmp_path / "bin" / "nvidia-smi", gpu)
+    print_gpu = "echo 'NVIDIA H100 80GB HBM3, 81559 MiB, 570.86'"  # name, memory, driver
+    write_program(tmp_path / "bin" / "nvidia-smi", print_gpu)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
-    for cuda, result in ((None, "fail"), ("12.8", "ok")):
+    for cuda, build_result in ((None, "fail"), ("12.8", "ok")):
+        # The default value keeps this iteration's version.
         monkeypatch.setattr(doctor, "_cuda_of_torch", lambda cuda=cuda: cuda)
-        assert (results()["build"], results()["GPU"]) == (result, "ok")
+        results = check_results()
+        assert results["build"] == build_result  # the check "build of torch"
+        assert results["GPU"] == "ok"
 
 
 def test_the_cuda_version_is_read_from_the_files_of_torch() -> None:
-    assert (doctor._cuda_of_torch() is None) == version("torch").endswith("+cpu")
+    is_cpu_build = version("torch").endswith("+cpu")
+    assert (doctor._cuda_of_torch() is None) == is_cpu_build
 
 
-def test_too_little_memory_or_disk_or_a_read_only_cache_fail(
+def test_checks_of_memory_disk_and_cache_can_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The machine first meets the requirements, then has too little of each."""
+    # Neither folder exists, but ``doctor`` could create both.
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache" / "deeper"))
     names = ("memory", "disk", "cache")
-    assert [results()[name] for name in names] == ["ok"] * 3
+    results = check_results()
+    assert [results[name] for name in names] == ["ok"] * 3
+    # 1 GB is less than MIN_MEMORY_BYTES and MIN_DISK_BYTES.
     monkeypatch.setattr(doctor, "physical_memory", lambda: 10**9)
     usage = SimpleNamespace(free=10**9, total=10**12)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert [results()[name] for name in names] == ["fail"] * 3
+    monkeypatch.setattr("os.access", lambda *_: False)  # no folder is writable
+    results = check_results()
+    assert [results[name] for name in names] == ["fail"] * 3

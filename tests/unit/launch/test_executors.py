@@ -1,4 +1,5 @@
-"""What jobs of docker and Slurm get, and plans that these executors refuse."""
+"""GPUs, MPI and environment variables of containers and Slurm jobs, and settings that are refused.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +23,32 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize(
-    ("engine", "gpus", "option"),
+    ("engine", "cluster_gpus", "gpu_option"),
     [("openvino", "gres", "gres=gpu:1"), ("tensorrt_llm", "gpus-per-node", "gpus-per-node=1")],
 )
 def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
-    prepare: Prepare, engine: str, gpus: str, option: str
+    prepare: Prepare, engine: str, cluster_gpus: str, gpu_option: str
 ) -> None:
     """Engines of TensorRT-LLM are built and timed on a GPU, with MPI; OpenVINO's are not."""
-    site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu", f"cluster.gpus={gpus}")
+    partitions = ("cluster.partition=gpu", "cluster.cpu_partition=cpu")
     served = ("served=engine", "stages.evaluate_served.tasks=[gsm8k_cot]")
-    plan, cluster = prepare(*site, f"engine={engine}", ENGINE_IMAGE, *served)
+    plan, cluster = prepare(
+        *(*SLURM, *partitions, f"cluster.gpus={cluster_gpus}"),
+        *(f"engine={engine}", ENGINE_IMAGE, *served),
+    )
     engine_stages = {"build_engine", "build_teacher_engine", "measure_speed"}
     on_cpu = {"plan", "prepare_data", "report", *(engine_stages if engine == "openvino" else ())}
     for stage in plan.stages:
-        text, needs_gpu = slurm.job_script(stage, cluster), stage.name not in on_cpu
-        assert (f"#SBATCH --{option}\n" in text) == needs_gpu, stage.name
-        assert f"--partition={'gpu' if needs_gpu else 'cpu'}\n" in text
-        by_mpi = engine == "tensorrt_llm" and stage.name in {*engine_stages, "evaluate_served"}
-        assert ("export TENSORRT_LLM_LAUNCHER='mpirun -n 1" in text) == by_mpi, stage.name
-        assert ("--mpi=none" in text) == by_mpi
+        script = slurm.job_script(stage, cluster)
+        needs_gpu = stage.name not in on_cpu
+        assert (f"#SBATCH --{gpu_option}\n" in script) == needs_gpu, stage.name
+        assert f"--partition={'gpu' if needs_gpu else 'cpu'}\n" in script
+        uses_mpi = engine == "tensorrt_llm" and stage.name in {*engine_stages, "evaluate_served"}
+        assert ("export TENSORRT_LLM_LAUNCHER='mpirun -n 1" in script) == uses_mpi, stage.name
+        # The stage starts mpirun itself, so srun must not offer its own MPI (PMIx).
+        assert ("--mpi=none" in script) == uses_mpi
         if stage.name in ("plan", "prune", "report"):
-            assert ("torch.distributed.run" in text) == (stage.name == "prune")
+            assert ("torch.distributed.run" in script) == (stage.name == "prune")
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
 
 
@@ -51,47 +57,57 @@ def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
     prepare: Prepare, hardware: str, options: list[str]
 ) -> None:
     plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
+    # Prune uses a GPU if the hardware has one; report never does.
     for name, expected in (("report", []), ("prune", options)):
-        assert docker.command(stage_named(plan, name), cluster)[1] == expected
+        _, gpu_options, *_ = docker.command(stage_named(plan, name), cluster)
+        assert gpu_options == expected
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
     prepare: Prepare, plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
+    """The engine is outside of the run directory. Its manifest says which backend it is for."""
     complete(plan("engine=openvino"))
-    engine = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
-    roles = ("teacher_engine", "student_engine")
-    inputs = [f"stages.measure_speed.inputs.{role}={engine}" for role in roles]
+    engine_dir = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
+    input_names = ("teacher_engine", "student_engine")
+    inputs = [f"stages.measure_speed.inputs.{name}={engine_dir}" for name in input_names]
+    manifest_file = engine_dir / "manifest.json"
     for backend, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
-        manifest = json.loads((engine / "manifest.json").read_text())
+        manifest = json.loads(manifest_file.read_text())
         manifest["config"]["backend"] = backend
-        (engine / "manifest.json").write_text(json.dumps(manifest))
+        manifest_file.write_text(json.dumps(manifest))
         overrides = (ENGINE_IMAGE, "engine=openvino", *inputs, "~stages.build_teacher_engine")
         planned, _ = prepare(*SLURM, *overrides)
         assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 
 
 @pytest.mark.parametrize(("hardware", "connections"), [("h100", "1"), ("b200", "32")])
-def test_split_layouts_limit_the_connections_of_cuda(
+def test_tensor_and_context_parallelism_set_cuda_device_max_connections(
     prepare: Prepare, hardware: str, connections: str
 ) -> None:
-    """GPUs before Blackwell need one connection, so that kernels start in order."""
+    """GPUs before Blackwell need one connection to start kernels in the order of their calls.
+
+    ``cluster.env`` replaces the value.
+    """
     plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
     stage = stage_named(plan, "distill")
-    for tensor, context, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
-        layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
-        split = replace(stage, config=replace(stage.config, **layout))  # type: ignore[arg-type]
-        for env in (local.environment(split, cluster), container.environment(cluster, split)):
+    for tp_size, cp_size, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
+        layout = {"tensor_model_parallel_size": tp_size, "context_parallel_size": cp_size}
+        config = replace(stage.config, **layout)  # type: ignore[arg-type]
+        parallel = replace(stage, config=config)
+        for env in (local.environment(parallel, cluster), container.environment(cluster, parallel)):
             assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
         with_env = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
-        assert local.environment(split, with_env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+        assert local.environment(parallel, with_env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 @pytest.mark.parametrize(
     ("override", "texts"),
     [
         ("cluster.time=4h", ["invalid cluster.time=4h:", "HH:MM:SS"]),
+        # YAML 1.1 reads 12:00:00 without quotes as 43200 seconds.
         ("cluster.time=43200", ["invalid cluster.time=43200:", "in quotes"]),
+        # 4 minutes are less than the default margin (MIN_MARGIN_SECONDS).
         ("cluster.time=00:04:00", ["distill stops 300 s before", "margin_seconds"]),
         ("stages.prune.resources.time=soon", ["invalid stages.prune.resources.time=soon:"]),
         ("cluster.gpus=all", ["cluster.gpus=all", "gpus-per-node, gres"]),
@@ -115,17 +131,20 @@ def test_split_layouts_limit_the_connections_of_cuda(
 def test_invalid_settings_are_refused(prepare: Prepare, override: str, texts: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         prepare(*SLURM, override)
-    for part in texts:
-        assert part in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
 
 
-def test_a_time_limit_that_is_shorter_than_the_margin_is_refused_as_such(
+def test_the_message_about_a_too_short_time_limit_ignores_the_number_of_jobs(
     prepare: Prepare,
 ) -> None:
-    """No number of jobs suffices, so none is suggested."""
-    jobs = ("cluster.time=00:04:00", "cluster.max_requeues=1")
+    """One requeue is too few for 100,000 steps, but more jobs would not help.
+
+    Every job would stop at once, because the time limit is shorter than the margin.
+    """
+    limits = ("cluster.time=00:04:00", "cluster.max_requeues=1")
     with pytest.raises(RecipeError, match="distill stops 300 s before"):
-        prepare(*SLURM, *jobs, "stages.distill.max_steps=100000")
+        prepare(*SLURM, *limits, "stages.distill.max_steps=100000")
 
 
 def test_paths_with_spaces_are_refused(
@@ -139,6 +158,7 @@ def test_paths_with_spaces_are_refused(
     monkeypatch.setattr(sys, "executable", "/my env/bin/python")
     with pytest.raises(RecipeError, match="/my env/bin/python has a character"):
         prepare(*SLURM)
+    # Accepted, because the jobs then do not use the launcher's interpreter.
     prepare(*SLURM, "cluster.python=python3.11")
     prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
 
@@ -149,11 +169,12 @@ def test_downloads_go_to_the_hub_folder_of_the_site(
     (site := tmp_path / "site").mkdir()
     monkeypatch.setenv("HF_HOME", str(site))
     planned, cluster = prepare(*DOCKER)
-    imported = stage_named(planned, "import_hf")
-    assert f"{site}:{site}" in map(str, container.mounts_of(imported, cluster))
+    import_stage = stage_named(planned, "import_hf")
+    assert f"{site}:{site}" in map(str, container.mounts_of(import_stage, cluster))
     planned, cluster = prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
     script = slurm.job_script(stage_named(planned, "import_hf"), cluster)
     assert f"export HF_HOME={site}\n" in script
-    [names] = re.findall("^names=.*", script, re.M)
-    assert "HF_HOME" in names
+    # The script's variable ``names`` lists what srun passes with --container-env.
+    [names_line] = re.findall("^names=.*", script, re.M)
+    assert "HF_HOME" in names_line
     assert "HF_HUB_CACHE" not in script

@@ -23,7 +23,7 @@ RECIPE = "recipe=llama_width_prune"
 
 
 def error_message(compose: Compose, *overrides: str) -> str:
-    """Returns the message for overrides that Hydra refuses."""
+    """Returns the message that the user sees for overrides that Hydra refuses."""
     with pytest.raises(HydraException) as caught:
         compose(*overrides)
     return explain(caught.value)
@@ -53,11 +53,13 @@ def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
 def test_values_that_are_not_choices_are_refused(arg: str) -> None:
     with pytest.raises(RecipeError, match="names no ") as caught:
         hydra_arguments([arg])
+    # Only the group ``model`` has a field for values that are not names of choices.
     hint = "fix: model.hf_path=org/name for a folder or a hub id"
     assert (hint in str(caught.value)) == arg.startswith("model")
 
 
 def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
+    # Hydra accepts no null for a group on the command line. An empty list has the same effect.
     arguments = hydra_arguments([RECIPE, "heal=null,least_squares", "-m"])
     assert arguments == ["-m", RECIPE, "heal=[],least_squares"]
     stages = compose(RECIPE, "engine=null", "tracker=null").stages
@@ -66,7 +68,7 @@ def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "expected", "option"),
+    ("override", "expected", "valid_choice"),
     [
         ("model=smollm", "there is no model 'smollm'.", "smollm2_135m"),
         ("data=wikpedia", "no data 'wikpedia'. Did you mean 'wikipedia'?", "wikipedia"),
@@ -75,18 +77,19 @@ def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
     ],
 )
 def test_unknown_choices_list_the_choices(
-    compose: Compose, override: str, expected: str, option: str
+    compose: Compose, override: str, expected: str, valid_choice: str
 ) -> None:
     message = error_message(compose, RECIPE, override)
     assert expected in message
     choices = message.partition("use one of: ")[2].split(", ")
-    assert option in choices
-    assert "schema" not in choices
+    assert valid_choice in choices
+    assert "schema" not in choices  # groups have a file schema.yaml, which is not a choice
+    # Plain names, not paths or arguments.
     assert not [name for name in choices if "/" in name or "=" in name or " " in name]
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "message_end"),
     [
         ("stages.prune.target_hiden_size=512", "_hiden_size. Did you mean 'target_hidden_size'?"),
         ("stages.prun.seq_length=1", "there is no field stages.prun. Did you mean 'prune'?"),
@@ -96,7 +99,9 @@ def test_unknown_choices_list_the_choices(
         ("latency_model=measured", "has no latency_model.\n  fix: leave out latency_model=…"),
         ("stages.only=[prune]", "there is no field stages.only. Did you mean 'only'?"),
         ("stages.distill.resources.device=2", "resources.device. Did you mean 'devices'?"),
+        # No field has a similar name.
         ("stages.prune.qqq=1", f"stages.prune.qqq.\n  fix: {SHOW_FIELDS}"),
+        # New keys of dict fields need a ``+``.
         ("cluster.env.NCCL_DEBUG=INFO", "fix: '+cluster.env={NCCL_DEBUG: …}' adds it"),
         (
             "stages.distill.weights={wikipedia: 0.9}",
@@ -108,12 +113,12 @@ def test_unknown_choices_list_the_choices(
         ),
     ],
 )
-def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str) -> None:
-    assert error_message(compose, RECIPE, override).endswith(message)
+def test_unknown_fields_get_a_hint(compose: Compose, override: str, message_end: str) -> None:
+    assert error_message(compose, RECIPE, override).endswith(message_end)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "field_and_hint"),
     [
         ("+stages.distill.wieghts={a: 1}", "stages.distill.wieghts. Did you mean 'weights'?"),
         (
@@ -124,12 +129,13 @@ def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str
         ("+skip_rule=[memory]", "skip_rule. Did you mean 'skip_rules'?"),
     ],
 )
-def test_unknown_fields_that_are_added_are_refused(
-    plan: MakePlan, override: str, message: str
+def test_unknown_fields_are_refused_even_with_a_plus(
+    plan: MakePlan, override: str, field_and_hint: str
 ) -> None:
+    """Hydra itself accepts any field that ``+`` adds."""
     with pytest.raises(RecipeError) as caught:
         plan(override)
-    assert str(caught.value).startswith(f"there is no field {message}")
+    assert str(caught.value).startswith(f"there is no field {field_and_hint}")
 
 
 def test_added_field_to_which_another_field_refers_is_accepted(plan: MakePlan) -> None:
@@ -137,14 +143,16 @@ def test_added_field_to_which_another_field_refers_is_accepted(plan: MakePlan) -
     assert stage_named(planned, "distill").config.max_steps == 33
 
 
-def test_every_choice_of_data_has_known_fields() -> None:
-    files = [OmegaConf.load(file) for file in (CONF / "data").glob("*.yaml")]
-    assert {str(name) for file in files for name in file} - {"defaults"} == {*DATA_FIELDS}
+def test_data_fields_are_the_fields_of_all_choices_of_data() -> None:
+    configs = [OmegaConf.load(file) for file in (CONF / "data").glob("*.yaml")]
+    field_names = {str(name) for config in configs for name in config}
+    assert field_names - {"defaults"} == {*DATA_FIELDS}
 
 
 def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
     message = error_message(compose, RECIPE, "cluster=docker", "cluster.images.distil=x")
     assert message.endswith("cluster.images.distil. Did you mean 'distill'?")
+    # This name is right, but a new key of ``images`` needs a ``+``.
     message = error_message(compose, RECIPE, "cluster=docker", "cluster.images.distill=x")
     assert message.endswith("'+cluster.images={distill: …}' adds it")
 
@@ -155,17 +163,20 @@ def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
 def test_the_fix_of_an_unquoted_value_has_a_value_of_the_same_type(
     compose: Compose, value: str
 ) -> None:
-    """The fix for a text contains this text. The fix for a list or a dict is an example."""
+    """Hydra cannot parse these values without quotes.
+
+    The fix for a text contains this text. The fix for a list or a dict is a fixed example.
+    """
     message = error_message(compose, RECIPE, f"stages.report.title={value}")
     fix = message.partition("such as ")[2]
     [argument] = shlex.split(fix)
     parsed = OverridesParser.create().parse_override(argument).value()
-    example: dict[str, object] = {"[": ["a >= 1"], "{": {"a": "b >= 1"}}
-    assert parsed == example.get(value[0], value)
+    examples: dict[str, object] = {"[": ["a >= 1"], "{": {"a": "b >= 1"}}  # by first character
+    assert parsed == examples.get(value[0], value)
 
 
 @pytest.mark.parametrize("value", ["~", "~/zz", "[a.txt,~/b.txt]", "{a: ~/b}"])
-def test_the_fix_of_a_tilde_has_the_home_directory(
+def test_the_fix_of_a_tilde_writes_out_the_home_directory(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
@@ -177,6 +188,7 @@ def test_the_fix_of_several_values_is_a_list_or_a_sweep(compose: Compose) -> Non
     message = error_message(compose, RECIPE, "skip_rules=memory,disk")
     assert "'skip_rules=[memory,disk]'" in message
     assert "-m" in message
+    # A config group takes one choice, so the fix suggests no list.
     assert "[openvino" not in error_message(compose, RECIPE, "engine=openvino,null")
 
 
@@ -193,15 +205,18 @@ def test_message_about_a_wrong_type_has_field_value_and_type(
     compose: Compose, override: str, expected: list[str]
 ) -> None:
     message = error_message(compose, RECIPE, override)
-    for part in (override.partition("=")[0], *expected):
-        assert part in message
-    # Hydra cannot parse a list without its closing bracket. The message quotes what the user typed.
+    field_name = override.partition("=")[0]
+    for text in (field_name, *expected):
+        assert text in message
+
+
+def test_message_about_an_unclosed_list_quotes_the_list(compose: Compose) -> None:
     assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")
 
 
-@pytest.mark.parametrize("link", ["__cause__", "__context__"])
-def test_other_errors_show_two_messages_of_their_chain(link: str) -> None:
+@pytest.mark.parametrize("cause_attribute", ["__cause__", "__context__"])
+def test_other_errors_show_the_error_and_its_direct_cause(cause_attribute: str) -> None:
     outer, inner = HydraException("outer"), ValueError("inner")
-    setattr(outer, link, inner)
-    setattr(inner, link, KeyError("innermost"))
+    setattr(outer, cause_attribute, inner)
+    setattr(inner, cause_attribute, KeyError("innermost"))
     assert explain(outer) == f"outer\n  inner\n  fix: {SHOW_FIELDS}"

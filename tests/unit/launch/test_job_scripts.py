@@ -1,4 +1,4 @@
-"""The job scripts of Slurm, and those that real shells run."""
+"""The text of Slurm job scripts, and runs of them in a shell with fake programs of Slurm."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tests.unit.launch.conftest import Prepare
 
 GOLDEN = Path(__file__).with_name("golden")
+"""Folder with the expected scripts."""
 TWO_NODES = (
     "cluster=slurm",
     'cluster.images.default="registry#nemo:1"',
@@ -39,22 +40,32 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
+"""The distillation runs on two nodes in a container, with every option of a job set."""
 FEW_STAGES = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
+"""Removes stages without which ``submit.sh`` still has all types of dependencies."""
 
 
 def require_golden(text: str, name: str, tmp_path: Path) -> None:
-    """Compares a script with the golden file, except for paths and hashes."""
-    for path, word in ((tmp_path, "TMP"), (REPO_ROOT, "REPO")):
-        text = text.replace(str(path), f"/{word}")
+    """Compares a script with a golden file, except for paths and hashes.
+
+    Writes the golden file if it is missing.
+
+    Args:
+        text: The script.
+        name: Name of the golden file.
+        tmp_path: Folder whose path the golden file has as ``/TMP``.
+    """
+    for path, placeholder in ((tmp_path, "TMP"), (REPO_ROOT, "REPO")):
+        text = text.replace(str(path), f"/{placeholder}")
     text = re.sub(r"\b[0-9a-f]{64}\b", "FINGERPRINT", text)
-    text = re.sub(r"(?<=[. ])[0-9a-f]{8}\b", "HASH", text)
+    text = re.sub(r"(?<=[. ])[0-9a-f]{8}\b", "HASH", text)  # of the run directory, in job names
     # Mounts are in the order of their real paths, which differ between machines.
     for mounts in re.findall(r"--container-mounts=(\S+)", text):
         text = text.replace(mounts, ",".join(sorted(mounts.split(","))))
     golden = GOLDEN / name
     if not golden.exists():
         golden.write_text(text)
-    assert text == golden.read_text(), f"if this change is intended: rm {golden}, and run it again"
+    assert text == golden.read_text(), f"if this change is intended: rm {golden}, and repeat the test"
 
 
 def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> None:
@@ -68,71 +79,91 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     plan, _ = prepare(*SLURM, "teacher=cached", *FEW_STAGES)
     text = slurm.submit_script(plan)
     require_golden(text, "submit.sh", tmp_path)
+    # With ``teacher=cached``, both jobs need the imported teacher, but not each other.
     [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]
     [prune_line] = [line for line in text.splitlines() if "submit prune" in line]
-    assert "job_prune" not in cache_line, "the two jobs do not wait for each other"
+    assert "job_prune" not in cache_line
     assert "job_cache_logits" not in prune_line
 
 
 def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
-    """Runs the command that srun starts on a node. A fake Python records its variables, and fails.
+    """Runs the command that srun starts on a node. The command must remove the folder at its end.
 
-    At the second start, its parent gets SIGTERM.
+    A fake Python records its environment, creates the folder, and fails with status 7. At the
+    second start, it also sends SIGTERM to its parent, which is the tested command.
     """
-    body = (
+    python_commands = (
         f'env >>{tmp_path}/environment; mkdir "$TORCH_EXTENSIONS_DIR" || exit 1',
         f'[ ! -f {tmp_path}/second ] || kill -TERM "$PPID"; touch {tmp_path}/second; exit 7',
     )
-    python = write_program(tmp_path / "python", "\n".join(body))
+    python = write_program(tmp_path / "python", "\n".join(python_commands))
     plan, cluster = prepare(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
+    # The script has ``srun OPTIONS bash -c '...' || status=$?``, over several lines.
     [command] = re.findall(r"(?s)  (bash -c '.*') \|\|", script)
     for _ in range(2):
         assert subprocess.run(command, check=False, shell=True).returncode == 7
     variables = re.findall(r"(TORCH_EXT\w+|TRITON\w+)=(.+)", (tmp_path / "environment").read_text())
     folders = {Path(folder) for name, folder in variables if name == "TORCH_EXTENSIONS_DIR"}
-    assert len(folders) == len(variables) == 2  # none for TRITON_CACHE_DIR, which the user sets
+    # Two starts, with different folders. The environment lacks TRITON_CACHE_DIR, because the user
+    # sets it: the script exports the user's value, but this test runs only the command.
+    assert len(folders) == len(variables) == 2
     assert not [folder for folder in folders if folder.parent.exists()]
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("is_old_slurm", [False, True])
 def test_ranks_meet_at_the_address_of_the_first_node(
-    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old_slurm: bool
 ) -> None:
-    """Runs a job script with fake programs of Slurm. Before 23.11, scontrol has no getaddrs."""
-    getaddrs = "echo 'invalid keyword: getaddrs' >&2; exit 1" if old else "echo 'n1: 10.0.0.7:6818'"
+    """Before Slurm 23.11, scontrol has no getaddrs. Then ``show node`` provides the address."""
+    getaddrs = "echo 'n1: 10.0.0.7:6818'"
+    if is_old_slurm:
+        getaddrs = "echo 'invalid keyword: getaddrs' >&2; exit 1"
     scontrol = f"getaddrs*) {getaddrs};; *node*) echo 'A=n NodeAddr=10.0.0.7 B=1'"
     write_program(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR" >{tmp_path}/address; exit 7')
-    monkeypatch.setenv("SLURM_CLUSTERS", "east")
+    monkeypatch.setenv("SLURM_CLUSTERS", "east")  # the job script must unset it
     run_job(prepare, tmp_path, monkeypatch, scontrol)
     assert (tmp_path / "address").read_text() == "10.0.0.7\n"
 
 
-@pytest.mark.parametrize("preempted", [False, True])
+@pytest.mark.parametrize("is_preempted", [False, True])
 def test_a_preempted_job_is_requeued(
-    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: bool
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_preempted: bool
 ) -> None:
-    """With a GraceTime, Slurm ends srun and not the job script. A cancelled job ends likewise."""
-    preempt_time = "2026-11-30T22:26:04" if preempted else "None"
+    """If the partition has a GraceTime, Slurm ends only srun, and the job script continues.
+
+    The same happens in a cancelled job, which must not be requeued. Only a preempted job has a
+    PreemptTime.
+    """
+    preempt_time = "2026-11-30T22:26:04" if is_preempted else "None"
     job = f"A=1 PreemptEligibleTime=2026-11-30T22:25:58 PreemptTime={preempt_time} SuspendTime=None"
-    requeued = tmp_path / "requeued"
+    requeue_mark = tmp_path / "requeued"
+    scontrol = f"*job*) echo '{job}';; requeue*) touch {requeue_mark}"
     write_program(tmp_path / "bin" / "srun", "exit 7")
-    run_job(prepare, tmp_path, monkeypatch, f"*job*) echo '{job}';; requeue*) touch {requeued}")
-    assert requeued.exists() == preempted
-    requeued.unlink(missing_ok=True)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "40")
-    run_job(prepare, tmp_path, monkeypatch, f"*job*) echo '{job}';; requeue*) touch {requeued}")
-    assert not requeued.exists()
+    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    assert requeue_mark.exists() == is_preempted
+    requeue_mark.unlink(missing_ok=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "40")  # the default of cluster.max_requeues
+    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    assert not requeue_mark.exists()
 
 
 def run_job(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str
 ) -> None:
-    """Runs a job script with a fake scontrol and the test's fake srun, which exits with 7."""
-    commands = f"*hostnames*) echo n1;; {scontrol};; *) echo n1: 127.0.0.1"
-    own_cluster = '[ -z "${SLURM_CLUSTERS:-}" ] || exit 1'  # nodes may not know other clusters
-    write_program(tmp_path / "bin" / "scontrol", f'{own_cluster}; case "$*" in {commands};; esac')
-    write_program(tmp_path / "bin" / "sleep", "exit 0")
+    """Runs a job script with the test's fake srun, which exits with 7, and a fake scontrol.
+
+    Args:
+        prepare: The fixture.
+        tmp_path: Folder of the fake programs, which are in ``bin``.
+        monkeypatch: Sets the variables that Slurm sets in a job.
+        scontrol: Branches of a shell ``case`` over scontrol's arguments, for this test.
+    """
+    branches = f"*hostnames*) echo n1;; {scontrol};; *) echo n1: 127.0.0.1"
+    # Fails if the variable is set: nodes may not know other clusters.
+    check_cluster = '[ -z "${SLURM_CLUSTERS:-}" ] || exit 1'
+    write_program(tmp_path / "bin" / "scontrol", f'{check_cluster}; case "$*" in {branches};; esac')
+    write_program(tmp_path / "bin" / "sleep", "exit 0")  # the script sleeps after a requeue
     job = {"JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_END_TIME": "9999999999", "CPUS_ON_NODE": "4"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -142,47 +173,58 @@ def run_job(
 
 
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepare) -> None:
-    """The margin is the setting, or else the planned time of the last steps, at least a minimum."""
-    for margin, flops, whole in (("null", 9.89e14, 0), ("null", 1e10, 0), ("30", 1e10, 1)):
+    """A stage stops ``margin_seconds`` before the limit.
+
+    By default, this is the planned time that the stage needs to stop, but at least
+    ``MIN_MARGIN_SECONDS``. The last value of each case says whether jobs take whole nodes.
+    """
+    h100_flops, slow_flops = 9.89e14, 1e10  # per second; stopping is fast or slow
+    cases = (("null", h100_flops, False), ("null", slow_flops, False), ("30", slow_flops, True))
+    for margin, flops, exclusive in cases:
         plan, cluster = prepare(
             *("cluster=slurm", f"cluster.margin_seconds={margin}", "cluster.time=9-00:00:00"),
-            f"cluster.exclusive={'true' if whole else 'null'}",
+            f"cluster.exclusive={'true' if exclusive else 'null'}",
             *("hardware=h100", f"hardware.flops_per_second={flops}"),
             "stages.distill.limit_val_batches=3",
         )
         workload = stage_named(plan, "distill").workload
         assert workload is not None
         assert workload.validation_batches == 3
-        planned = math.ceil(stopping_seconds(workload, plan.chain.hardware))
-        assert (planned > MIN_MARGIN_SECONDS) == (flops < 1e14)  # true for the slow device
-        margins = {"distill": max(MIN_MARGIN_SECONDS, planned), "prune": MIN_MARGIN_SECONDS}
-        for name, seconds in margins.items():
-            text = slurm.job_script(stage_named(plan, name), cluster)
-            expected = seconds if margin == "null" else 30
-            assert f"export STAGE_DEADLINE=$((end - {expected}))" in text, name
-            assert ("--exclusive\n#SBATCH --mem=0\n" in text) == bool(whole)
-        warned = "cpus-per-task" in {note.rule.name for note in plan.notes}
-        assert warned != bool(whole), "a whole node needs no cpus_per_task"
+        planned_seconds = math.ceil(stopping_seconds(workload, plan.chain.hardware))
+        assert (planned_seconds > MIN_MARGIN_SECONDS) == (flops == slow_flops)
+        # Prune does not train, so it has the minimum.
+        default_margins = {
+            "distill": max(MIN_MARGIN_SECONDS, planned_seconds),
+            "prune": MIN_MARGIN_SECONDS,
+        }
+        for name, default_margin in default_margins.items():
+            script = slurm.job_script(stage_named(plan, name), cluster)
+            expected = default_margin if margin == "null" else 30
+            assert f"export STAGE_DEADLINE=$((end - {expected}))" in script, name
+            assert ("--exclusive\n#SBATCH --mem=0\n" in script) == exclusive
+        has_cpu_warning = "cpus-per-task" in {note.rule.name for note in plan.notes}
+        assert has_cpu_warning != exclusive, "a whole node needs no cpus_per_task"
 
 
 def test_forced_stage_is_complete_only_with_a_new_result(
     prepare: Prepare, plan: MakePlan, complete: Complete
 ) -> None:
-    """A real shell runs the check that is part of the job script."""
+    """A real shell runs the function ``complete`` of the job script."""
     complete(plan(*SLURM))
     planned, cluster = prepare(*SLURM, "force=[report]")
     stage = stage_named(planned, "report")
     script = slurm.job_script(stage, cluster)
+    # The definition of ``complete`` and its variable ``stage``, followed by a call.
     check = script[script.index("stage=") : script.index("if complete")] + "complete"
     manifest = stage.directory / "manifest.json"
 
     def is_complete() -> bool:
         return subprocess.run(["bash", "-c", check], check=False).returncode == 0
 
-    assert not is_complete()
+    assert not is_complete()  # the result is the one to replace
     manifest.write_text(manifest.read_text().replace("2025-01-01", "2025-01-02"))  # started later
     assert is_complete()
-    # An earlier acceptance of the result has the planned fingerprint, too.
+    # The user once accepted a stale result. Its manifest has the planned fingerprint only there.
     acceptance = Acceptance(stage.fingerprint, ["its code changed"])
     edit_manifest(stage.directory, fingerprint="other", accepted=acceptance)
     assert not is_complete()
@@ -193,6 +235,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
 def test_a_cluster_that_only_sbatch_would_use_is_refused(
     prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Unlike sbatch, squeue and scancel read only ``SLURM_CLUSTERS``."""
     monkeypatch.setenv("SBATCH_CLUSTERS", "east")
     with pytest.raises(RecipeError, match="SBATCH_CLUSTERS=east"):
         prepare(*SLURM)

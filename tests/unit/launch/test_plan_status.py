@@ -1,4 +1,4 @@
-"""Which stages must run, and why; what happens to complete results."""
+"""Which stages a plan runs, and the reason that it shows for each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reasons_to_run(plan: Plan) -> dict[str, str]:
 
 @pytest.fixture
 def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
-    """A complete run."""
+    """The directory of a complete run of the default recipe."""
     complete(plan())
     return tmp_path / "run"
 
@@ -45,7 +45,7 @@ def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
 
 @pytest.mark.parametrize(
     ("override", "expected"),
-    [  # STAGES[2:] starts with prepare_data, STAGES[4:] with prune
+    [  # STAGES[2:] starts with prepare_data, STAGES[4:] with prune. HF: the fixture ``hf_folder``.
         ("model.hf_path=HF", STAGES),
         ("stages.prepare_data.max_documents=5", STAGES[2:]),
         ("stages.prune.target_hidden_size=448", ["plan", *STAGES[4:]]),
@@ -77,12 +77,15 @@ def test_resources_rerun_only_plan_and_report(
     plan: MakePlan, complete: Complete, override: str
 ) -> None:
     overrides = override.split()
-    if "devices" in override:  # a batch size that both layouts support
+    if "devices" in override:
+        # 4 devices × micro batch 4: the global batch size must be a multiple of 16. One device
+        # supports 16, too.
         complete(plan("stages.distill.global_batch_size=16"))
         overrides.append("stages.distill.global_batch_size=16")
     reasons = reasons_to_run(plan(*overrides))
-    assert reasons.keys() <= {"plan", "report"}  # both show the layout
-    assert bool(reasons) == ("devices" in override)
+    assert reasons.keys() <= {"plan", "report"}  # both show the number of devices
+    changes_devices = "devices" in override  # the other overrides make no stage run
+    assert bool(reasons) == changes_devices
 
 
 @pytest.mark.usefixtures("run")
@@ -93,10 +96,15 @@ def test_reasons_say_what_changed(plan: MakePlan) -> None:
         "export_hf": "input checkpoint changed",
         "report": "input distilled changed",
     }
-    several = ("stages.distill.lr=2e-4", "stages.distill.max_steps=70", "stages.distill.seed=1")
-    reasons = reasons_to_run(plan(*several))
+    three_changes = (
+        "stages.distill.lr=2e-4",
+        "stages.distill.max_steps=70",
+        "stages.distill.seed=1",
+    )
+    reasons = reasons_to_run(plan(*three_changes))
     assert reasons["distill"].endswith(" and 2 more")
     assert re.fullmatch(r"workloads\.distill\.steps \d+ → 70.*", reasons["plan"])
+    # A reason omits values that are too long for it. The files do not exist, so a rule is skipped.
     sources = json.dumps([f"/a/folder/with/a/name/part{n}.jsonl" for n in range(9)])
     many_sources = plan(f"stages.prepare_data.sources={sources}", "skip_rules=[data-sources]")
     assert reasons_to_run(many_sources)["prepare_data"] == "sources changed"
@@ -119,15 +127,16 @@ def test_changed_code_or_a_deleted_manifest_is_a_reason_to_run(plan: MakePlan, r
 def test_another_version_of_a_library_is_a_reason_to_run(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = result_versions()
-    for library, old in before.items():
-        changed = {**before, library: "9.0"}
-        monkeypatch.setattr(versions, "installed_version", changed.get)
+    recorded = result_versions()
+    for library, old in recorded.items():
+        installed = {**recorded, library: "9.0"}
+        monkeypatch.setattr(versions, "installed_version", installed.get)
+        # The skipped rule compares the versions with those that pyproject.toml allows.
         reasons = reasons_to_run(plan("skip_rules=[stack-versions]"))
         assert reasons["import_hf"] == f"version of {library} ({old} → 9.0) changed"
         assert "distill" in reasons
     # Results stay valid if every other package has another version.
-    monkeypatch.setattr(versions, "installed_version", lambda name: before.get(name, "9.0"))
+    monkeypatch.setattr(versions, "installed_version", lambda name: recorded.get(name, "9.0"))
     assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
 
 
@@ -136,13 +145,17 @@ def test_versions_of_engines_are_part_of_the_fingerprints_of_stages_that_use_the
 ) -> None:
     options = ("engine=openvino", "gguf=q8_0", "served=gguf", "skip_rules=[stack-versions]")
     complete(plan(*options))
-    installed = versions.installed_version
-    monkeypatch.setattr(versions, "installed_version", lambda n: {"nncf": "9"}.get(n, installed(n)))
+    # Another version of NNCF, which only the stages of the engine use.
+    original = versions.installed_version
+    monkeypatch.setattr(
+        versions, "installed_version", lambda name: "9" if name == "nncf" else original(name)
+    )
     reasons = reasons_to_run(plan(*options))
     assert "version of nncf" in reasons["build_engine"]
     assert {"distill", "evaluate", "export_gguf"}.isdisjoint(reasons)
-    monkeypatch.setattr(versions, "installed_version", installed)
+    monkeypatch.setattr(versions, "installed_version", original)
     assert reasons_to_run(plan(*options)) == {}
+    # A new llama-server, which only ``evaluate_served`` uses. Its version is "1 (abc)".
     program = tmp_path / "llama-server"
     program.write_text("#!/bin/sh\necho found 2 GPUs\necho 'version: 1 (abc)' >&2\necho built")
     program.chmod(0o755)
@@ -158,26 +171,28 @@ def test_another_image_is_no_reason_to_run(plan: MakePlan, complete: Complete) -
     docker = ("cluster=docker", "cluster.gpus=null", "skip_rules=[image]")
     complete(plan(*docker))
     assert reasons_to_run(plan(*docker, "+cluster.images.distill=other:1")) == {}
-    assert reasons_to_run(plan()) == {}
+    assert reasons_to_run(plan()) == {}, "without an image"
 
 
-def test_the_spelling_of_paths_and_unread_files_are_no_reason_to_run(
+def test_other_spellings_of_paths_and_files_that_no_stage_reads_are_no_reason_to_run(
     plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*model))
     (tmp_path / "run").rename(tmp_path / "other")
-    data = "stages.score.inputs.calibration"
-    complete(plan(*model, f"{data}={tmp_path}/other/prepare_data"))
-    monkeypatch.chdir(tmp_path)
+    # The run gets an input from the complete run ``other``. Both paths are absolute here.
+    calibration = "stages.score.inputs.calibration"
+    complete(plan(*model, f"{calibration}={tmp_path}/other/prepare_data"))
+    monkeypatch.chdir(tmp_path)  # relative paths are relative to this directory
     (hf_folder / ".cache" / "huggingface").mkdir(parents=True)
-    (hf_folder / ".cache" / "huggingface" / "etag").write_text("as hf download writes")
+    (hf_folder / ".cache" / "huggingface" / "etag").write_text("hf download adds such files")
     for hf_path in ("hf_model", f"{hf_folder}/"):
-        spelling = (f"model.hf_path={hf_path}", *SMALL_STUDENT, f"{data}=other/prepare_data/")
-        planned = plan(*spelling)
+        relative_input = f"{calibration}=other/prepare_data/"
+        planned = plan(f"model.hf_path={hf_path}", *SMALL_STUDENT, relative_input)
         assert reasons_to_run(planned) == {}
-        # ``hub.push`` publishes the settings of the export, so they have no absolute path.
+        # ``hub.push`` publishes the settings of the export. So they keep the user's spelling
+        # instead of an absolute path.
         assert stage_named(planned, "export_hf").request().config["teacher"] == hf_path
 
 
@@ -188,9 +203,9 @@ def test_changed_source_files_are_a_reason_to_run(
     file.write_text("one " * 1000)
     overrides = (f"data.sources=[{file}]", f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*overrides))
-    os.utime(file, ns=(0, 0))
+    os.utime(file, ns=(0, 0))  # another modification time, but the same content
     assert reasons_to_run(plan(*overrides)) == {}
-    file.write_text("two " * 1000)
+    file.write_text("two " * 1000)  # other content of the same size
     reasons = reasons_to_run(plan(*overrides))
     assert reasons["prepare_data"] == "files from outside the run changed"
     assert reasons["score"] == "input calibration changed"
@@ -200,8 +215,9 @@ def test_changed_source_files_are_a_reason_to_run(
     assert "import_hf" in reasons_to_run(plan(*overrides))
     complete(plan(*overrides))
     (hf_folder / "LICENSE").write_text("another")
-    assert list(reasons_to_run(plan(*overrides))) == STAGES[1:]
-    assert reasons_to_run(plan(*overrides))["import_hf"] == "files from outside the run changed"
+    reasons = reasons_to_run(plan(*overrides))
+    assert list(reasons) == STAGES[1:]  # all stages but ``plan``
+    assert reasons["import_hf"] == "files from outside the run changed"
 
 
 @pytest.mark.usefixtures("run")
@@ -259,9 +275,9 @@ def test_other_content_with_the_same_fingerprint_reruns_later_stages(
 def test_a_run_that_is_moved_away_and_back_is_still_complete(
     plan: MakePlan, run: Path, tmp_path: Path
 ) -> None:
-    before = {stage.name: stage.fingerprint for stage in plan().stages}
+    fingerprints = {stage.name: stage.fingerprint for stage in plan().stages}
     run.rename(tmp_path / "moved")
     assert reasons_to_run(plan()) == dict.fromkeys(STAGES, "not run yet")
     (tmp_path / "moved").rename(run)
     assert reasons_to_run(plan()) == {}
-    assert {stage.name: stage.fingerprint for stage in plan().stages} == before
+    assert {stage.name: stage.fingerprint for stage in plan().stages} == fingerprints

@@ -1,4 +1,7 @@
-"""Publishes a student on a fake hub, which is a server on this machine."""
+"""Publishes a student on a fake hub, which is a server on this machine.
+
+Also tests that the runs of a sweep do not share a repository or a run directory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from recipes.planning import rules
 from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
 from tests.support.runs import manifest_of
-from tests.unit.conftest import write_last_plan
+from tests.unit.conftest import stage_named, write_last_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,13 +35,14 @@ if TYPE_CHECKING:
 
 TOKEN = "hf_a_token_of_the_fake_hub"
 NAME = "me/small"
+"""The repository on the hub: owner and model."""
 SECRET = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
 NONCOMMERCIAL: dict[str, tuple[str, dict[str, object]]] = {
     "text": ("prepare_data", {"sources": ["a"], "origins": {"a": {"licence": "cc-by-nc-4.0"}}}),
     "teacher": ("import_hf", {"licence": "cc-by-nc-4.0"}),
 }
-"""A stage, and metrics that make it noncommercial."""
+"""By origin of the licence: a stage, and metrics of this stage with a noncommercial licence."""
 
 
 @pytest.fixture
@@ -56,8 +60,9 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
         "export_hf": {"model.safetensors": b"weights" * 1000, "README.md": b"# a card"},
         "report": {"report.html": b"<p>a page"},
     }
-    for stage in (stage for stage in planned.stages if stage.name in files):
-        for name, content in files[stage.name].items():
+    for stage_name, stage_files in files.items():
+        stage = stage_named(planned, stage_name)
+        for name, content in stage_files.items():
             (stage.directory / ARTIFACT / name).write_bytes(content)
         config = {**stage.request().config, "resources": {"env": {"PROXY": SECRET}}}
         edit_manifest(
@@ -82,9 +87,10 @@ def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
 
 
 def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeHub) -> None:
-    done = push()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"published: {hub.url}/{NAME}/commit/1" in done.stdout
+    process = push()
+    assert process.returncode == 0, process.stdout + process.stderr
+    # The fake hub reports this address for every commit.
+    assert f"published: {hub.url}/{NAME}/commit/1" in process.stdout
     assert hub.private == {NAME: True}
     folder = run / "export_hf"
     assert hub.models[NAME] == {
@@ -99,53 +105,55 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeH
 
 
 def test_a_dry_run_lists_the_files(push: Launch, hub: FakeHub) -> None:
-    done = push("dry_run=true", HF_TOKEN="")
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = push("dry_run=true", HF_TOKEN="")
+    assert process.returncode == 0, process.stdout + process.stderr
     for name in ("model.safetensors", "README.md", "report.html", MANIFEST):
-        assert name in done.stdout
+        assert name in process.stdout
     assert hub.models == {}
 
 
 def test_model_files_of_an_earlier_push_are_deleted(push: Launch, hub: FakeHub) -> None:
     """The earlier student was sharded. Without the deletion, transformers might load its shards."""
-    old = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "vocab.json"}
-    # Files of the user.
-    kept = {"notes.md", "tokenizer_notes.md", "onnx/model.safetensors", "tokenizer/notes.md"}
-    hub.models[NAME], hub.private[NAME] = dict.fromkeys(old | kept, b"earlier"), True
-    dry = push("dry_run=true")
-    assert {name for name in old | kept if re.search(rf"{name} +deleted", dry.stdout)} == old
-    done = push()
-    assert done.returncode == 0, done.stdout + done.stderr
+    obsolete = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "vocab.json"}
+    # Their names resemble those of model files, but a push never writes them.
+    user_files = {"notes.md", "tokenizer_notes.md", "onnx/model.safetensors", "tokenizer/notes.md"}
+    earlier = obsolete | user_files
+    hub.models[NAME], hub.private[NAME] = dict.fromkeys(earlier, b"earlier"), True
+    listing = push("dry_run=true").stdout
+    assert {name for name in earlier if re.search(rf"{name} +deleted", listing)} == obsolete
+    process = push()
+    assert process.returncode == 0, process.stdout + process.stderr
     names = hub.models[NAME].keys()
-    assert (names & old, names & kept) == (set(), kept)
+    assert not names & obsolete
+    assert user_files <= names
     assert "model.safetensors" in names
 
 
 def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub) -> None:
-    done = push('gates=["perplexity < 0.5"]')
-    assert done.returncode == 1
-    assert "1 of 1 gates failed" in done.stderr
+    process = push('gates=["perplexity < 0.5"]')
+    assert process.returncode == 1
+    assert "1 of 1 gates failed" in process.stderr
     assert hub.models == {}
-    done = push('gates=["perplexity < 50"]')
-    assert done.returncode == 0, done.stderr
+    process = push('gates=["perplexity < 50"]')
+    assert process.returncode == 0, process.stderr
     page = hub.models[NAME]["report.html"].decode()
     assert "perplexity &lt; 50" in page, "the report shows the gates of an earlier command"
 
 
-def test_gates_of_stages_that_only_excludes_must_pass(
+def test_gates_must_pass_even_if_the_setting_only_excludes_their_stages(
     push: Launch, run: Path, hub: FakeHub
 ) -> None:
-    excluding = ("only=[export_hf]", 'gates=["perplexity < 50"]')
-    failed = push(excluding[0], 'gates=["perplexity < 0.5"]')
+    only = "only=[export_hf]"  # excludes evaluate and measure_speed, whose metrics the gates read
+    failed = push(only, 'gates=["perplexity < 0.5"]')
     assert "1 of 1 gates failed" in failed.stderr
     speed = ("engine=openvino", 'gates=["speedup.decode > 0.1"]')  # no stage has measured it
     for arguments in (speed, (*speed, "dry_run=true")):
-        unmeasured = push(excluding[0], *arguments)
+        unmeasured = push(only, *arguments)
         assert unmeasured.returncode == 1
         assert "hub.push=me/small" in unmeasured.stderr
         assert "speedup.decode > 0.1" in unmeasured.stderr
     assert hub.models == {}
-    assert push(*excluding).returncode == 0
+    assert push(only, 'gates=["perplexity < 50"]').returncode == 0
     assert NAME in hub.models
 
 
@@ -154,7 +162,8 @@ def test_gates_of_stages_that_only_excludes_must_pass(
     [
         ((), {"HF_TOKEN": ""}, "needs a token of the hub"),
         ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
-        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),  # no server
+        # No server listens on this port.
+        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),
         (("only=[prune]",), {}, "exports no student"),
         (
             ("cluster=slurm", "cluster.gpus=null", "cluster.account=a", "force=[report]"),
@@ -167,55 +176,60 @@ def test_gates_of_stages_that_only_excludes_must_pass(
 def test_runs_that_cannot_be_published_are_refused_before_they_start(
     push: Launch, hub: FakeHub, arguments: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
-    done = push(*arguments, **env)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "fix:" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = push(*arguments, **env)
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert "fix:" in process.stderr
+    assert "Traceback" not in process.stderr
     assert hub.models == {}
 
 
-@pytest.mark.parametrize("where", NONCOMMERCIAL)
+@pytest.mark.parametrize("origin", NONCOMMERCIAL)
 def test_noncommercial_student_is_published_only_if_allowed(
-    push: Launch, run: Path, hub: FakeHub, where: str
+    push: Launch, run: Path, hub: FakeHub, origin: str
 ) -> None:
     """The licence of the training text or of the teacher forbids commercial use."""
-    stage, metrics = NONCOMMERCIAL[where]
+    stage, metrics = NONCOMMERCIAL[origin]
     edit_manifest(run / stage, metrics=manifest_of(run, stage).metrics | metrics)
-    done = push()
-    assert done.returncode == 1
-    assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
+    process = push()
+    assert process.returncode == 1
+    assert "forbids commercial use: cc-by-nc-4.0." in process.stderr
     assert hub.models == {}
-    done = push("hub.allow_noncommercial=true")
-    assert done.returncode == 0, done.stderr
+    process = push("hub.allow_noncommercial=true")
+    assert process.returncode == 0, process.stderr
     assert NAME in hub.models
 
 
-@pytest.mark.parametrize("where", NONCOMMERCIAL)
+@pytest.mark.parametrize("origin", NONCOMMERCIAL)
 def test_licences_of_other_runs_count(
-    push: Launch, run: Path, plan: MakePlan, complete: Complete, where: str
+    push: Launch, run: Path, plan: MakePlan, complete: Complete, origin: str
 ) -> None:
-    """``distill`` has an input of another run: text, or a model whose teacher is in a third run."""
+    """The pushed run's ``distill`` has an input from another run.
+
+    The input is the text of the run ``third``, or the pruned model of the run ``second``. That
+    model's teacher is in ``third``, which has the noncommercial licence in both cases.
+    """
 
     def complete_run(name: str, *overrides: str) -> Path:
-        # Fingerprints must differ from those of the run that is pushed.
+        """Completes a run in the directory ``run``, then renames the directory."""
+        # ``pack`` makes the fingerprints differ from those of the run that is pushed.
         planned = plan("stages.import_hf.pack=true", *overrides)
         complete(planned)
         write_last_plan(planned)
         return run.rename(run.with_name(name))
 
-    run.rename(run.with_name("pushed"))
+    run.rename(run.with_name("pushed"))  # until the two other runs are complete
     third = complete_run("third")
     second = complete_run("second", f"stages.prune.inputs.checkpoint={third}/import_hf")
     run.with_name("pushed").rename(run)
-    stage, metrics = NONCOMMERCIAL[where]
+    stage, metrics = NONCOMMERCIAL[origin]
     inputs = {"text": f"data={third}/prepare_data", "teacher": f"student={second}/prune"}
-    from_other_run = f"stages.distill.inputs.{inputs[where]}"
+    from_other_run = f"stages.distill.inputs.{inputs[origin]}"
     assert push("dry_run=true", from_other_run).returncode == 0
     edit_manifest(third / stage, metrics=manifest_of(third, stage).metrics | metrics)
-    done = push("dry_run=true", from_other_run)
-    assert done.returncode == 1
-    assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
+    process = push("dry_run=true", from_other_run)
+    assert process.returncode == 1
+    assert "forbids commercial use: cc-by-nc-4.0." in process.stderr
     assert push("dry_run=true", from_other_run, "hub.allow_noncommercial=true").returncode == 0
     assert rules.LICENCE in [note.rule for note in plan(from_other_run).notes]
 
@@ -232,20 +246,20 @@ def test_a_licence_on_the_hub_is_refused_before_the_run(
 
 
 def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:
-    swept = (*RUN, "dry_run=true", "-m", "stages.prune.target_hidden_size=448,512")
-    done = launch(*swept, f"hub.push={NAME}")
-    assert done.returncode == 1
-    assert done.stderr.startswith(
+    sweep = (*RUN, "dry_run=true", "-m", "stages.prune.target_hidden_size=448,512")
+    process = launch(*sweep, f"hub.push={NAME}")
+    assert process.returncode == 1
+    assert process.stderr.startswith(
         f"error: several runs of this sweep would have hub.push={NAME}.\n"
     )
-    assert not list(tmp_path.rglob("plan")), "something was planned"
-    done = launch(*swept, f"hub.push={NAME}-${{stages.prune.target_hidden_size}}")
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"hub.push=(\S+)", done.stdout) == [f"{NAME}-448", f"{NAME}-512"]
+    assert not list(tmp_path.rglob("plan")), "a run was planned"
+    process = launch(*sweep, f"hub.push={NAME}-${{stages.prune.target_hidden_size}}")
+    assert process.returncode == 0, process.stderr
+    assert re.findall(r"hub.push=(\S+)", process.stdout) == [f"{NAME}-448", f"{NAME}-512"]
 
 
 @pytest.mark.parametrize(
-    ("arg", "separate"),
+    ("overrides", "separate"),
     [
         ("run_dir=both", False),
         ("run_dir=runs/${hydra:job.num}", True),
@@ -253,23 +267,26 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
         ("run_dir=one,two,one", False),
         ("run_dir=one,two stages.distill.lr=1e-4,2e-4", False),
         ("run_dir=one-${stages.distill.lr},two-${stages.distill.lr} stages.distill.lr=1,2", True),
-        ("run_dir=one,two only=[plan,prune]", True),
+        ("run_dir=one,two only=[plan,prune]", True),  # the list of ``only`` is one value
         (f"hub.push={NAME}-1,{NAME}-2", True),
     ],
 )
-def test_runs_of_a_sweep_need_separate_results(compose: Compose, arg: str, separate: bool) -> None:
-    cfg = compose(RUN[0], arg.partition(",")[0])  # of the first run
+def test_runs_of_a_sweep_need_separate_results(
+    compose: Compose, overrides: str, separate: bool
+) -> None:
+    first_value = overrides.partition(",")[0]  # "run_dir=one" of "run_dir=one,two …"
+    config_of_first_run = compose(RUN[0], first_value)
     refusal = pytest.raises(RecipeError, match="several runs of")
     with contextlib.nullcontext() if separate else refusal:
-        require_separate_results(cfg, ["-m", *RUN, *arg.split()])
+        require_separate_results(config_of_first_run, ["-m", *RUN, *overrides.split()])
 
 
-def test_a_public_model_is_refused_unless_it_may_be_public(push: Launch, hub: FakeHub) -> None:
+def test_push_to_a_public_model_needs_hub_private_false(push: Launch, hub: FakeHub) -> None:
     hub.models[NAME], hub.private[NAME] = {}, False
-    done = push()
-    assert done.returncode == 1
-    assert f"{NAME} is public, but hub.private is true" in done.stderr
+    process = push()
+    assert process.returncode == 1
+    assert f"{NAME} is public, but hub.private is true" in process.stderr
     assert hub.models[NAME] == {}
-    done = push("hub.private=false")
-    assert done.returncode == 0, done.stderr
+    process = push("hub.private=false")
+    assert process.returncode == 0, process.stderr
     assert "model.safetensors" in hub.models[NAME]

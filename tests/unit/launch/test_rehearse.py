@@ -1,4 +1,7 @@
-"""Ranks and settings of a rehearsal, a run on fake tensors. ``tests/cpu/rehearsal`` rehearses."""
+"""Ranks and settings of a rehearsal, which is a run on fake tensors.
+
+These tests rehearse nothing; ``tests/cpu/rehearsal`` does.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ ChainAndJobs = tuple[Chain, list[RankJob]]
     ],
 )
 def test_invalid_rehearsals_are_refused(launch: Launch, override: str, expected: str) -> None:
-    done = launch("recipe=llama_depth_prune", override)
-    assert done.returncode == 1
-    assert expected in done.stderr
-    assert done.stderr.count("\n") <= 2
+    process = launch("recipe=llama_depth_prune", override)
+    assert process.returncode == 1
+    assert expected in process.stderr
+    assert process.stderr.count("\n") <= 2, "more than the error and its fix"
 
 
 def chain_and_jobs(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> ChainAndJobs:
-    """Returns a recipe's chain and the jobs of its rehearsal."""
+    """Returns a recipe's chain and the jobs of its rehearsal. ``ranks`` is as in ``jobs_of``."""
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
@@ -47,12 +50,16 @@ def chain_and_jobs(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = Non
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
 
 
-def test_one_data_parallel_replica_and_at_most_two_other_ranks_are_rehearsed() -> None:
+def test_distinct_ranks_are_the_first_replica_the_start_of_the_last_one_and_the_last_rank() -> None:
     # The arguments are the number of ranks, then the tensor, context, pipeline and expert sizes.
     assert distinct_ranks(1, 1, 1, 1, 1) == [0]
     assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
+    # 192 replicas of 4 ranks. The last replica has ranks 764 to 767.
     assert distinct_ranks(768, 4, 1, 1, 1) == [0, 1, 2, 3, 764, 767]
+    # Pipeline stages have ranks 0 to 7 and 8 to 15. The first replica has 4 ranks in each of them.
+    # Rank 4 is the first rank of the last replica.
     assert distinct_ranks(16, 2, 2, 2, 1) == [0, 1, 2, 3, 4, 8, 9, 10, 11, 15]
+    # There is only one replica.
     assert distinct_ranks(16, 2, 1, 1, 8) == list(range(16))
     assert distinct_ranks(8, 2, 2, 2, 1) == list(range(8))
 
@@ -69,27 +76,29 @@ def test_a_rehearsal_runs_few_steps_at_full_shapes(compose: Compose, tmp_path: P
         ("export_hf", 0),
         ("export_teacher", 0),
     ]
-    config = jobs[2].config
-    # The batch is 192 replicas × 2 sequences × 2 micro batches. There are 2 steps.
+    distill, export = jobs[2], jobs[5]
+    config = distill.config
+    # 768 ranks with tensor-parallel size 4 are 192 replicas. The batch is 192 replicas × 2
+    # sequences × 2 micro batches. There are 2 steps.
     assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
     assert config["profile_steps"] == []
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
-    assert jobs[2].vocabulary == 151936 // 4
-    assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
+    assert distill.vocabulary == 151936 // 4  # a shard of Qwen3's vocabulary
+    assert distill.inputs["student"].shape == chain.shape_of("prune").as_dict()
     # The checkpoint to export comes from distill and has the pruned shape.
-    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()
-    assert [job.resumed for job in jobs] == [False, False, True, True, False, False, False]
-    assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
+    assert export.inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()
+    assert [job.name for job in jobs if job.resumed] == ["distill", "distill"]
+    assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(distill))) == distill
 
 
 def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     compose: Compose, tmp_path: Path
 ) -> None:
     chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_search"), tmp_path)
-    job, *others = (job for job in jobs if job.name == "successive_halving")
-    # Rank 1 has the other tensor-parallel index. Rank 6 is the first rank of the last replica, and
-    # rank 7 the last rank.
-    assert [other.rank for other in others] == [1, 6, 7]
+    search_jobs = [job for job in jobs if job.name == "successive_halving"]
+    # 8 ranks with tensor-parallel size 2. Ranks 0 and 1 are the first replica, 6 and 7 the last.
+    assert [job.rank for job in search_jobs] == [0, 1, 6, 7]
+    job = search_jobs[0]
     assert (job.stage, job.world) == ("distill", 8)
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
     largest = chain.shapes["enumerate_shapes"][0]
@@ -100,7 +109,7 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     assert job.config["global_batch_size"] == 16  # 4 replicas × 2 sequences × 2 micro batches
 
 
-def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_path: Path) -> None:
+def test_a_cached_teacher_has_the_settings_of_its_cache(compose: Compose, tmp_path: Path) -> None:
     overrides = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
     _, jobs = chain_and_jobs(compose(*overrides), tmp_path)
     job = next(job for job in jobs if job.name == "distill")
@@ -113,7 +122,7 @@ def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_pat
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_depth"), tmp_path)
     job = next(job for job in jobs if job.name == "evaluate")
-    # The check adds 5% for fragmentation and 4 GB for the CUDA context: 81 GB become 89 GB.
+    # The check adds 5% for fragmentation and 4 GB for the CUDA context: 1.05 × 81 + 4 = 89 GB.
     too_many_bytes = RehearsalResult(peak={"weights": 81_000_000_000})
     one_bf16_model = RehearsalResult(peak={"weights": 16_000_000_000})
     assert list(memory_mistakes([(job, one_bf16_model)], chain)) == []

@@ -1,4 +1,4 @@
-"""Settings that break each rule, and rules that depend on results or on the machine."""
+"""Breaks each rule of the planner with settings, a teacher's config or a changed machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUPS = ("add_layers=", "model=", "hardware=", "heal=", "teacher=", "tasks=", "
 """Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
 D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
 H, L = "stages.successive_halving.distill.", "stages.heal."
-"""Prefixes of settings."""
+"""Prefixes of the settings of stages; short, because the table ``CASES`` repeats them."""
 BFLOAT16 = "hardware.precision=bf16-mixed"
 """Sets the precision, whose default depends on this machine's processor."""
 MOE = {
@@ -82,18 +82,22 @@ def config_says_float32(_: MonkeyPatch, folder: Path) -> None:
 
 
 class Case(NamedTuple):
-    """How to break a rule: overrides of the width recipe, a teacher's config, a preparation."""
+    """How to break a rule with the width recipe."""
 
     overrides: tuple[str, ...]
     config: dict[str, Any] | None = None
+    """Changes of ``LLAMA_CONFIG``, whose model then is the teacher; ``None`` for the demo model."""
     prepare: Callable[[MonkeyPatch, Path], None] | None = None
+    """Changes the machine or the teacher's folder, which is the second argument."""
 
 
 def case(*overrides: str, **fields: Any) -> Case:
     return Case(overrides, **fields)
 
 
-CASES = {  # what breaks each rule
+# The demo model has 30 layers, hidden size 576, FFN size 1536, 9 heads and 49,152 tokens in its
+# vocabulary. TEXT and CHAT are the paths of the fixtures ``text`` and ``chats``.
+CASES = {
     "stack-versions": case(prepare=torch_is_old),
     "disk": case(prepare=disk_is_full),
     "memory": case("hardware.memory_bytes=1e9"),
@@ -124,7 +128,7 @@ CASES = {  # what breaks each rule
     "epochs": case("data.sources=[TEXT]", f"{D}max_steps=400"),
     "prune-target": case("stages.prune.target_hidden_size=100"),
     "large-reduction": case("stages.prune.target_hidden_size=0.6"),
-    "transformers-5": case(),  # 512 channels and 9 heads
+    "transformers-5": case(),  # the default student: hidden size 512 and 9 heads
     "slow-sizes": case("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
     "layer-importance": case("stages.prune.target_num_layers=20",
@@ -180,10 +184,10 @@ ELSEWHERE = {
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Like the common fixture, but faster: composes a recipe once and sets fields of its copies."""
+    """Plans like the common fixture, but faster: sets fields in copies of a composed config."""
 
-    def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
-        groups = [o for o in overrides if o.startswith(GROUPS)]
+    def plan_recipe(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
+        groups = [override for override in overrides if override.startswith(GROUPS)]
         cfg = copy.deepcopy(compose(recipe, *groups))
         for override in overrides:
             key, _, value = override.partition("=")
@@ -192,7 +196,7 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
                 OmegaConf.update(cfg, key[added:], yaml.safe_load(value), force_add=added)
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
-    return planned
+    return plan_recipe
 
 
 @pytest.fixture
@@ -206,7 +210,7 @@ def chats(tmp_path: Path) -> Path:
 def test_every_rule_in_the_code_is_listed_and_broken_by_a_test(root: Path) -> None:
     """The first argument of every ``Problem(…)`` in the code is a constant of ``rules``."""
     names = set()
-    for file in [file for name in ("recipes", "launch") for file in (root / name).rglob("*.py")]:
+    for file in (*(root / "recipes").rglob("*.py"), *(root / "launch").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":
                 [rule, *_] = node.args
@@ -227,9 +231,12 @@ def test_each_rule_can_be_broken(
     chats: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An error has the rule's name, a fix and a reference. Warnings are notes of the plan."""
+    """An error has the rule's name, a fix and a reference. A warning is a note of the plan."""
     case = CASES[rule]
-    overrides = [o.replace("TEXT", str(text)).replace("CHAT", str(chats)) for o in case.overrides]
+    overrides = [
+        override.replace("TEXT", str(text)).replace("CHAT", str(chats))
+        for override in case.overrides
+    ]
     if case.config is not None:
         write_folder(hf_folder, LLAMA_CONFIG | case.config)
         overrides += [f"model.hf_path={hf_folder}", *SMALL_STUDENT]
@@ -249,7 +256,7 @@ def test_each_rule_can_be_broken(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("", r"\.txt#sha256=\w+' has no conversations"),  # speeches in a wheel
+        ("", r"\.txt#sha256=\w+' has no conversations"),  # the default source is plain text
         ("data.sources=[CHAT#text=body]", "every training source plain text"),
         (f"data.sources=[CHAT] {D}seq_length=128", "seq_length=128.* 256"),
         ("data.sources=[CHAT]", None),
@@ -269,7 +276,10 @@ def test_conversations_are_checked_before_anything_runs(
 
 
 def test_messages_name_the_stage_of_the_recipe(plan: MakePlan) -> None:
-    """``build_engine`` is the module of both ``build_engine`` and ``build_teacher_engine``."""
+    """The stages ``build_engine`` and ``build_teacher_engine`` have the same module.
+
+    The message must name the stage, not the module.
+    """
     with pytest.raises(RecipeError, match="build_teacher_engine has 2 ranks"):
         plan("engine=openvino", "stages.build_teacher_engine.resources.devices=2")
 
@@ -278,7 +288,8 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
     overrides = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 1 GB"):
         plan(*overrides)
-    assert "memory" in {n.rule.name for n in plan(*overrides, "skip_rules=[memory]").notes}
+    notes = plan(*overrides, "skip_rules=[memory]").notes
+    assert "memory" in {note.rule.name for note in notes}
     with pytest.raises(RecipeError, match="memory"):
         plan(*overrides, "skip_rules=[disk]")
     with pytest.raises(RecipeError, match="Did you mean 'memory'"):
@@ -313,12 +324,14 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
         ),
     ],
 )
-def test_memory_fix_of_a_stage_that_only_runs_a_model(
+def test_error_about_memory_proposes_settings_of_its_stage(
     plan: MakePlan, overrides: tuple[str, ...], fix: str
 ) -> None:
     search = "shrink" if "model=qwen3_8b" in overrides else "qwen3_8b_search"
+    # Only a recipe with a search has the stage ``successive_halving``.
     recipe = {"recipe": f"recipe={search}"} if H in fix else {}
-    with pytest.raises(RecipeError, match=f"{fix.split('.')[1]} needs about") as caught:
+    stage = fix.split(".")[1]  # a fix starts with "stages.STAGE."
+    with pytest.raises(RecipeError, match=f"{stage} needs about") as caught:
         plan(*overrides, **recipe)
     assert f"fix: set {fix}   [memory]" in str(caught.value)
 
@@ -334,29 +347,32 @@ def test_the_processor_of_the_login_node_does_not_affect_jobs(
     plan: MakePlan, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise fingerprints would depend on the machine from which jobs are submitted."""
-    large, slurm = "model.hf_path=meta-llama/Llama-3.1-8B", "cluster.executor=slurm"
+    large_model, slurm = "model.hf_path=meta-llama/Llama-3.1-8B", "cluster.executor=slurm"
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     with pytest.raises(RecipeError, match=r"\[memory"):
-        plan(large)
-    assert plan(large, slurm).chain.hardware.memory_of_rank(1) == float("inf")
+        plan(large_model)
+    # The memory of the cluster's nodes is unknown, so it is not limited.
+    assert plan(large_model, slurm).chain.hardware.memory_of_rank(1) == float("inf")
     here, on_slurm = plan().chain, plan(slurm).chain
     assert here.hardware.precision == {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
     assert here.workloads["distill"].bf16 == (here.hardware.precision == "bf16-mixed")
     assert on_slurm.hardware.precision == "32"
     assert not on_slurm.workloads["distill"].bf16
-    any_cpu_flops = hardware.cpu_profile("flops_per_second", here=False)
-    assert on_slurm.hardware.flops_per_second == any_cpu_flops
+    unknown_cpu_flops = hardware.cpu_profile("flops_per_second", here=False)
+    assert on_slurm.hardware.flops_per_second == unknown_cpu_flops
     with_bf16 = plan(slurm, BFLOAT16)
     assert with_bf16.chain.workloads["distill"].bf16
     assert "cpu-precision" not in {note.rule.name for note in with_bf16.notes}
-    assert with_bf16.chain.hardware.flops_per_second > 1e11  # the speed of bfloat16 instructions
+    # With bfloat16 instructions, a CPU has 4e11 FLOP/s. Without them, it has 2e9.
+    assert with_bf16.chain.hardware.flops_per_second > 1e11
 
 
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
     depth = {"recipe": "recipe=llama_depth_prune"}
     memory = ("hardware.memory_bytes=9e9", BFLOAT16)
     four_ranks = (f"{D}resources.devices=4", f"{D}global_batch_size=16", *memory)
-    plan(*memory, **depth)
+    plan(*memory, **depth)  # one rank may use all 9 GB
+    # Each of four ranks may use 9 / 4 = 2.25 GB.
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 2 GB"):
         plan(*four_ranks, **depth)

@@ -1,4 +1,4 @@
-"""Runs the command line in a directory outside the checkout."""
+"""Runs the launcher's command line in a directory outside the checkout."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
 EXPORT_INDEX = STAGES.index("export_hf")
 STAGES_WITH_TASKS = [*STAGES[:EXPORT_INDEX], "evaluate_tasks", *STAGES[EXPORT_INDEX:]]
 SECRET = "hf_secret_that_nobody_may_see"
+"""A token of the hub."""
 ARGUMENTS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
 
 
@@ -43,17 +44,17 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def refused(launch: Launch, *args: str, planned: bool = False) -> str:
-    """Runs a command that must fail; returns its message.
+def error_of(launch: Launch, *args: str, shows_plan: bool = False) -> str:
+    """Runs a command that must fail; returns its error message.
 
-    ``planned`` says whether the command shows its plan before the message.
+    ``shows_plan`` says whether the command prints its plan before the message.
     """
-    done = launch(*args)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.startswith("error: ")
-    assert bool(done.stdout) == planned
-    return done.stderr
+    process = launch(*args)
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    assert process.stderr.startswith("error: ")
+    assert bool(process.stdout) == shows_plan
+    return process.stderr
 
 
 def files_below(folder: Path) -> set[str]:
@@ -61,22 +62,22 @@ def files_below(folder: Path) -> set[str]:
 
 
 def test_without_a_recipe_the_recipes_are_listed(launch: Launch, tmp_path: Path) -> None:
-    listed, helped = launch(), launch("--help")
-    assert (listed.returncode, listed.stderr, helped.returncode) == (1, "", 0)
+    no_arguments, with_help = launch(), launch("--help")
+    assert (no_arguments.returncode, no_arguments.stderr, with_help.returncode) == (1, "", 0)
     for recipe in RECIPES:
-        assert recipe in listed.stdout
-        assert recipe in helped.stdout
-    assert "recipe=NAME" in listed.stdout
-    assert "usage: python launch/run.py recipe=NAME" in helped.stdout
+        assert recipe in no_arguments.stdout
+        assert recipe in with_help.stdout
+    assert "recipe=NAME" in no_arguments.stdout
+    assert "usage: python launch/run.py recipe=NAME" in with_help.stdout
     assert files_below(tmp_path) == set()
 
 
 def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
-    done = launch("--cfg", "job", RECIPE, "engine=null", "stages.prune.target_hidden_size=448")
-    assert done.returncode == 0
-    shown = OmegaConf.create(done.stdout)
-    assert shown.stages.prune.target_hidden_size == 448
-    assert set(STAGES_WITH_TASKS) == set(shown.stages)
+    process = launch("--cfg", "job", RECIPE, "engine=null", "stages.prune.target_hidden_size=448")
+    assert process.returncode == 0
+    config = OmegaConf.create(process.stdout)
+    assert config.stages.prune.target_hidden_size == 448
+    assert set(STAGES_WITH_TASKS) == set(config.stages)
     assert files_below(tmp_path) == set()
 
 
@@ -103,9 +104,9 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
 def test_mistakes_get_one_message_and_leave_no_files(
     launch: Launch, tmp_path: Path, args: list[str], expected: list[str]
 ) -> None:
-    message = refused(launch, *args)
-    for part in expected:
-        assert part in message
+    message = error_of(launch, *args)
+    for text in expected:
+        assert text in message
     assert files_below(tmp_path) == set()
 
 
@@ -114,19 +115,17 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
     launch: Launch, tmp_path: Path, recipe: str
 ) -> None:
     arguments = f"recipe={recipe}", "engine=null", "dry_run=true", "+cluster.env.WORD='a b'"
-    done = launch(*arguments, HF_TOKEN=SECRET)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "nothing was started" in done.stdout
+    process = launch(*arguments, HF_TOKEN=SECRET)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert "nothing was started" in process.stdout
     run = tmp_path / "cwd" / "runs" / recipe
-    requests = {
+    stage_files = {
         f"{stage}/{file}" for stage in STAGES_WITH_TASKS for file in ("config.yaml", "run.sh")
     }
-    assert {f for f in files_below(run) if not f.startswith("code/")} == {
-        "run.yaml",
-        ".lock",
-        *requests,
-    }
+    files = {file for file in files_below(run) if not file.startswith("code/")}
+    assert files == {"run.yaml", ".lock", *stage_files}
+    # A second dry run still finds no result.
     assert launch(*arguments).stdout.count("not run yet") == len(STAGES_WITH_TASKS)
     for stage in STAGES_WITH_TASKS:
         subprocess.run(["bash", "-n", run / stage / "run.sh"], check=True)
@@ -137,31 +136,35 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
 
 
 def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: Path) -> None:
-    done = launch("-m", RECIPE, "dry_run=true", "stages.prune.target_hidden_size=448,512")
-    assert done.returncode == 0, done.stderr
+    process = launch("-m", RECIPE, "dry_run=true", "stages.prune.target_hidden_size=448,512")
+    assert process.returncode == 0, process.stderr
     configs = (tmp_path / "cwd" / "runs" / "sweeps").glob("*/*/prune/config.yaml")
     sizes = [OmegaConf.load(file).config.target_hidden_size for file in configs]
     assert sorted(sizes) == [448, 512]
-    assert "no best run" not in done.stdout  # a sweep says this only after real runs
+    assert "no best run" not in process.stdout  # a sweep says this only after real runs
 
 
 def test_stopped_sweep_names_the_argument_with_which_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def be_interrupted(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def sweep(*more: str, sizes: str = "448,512") -> str:
-        swept = f"stages.prune.target_hidden_size={sizes}"
-        return run_in_process("-m", *ARGUMENTS[:-1], swept, *more, cwd=tmp_path).output
+    def sweep(*overrides: str, sizes: str = "448,512") -> str:
+        """Returns the output of a sweep over hidden sizes, in a new directory by default."""
+        swept_field = f"stages.prune.target_hidden_size={sizes}"
+        arguments = ("-m", *ARGUMENTS[:-1], swept_field, *overrides)
+        return run_in_process(*arguments, cwd=tmp_path).output
 
     with monkeypatch.context() as patch:
-        patch.setattr("launch.sweep.Best.on_job_end", be_interrupted)  # between two runs
+        patch.setattr("launch.sweep.Best.on_job_end", interrupt)  # between two runs
         assert re.search(r"same command with hydra.sweep.dir=\S+ resumes", sweep("dry_run=true"))
-    monkeypatch.setattr("tests.support.in_process._run", be_interrupted)
+    monkeypatch.setattr("tests.support.in_process._run", interrupt)  # in a stage
     interrupted = re.search(r"same command with (hydra.sweep.dir=\S+) resumes", sweep())
     assert interrupted is not None
     assert "the same command resumes" in sweep(interrupted[1])
+    # 5120 and 5121 are larger than the teacher's hidden size, so these runs are refused. A sweep
+    # can only be resumed if at least one of its runs was not refused.
     assert "add hydra.sweep.dir=" in sweep("dry_run=true", sizes="448,5120")
     assert "hydra.sweep.dir" not in sweep("dry_run=true", sizes="5120,5121")
     assert "hydra.sweep.dir" not in run_in_process(*ARGUMENTS, cwd=tmp_path).output
@@ -175,12 +178,13 @@ def test_sweep_continues_after_a_run_that_is_refused_or_fails_a_gate(
     complete(plan(gates))
     for number in (0, 1, 2):
         shutil.copytree(run, run.with_name("sweep") / str(number))
+    # Run 0 is refused, because confirm_above must not be negative. Runs 1 and 2 fail the gate.
     sweep = ("-m", "confirm_above=-1,1,2", "hydra.sweep.dir=../sweep")
-    done = launch(*ARGUMENTS[:-1], gates, "skip_rules=[disk]", *sweep)
-    assert done.returncode == 1
-    assert done.stdout.count("everything was complete") == 2, "of the last two runs"
-    assert done.stderr.count("error: ") == 3
-    assert done.stderr.endswith("runs that failed: 3\n"), "the command already has the directory"
+    process = launch(*ARGUMENTS[:-1], gates, "skip_rules=[disk]", *sweep)
+    assert process.returncode == 1
+    assert process.stdout.count("everything was complete") == 2, "the last two runs"
+    assert process.stderr.count("error: ") == 3
+    assert process.stderr.endswith("runs that failed: 3\n"), "the command already has the directory"
 
 
 def test_sweep_ends_with_the_command_that_compares_its_runs(
@@ -189,10 +193,10 @@ def test_sweep_ends_with_the_command_that_compares_its_runs(
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     complete(plan())
     shutil.copytree(run, run.with_name("other"))
-    done = launch("-m", *ARGUMENTS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
-    assert done.returncode == 0, done.stderr
+    process = launch("-m", *ARGUMENTS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
+    assert process.returncode == 0, process.stderr
     command = "python launch/run.py compare ../run ../other"
-    last_line = done.stdout.splitlines()[-1]
+    last_line = process.stdout.splitlines()[-1]
     assert last_line == f"side by side: {command}"
 
 
@@ -201,16 +205,17 @@ def test_complete_run_starts_nothing_and_keeps_its_recipe(
 ) -> None:
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     complete(plan())
-    before = {file: (run / file).stat().st_mtime_ns for file in files_below(run)}
-    done = launch(*ARGUMENTS)
-    assert done.returncode == 0, done.stderr
-    assert "everything was complete, nothing ran" in done.stdout
-    assert {file: (run / file).stat().st_mtime_ns for file in files_below(run)} == before
-    other = ("recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
-    assert "is a run of recipe llama_width_prune" in refused(launch, *other)
+    times = {file: (run / file).stat().st_mtime_ns for file in files_below(run)}
+    process = launch(*ARGUMENTS)
+    assert process.returncode == 0, process.stderr
+    assert "everything was complete, nothing ran" in process.stdout
+    assert {file: (run / file).stat().st_mtime_ns for file in files_below(run)} == times
+    other_recipe = ("recipe=llama_depth_prune", f"run_dir={run}", "dry_run=true")
+    assert "is a run of recipe llama_width_prune" in error_of(launch, *other_recipe)
+    # A run directory that an older version of this code wrote.
     (run / RUN_FILE).write_text(f"format: {FORMAT - 1}\nrecipe: llama_depth_prune\n")
-    assert "start a new run directory" in refused(launch, *other)
-    assert files_below(run) == before.keys()
+    assert "start a new run directory" in error_of(launch, *other_recipe)
+    assert files_below(run) == times.keys()
 
 
 def test_status_shows_only_the_last_plan(
@@ -243,8 +248,8 @@ def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for more in ((), ("dry_run=true", "stages.distill.max_steps=77")):
-            message = refused(launch, *ARGUMENTS, *more, planned=True)
+        for overrides in ((), ("dry_run=true", "stages.distill.max_steps=77")):
+            message = error_of(launch, *ARGUMENTS, *overrides, shows_plan=True)
             assert message.startswith(f"error: another process is running {run}.")
     assert (run / "distill" / "config.yaml").read_text() == before
 
@@ -258,12 +263,16 @@ def test_plan_is_refused_if_another_command_changed_the_run_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
     dry_run: bool,
 ) -> None:
-    """The other command completes a stage, or only submits jobs, and so writes the plan again."""
+    """The other command completes a stage. Or it only submits jobs: then it rewrites ``run.yaml``.
+
+    ``require_publishable`` is the last call before the launcher locks the run, so the test lets the
+    other command work there.
+    """
     write_last_plan(plan())
     cfg = compose(*ARGUMENTS[:-1], f"run_dir={run}", "skip_rules=[disk]", f"dry_run={dry_run}")
     monkeypatch.setattr("launch.executors.local.start", lambda *args: pytest.fail("started"))
-    for interfere in (lambda *_: complete(plan(), "plan"), lambda *_: write_last_plan(plan())):
-        monkeypatch.setattr("launch.run.require_publishable", interfere)
+    for other_command in (lambda *_: complete(plan(), "plan"), lambda *_: write_last_plan(plan())):
+        monkeypatch.setattr("launch.run.require_publishable", other_command)
         with pytest.raises(RecipeError, match="changed while this command was planning"):
             start_run(cfg, "llama_width_prune")
 
@@ -273,13 +282,14 @@ def test_folder_that_is_not_a_run_is_refused_and_unchanged(launch: Launch, run: 
         (run / name).parent.mkdir(parents=True)
         (run / name).write_text("mine: 1")
         before = files_below(run)
-        assert "is not a run directory" in refused(launch, *ARGUMENTS, "dry_run=true")
+        assert "is not a run directory" in error_of(launch, *ARGUMENTS, "dry_run=true")
         assert files_below(run) == before
         assert (run / name).read_text() == "mine: 1"
         shutil.rmtree(run)
 
 
 def test_killed_first_launch_is_repeated(launch: Launch, run: Path) -> None:
+    """A killed launcher leaves ``.partial`` files and folders, which it had not yet renamed."""
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     (run / RUN_FILE).rename(run / f".{RUN_FILE}.7.partial")
     (snapshot,) = (run / CODE).iterdir()
@@ -301,29 +311,29 @@ def test_run_dir_may_be_in_the_home_directory(launch: Launch, tmp_path: Path) ->
     assert launch("status", "run_dir=~/mine", HOME=str(tmp_path)).returncode == 0
 
 
-def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
+def test_launcher_imports_no_library_that_is_slow_to_import(root: Path, tmp_path: Path) -> None:
     program = (
         "import sys, launch.run, recipes.report.compare\n"
         "launch.run.schema.register()\n"
         "from hydra.core.plugins import Plugins\n"
         "Plugins.instance()\n"
-        "heavy = 'torch transformers nemo megatron modelopt datasets numpy multistorageclient'\n"
-        "print([name for name in heavy.split() if name in sys.modules])\n"
+        "slow = 'torch transformers nemo megatron modelopt datasets numpy multistorageclient'\n"
+        "print([name for name in slow.split() if name in sys.modules])\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
     )
-    assert done.stdout.strip() == "[]", done.stderr
+    assert process.stdout.strip() == "[]", process.stderr
 
 
 def test_model_path_that_cannot_be_read_is_refused(launch: Launch) -> None:
-    message = refused(launch, RECIPE, "dry_run=true", f"model.hf_path=/{'x' * 300}")
+    message = error_of(launch, RECIPE, "dry_run=true", f"model.hf_path=/{'x' * 300}")
     assert "File name too long" in message
 
 
 def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
-        message = refused(launch, RECIPE, f"run_dir={disk.folder}/run")
+        message = error_of(launch, RECIPE, f"run_dir={disk.folder}/run")
         assert "needs about" in message
         assert "0.0 GB are free" in message
         assert not (disk.folder / "run").exists()
@@ -337,12 +347,12 @@ def test_message_about_a_read_only_or_full_disk_has_path_and_reason(
         arguments = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
         arguments = (*arguments, "skip_rules=[disk]")
         disk.remount("ro")
-        message = refused(launch, *arguments, planned=True)
+        message = error_of(launch, *arguments, shows_plan=True)
         assert f"{disk.folder}/run: Read-only file system." in message
         assert "run_dir" in message
         disk.remount("rw")
-        disk.leave_free(8192)
-        message = refused(launch, *arguments, planned=True)
+        disk.leave_free(8192)  # bytes; the files of a dry run need more
+        message = error_of(launch, *arguments, shows_plan=True)
         assert "No space left on device." in message
         assert "free some space" in message
         disk.remount("size=4m")

@@ -1,4 +1,4 @@
-"""Random values of settings are valid, or refused with a fix."""
+"""Sets random settings to unusual values. Each must be valid, or refused with a fix."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from tests.support.launcher import fork_launcher
 
 Compose = Callable[..., DictConfig]
 
-BAD_VALUES = (
+UNUSUAL_VALUES = (
     *(None, True, "", "nope", "a b\nc", "../../etc", "-1"),
     *(0, -1, -5, 0.5, 1e-300, 10**20, float("nan"), float("inf"), float("-inf")),
     *([], [-1], [[]], ["x", None], {}, {"a": 1}),
 )
 FIX = re.compile(r"\n  fix: |Did you mean '|: must ")
+"""Matches a message that has a fix, a proposal, or the allowed values."""
 BASE_OVERRIDES = [(f"recipe={name}",) for name in schema.recipes()]
 BASE_OVERRIDES += [
     (
@@ -54,12 +55,14 @@ def setting_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 PICKLED: dict[tuple[str, ...], tuple[bytes, list[str]]] = {}
+"""Cache of ``pickled_config``, by overrides."""
 
 
 def pickled_config(compose: Compose, overrides: tuple[str, ...]) -> tuple[bytes, list[str]]:
     """Returns a pickled config and the names of its settings.
 
-    Unpickling takes a tenth of the time of ``copy.deepcopy``.
+    Each example of a test needs its own copy of the config. Unpickling takes a tenth of the time of
+    ``copy.deepcopy``.
     """
     composed = compose(*overrides)
     if overrides not in PICKLED:
@@ -69,6 +72,7 @@ def pickled_config(compose: Compose, overrides: tuple[str, ...]) -> tuple[bytes,
 
 @pytest.fixture
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the hub unreachable, so that plans read bundled configs."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
@@ -81,11 +85,16 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-@given(overrides=st.sampled_from(BASE_OVERRIDES), data=st.data(), value=st.sampled_from(BAD_VALUES))
-def test_a_random_value_is_valid_or_refused_with_a_fix(
+@given(
+    overrides=st.sampled_from(BASE_OVERRIDES), data=st.data(), value=st.sampled_from(UNUSUAL_VALUES)
+)
+def test_an_unusual_value_is_valid_or_refused_with_a_fix(
     compose: Compose, tmp_path: Path, overrides: tuple[str, ...], data: st.DataObject, value: Any
 ) -> None:
-    """Runs all checks that the launcher makes before it writes or starts anything."""
+    """Runs all checks that the launcher makes before it writes or starts anything.
+
+    Any exception that is not caught here fails the test.
+    """
     pickled, names = pickled_config(compose, overrides)
     name = data.draw(st.sampled_from(names))
     cfg = pickle.loads(pickled)
@@ -96,24 +105,24 @@ def test_a_random_value_is_valid_or_refused_with_a_fix(
         require_tracker(settings.tracker)
         executor, cluster = executor_of(cfg.cluster)
         executor.prepare(make_plan(cfg, settings, tmp_path / "run"), cluster)
-    except (RecipeError, OmegaConfBaseException, HydraException) as refused:
-        message = explain(refused)
+    except (RecipeError, OmegaConfBaseException, HydraException) as error:
+        message = explain(error)
     assert not message or FIX.search(message)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "a check wrote a file"
 
 
 def test_the_command_ends_with_a_plan_or_one_message(compose: Compose, tmp_path: Path) -> None:
     """Unlike the test above, the command uses Hydra's parser of overrides."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     names = sorted(setting_names(compose("recipe=llama_depth_prune")))
     values = ["null", "true", "", "nope", "-1", "0", "1e400", "nan", "[]", "[[]]", "{a: 1}", "{"]
-    overrides = [f"{draw.choice(names)}={draw.choice(values)}" for _ in range(40)]
+    overrides = [f"{rng.choice(names)}={rng.choice(values)}" for _ in range(40)]
     for number, override in enumerate(overrides):
         run_dir = tmp_path / str(number)
         arguments = ("recipe=llama_depth_prune", "dry_run=true", f"run_dir={run_dir}", override)
-        done = fork_launcher(*arguments, cwd=tmp_path)
-        assert "Traceback" not in done.stdout + done.stderr, override
-        if done.returncode:
-            assert "error: " in done.stderr, override
-            assert FIX.search(done.stderr), override
+        process = fork_launcher(*arguments, cwd=tmp_path)
+        assert "Traceback" not in process.stdout + process.stderr, override
+        if process.returncode != 0:  # the value is refused
+            assert "error: " in process.stderr, override
+            assert FIX.search(process.stderr), override
             assert not run_dir.exists(), override

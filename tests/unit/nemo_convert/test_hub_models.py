@@ -1,4 +1,8 @@
-"""Checks and downloads request only the files that are needed. A local server is the hub."""
+"""Checks and downloads of hub models request only the files that are needed.
+
+A local server replaces the hub. Code that uses the hub runs in a process of its own, because
+``huggingface_hub`` reads the hub's address when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,9 @@ NAME = "me/tiny"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+"""Names of the weights if the model has two shards."""
 SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md"}
+"""Files of the model that are downloaded in full, apart from weights and their index."""
 NEVER_READ = (
     "consolidated.safetensors",
     "pytorch_model.bin",
@@ -35,36 +41,40 @@ NEVER_READ = (
     "modeling_custom.py",
     "training_args.bin",
 )
+"""Files of the model that neither checks nor conversions read, so they are never downloaded."""
 CHECK = f"""
 from nemo_convert.preflight import check_model
 print(*check_model({NAME!r}), sep="\\n")
 """
+"""Code that prints the findings of a check; prints an empty line if there are none."""
 DOWNLOAD = f"""
 from nemo_convert.hub import download
 print(*sorted(file.name for file in download({NAME!r}).rglob("*") if file.is_file()))
 """
+"""Code that downloads the model and prints the names of its files."""
 
 
 @pytest.fixture
 def hub(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with one gated model: a file of weights, and files that are never read."""
+    """A hub with one gated model: ``SMALL_FILES``, one weights file, and ``NEVER_READ``."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (hf_folder / "generation_config.json").write_text("{}")
     (hf_folder / "README.md").write_text("---\nlicense: mit\n---\n")
     with fake_hub(TOKEN) as hub:
         files = {file.name: file.read_bytes() for file in hf_folder.iterdir()}
         hub.models[NAME] = files | dict.fromkeys(NEVER_READ, b"x" * 200_000)
+        # A download of FIRST_BYTES bytes must be clearly less than the file.
         assert len(files[WEIGHTS]) > 2 * FIRST_BYTES
         yield hub
 
 
 def split_weights(hub: FakeHub, folder: Path) -> None:
     """Replaces the weights of the hub's model with two shards and their index."""
-    names = sorted(expected_shapes(LLAMA_CONFIG))
-    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    shapes = expected_shapes(LLAMA_CONFIG)
+    # The shards take turns in the order of the weights' names.
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(sorted(shapes))}
     for shard in SHARDS:
-        shapes = expected_shapes(LLAMA_CONFIG)
-        shard_shapes = {name: shapes[name] for name in names if weight_map[name] == shard}
+        shard_shapes = {name: shapes[name] for name in weight_map if weight_map[name] == shard}
         write_sparse_weights(folder / shard, shard_shapes)
         hub.models[NAME][shard] = (folder / shard).read_bytes()
     del hub.models[NAME][WEIGHTS]
@@ -77,7 +87,10 @@ def write_index(hub: FakeHub, weight_map: object) -> None:
 
 
 def store_head(hub: FakeHub, folder: Path) -> None:
-    """Gives the hub's tied model a large embedding and a head, which are equal: both are zeros."""
+    """Gives the hub's tied model a large embedding and an equal head (output layer).
+
+    Both consist of zeros. The head is at the end of the file.
+    """
     config = {**LLAMA_CONFIG, "vocab_size": 20_000}
     shapes = expected_shapes(config)
     write_sparse_weights(folder / WEIGHTS, {**shapes, HEAD: shapes[EMBEDDING]})
@@ -105,7 +118,7 @@ def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path)
 
 
 def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Launch) -> None:
-    config = {**LLAMA_CONFIG, "intermediate_size": 512}
+    config = {**LLAMA_CONFIG, "intermediate_size": 512}  # the stored weights have 256
     hub.models[NAME]["config.json"] = json.dumps(config).encode()
     overrides = (
         "recipe=llama_width_prune",
@@ -113,9 +126,9 @@ def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Laun
         f"model.hf_path={NAME}",
         *SMALL_STUDENT,
     )
-    done = launch(*overrides, **settings_for(hub, tmp_path / "home"))
-    assert done.returncode == 1
-    assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in done.stderr
+    process = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    assert process.returncode == 1
+    assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in process.stderr
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
     assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
 
@@ -131,10 +144,9 @@ def test_a_plan_warns_of_the_licence_of_a_hub_model(
         f"model.hf_path={NAME}",
         *SMALL_STUDENT,
     )
-    done = launch(*overrides, **settings_for(hub, tmp_path / "home"))
-    assert f"the licence of {NAME}, qwen-research, forbids commercial use" in done.stdout, (
-        done.stderr
-    )
+    process = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    warning = f"the licence of {NAME}, qwen-research, forbids commercial use"
+    assert warning in process.stdout, process.stderr
 
 
 def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
@@ -145,6 +157,7 @@ def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
     plan: MakePlan,
     complete: Complete,
 ) -> None:
+    """The text is the result of ``prepare_data`` in another run."""
     complete(plan(), "import_hf", "prepare_data")
     text = (tmp_path / "run").rename(tmp_path / "other") / "prepare_data"
     config = {**LLAMA_CONFIG, "vocab_size": 49152, "max_position_embeddings": 2048}
@@ -160,10 +173,10 @@ def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
         *SMALL_STUDENT,
     )
     refused = launch(*overrides, **settings_for(hub, tmp_path / "home"))
-    tokenizer = tokenizer_sha256(hf_folder)
-    assert f"different tokenizers: teacher {tokenizer[:12]}, " in refused.stderr
-    assert ", data t\n" in refused.stderr
-    edit_manifest(text, tokenizer_sha256=tokenizer)
+    tokenizer_hash = tokenizer_sha256(hf_folder)
+    assert f"different tokenizers: teacher {tokenizer_hash[:12]}, " in refused.stderr
+    assert ", data t\n" in refused.stderr  # "t" is the placeholder hash of bare_manifest
+    edit_manifest(text, tokenizer_sha256=tokenizer_hash)
     accepted = launch(*overrides, **settings_for(hub, tmp_path / "home"))
     assert accepted.returncode == 0, accepted.stderr
 
@@ -175,13 +188,17 @@ def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -
     assert hub.downloaded_bytes(WEIGHTS) == size
 
 
-def test_a_download_of_shards(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_download_of_shards_requests_the_index_and_all_shards(
+    hub: FakeHub, tmp_path: Path
+) -> None:
     split_weights(hub, tmp_path)
     run_with_hub(hub, tmp_path, DOWNLOAD)
     assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
 
 
-def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+def test_shards_beside_a_single_weights_file_are_not_downloaded(
+    hub: FakeHub, tmp_path: Path
+) -> None:
     """If there is a ``model.safetensors``, transformers reads no shards."""
     single_file = hub.models[NAME][WEIGHTS]
     split_weights(hub, tmp_path)
@@ -195,17 +212,19 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
     """A head that equals the embedding passes. A head whose second half differs does not."""
     store_head(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    # Bytes of the samples of both tensors, head and embedding.
-    samples = hub.downloaded_bytes(WEIGHTS) - FIRST_BYTES
-    assert samples == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
+    # Samples of two tensors, head and embedding.
+    sample_bytes = hub.downloaded_bytes(WEIGHTS) - FIRST_BYTES
+    assert sample_bytes == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
     weights = hub.models[NAME][WEIGHTS]
-    assert samples < len(weights) / 5
-    hub.models[NAME][WEIGHTS] = weights[: -10_000 * 256] + b"\1" * 10_000 * 256  # 256-byte rows
+    assert sample_bytes < len(weights) / 5, "far less than the whole file"
+    # The second half of the head: 10,000 of 20,000 rows of 128 BF16 values.
+    half_bytes = 10_000 * 128 * 2
+    hub.models[NAME][WEIGHTS] = weights[:-half_bytes] + b"\1" * half_bytes
     assert f"error: {HEAD} differs from" in run_with_hub(hub, tmp_path, CHECK)
 
 
 def test_a_note_says_that_a_hub_does_not_serve_ranges(hub: FakeHub, tmp_path: Path) -> None:
-    """A check reads the headers even so, but the head is compared only after the download."""
+    """Without range requests, a check reads headers, but does not compare head and embedding."""
     hub.serves_ranges = False
     store_head(hub, tmp_path)
     output = run_with_hub(hub, tmp_path, CHECK)
@@ -216,15 +235,17 @@ def test_a_note_says_that_a_hub_does_not_serve_ranges(hub: FakeHub, tmp_path: Pa
 def test_without_a_network_the_weights_in_the_cache_are_checked(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    check = f"import time\ntime.sleep = lambda _: None  # between retries\n{CHECK}"
+    """After a check, the cache lacks the weights. After a download, the cache has them."""
+    check_without_waits = f"import time\ntime.sleep = lambda _: None  # between retries\n{CHECK}"
     url, no_server = hub.url, "http://127.0.0.1:9"
-    for code, expected in ((CHECK, f"could not read {WEIGHTS}"), (DOWNLOAD, "")):
+    # The code that fills the cache, and the finding of a later check without a network.
+    for code, finding in ((CHECK, f"could not read {WEIGHTS}"), (DOWNLOAD, "")):
         hub.url = url
-        run_with_hub(hub, tmp_path, code)  # fills the cache
+        run_with_hub(hub, tmp_path, code)
         hub.url = no_server
-        output = run_with_hub(hub, tmp_path, check).strip()
-        assert expected in output
-        assert bool(output) == bool(expected)
+        output = run_with_hub(hub, tmp_path, check_without_waits).strip()
+        assert finding in output
+        assert bool(output) == bool(finding)
 
 
 @pytest.mark.parametrize(
@@ -232,33 +253,38 @@ def test_without_a_network_the_weights_in_the_cache_are_checked(
     [
         ("no weights", "has neither model.safetensors nor", "use a model with safetensors"),
         ("no shard", f"{NAME} does not have {SHARDS[1]} on the hub", "complete revision"),
-        ("no map", "has no weight_map", "download the model again"),
-        ("pointer", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
+        ("no weight map", "has no weight_map", "download the model again"),
+        ("Git LFS pointer", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
         ("empty", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
-        ("short", "is damaged on the hub: it has", "complete revision"),
+        ("one byte too short", "is damaged on the hub: it has", "complete revision"),
     ],
 )
-def test_faults_of_weights_on_the_hub(
+def test_check_reports_faults_of_weights_on_the_hub(
     hub: FakeHub, tmp_path: Path, fault: str, message: str, fix: str
 ) -> None:
     files = hub.models[NAME]
-    if fault in {"no shard", "no map"}:
+    if fault in {"no shard", "no weight map"}:
         split_weights(hub, tmp_path)
     if fault == "no weights":
         del files[WEIGHTS]
     elif fault == "no shard":
         del files[SHARDS[1]]
-    elif fault == "no map":
-        write_index(hub, ["a"])
+    elif fault == "no weight map":
+        write_index(hub, ["a"])  # a list instead of an object
     else:
-        files[WEIGHTS] = {"pointer": LFS_POINTER, "empty": b"", "short": files[WEIGHTS][:-1]}[fault]
+        damaged_weights = {
+            "Git LFS pointer": LFS_POINTER,
+            "empty": b"",
+            "one byte too short": files[WEIGHTS][:-1],
+        }
+        files[WEIGHTS] = damaged_weights[fault]
     output = run_with_hub(hub, tmp_path, CHECK)
     assert output.startswith("error: ")
     assert message in output
     assert fix in output.partition("fix: ")[2]
 
 
-def test_token_without_access_to_a_gated_model(
+def test_error_for_a_token_without_access_to_a_gated_model_names_hf_token(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")

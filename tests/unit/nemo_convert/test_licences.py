@@ -1,4 +1,4 @@
-"""Licences that forbid commercial use are recognised by their names."""
+"""Licences are read from model cards, and names that forbid commercial use are recognized."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_convert.licences import forbids_commercial_use, model_licence
         ("mnpl, non-commercial", True),
         ("Research only", True),
         ("qwen-research", True),
-        ("mrl", True),
+        ("mrl", True),  # Mistral AI Research License
         ("Mistral AI Research License", True),
         ("cc_by_nc_4.0", True),
         ("cc-by-nc4.0", True),
@@ -57,6 +57,8 @@ def test_forbids_commercial_use(licence: str | None, forbidden: bool) -> None:
         ("- a list", "unknown"),
     ],
 )
-def test_licence_of_a_card(header: str, licence: str, tmp_path: Path) -> None:
+def test_licence_is_read_from_the_header_of_a_model_card(
+    header: str, licence: str, tmp_path: Path
+) -> None:
     (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
     assert model_licence(tmp_path) == licence

@@ -13,7 +13,7 @@ from tests.unit.conftest import LLAMA_CONFIG
 
 
 @pytest.mark.parametrize(
-    ("settings", "notes"),
+    ("dtype_setting", "num_notes"),
     [
         ({"torch_dtype": "bfloat16"}, 0),
         ({"torch_dtype": "float32"}, 1),
@@ -21,12 +21,14 @@ from tests.unit.conftest import LLAMA_CONFIG
         ({}, 1),
     ],
 )
-def test_a_note_names_the_data_type(hf_folder: Path, settings: dict[str, Any], notes: int) -> None:
-    """transformers uses float32 if a config has no type; the weights are bfloat16."""
+def test_a_note_names_the_weights_dtype_if_the_config_has_another_or_none(
+    hf_folder: Path, dtype_setting: dict[str, Any], num_notes: int
+) -> None:
+    """The weights in ``hf_folder`` are bfloat16, so only a config with bfloat16 gets no note."""
     config = {key: value for key, value in LLAMA_CONFIG.items() if key != "torch_dtype"}
-    (hf_folder / "config.json").write_text(json.dumps(config | settings))
-    findings = [*check_model(str(hf_folder))]
-    assert len(findings) == notes
+    (hf_folder / "config.json").write_text(json.dumps(config | dtype_setting))
+    findings = list(check_model(str(hf_folder)))
+    assert len(findings) == num_notes
     for finding in findings:
         assert not finding.is_error
         assert "bfloat16" in finding.fix

@@ -1,4 +1,4 @@
-"""Shapes, profiles and workloads that tests of plans share."""
+"""Shapes of models, hardware profiles and workloads that several tests of planning use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipes.planning.workload import Layout, Workload
 
 
 def profile(name: str) -> Hardware:
-    """Returns a profile of ``conf/hardware``."""
+    """Returns the hardware profile in ``conf/hardware/<name>.yaml``."""
     schema.register()
     cfg = OmegaConf.merge(
         OmegaConf.structured(Hardware), OmegaConf.load(CONF / "hardware" / f"{name}.yaml")
@@ -28,7 +28,7 @@ def profile(name: str) -> Hardware:
 
 
 def published(model: str) -> Architecture:
-    """Returns the bundled shape of a model."""
+    """Returns a model's shape from its config in ``published_configs.json``, by hub id."""
     return read_architecture(CONFIGS[model], model)
 
 
@@ -36,15 +36,38 @@ H100, CPU = profile("h100"), profile("cpu")
 LLAMA, QWEN = published("meta-llama/Llama-3.1-8B"), published("Qwen/Qwen3-8B")
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_parallel=True)
+"""768 GPUs, on which NVIDIA distilled Qwen3 8B."""
+TINY = Architecture(
+    hf_architecture="",
+    num_layers=1,
+    hidden_size=2,
+    ffn_hidden_size=3,
+    num_attention_heads=1,
+    num_query_groups=1,
+    kv_channels=2,
+    vocab_size=5,
+    max_position_embeddings=8,
+    tied_embeddings=True,
+)
+"""A shape for which FLOPs and bytes can be counted by hand."""
 
 
 def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Workload:
-    """Returns a distillation run; by default as large as NVIDIA's: 768 H100 GPUs, 90 B tokens."""
+    """Returns a distillation run; by default as large as NVIDIA's: 768 H100 GPUs, 90 B tokens.
+
+    Args:
+        student: Shape of the trained model.
+        teacher: Shape of the live teacher; ``None`` for a run without one.
+        settings: Fields of ``Workload`` that replace the defaults.
+    """
     defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
     return Workload(student, teacher, **(defaults | settings))
 
 
 def with_experts(arch: Architecture, **changes: Any) -> Architecture:
-    """Returns an MoE with eight experts, two of them active for each token."""
+    """Returns ``arch`` as an MoE with eight experts, two of them active for each token.
+
+    ``changes`` are fields of ``Architecture``. They take precedence over these numbers.
+    """
     experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 128}
     return replace(arch, **(experts | changes))

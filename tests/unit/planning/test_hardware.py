@@ -9,19 +9,22 @@ import pytest
 from recipes.planning import hardware
 
 
-def test_gpus_are_counted_by_the_driver_or_found_on_wsl2(
+def test_gpus_are_counted_in_the_drivers_folder_or_detected_as_one_on_wsl2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """WSL2 has no folder of NVIDIA's driver. Its device may also be that of another vendor."""
-    driver, device, program = (tmp_path / name for name in ("gpus", "dxg", "nvidia-smi"))
+    """On WSL2, the driver has no folder, and GPUs of any vendor have the same device file.
+
+    So an NVIDIA GPU is only assumed there if the program ``nvidia-smi`` is also installed.
+    """
+    driver, wsl_device, nvidia_smi = (tmp_path / name for name in ("gpus", "dxg", "nvidia-smi"))
     monkeypatch.setattr(hardware, "DRIVER", driver)
-    monkeypatch.setattr(hardware, "WSL_DEVICE", device, raising=False)
+    monkeypatch.setattr(hardware, "WSL_DEVICE", wsl_device)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.gpus_here() == 0
-    device.touch()
+    wsl_device.touch()
     assert hardware.gpus_here() == 0
-    program.touch(mode=0o755)
+    nvidia_smi.touch(mode=0o755)  # executable
     assert hardware.gpus_here() == 1
-    for bus in ("0000:01:00.0", "0000:02:00.0"):
-        (driver / bus).mkdir(parents=True)
+    for pci_address in ("0000:01:00.0", "0000:02:00.0"):
+        (driver / pci_address).mkdir(parents=True)
     assert hardware.gpus_here() == 2

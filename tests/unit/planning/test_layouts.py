@@ -1,4 +1,4 @@
-"""Tests problems of layouts, messages of problems, the teacher's config, and proposals."""
+"""Tests the checks of layouts, their error messages, the teacher's config, and proposals."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def config(
     devices: int = 1, nodes: int = 1, tp: int = 1, pp: int = 1, **fields: Any
 ) -> DistillConfig:
+    """Returns settings of ``distill``; ``tp`` and ``pp`` are parallel sizes."""
     return DistillConfig(
         stage="distill",
         resources=Resources(nodes=nodes, devices=devices),
@@ -39,6 +40,7 @@ def config(
 
 
 def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
+    """Returns the problems of a distillation's layout. By default, the student is the teacher."""
     return list(layout_problems(distill.workload(cfg, chain), chain.hardware))
 
 
@@ -57,6 +59,8 @@ def test_a_valid_layout_has_no_problems(cfg: DistillConfig, chain: Chain) -> Non
 
 
 @pytest.mark.parametrize(
+    # ``what`` and ``fix`` are parts of the problem's texts. ``chain``'s teacher has 4 layers. The
+    # default micro batch size and global batch size are 4.
     ("cfg", "rule", "what", "fix"),
     [
         (config(devices=3, tp=2), "ranks", "3 rank(s) cannot be split into TP=2 x PP=1", "of 2"),
@@ -72,7 +76,7 @@ def test_a_valid_layout_has_no_problems(cfg: DistillConfig, chain: Chain) -> Non
         ),
     ],
 )
-def test_an_invalid_layout_breaks_one_rule(
+def test_an_invalid_layout_has_one_problem_with_a_fix(
     cfg: DistillConfig, rule: str, what: str, fix: str, chain: Chain
 ) -> None:
     [problem] = problems(cfg, chain)
@@ -90,7 +94,7 @@ def test_an_invalid_layout_breaks_one_rule(
         ("vocab_size", 513, "vocabulary"),
     ],
 )
-def test_tensor_parallelism_must_divide_each_axis(
+def test_tensor_parallel_size_must_divide_each_axis(
     teacher: Architecture, axis: str, size: int, rule: str
 ) -> None:
     chain = Chain("x", replace(teacher, **{axis: size}), {})
@@ -102,7 +106,7 @@ def test_tensor_parallelism_must_divide_each_axis(
 def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
     student = PruneConfig(stage="prune", target_num_layers=2)
     pruned_chain = with_shapes(replace(chain, stages={"prune": student}), ["prune"])
-    cfg = config(devices=5, pp=5)
+    cfg = config(devices=5, pp=5)  # more pipeline stages than layers
     cfg.inputs = {"teacher": "import_hf", "student": "prune"}
     messages = [problem.what for problem in problems(cfg, pruned_chain)]
     assert messages == [
@@ -111,25 +115,25 @@ def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
     ]
 
 
-def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
-    """At TP=2, the width of each expert must also be even."""
+def test_experts_with_tensor_parallelism_need_sequence_parallelism(chain: Chain) -> None:
+    """At TP=2, the feed-forward width of an expert must also be even."""
     experts = replace(chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66)
     moe = replace(chain, teacher=experts)
     [problem] = problems(config(devices=2, tp=2), moe)
     assert "sequence_parallel=true" in problem.fix
     sequence_parallel = config(devices=2, tp=2, sequence_parallel=True)
     assert problems(sequence_parallel, moe) == []
-    odd = replace(experts, moe_ffn_hidden_size=65)
-    [problem] = problems(sequence_parallel, replace(moe, teacher=odd))
+    odd_width = replace(experts, moe_ffn_hidden_size=65)
+    [problem] = problems(sequence_parallel, replace(moe, teacher=odd_width))
     assert "moe_ffn_hidden_size=65" in problem.what
 
 
-def test_all_problems_are_in_one_error() -> None:
+def test_one_error_reports_all_problems() -> None:
     problems = [
         Problem(Rule("r1", ""), "first is wrong", "mend it"),
         Problem(Rule("r2", ""), "second", "drop it"),
     ]
-    assert refuse_errors(iter(())) == ()
+    assert refuse_errors(iter(())) == ()  # returns the warnings: none
     with pytest.raises(RecipeError) as caught:
         refuse_errors(iter(problems))
     assert str(caught.value).splitlines() == [
@@ -140,11 +144,11 @@ def test_all_problems_are_in_one_error() -> None:
     ]
 
 
-def test_a_chain_reads_its_teacher(hf_folder: Path, teacher: Architecture) -> None:
+def test_a_chain_has_the_shape_in_its_teachers_config(hf_folder: Path, teacher: Architecture) -> None:
     assert read_chain(str(hf_folder), {}).teacher == teacher
-    config = json.loads((hf_folder / "config.json").read_text())
-    config["architectures"] = ["MixtralForCausalLM"]
-    (hf_folder / "config.json").write_text(json.dumps(config))
+    hf_config = json.loads((hf_folder / "config.json").read_text())
+    hf_config["architectures"] = ["MixtralForCausalLM"]
+    (hf_folder / "config.json").write_text(json.dumps(hf_config))
     with pytest.raises(RecipeError, match="MixtralForCausalLM is not supported") as caught:
         read_chain(str(hf_folder), {})
     assert str(hf_folder) in str(caught.value)
@@ -158,32 +162,40 @@ def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
     assert all(fits(p.workload, H100) for p in layouts)
     dollars = [p.cost.dollars for p in layouts]
     assert dollars == sorted(dollars)
+    # On 8 GPUs of one node: 8 GB per GPU are too little for any layout, 24 GB suffice.
     assert cheapest_proposal(workload, replace(H100, memory_bytes=8e9), 8, 8) is None
-    small = cheapest_proposal(workload, replace(H100, memory_bytes=24e9), 8, 8)
-    assert small is not None
-    assert small.cost.memory.total < 24e9
+    on_small_gpus = cheapest_proposal(workload, replace(H100, memory_bytes=24e9), 8, 8)
+    assert on_small_gpus is not None
+    assert on_small_gpus.cost.memory.total < 24e9
 
 
 def test_a_layout_must_split_the_width_of_the_experts() -> None:
-    """An MoE's config also has the width of a dense layer, which is not used."""
+    """An MoE's config also has ``ffn_hidden_size``, which no weight has: TP=8 may not divide it."""
     arch = with_experts(LLAMA, ffn_hidden_size=30, moe_ffn_hidden_size=96)
     layout = Layout(devices=8, tensor=8, sequence_parallel=True)
     workload = distillation(arch, None, layout=layout, global_batch_size=8)
     assert fits(workload, H100)
-    assert not fits(replace(workload, trained=replace(arch, moe_ffn_hidden_size=100)), H100)
-    assert not fits(replace(workload, layout=replace(layout, tensor=1, expert=3, devices=3)), H100)
+    indivisible_width = replace(arch, moe_ffn_hidden_size=100)  # by TP=8
+    assert not fits(replace(workload, trained=indivisible_width), H100)
+    three_expert_ranks = replace(layout, tensor=1, expert=3, devices=3)  # for 8 experts
+    assert not fits(replace(workload, layout=three_expert_ranks), H100)
 
 
 def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
-    """A loss on hidden states forbids recomputation, so layouts that need it are not proposed."""
+    """A loss on hidden states forbids full recomputation, so it is not proposed.
+
+    With 22 GB per GPU, all layouts need full recomputation. With 80 GB, some do not.
+    """
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
     workload = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
-    small = replace(H100, memory_bytes=22e9)
-    cheapest = cheapest_proposal(workload, small, 8, 8)
+    small_gpu = replace(H100, memory_bytes=22e9)
+    cheapest = cheapest_proposal(workload, small_gpu, 8, 8)
     assert cheapest is not None
     assert cheapest.workload.layout.recompute_granularity == "full"
-    hidden = replace(workload, hidden_state_bytes=8)
-    assert cheapest_proposal(hidden, small, 8, 8) is None
-    layouts = [p.workload.layout for p in proposals(hidden, H100)]
+    with_hidden_loss = replace(workload, hidden_state_bytes=8)
+    assert cheapest_proposal(with_hidden_loss, small_gpu, 8, 8) is None
+    layouts = [p.workload.layout for p in proposals(with_hidden_loss, H100)]
     assert layouts
-    assert {(each.recompute_granularity, each.pipeline) for each in layouts} == {("none", 1)}
+    # The layers that the loss compares depend on the pipeline size, so it stays as configured: 1.
+    granularities_and_pipelines = {(each.recompute_granularity, each.pipeline) for each in layouts}
+    assert granularities_and_pipelines == {("none", 1)}

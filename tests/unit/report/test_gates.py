@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from launch.plan import Plan
 
+# Results with round numbers, from which the values of the gates below are computed.
 QUALITY: EvaluationResult = RESULTS["evaluate"]
 EVALUATED = replace(
     QUALITY,
@@ -49,13 +50,15 @@ SPEEDUPS = [
     replace(BENCHMARK.speedups[0], backend="openvino", prefill=prefill, decode=decode)
     for prefill, decode in ((1.4, 1.3), (1.2, 1.25))
 ]
-SPEEDUPS.append(replace(SPEEDUPS[0], backend=BASELINE, prefill=0.9, decode=0.9))  # does not count
+# A gate uses the minimum over engines. The baseline counts only if no engine was measured.
+SPEEDUPS.append(replace(SPEEDUPS[0], backend=BASELINE, prefill=0.9, decode=0.9))
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def manifests(
     *results: EvaluationResult | TaskResults | BenchmarkResults | ServedResult,
 ) -> dict[str, Manifest]:
+    """Returns a manifest with each result, by the type of its artifact."""
     kinds: dict[type, str] = {
         EvaluationResult: "eval_results",
         TaskResults: "task_results",
@@ -68,6 +71,7 @@ def manifests(
 
 SERVED: ServedResult = RESULTS["evaluate_served"]
 MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS), SERVED)
+"""Results that have a value for every gate of these tests."""
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS), SE
 )
 def test_valid_gates_are_parsed(text: str, gate: Gate) -> None:
     assert parse_gate(text) == gate
-    assert parse_gate(str(gate)) == gate
+    assert parse_gate(str(gate)) == gate  # ``str`` writes one space on each side of OP
 
 
 @pytest.mark.parametrize(
@@ -128,12 +132,12 @@ def test_a_gate_passes_if_its_value_is_in_range(
 
 def test_a_gate_on_an_undefined_value_fails() -> None:
     undefined = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
-    gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
-    assert [v.passed for v in judge(map(parse_gate, gates), undefined)] == [False, False, False]
+    gates = map(parse_gate, ["speedup.decode > 1", "recovered > 0", "recovered < 1"])
+    assert [verdict.passed for verdict in judge(gates, undefined)] == [False, False, False]
+    # ``undefined`` has no result of benchmarks, so a gate on a benchmark is not judged.
     assert judge([parse_gate("score.sciq > 0")], undefined) == []
-    [verdict] = judge(
-        [parse_gate("served_perplexity_ratio < 2")], manifests(replace(SERVED, text=None))
-    )
+    without_text = manifests(replace(SERVED, text=None))
+    [verdict] = judge([parse_gate("served_perplexity_ratio < 2")], without_text)
     assert (verdict.measured, verdict.passed) == (None, False)
 
 
@@ -161,9 +165,10 @@ def test_every_metric_of_a_recipe_can_have_a_gate(plan: Callable[..., Plan]) -> 
     planned = plan(f"gates=[{gates}]", "tasks=quick")
     assert [gate.name for gate in planned.gates] == names
     assert len(judge(planned.gates, MEASURED)) == len(names)
-    # Other gates make only the report, which shows them, run again.
-    without = {s.name: s.fingerprint for s in plan("tasks=quick").stages}
-    assert [s.name for s in planned.stages if s.fingerprint != without[s.name]] == ["report"]
+    # If gates change, only the report runs again, because it shows them.
+    fingerprints = {stage.name: stage.fingerprint for stage in plan("tasks=quick").stages}
+    changed = [s.name for s in planned.stages if s.fingerprint != fingerprints[s.name]]
+    assert changed == ["report"]
 
 
 def test_gates_must_be_a_list_of_metrics_that_the_recipe_measures(
@@ -175,6 +180,7 @@ def test_gates_must_be_a_list_of_metrics_that_the_recipe_measures(
         plan("gates=['recovered.sciq >= 0.9']", "tasks=null")
     served = ("gates=['served_perplexity_ratio < 2']", "served=engine")
     assert plan(*served, "engine=openvino").gates
+    # The server of this backend returns no losses, so the perplexity is not measured.
     tensorrt = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
     with pytest.raises(RecipeError, match="does not measure"):
         plan(*served, *tensorrt, "stages.evaluate_served.tasks=[gsm8k_cot]")
@@ -183,35 +189,39 @@ def test_gates_must_be_a_list_of_metrics_that_the_recipe_measures(
 def test_a_failing_gate_ends_a_complete_run_with_status_1(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
-    complete(plan("stages.evaluate_tasks.tasks=[sciq]", "tasks=quick"))
-    run_dir = tmp_path / "run"
+    """``complete`` writes ``RESULTS``: 0.79 of the loss and 0.87 of sciq's score are recovered."""
     task = "stages.evaluate_tasks.tasks=[sciq]"
+    complete(plan(task, "tasks=quick"))
+    run_dir = tmp_path / "run"
     base = ["recipe=llama_width_prune", "engine=null", task, f"run_dir={run_dir}"]
 
     passing = launch(*base, "gates=['recovered >= 0.75', 'score.sciq > 0.69']")
     assert passing.returncode == 0, passing.stderr
     assert passing.stdout.count("passed") == 2
-    results = [p for p in run_dir.rglob(MANIFEST) if p.parent.name != "report"]
-    before = {p: p.stat().st_mtime_ns for p in results}
-    for repeated in (False, True):  # both fail; the first runs only the report, the second nothing
+    results = [path for path in run_dir.rglob(MANIFEST) if path.parent.name != "report"]
+    times_before = {path: path.stat().st_mtime_ns for path in results}
+    # Both launches fail. The first runs only the report, because the gates changed; the second
+    # runs nothing.
+    for repeated in (False, True):
         failing = launch(*base, "gates=['recovered >= 0.5', 'recovered.sciq >= 0.95']")
         assert failing.returncode == 1
         assert "recovered.sciq >= 0.95: measured 0.8721" in failing.stderr
         assert "Traceback" not in failing.stderr
         assert ("nothing ran" in failing.stdout) == repeated
         assert "FAILED" in failing.stdout
-    assert {p: p.stat().st_mtime_ns for p in results} == before
+    assert {path: path.stat().st_mtime_ns for path in results} == times_before
 
 
 def test_every_evaluation_of_a_recipe_has_gates(
     plan: Callable[..., Plan], complete: Callable[..., None]
 ) -> None:
-    """A recipe may run benchmarks twice. A gate on both counts only when both have run."""
-    second = "+stage/evaluate_tasks@stages.more_tasks=default"
-    tasks = ("stages.evaluate_tasks.tasks=[sciq]", "stages.more_tasks.tasks=[piqa]")
-    planned = plan("tasks=quick", second, *tasks, "gates=['score.sciq > 0', 'score.piqa > 1']")
+    """A recipe may measure a benchmark in two stages. Its gate is judged once both have run."""
+    more_tasks = "+stage/evaluate_tasks@stages.more_tasks=default"  # a second evaluation
+    sciq, piqa = "stages.evaluate_tasks.tasks=[sciq]", "stages.more_tasks.tasks=[piqa]"
+    gates = "gates=['score.sciq > 0', 'score.piqa > 1']"  # the second always fails
+    planned = plan("tasks=quick", more_tasks, sciq, piqa, gates)
     complete(planned, "evaluate_tasks")
-    verdicts, unjudged = planned.judge_gates()
+    _, unjudged = planned.judge_gates()
     assert [str(gate) for gate in unjudged] == ["score.piqa > 1"]
     complete(planned)
     verdicts, unjudged = planned.judge_gates()
@@ -220,14 +230,10 @@ def test_every_evaluation_of_a_recipe_has_gates(
         ("score.piqa", False),
     ]
     assert not unjudged
-    both = plan(
-        "tasks=quick",
-        second,
-        tasks[0],
-        "stages.more_tasks.tasks=[sciq]",
-        "gates=['score.sciq > 0']",
-    )
-    assert both.judge_gates()[1], "gates were judged before the later stage ran"
+    sciq_again = "stages.more_tasks.tasks=[sciq]"  # a changed setting, so this stage has no result
+    planned = plan("tasks=quick", more_tasks, sciq, sciq_again, "gates=['score.sciq > 0']")
+    _, unjudged = planned.judge_gates()
+    assert unjudged, "gates were judged before the later stage ran"
 
 
 def test_the_fix_for_an_unquoted_gate_is_to_quote_it(launch: Launch) -> None:
@@ -241,8 +247,8 @@ def test_a_gate_is_not_checked_before_its_value_is_measured(
 ) -> None:
     complete(plan("tasks=quick"))
     run = ["engine=null", f"run_dir={tmp_path / 'run'}"]
-    base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
-    failed = launch(*base, "only=[prune]")
+    base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]  # can never pass
+    failed = launch(*base, "only=[prune]")  # the result of ``evaluate`` exists, so the gate counts
     assert failed.returncode == 1
     assert "recovered >= 2: measured 0.7931" in failed.stderr
     for stage in ("evaluate", "report"):

@@ -1,4 +1,4 @@
-"""Tests the recipe that a search writes."""
+"""Tests the ranking of candidates, and the recipe that a search writes for the chosen one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.planning.chain import Chain
 from recipes.pruning.settings import ScoreConfig
 from recipes.search.results import Candidate
 from recipes.search.settings import SuccessiveHalvingConfig
-from recipes.stages import successive_halving
+from recipes.stages import rank_candidates, successive_halving
 from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     chain: Chain, plan: MakePlan, hf_folder: Path, text: Path, tmp_path: Path
 ) -> None:
+    """Writes the recipe, plans it, and compares the plan's settings with those of the search."""
     teacher = dataclasses.replace(
         bare_manifest("import_hf", "checkpoint_nemo", None),
         config={"hf_path": str(hf_folder)},
@@ -51,10 +52,14 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     )
     manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
     inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
+    # The teacher has 4 layers and hidden size 128. Its other sizes do not change.
     shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
-    winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
+    winner = Candidate(
+        "name", 10**6, shape, proxy=1.0, perplexity=9.0, kl_to_teacher=0.1, tokens=10, chosen=True
+    )
     distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
-    distill.hidden_pipeline_stages = 1  # as the search sets it if the loss has hidden states
+    # The search sets the default explicitly. The recipe must not copy the default.
+    distill.hidden_pipeline_stages = 1
     distill.resources.devices = 4
     distill.weights = dict.fromkeys(text_settings.training_names(), 2.0)
     cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
@@ -66,15 +71,47 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     assert (planned.hf_path, planned.hardware.name) == (str(hf_folder), "h100")
     assert planned.shape_of("prune") == shape
     stages: Any = SimpleNamespace(**planned.stages)
-    prepared = dataclasses.replace(stages.prepare_data, stage="???", inputs={})
-    assert prepared == dataclasses.replace(text_settings, precision=prepared.precision)
-    measured = dataclasses.replace(scoring, seq_length=64, precision=stages.score.precision)
-    assert dataclasses.replace(stages.score, inputs={}) == measured
+    # The settings are equal except for names, inputs and precision: the recipe has its own inputs,
+    # and its hardware profile sets the precision.
+    prepare_data = dataclasses.replace(stages.prepare_data, stage="???", inputs={})
+    assert prepare_data == dataclasses.replace(text_settings, precision=prepare_data.precision)
+    score = dataclasses.replace(stages.score, inputs={})
+    assert score == dataclasses.replace(scoring, seq_length=64, precision=score.precision)
     assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
     assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
     assert stages.distill.tensor_model_parallel_size == 2
     assert stages.distill.weights == distill.weights
     assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
-    assert stages.prune.target_ffn_hidden_size is None
+    assert stages.prune.target_ffn_hidden_size is None  # as in the teacher
     assert stages.prune.layer_importance == "block_influence"
     assert stages.distill.lr == 2e-4
+
+
+def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:
+    # Name -> parameters, proxy (lower is better).
+    candidate_metrics = {
+        "a": (10, 1.0),
+        "b": (9, 2.0),
+        "c": (9, 3.0),  # as large as b, and worse
+        "d": (11, 1.0),  # larger than a, and no better
+        "e": (8, 2.5),
+        "f": (12, 0.5),  # the only candidate that is not healed
+    }
+    candidates = [
+        Candidate(
+            name,
+            parameters,
+            chain.teacher,
+            proxy,
+            perplexity=9.0,
+            kl_to_teacher=proxy,
+            healed=name != "f",
+        )
+        for name, (parameters, proxy) in candidate_metrics.items()
+    ]
+    ranked = rank_candidates.ranking(candidates)
+    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
+    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
+    pruned_only = [dataclasses.replace(c, healed=False, pareto=False) for c in candidates]
+    front = [c.name for c in rank_candidates.ranking(pruned_only) if c.pareto]
+    assert front == ["f", "a", "b", "e"], "without healing, all proxies can be compared"

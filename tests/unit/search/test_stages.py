@@ -1,4 +1,8 @@
-"""Tests plans and settings of a search's stages."""
+"""Tests plans and settings of a search's stages.
+
+The teacher of ``chain`` and ``tiny`` has 4 layers, hidden size 128, feed-forward size 256, 8 heads in
+4 groups, and 1024 positions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,6 @@ from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
-from recipes.search.results import Candidate
 from recipes.search.settings import (
     EnumerateShapesConfig,
     RankCandidatesConfig,
@@ -35,29 +38,27 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe=shrink"
 SERVICE = "stages.enumerate_shapes.service"
+FOUR_RANKS = {"tensor_model_parallel_size": 4, "resources.devices": 4}
 LARGE = [
     "model=llama3_1_8b",
     "hardware=h100",
     *settings("enumerate_shapes.space", tensor_model_parallel_size=4),
-    *(
-        override
-        for stage in ("distill", "successive_halving.distill")
-        for override in settings(stage, **{"tensor_model_parallel_size": 4, "resources.devices": 4})
-    ),
+    *settings("distill", **FOUR_RANKS),
+    *settings("successive_halving.distill", **FOUR_RANKS),
 ]
 """Overrides for Llama 3.1 8B, trained on four H100."""
 
 
 @pytest.fixture
 def tiny(hf_folder: Path) -> list[str]:
-    """Overrides for a model of four layers."""
+    """Overrides for the small model in ``hf_folder``."""
     space = "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 32}"
     return [f"model.hf_path={hf_folder}", space, "data.seq_length=64"]
 
 
 @pytest.fixture
 def other_search(tmp_path: Path) -> Path:
-    """Returns the stage directory of another run's search. The search chose no shape."""
+    """The stage directory of another run's search. The search chose no shape."""
     stage_dir = tmp_path / "other"
     (stage_dir / "artifact").mkdir(parents=True)
     write_manifest(stage_dir, bare_manifest("successive_halving", "search_results", None))
@@ -65,25 +66,31 @@ def other_search(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("budget", "least", "most"),
+    ("budget", "min_fraction", "max_fraction"),
     [
         ("parameters=0.7", 0.69, 0.7),
+        # A decoding step also reads the KV cache, so its time is not proportional to parameters.
         ("latency_ms=0.7 budget.parameters=null", 0.6, 0.75),
         # At this rate, a step takes about 0.7 of the teacher's time.
         ("tokens_per_second=305 budget.parameters=null", 0.6, 0.75),
     ],
 )
 def test_the_plan_assumes_the_largest_shape_within_the_budget(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, budget: str, least: float, most: float
+    plan: MakePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: str,
+    min_fraction: float,
+    max_fraction: float,
 ) -> None:
-    """Plans without torch, as a login node may not have it."""
-    monkeypatch.setitem(sys.modules, "torch", None)
+    """The fractions limit the student's parameters, relative to the teacher's."""
+    monkeypatch.setitem(sys.modules, "torch", None)  # a login node may not have torch
+    # The teacher's config is not downloaded; the plan uses the published config.
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
     chain = planned.chain
     student = chain.shape_of("prune")
-    teacher_parameters = chain.teacher.parameters()
-    assert least * teacher_parameters < student.parameters() <= most * teacher_parameters
+    fraction = student.parameters() / chain.teacher.parameters()
+    assert min_fraction < fraction <= max_fraction
     [note] = [note for note in planned.notes if note.rule.name == "searched-shape"]
     assert name_of(student) in note.what
     assert chain.workloads["distill"].trained == student
@@ -109,7 +116,7 @@ def test_another_budget_reuses_stages_that_do_not_depend_on_it(
 
 
 @pytest.mark.parametrize(
-    ("override", "what", "fix"),
+    ("override", "problem", "fix"),  # ``OTHER`` is the directory of ``other_search``
     [
         ("stages.prune.target_num_layers=3", "prune-target", "~stages.prune"),
         ("stages.prune.drop_layers=[2]", "prune-target", "~stages.prune"),
@@ -119,11 +126,11 @@ def test_another_budget_reuses_stages_that_do_not_depend_on_it(
     ],
 )
 def test_an_invalid_input_of_prune_is_refused(
-    plan: MakePlan, tiny: list[str], other_search: Path, override: str, what: str, fix: str
+    plan: MakePlan, tiny: list[str], other_search: Path, override: str, problem: str, fix: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         plan(*tiny, override.replace("OTHER", str(other_search)), recipe=RECIPE)
-    assert what in str(caught.value)
+    assert problem in str(caught.value)
     assert fix in str(caught.value)
 
 
@@ -138,12 +145,13 @@ def test_any_recipe_can_use_the_shape_that_another_run_chose(
         f"+stages.prune.inputs.shape={other_search}",
         "stages.prune.target_num_layers=null",
     ]
-    model, _, length = tiny  # without the override of a search space, which this recipe lacks
+    model, _, length = tiny  # without the override of the space: this recipe has no search
     planned = plan(model, length, *overrides, recipe="recipe=llama_depth_prune")
     student = planned.chain.shape_of("prune")
     assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
     assert "searched-shape" not in {note.rule.name for note in planned.notes}
-    # A shape of another model is larger on an axis, or differs on one that a search keeps.
+    # A shape cannot come from this model if it is larger, or if an axis that no search prunes
+    # (here the vocabulary) has another size.
     for axis in ("hidden_size", "vocab_size"):
         search.architecture = shape.as_dict() | {axis: 2 * getattr(shape, axis)}
         write_manifest(other_search, search)
@@ -161,6 +169,7 @@ def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None
         "run_dir=run",
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    # Names of shapes, such as l4-h96-f192-a8. Two shapes cannot grow within the budget.
     assert len(re.findall(r"l\d-h\d+-f\d+-a8", done.stdout)) == 2
     assert "latency by roofline of cpu" in done.stdout
     assert re.search(r"enumerate_shapes +ran .* \d+ shapes", done.stdout)
@@ -172,26 +181,26 @@ def test_another_device_is_a_reason_to_search_again_only_if_the_budget_limits_sp
 ) -> None:
     search = ("only=[enumerate_shapes]", f"budget={{parameters: null, {budget}: 0.7}}")
     complete(plan(*search, "model=llama3_1_8b", "hardware=h100", recipe=RECIPE))
-    other = plan(*search, "model=llama3_1_8b", "hardware=h200", recipe=RECIPE)
-    assert bool(other.todo()) is reruns
+    plan_for_h200 = plan(*search, "model=llama3_1_8b", "hardware=h200", recipe=RECIPE)
+    assert bool(plan_for_h200.todo()) is reruns
 
 
 @pytest.mark.parametrize("recipe", ["llama_search", "shrink"])
 def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) -> None:
     space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
     service = f"{SERVICE}.batch_size=4"
-    measured_model = ("latency_model=measured", space, service)
+    overrides = ("latency_model=measured", space, service)
     with pytest.raises(RecipeError, match="does not limit latency"):
-        plan(*measured_model, recipe=f"recipe={recipe}")
+        plan(*overrides, recipe=f"recipe={recipe}")
     budget = "stages.enumerate_shapes.budget={parameters: null, latency_ms: 0.7}"
-    planned = plan(*measured_model, budget, recipe=f"recipe={recipe}")
+    planned = plan(*overrides, budget, recipe=f"recipe={recipe}")
     stages = {stage.name: stage for stage in planned.stages}
-    measured: Any = stages["measure_latency"].config
+    measurement: Any = stages["measure_latency"].config
     search: Any = stages["enumerate_shapes"].config
-    assert (measured.space, measured.service) == (search.space, search.service)
+    assert (measurement.space, measurement.service) == (search.space, search.service)
     assert str(search.service.speed).startswith("cpu")
     assert (search.space.hidden_size_divisor, search.service.batch_size) == (32, 4)
-    assert search.service.precision == measured.engine.precision == "fp32"
+    assert search.service.precision == measurement.engine.precision == "fp32"
     assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
 
 
@@ -205,11 +214,12 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
     engine, service = stages.measure_latency.engine, stages.enumerate_shapes.service
     assert (engine.backend, engine.precision) == ("tensorrt_llm", "bf16")
     limits = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
-    assert all(getattr(engine, n) == getattr(stages.build_engine, n) for n in limits)
+    assert all(getattr(engine, name) == getattr(stages.build_engine, name) for name in limits)
     assert (service.precision, service.storage) == ("bf16", Storage("bf16", None, 2))
-    quantized: Any = plan(*LARGE, *budget, "engine=tensorrt_llm_quantized", recipe=RECIPE).chain
-    engine, service = (quantized.stages[n] for n in ("build_engine", "enumerate_shapes"))
-    assert service.service.storage == engine.storage, "also by roofline"
+    # Without ``latency_model=measured``, latency comes from the roofline.
+    roofline = plan(*LARGE, *budget, "engine=tensorrt_llm_quantized", recipe=RECIPE)
+    stages = SimpleNamespace(**roofline.chain.stages)
+    assert stages.enumerate_shapes.service.storage == stages.build_engine.storage
     with pytest.raises(RecipeError, match="max_batch_size=32, but the timed requests need 64"):
         plan(*large, "engine=tensorrt_llm", f"{SERVICE}.batch_size=64", recipe=RECIPE)
     with pytest.raises(RecipeError, match="fp8 need calibrated weights"):
@@ -280,14 +290,16 @@ def test_invalid_settings_are_refused(
     chain: Chain, stage: Any, settings: dict[str, Any], rule: str, message: str
 ) -> None:
     problems = stage.STAGE.check(stage.STAGE.config(**settings), chain)
-    [problem] = [p for p in problems if p.rule.name != "head-size"]  # of the small teacher
+    # The small teacher has heads of size 16, which some engines do not support.
+    [problem] = [p for p in problems if p.rule.name != "head-size"]
     assert problem.rule.name == rule
     assert message in str(problem)
 
 
 def test_the_cost_of_a_search_without_a_single_step_is_estimated(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(max_tokens=9000, inputs={"candidates": "ranking"})
-    assert successive_halving.inference_cost(cfg, chain).compute.flops > 0  # of the evaluations
+    flops = successive_halving.inference_cost(cfg, chain).compute.flops
+    assert flops > 0  # those of the evaluations
 
 
 def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
@@ -299,12 +311,12 @@ def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
 
 def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
-    counts = cfg.rounds(cfg.max_candidates())  # candidates in each round
-    assert counts == [5, 3, 2]  # at first, the four best-ranked candidates and x
-    trainings = [successive_halving.training_of(cfg, counts, number) for number in range(3)]
-    # A step trains on 4 sequences of 256 tokens.
-    used = sum(n * t.max_steps * 4 * 256 for n, t in zip(counts, trainings, strict=True))
-    assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
+    round_sizes = cfg.rounds(cfg.max_candidates())  # number of candidates in each round
+    assert round_sizes == [5, 3, 2]  # the first round has the four best-ranked candidates and x
+    trainings = [successive_halving.training_of(cfg, round_sizes, number) for number in range(3)]
+    # The number of steps is rounded down. A step trains on 4 sequences of 256 tokens.
+    steps = sum(size * t.max_steps for size, t in zip(round_sizes, trainings, strict=True))
+    assert 0.9 * cfg.max_tokens < steps * 4 * 256 <= cfg.max_tokens
     assert len({training.seed for training in trainings}) == 3, "a round repeats sequences"
     assert list(successive_halving.check(cfg, chain)) == []
     single = SuccessiveHalvingConfig(num_candidates=1, max_tokens=0)
@@ -320,14 +332,14 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     ranking = RankCandidatesConfig(stage="rank_candidates", inputs={"shapes": "shapes"})
     stages = {"shapes": search, "ranking": ranking}
     chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
-    known = name_of(search.shapes(chain.teacher)[0])
+    name = name_of(search.shapes(chain.teacher)[0])  # ends with the number of heads, 8
     for also, messages in (
-        ([known], []),
-        ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"]),
+        ([name], []),
+        ([name, name[:-1] + "9"], [f"Did you mean '{name}'?"]),
     ):
         cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
         problems = list(successive_halving.check(cfg, chain))
-        assert [p.rule.name for p in problems] == ["search"] * len(messages)
+        assert {problem.rule.name for problem in problems} <= {"search"}
         assert all(message in p.what for message, p in zip(messages, problems, strict=True))
     # If the budget is a measured latency, candidates are unknown before the measurement.
     timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
@@ -338,7 +350,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
 
 @pytest.mark.parametrize("budget", ["parameters: 0.6", "parameters: null, latency_ms: 0.6"])
 @pytest.mark.parametrize(
-    ("method", "score", "fix"),
+    ("method", "score_setting", "fix"),
     [
         ("block", "block_sizes=[1]", "block_sizes=[1,2]"),
         ("block", "block_sizes=null", "block_sizes=[1,2]"),
@@ -348,14 +360,17 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     ],
 )
 def test_the_scores_must_rank_the_layers_of_every_candidate(
-    plan: MakePlan, tiny: list[str], budget: str, method: str, score: str, fix: str | None
+    plan: MakePlan, tiny: list[str], budget: str, method: str, score_setting: str, fix: str | None
 ) -> None:
-    """The space allows 2 to 4 layers. Shapes within a measured latency are not known yet."""
+    """The space allows 2 to 4 layers, so candidates drop blocks of 1 or 2 layers.
+
+    With a measured latency, the shapes are not known yet. Then all depths of the space count.
+    """
     depth = "stages.enumerate_shapes.space.max_depth_pruning=0.5"
-    measured = ["latency_model=measured"] * ("latency" in budget)
+    measured = ["latency_model=measured"] if "latency" in budget else []
     overrides = [
         *(*tiny, depth, *measured, f"stages.enumerate_shapes.budget={{{budget}}}", "tasks=null"),
-        *(f"stages.score.{score}", f"stages.rank_candidates.layer_importance={method}"),
+        *(f"stages.score.{score_setting}", f"stages.rank_candidates.layer_importance={method}"),
     ]
     if fix is None:
         plan(*overrides, recipe=RECIPE)
@@ -382,24 +397,3 @@ def test_losses_on_hidden_states_must_be_possible_for_every_candidate(
     overrides = [f"stages.successive_halving.distill.{setting}" for setting in training]
     with pytest.raises(RecipeError, match=message):
         plan(*tiny, *overrides, recipe=RECIPE)
-
-
-def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:
-    sizes = {
-        "a": (10, 1.0),
-        "b": (9, 2.0),
-        "c": (9, 3.0),
-        "d": (11, 1.0),
-        "e": (8, 2.5),
-        "f": (12, 0.5),  # the only candidate that is not healed
-    }
-    shape, candidates = chain.teacher, []
-    for name, (parameters, proxy) in sizes.items():
-        healed = name != "f"
-        candidates.append(Candidate(name, parameters, shape, proxy, 9.0, proxy, healed=healed))
-    ranked = rank_candidates.ranking(candidates)
-    assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
-    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
-    pruned = [dataclasses.replace(c, healed=False, pareto=False) for c in candidates]
-    front = [c.name for c in rank_candidates.ranking(pruned) if c.pareto]
-    assert front == ["f", "a", "b", "e"], "without healing, all proxies can be compared"

@@ -1,4 +1,4 @@
-"""Tests the checks of ``evaluate_tasks``, the config group ``tasks``, and the result's headline."""
+"""Tests ``evaluate_tasks``: its checks, the config group ``tasks``, and the console's headline."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from tests.support.results import RESULTS
 if TYPE_CHECKING:
     from recipes.planning.chain import Chain
 
-GOOD = {"tasks": ["sciq", "mmlu"]}
+VALID_SETTINGS = {"tasks": ["sciq", "mmlu"]}
 
 
 def rule_names(chain: Chain, **fields: Any) -> list[str]:
-    cfg = EvaluateTasksConfig(**{**GOOD, **fields})
+    """Returns the rules that ``VALID_SETTINGS`` break if some fields are replaced."""
+    cfg = EvaluateTasksConfig(**{**VALID_SETTINGS, **fields})
     return [problem.rule.name for problem in task_problems(cfg, chain)]
 
 
@@ -40,8 +41,8 @@ def rule_names(chain: Chain, **fields: Any) -> list[str]:
         ({"source": "hub", "tasks": ["winogrande"]}, []),
         ({"tasks": ["sciqq"]}, ["tasks-names"]),
         ({"tasks": ["sciq", "sciq"]}, ["tasks-names"]),
-        ({"revisions": {"sciq": "abc"}}, ["tasks-names"]),
-        ({"num_fewshot": {"piqa": 5}}, []),
+        ({"revisions": {"sciq": "abc"}}, ["tasks-names"]),  # only allowed with source=hub
+        ({"num_fewshot": {"piqa": 5}}, []),  # a known task, although ``tasks`` lacks it
         ({"num_fewshot": {"piqaa": 5}}, ["tasks-fewshot"]),
     ],
 )
@@ -55,11 +56,11 @@ def test_the_verified_version_of_lm_eval_must_be_installed(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(task_checks.metadata, "version", lambda name: "0.3.0")
-    [problem] = task_problems(EvaluateTasksConfig(**GOOD), chain)
+    [problem] = task_problems(EvaluateTasksConfig(**VALID_SETTINGS), chain)
     assert "0.3.0" in problem.what
     assert HARNESS in problem.what
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    [problem] = task_problems(EvaluateTasksConfig(**GOOD), chain)
+    [problem] = task_problems(EvaluateTasksConfig(**VALID_SETTINGS), chain)
     assert "./install.sh" in problem.fix
 
 
@@ -68,33 +69,41 @@ def test_lm_eval_is_pinned_to_the_verified_version(root: Path) -> None:
         "optional-dependencies"
     ]
     assert f"lm_eval[api,hf]=={HARNESS}" in extras["tasks"]
-    assert any("tasks" in extra for extra in extras["dev"] if extra.startswith("nemo-recipes["))
+    # Extras of this project that ``dev`` includes, such as "nemo-recipes[tasks]".
+    included = [line for line in extras["dev"] if line.startswith("nemo-recipes[")]
+    assert any("tasks" in line for line in included)
 
 
 @pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
 @pytest.mark.parametrize("tasks", ["null", "quick", "full"])
-def test_tasks_are_chosen_on_the_command_line(
+def test_the_group_tasks_adds_or_removes_the_benchmarks(
     plan: Callable[..., Plan], recipe: str, tasks: str
 ) -> None:
-    stages = {s.name: s for s in plan(f"tasks={tasks}", recipe=f"recipe={recipe}").stages}
-    assert ("evaluate_tasks" in stages) == (tasks != "null")
+    planned = plan(f"tasks={tasks}", recipe=f"recipe={recipe}")
+    stages = {stage.name: stage for stage in planned.stages}
+    has_tasks = tasks != "null"
+    assert ("evaluate_tasks" in stages) == has_tasks
     for name in ("report", "export_hf"):
-        assert ("tasks" in stages[name].inputs) == (tasks != "null")
-    if tasks != "null":
+        assert ("tasks" in stages[name].inputs) == has_tasks
+    if has_tasks:
         config = stages["evaluate_tasks"].config
         assert isinstance(config, EvaluateTasksConfig)
         assert set(config.tasks) <= TASKS.keys()
 
 
 @pytest.mark.parametrize(
-    ("names", "scores"),
-    [(("sciq", "piqa", "lambada"), "0.762 → 0.483 → 0.718"), (("lambada",), "lambada")],
+    ("names", "expected_text"),
+    [
+        # The means of sciq and piqa, for example (0.845 + 0.680) / 2 for the teacher.
+        (("sciq", "piqa", "lambada"), "0.762 → 0.483 → 0.718"),
+        (("lambada",), "lambada evaluated"),
+    ],
 )
 def test_headline_is_the_mean_of_only_those_scores_that_are_fractions(
-    names: tuple[str, ...], scores: str
+    names: tuple[str, ...], expected_text: str
 ) -> None:
-    """A mean of accuracies and a perplexity would have no meaning."""
+    """The score of lambada is a perplexity, which cannot be averaged with accuracies."""
     results: TaskResults = RESULTS["evaluate_tasks"]
     tasks = {name: results.tasks[name] for name in names}
     manifest = bare_manifest("evaluate_tasks", "task_results", replace(results, tasks=tasks))
-    assert scores in headline(manifest)
+    assert expected_text in headline(manifest)

@@ -1,4 +1,4 @@
-"""Tests the tables of a plan, and the machine's rates that a plan measures."""
+"""Tests the stage ``plan``: its tables, the cached rates of this machine, and time limits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from tests.unit.conftest import MakePlan
 
-RATES = TrainingRates(4.0e11, 2.0e11, 3.0e10)
+RATES = TrainingRates(
+    flops_per_second=4.0e11, float32_flops_per_second=2.0e11, bytes_per_second=3.0e10
+)
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Provides an empty cache, and a processor without bfloat16."""
+    """Returns an empty cache folder, and makes this machine's processor one without bfloat16."""
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
@@ -53,12 +55,13 @@ def test_tables_have_a_cell_for_each_column() -> None:
 
 
 def test_rates_are_cached_by_processor_and_threads(cache: Path) -> None:
+    """The clock rate is not part of the key. The flags of the processor are."""
     assert read_rates(2) is None
     write_rates(2, RATES)
     assert read_rates(2) == RATES
     assert read_rates(1) is None
     (cache / "cpuinfo").write_text("model name : One\ncpu MHz : 3000\nflags : avx2\n")
-    assert read_rates(2) == RATES  # the clock is not part of the key
+    assert read_rates(2) == RATES
     (cache / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2 amx_bf16\n")
     assert read_rates(2) is None
 
@@ -67,8 +70,8 @@ def test_rates_are_cached_by_processor_and_threads(cache: Path) -> None:
 def test_an_invalid_cache_is_ignored(cache: Path, content: str) -> None:
     write_rates(2, RATES)
     [file] = (cache / RATES_FOLDER).iterdir()
-    if content == "NaN":
-        content = file.read_text().replace("200000000000.0", "NaN")
+    if content == "NaN":  # valid JSON for Python, but not a valid rate
+        content = file.read_text().replace("200000000000.0", "NaN")  # the float32 rate of ``RATES``
     file.write_text(content)
     assert read_rates(2) is None
 
@@ -82,48 +85,57 @@ def test_a_cache_that_cannot_be_written_is_ignored(cache: Path) -> None:
 def test_a_plan_uses_the_measured_rates(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The profile's rates, which are settings of the plan, are replaced by the measured ones."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    """Cached rates replace the rates of the hardware profile, except with ``measure=false``."""
+    threads = 3
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     monkeypatch.setattr(
         hardware, "LAYER_PASS_SECONDS", 0.0
     )  # this time does not depend on the rates, so it would hide their effect
-    [planned] = [s for s in plan().stages if s.name == "plan"]
+    [planned] = [stage for stage in plan().stages if stage.name == "plan"]
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
 
-    def result(rates: TrainingRates, **settings: object) -> PlanResult:
-        write_rates(3, rates)
+    def run_plan(rates: TrainingRates, **settings: object) -> PlanResult:
+        write_rates(threads, rates)
         config = replace(planned.config, hardware=planned.config.hardware | settings)  # type: ignore[attr-defined]
         plan_result = plan_stage.run(config, {}, out).result
         assert isinstance(plan_result, PlanResult)
         return plan_result
 
     slow_rates = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
-    fast, slow = result(RATES), result(slow_rates)
+    fast, slow = run_plan(RATES), run_plan(slow_rates)
     assert fast.summary["GFLOP/s in bfloat16"] == 400
     assert slow.summary["GFLOP/s in bfloat16"] == 4
-    for name in ("distill", "score"):  # pauses for checkpoints do not depend on the rates
+    # The ratio is not exactly 100, because pauses for checkpoints do not depend on the rates.
+    for name in ("distill", "score"):
         assert slow.seconds[name] == pytest.approx(100 * fast.seconds[name], rel=0.01)
-    fast_speed, slow_speed = (r.tokens_per_second["distill"] for r in (fast, slow))
+    fast_speed, slow_speed = (result.tokens_per_second["distill"] for result in (fast, slow))
     assert fast_speed == pytest.approx(100 * slow_speed)
-    assert result(slow_rates, measure=False).summary != slow.summary
+    assert run_plan(slow_rates, measure=False).summary != slow.summary
 
 
-def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
-    """8.352 GB are 2.088 billion tokens of 4 bytes. Two processes need an hour for them, each at
-    290,000 tokens/s."""
+def test_tokenization_time_is_estimated_and_compared_with_the_time_limit(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    """The text has 8.352 GB, so 2.088 billion tokens of 4 bytes.
+
+    A process tokenizes 290,000 tokens per second. So two processes need an hour.
+    """
     with (tmp_path / "large.txt").open("wb") as file:
-        file.truncate(8_352_000_000)
+        file.truncate(8_352_000_000)  # a sparse file
     overrides = (
         "hardware.measure=false",
         "data.heldout_sources=[]",
         f"data.sources=[{tmp_path}/large.txt]",
     )
-    prepare, limit = "stages.prepare_data.", "stages.prepare_data.resources.time=00:15:00"
-    seconds_by_setting = {f"{prepare}processes=2": 3600, f"{prepare}processes=8": 900}
-    seconds_by_setting |= {f"{prepare}resources.nodes=2 {prepare}processes=2": 1800}
-    for settings, seconds in seconds_by_setting.items():
-        stages = plan(*overrides, *settings.split()).stages
+    processes, resources = "stages.prepare_data.processes", "stages.prepare_data.resources"
+    seconds_by_settings = {
+        (f"{processes}=2",): 3600,
+        (f"{processes}=8",): 900,
+        (f"{processes}=2", f"{resources}.nodes=2"): 1800,
+    }
+    for settings, seconds in seconds_by_settings.items():
+        stages = plan(*overrides, *settings).stages
         [planned] = [stage for stage in stages if stage.name == "plan"]
         out = tmp_path / str(seconds) / ARTIFACT
         out.mkdir(parents=True)
@@ -134,8 +146,9 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
 
     # An hour takes 6 jobs of 15 minutes, because each job stops 5 minutes before its limit.
-    limited = (*overrides, f"{prepare}processes=2", limit)
-    [note] = [n for n in plan(*limited, "+cluster.max_requeues=5").notes if "prepare" in n.what]
+    limited = (*overrides, f"{processes}=2", f"{resources}.time=00:15:00")
+    notes = plan(*limited, "+cluster.max_requeues=5").notes
+    [note] = [note for note in notes if "prepare_data" in note.what]
     assert note.rule.name == "time-limit"
     with pytest.raises(RecipeError, match=r"started 5 times.*\n.*max_requeues=5 .*\[requeues\]"):
         plan(*limited, "+cluster.max_requeues=4")
@@ -143,37 +156,37 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
 
 def test_more_processes_than_reading_can_feed_save_no_time(plan: MakePlan, tmp_path: Path) -> None:
     with (tmp_path / "large.txt").open("wb") as file:
-        file.truncate(8_000_000_000)
+        file.truncate(8_000_000_000)  # 2 billion tokens of 4 bytes, as many as ``hub`` has
     hub = "hf://HuggingFaceFW/fineweb-edu:train#tokens=2000000000&licence=ODC-By-1.0"
 
     def seconds(source: str, processes: int) -> float | None:
         overrides = (f"data.sources=['{source}']", "data.heldout_sources=[]")
-        count = f"stages.prepare_data.processes={processes}"
-        return preparation_seconds(plan(*overrides, count).chain).get("prepare_data")
+        processes_setting = f"stages.prepare_data.processes={processes}"
+        return preparation_seconds(plan(*overrides, processes_setting).chain).get("prepare_data")
 
-    for source, fastest in ((f"{tmp_path}/large.txt", 15e6), (hub, 4.7e6)):
+    # Tokens that a rank reads per second, from a local file and from the hub.
+    for source, read_rate in ((f"{tmp_path}/large.txt", 15e6), (hub, 4.7e6)):
         assert seconds(source, 1) == pytest.approx(2e9 / 290_000)
-        assert seconds(source, 64) == seconds(source, 128) == pytest.approx(2e9 / fastest)
-    # The speed of the tokenizer says nothing about conversations that the teacher writes.
+        assert seconds(source, 64) == seconds(source, 128) == pytest.approx(2e9 / read_rate)
+    # The teacher's time to generate conversations is not estimated.
     assert seconds("teacher://chat#tokens=1000000", 1) is None
 
 
 def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -> None:
-    """The size of a hub's text without a limit is unknown."""
-    large = {"recipe": "recipe=qwen3_8b_depth_2.5b"}
-    for number, (overrides, notes) in enumerate(
-        (("", 0), ("stages.prepare_data.max_tokens=null", 1))
-    ):
-        planned = plan(*overrides.split(), **large)
-        assert [note.rule.name for note in planned.notes].count("unknown-text") == notes
+    """Without ``max_tokens``, the plan does not know how many tokens of a hub dataset are read."""
+    for overrides, is_unknown in ((), False), (("stages.prepare_data.max_tokens=null",), True):
+        planned = plan(*overrides, recipe="recipe=qwen3_8b_depth_2.5b")
+        assert [note.rule.name for note in planned.notes].count("unknown-text") == is_unknown
         [stage] = [stage for stage in planned.stages if stage.name == "plan"]
-        (out := tmp_path / str(number) / ARTIFACT).mkdir(parents=True)
+        out = tmp_path / str(is_unknown) / ARTIFACT
+        out.mkdir(parents=True)
         result = plan_stage.run(stage.config, {}, out).result  # type: ignore[arg-type]
         assert isinstance(result, PlanResult)
         [table] = [table for table in result.tables if table.title == "Time not estimated"]
         names = {str(name) for [name] in table.rows}
         assert {"build_engine", "build_teacher_engine"} <= names
-        assert ("prepare_data" in names) == notes
+        assert ("prepare_data" in names) == is_unknown
+        # Each stage except ``plan`` either has an estimate or is listed.
         assert {*names, *result.seconds, "plan"} == planned.chain.stages.keys()
         assert names.isdisjoint(result.seconds)
 
@@ -182,34 +195,39 @@ def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -
 def test_tokenization_in_large_recipes_is_compared_with_the_time_limit(
     plan: MakePlan, recipe: str
 ) -> None:
-    jobs = ("+cluster.time=04:00:00", "+cluster.max_requeues=0", "only=[prepare_data]")
+    one_job = ("+cluster.time=04:00:00", "+cluster.max_requeues=0", "only=[prepare_data]")
     with pytest.raises(RecipeError, match=r"prepare_data takes about(?s:.*)\[requeues\]"):
-        plan(*jobs, "skip_rules=[disk]", recipe=f"recipe={recipe}")
+        plan(*one_job, "skip_rules=[disk]", recipe=f"recipe={recipe}")
 
 
 def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) -> None:
-    """A search stops a margin before the limit. Its ranking cannot stop."""
+    """``successive_halving`` stops a margin before its job's limit, and another job resumes it.
+
+    ``rank_candidates`` cannot resume, so it must end within one job.
+    """
 
     def plan_search(*overrides: str) -> Plan:
         return plan("+cluster.time=01:00:00", *overrides, recipe="recipe=qwen3_8b_search")
 
+    # The planner's margin has at least 300 seconds, more than it estimates for this stage.
     for overrides, margin in ((), 300), (("+cluster.margin_seconds=1800",), 1800):
         planned = plan_search(*overrides)
-        [note] = [n for n in planned.notes if n.rule.name == "time-limit"]
+        [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
         cost = planned.chain.inference_costs["successive_halving"]
         assert 1 < (cost.stopping_seconds or 0) < 300
-        jobs = math.ceil(cost.hours(planned.chain.hardware) * 3600 / (3600 - margin))
+        search_seconds = cost.hours(planned.chain.hardware) * 3600
+        jobs = math.ceil(search_seconds / (3600 - margin))  # each job has a limit of an hour
         assert "successive_halving" in note.what
         assert f" {jobs} times" in note.what
     with pytest.raises(RecipeError, match=r"rank_candidates .*cannot resume(?s:.*)\[requeues\]"):
         plan_search("stages.rank_candidates.resources.time=00:30:00")
 
 
-def test_benchmarks_that_exceed_the_time_limit_are_not_refused(plan: MakePlan) -> None:
-    """A repeated command continues after the last complete task."""
+def test_benchmarks_that_exceed_the_time_limit_only_give_a_warning(plan: MakePlan) -> None:
+    """If the user repeats the command, ``evaluate_tasks`` skips the completed tasks."""
     limit = "stages.evaluate_tasks.resources.time=00:01:00"
     planned = plan(
         "+cluster.time=30-00:00:00", limit, "engine=null", recipe="recipe=qwen3_8b_depth_2.5b"
     )
-    [note] = [n for n in planned.notes if n.rule.name == "time-limit"]
+    [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
     assert "evaluate_tasks" in note.what

@@ -1,4 +1,4 @@
-"""Checks of ``prune``: scores and searches that do not fit the model, in this or another run."""
+"""Tests checks of ``prune`` and ``enumerate_shapes``: scores and shapes that do not fit the model."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from tests.support.manifests import bare_manifest
 Config = TypeVar("Config", bound=StageConfig)
 
 
-def named(name: str, cfg: Config) -> Config:
+def with_name(name: str, cfg: Config) -> Config:
+    """Sets the name of a stage, which otherwise comes from a recipe; returns ``cfg``."""
     cfg.name = name
     return cfg
 
 
 def problems(cfg: PruneConfig, chain: Chain) -> list[str]:
+    """Returns the problems of a stage as texts with their fixes."""
     return [f"{problem.what}: {problem.fix}" for problem in prune.check(cfg, chain)]
 
 
 @pytest.mark.parametrize(("scored", "is_refused"), [("prune", False), ("import_hf", True)])
-def test_scores_are_of_the_model_that_is_pruned(
+def test_scores_of_another_model_are_refused(
     teacher: Architecture, scored: str, is_refused: bool
 ) -> None:
-    """A pruned model is pruned once more."""
+    """``prune2`` prunes the model that ``prune`` pruned, so it needs the scores of that model."""
     inputs = {"checkpoint": "prune", "importance": "score"}
-    cfg = named("prune2", PruneConfig(inputs=inputs, target_num_layers=2))
-    score = named("score", ScoreConfig(inputs={"checkpoint": scored}, block_sizes=[1]))
-    stages = {"prune": named("prune", PruneConfig()), "score": score, "prune2": cfg}
+    cfg = with_name("prune2", PruneConfig(inputs=inputs, target_num_layers=2))
+    score = with_name("score", ScoreConfig(inputs={"checkpoint": scored}, block_sizes=[1]))
+    stages = {"prune": with_name("prune", PruneConfig()), "score": score, "prune2": cfg}
     chain = Chain("t", teacher, stages, shapes={"prune": [replace(teacher, num_layers=3)]})
     messages = [
         text for text in problems(cfg, chain) if "prune2 prunes prune, but score scored" in text
@@ -48,9 +50,10 @@ def test_scores_are_of_the_model_that_is_pruned(
 
 
 @pytest.mark.parametrize(("method", "is_refused"), [("loss", False), ("block", True)])
-def test_layers_are_chosen_as_by_the_search_of_another_run(
+def test_layers_must_be_chosen_by_the_method_of_the_search(
     teacher: Architecture, tmp_path: Path, method: str, is_refused: bool
 ) -> None:
+    """The search is in another run. Its ``rank_candidates`` has ``layer_importance=loss``."""
     winner = replace(teacher, num_layers=3)
     for name, config in (
         ("rank_candidates", {"layer_importance": "loss"}),
@@ -61,7 +64,7 @@ def test_layers_are_chosen_as_by_the_search_of_another_run(
         manifest = replace(manifest, config=config, architecture=winner.as_dict())
         write_manifest(tmp_path / name, manifest)
     inputs = {"checkpoint": "import_hf", "shape": str(tmp_path / "successive_halving")}
-    cfg = named("prune", PruneConfig(inputs=inputs, layer_importance=method))
+    cfg = with_name("prune", PruneConfig(inputs=inputs, layer_importance=method))
     messages = [
         text
         for text in problems(cfg, Chain("t", teacher, {"prune": cfg}))
@@ -72,16 +75,19 @@ def test_layers_are_chosen_as_by_the_search_of_another_run(
 
 
 def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architecture) -> None:
-    """The sizes are multiples of 8; the model has 6 heads."""
+    """transformers 5 requires that a Llama's hidden size is a multiple of its heads, here 6.
+
+    With a divisor of 8, the search has sizes that are not. 24 is a multiple of 8 and of 6.
+    """
     model = replace(teacher, hf_architecture="LlamaForCausalLM", num_attention_heads=6)
     model = replace(model, num_query_groups=2, hidden_size=96)
 
-    def warnings(divisor: int) -> list[str]:
+    def warning_fixes(divisor: int) -> list[str]:
         space = Space(hidden_size_divisor=divisor, ffn_hidden_size_divisor=64)
-        cfg = named("shapes", EnumerateShapesConfig(budget=Budget(parameters=0.9), space=space))
-        checked = enumerate_shapes.check(cfg, Chain("t", model, {"shapes": cfg}))
-        return [problem.fix for problem in checked if problem.rule.name == "transformers-5"]
+        cfg = with_name("shapes", EnumerateShapesConfig(budget=Budget(parameters=0.9), space=space))
+        all_problems = enumerate_shapes.check(cfg, Chain("t", model, {"shapes": cfg}))
+        return [item.fix for item in all_problems if item.rule.name == "transformers-5"]
 
-    [fix] = warnings(8)
+    [fix] = warning_fixes(8)
     assert "hidden_size_divisor=24" in fix
-    assert not warnings(24)
+    assert not warning_fixes(24)
