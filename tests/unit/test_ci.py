@@ -45,7 +45,7 @@ def test_actions_are_of_github_and_have_a_major_version() -> None:
 
 
 def test_the_cache_key_covers_the_files_of_the_installation_stamp() -> None:
-    """A cache may only be restored if ``install.sh`` would find nothing to do."""
+    """If one of these files changes, ``install.sh`` installs again, and CI starts a new cache."""
     script = (REPO_ROOT / "install.sh").read_text()
     stamped_files = re.findall(r"sha256sum (.+)\)", script)[0].split()
     [key] = {step["with"]["key"] for step in steps() if "cache" in step.get("uses", "")}

@@ -36,7 +36,7 @@ def test_the_page_of_settings_is_up_to_date() -> None:
 
 
 def test_rules_in_the_documents_are_real() -> None:
-    """Documents write a rule as ``rule [NAME]`` or ``rule `NAME```; trouble.md only as ``[NAME]``."""
+    """Documents write "rule" before a name in brackets or backticks; trouble.md only brackets."""
     trouble = (DOCS / "trouble.md").read_text(encoding="utf-8")
     rules = set(re.findall(r"\[([a-z0-9-]+)\](?!\()", trouble))  # but not links, [TEXT](TARGET)
     for file in DOCS.glob("*.md"):

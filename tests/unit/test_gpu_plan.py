@@ -110,7 +110,8 @@ def test_every_test_on_a_gpu_is_in_exactly_one_step() -> None:
 
 def test_the_line_about_a_missing_device_is_the_reason_of_a_failure() -> None:
     log = "F\nno CUDA device: PyTorch 2.13.0+cpu was built without CUDA\nFAILED x.py - no\n"
-    assert plan._reason(log, exit_status=1) == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"
+    reason = plan._reason(log, exit_status=1)
+    assert reason == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"
 
 
 def test_a_step_with_a_skipped_test_is_not_passed(tmp_path: Path) -> None:

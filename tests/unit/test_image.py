@@ -18,7 +18,7 @@ def test_hadolint_reports_nothing_about_the_dockerfile() -> None:
 
 
 def test_builds_check_the_interpreter_that_jobs_call() -> None:
-    """Jobs call ``python``. In a base image, ``python3`` may be another interpreter."""
+    """Jobs call ``python``, so the checks in the Dockerfile must not call ``python3``."""
     assert "python3" not in DOCKERFILE.read_text()
     assert DockerConfig().python == "python"
 

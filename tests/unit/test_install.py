@@ -1,4 +1,4 @@
-"""``install.sh`` and the steps of the Dockerfile in environments that look like NGC images."""
+"""Tests ``install.sh`` and the Dockerfile's RUN instructions with a Python like an NGC image's."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ import pytest
 from recipes.core.files import REPO_ROOT
 from tests.support.installing import require_package_index
 
-INSTALLED = ("packaging", "setuptools", "einops")
-"""Packages that these tests install. All packages of the lock file would take gigabytes."""
+LOCKED = ("packaging", "setuptools", "einops")
+"""Packages of the tests' short lock files. All packages of the real ones would take gigabytes."""
 
 TORCH = "2.9.0a0+50eac811a6.nv25.09"
-"""Version of the image's torch."""
+"""Version of the image's torch: NVIDIA's own build, which is on no package index."""
 IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
 """Modules that ``install.sh`` imports at its end, if the image has torch with CUDA."""
 ENGINE_IMPORTED = ("lm_eval.models.huggingface", "lm_eval.models.openai_completions")
 """Modules that the build of the image for engines imports at its end."""
 STUBS = (*IMPORTED, *ENGINE_IMPORTED, "hydra", "omegaconf")
+"""Modules that are empty in the test image."""
 
 
 def add_metadata(packages: Path, name: str, version: str, requires: str = "") -> None:
-    """Makes a package that importlib.metadata finds."""
+    """Makes importlib.metadata find a package, without any module of it.
+
+    Args:
+        packages: Folder of installed packages.
+        name: Name of the package.
+        version: Version of the package.
+        requires: Further lines of the metadata, such as ``Requires-Dist: NAME``.
+    """
     info = packages / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
@@ -40,18 +48,19 @@ def add_metadata(packages: Path, name: str, version: str, requires: str = "") ->
 
 @dataclass(frozen=True)
 class Image:
-    """An environment that looks like an NGC image, and a checkout with a short lock file."""
+    """A Python with packages like those of an NGC image, and a checkout with short lock files."""
 
     checkout: Path
     python: Path
     packages: Path
-    """Folder of the Python's packages."""
+    """Folder in which ``python`` installs packages."""
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment of a container. A constraint file pins versions that the lock does not have.
+        """Environment variables of a container.
 
-        Nobody can make the home directory, not even root.
+        As in an NGC container, pip's constraint file pins versions other than those of the lock.
+        ``HOME`` cannot be created, not even by root, because ``/dev/null`` is not a directory.
         """
         return {
             **os.environ,
@@ -64,7 +73,7 @@ class Image:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Image:
-    """Makes an image with torch, the modules in ``STUBS``, and a package that lacks another one."""
+    """An image with torch, the modules in ``STUBS``, and a package whose dependency is missing."""
     checkout = tmp_path / "checkout"
     (checkout / "requirements").mkdir(parents=True)
     shutil.copy(REPO_ROOT / "install.sh", checkout)
@@ -76,12 +85,13 @@ def image(tmp_path: Path) -> Image:
     )
     lock = (REPO_ROOT / "requirements" / "dev.txt").read_text()
     entries = re.findall(r"^[\w.-]+==.*\n(?:    .*\n)+", lock, re.M)
-    short_lock = [entry for entry in entries if entry.partition("==")[0] in INSTALLED]
-    assert len(short_lock) == len(INSTALLED)
+    short_lock = [entry for entry in entries if entry.partition("==")[0] in LOCKED]
+    assert len(short_lock) == len(LOCKED)
     for name in ("dev", "stack", "engine"):
         (checkout / "requirements" / f"{name}.txt").write_text("".join(short_lock))
     (tmp_path / "constraint.txt").write_text("packaging==1.0\nsetuptools==1.0\n")
     python, packages = make_python(tmp_path / "base")
+    # ``broken`` requires a package that is not installed.
     for name, version, requires in (
         ("torch", TORCH, ""),
         ("broken", "1.0", "Requires-Dist: not-installed\n"),
@@ -98,10 +108,11 @@ def image(tmp_path: Path) -> Image:
 
 
 def make_python(root: Path) -> tuple[Path, Path]:
-    """Makes a Python with only pip; returns it and the folder of its packages.
+    """Makes a Python with only pip; returns the interpreter and the folder of its packages.
 
-    This is a copy of the interpreter beside links to its standard library. A virtual environment
-    would not do, since another one that is made from it does not see its packages.
+    The Python is a copy of this interpreter with links to the standard library. It cannot be a
+    virtual environment: ``install.sh`` makes another virtual environment from this Python, and that
+    one would not see the packages of the first.
     """
     source, library = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
     python = root / "bin" / "python"
@@ -114,14 +125,15 @@ def make_python(root: Path) -> tuple[Path, Path]:
     for file in library.parent.glob("libpython*"):
         (root / "lib" / file.name).symlink_to(file)
     code = "import site; print(site.getsitepackages()[0])"
-    folder = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    packages = Path(folder.stdout.strip())
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    packages = Path(done.stdout.strip())
     packages.mkdir(parents=True, exist_ok=True)
     (packages / "pip").symlink_to(Path(pip.__file__).parent)
     return python, packages
 
 
 def install(image: Image, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``install.sh`` with the image's Python; skips the test without a package index."""
     variables = {"PYTHON": str(image.python), "VENV": str(image.checkout / "venv"), **env}
     done = subprocess.run(
         ["bash", "install.sh"],
@@ -136,16 +148,20 @@ def install(image: Image, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torch_of_the_image_is_kept_and_broken_packages_are_ignored(image: Image) -> None:
+    """The missing dependency of the image's package ``broken`` is not an error."""
     done = install(image)
     assert done.returncode == 0, done.stderr
     venv = image.checkout / "venv"
     assert "include-system-site-packages = true" in (venv / "pyvenv.cfg").read_text()
     assert not list(venv.rglob("torch"))
-    assert install(image).stdout == "", "a second installation has nothing to do"
+    assert install(image).stdout == ""  # a second installation has nothing to do
 
 
 def test_packages_of_the_image_within_the_range_are_kept(image: Image) -> None:
-    """The image has einops 0.1, and the project requires einops<1."""
+    """The image has einops 0.1, and the project requires einops<1.
+
+    ``install.sh`` prints a row per package: name, version in the image, locked version, and action.
+    """
     add_metadata(image.packages, "einops", "0.1")
     done = install(image)
     assert done.returncode == 0, done.stderr
@@ -155,6 +171,7 @@ def test_packages_of_the_image_within_the_range_are_kept(image: Image) -> None:
 
 
 def test_packages_of_the_image_out_of_range_are_replaced(image: Image) -> None:
+    """The image has einops 2.0, but the project requires einops<1."""
     add_metadata(image.packages, "einops", "2.0")
     done = install(image)
     assert done.returncode == 0, done.stderr
@@ -164,7 +181,7 @@ def test_packages_of_the_image_out_of_range_are_replaced(image: Image) -> None:
 def test_a_version_out_of_range_that_cannot_be_replaced_is_named(
     image: Image, tmp_path: Path
 ) -> None:
-    """A package on ``PYTHONPATH`` precedes the virtual environment."""
+    """Python finds the einops 2.0 on ``PYTHONPATH`` before the one in the virtual environment."""
     add_metadata(tmp_path / "path", "einops", "2.0")
     done = install(image, PYTHONPATH=str(tmp_path / "path"))
     assert done.returncode != 0
@@ -182,18 +199,29 @@ def test_installation_fails_if_a_library_cannot_be_imported(image: Image, module
 
 
 def build(target: str, image: Image, *changes: tuple[str, str]) -> int:
-    """Runs both RUNs of a target of the Dockerfile, with the image's Python and real uv."""
-    stage = re.split(r"^FROM ", (REPO_ROOT / "Dockerfile").read_text(), flags=re.M)
-    (text,) = (part for part in stage if part.partition("\n")[0].endswith(f" AS {target}"))
-    steps = re.findall(r"^RUN (?:--mount=\S+ \\\n)?((?:.*\\\n)*.*)$", text, re.M)
-    no_user = " \\\n && useradd --create-home --uid 10001 recipes"
-    for old, new in ((no_user, ""), ("/opt/nemo-recipes", str(image.checkout)), *changes):
-        assert old in steps[0]
-        steps[0] = steps[0].replace(old, new)
-    steps[1] = steps[1].replace("(3, 12)", str(sys.version_info[:2]))
+    """Runs both RUN instructions of a target of the Dockerfile in this machine's shell.
+
+    Args:
+        target: ``engine`` or ``recipes``.
+        image: Environment whose Python replaces that of the base image.
+        changes: Texts of the first instruction, each with its replacement.
+
+    Returns:
+        The exit status of the first instruction that fails, otherwise 0.
+    """
+    sections = re.split(r"^FROM ", (REPO_ROOT / "Dockerfile").read_text(), flags=re.M)
+    [section] = [text for text in sections if text.partition("\n")[0].endswith(f" AS {target}")]
+    # A RUN instruction without its mount of uv. It ends with the first line without a backslash.
+    scripts = re.findall(r"^RUN (?:--mount=\S+ \\\n)?((?:.*\\\n)*.*)$", section, re.M)
+    add_user = " \\\n && useradd --create-home --uid 10001 recipes"
+    for old, new in ((add_user, ""), ("/opt/nemo-recipes", str(image.checkout)), *changes):
+        assert old in scripts[0]
+        scripts[0] = scripts[0].replace(old, new)
+    # The target ``recipes`` checks the version of the base image's Python.
+    scripts[1] = scripts[1].replace("(3, 12)", str(sys.version_info[:2]))
     env = image.env
     env["PATH"] += f":{Path(sys.executable).parent}"  # this folder has uv
-    for script in steps:
+    for script in scripts:
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", script],
             env=env,
@@ -217,15 +245,19 @@ def test_a_build_installs_what_the_image_lacks(
     printed = capsys.readouterr().out
     assert re.search(r"^einops +0\.1 +0\.\S+ +kept$", printed, re.M), printed
     assert re.search(r"^packaging +- +\S+ +installed$", printed, re.M), printed
+    # Packages are installed into the image's Python itself, not into a virtual environment.
     subprocess.run([image.python, "-c", "import packaging"], check=True)
     assert (image.packages / f"torch-{TORCH}.dist-info").is_dir()
 
 
 def test_a_build_fails_if_it_replaces_a_package_that_must_stay(image: Image) -> None:
-    """The image's einops is out of range. Here it must stay, as torch must in the Dockerfile."""
+    """The build compares torch before and after the installation; here it compares einops instead.
+
+    The image's einops is out of range, so the pinned version replaces it.
+    """
     add_metadata(image.packages, "einops", "2.0")
     assert build("recipes", image, ('"torch"', '"einops"')) != 0
-    assert list(image.packages.glob("einops-0.*")), "the pinned version was installed"
+    assert list(image.packages.glob("einops-0.*"))  # the pinned version
 
 
 @pytest.mark.parametrize(

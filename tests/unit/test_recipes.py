@@ -1,4 +1,4 @@
-"""The recipes and stage configs in ``conf``."""
+"""Tests the recipes and stage configs in ``conf``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ if TYPE_CHECKING:
 
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
-"""Recipes that prune and distil the demo's small model on one CPU."""
+"""Recipes that prune and distill a small model on one CPU."""
 SMALL = [*RECIPES, "shrink"]
-"""``RECIPES``, and the small recipe that first searches for a shape."""
+"""``RECIPES``, and ``shrink``, which first searches for a shape of the small model."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
 LARGE = [name for name in ALL_RECIPES if name not in (*SMALL, *SEARCHES)]
-"""Recipes of published models, for GPUs."""
-STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
+"""Recipes for GPUs that prune published models."""
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 
 
@@ -59,8 +58,8 @@ def test_recipes_plan_every_stage(recipe: str, plan: MakePlan) -> None:
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
         assert stage.module == f"recipes.stages.{stage.config.stage}"
-        needed = stage.definition.inputs
-        assert needed.keys() <= stage.inputs.keys() <= {*needed, *stage.definition.optional_inputs}
+        required, optional = stage.definition.inputs, stage.definition.optional_inputs
+        assert required.keys() <= stage.inputs.keys() <= {*required, *optional}
 
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size")
@@ -81,16 +80,19 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     sizes: tuple[int, ...],
     plan: MakePlan,
 ) -> None:
-    """A fraction and the equivalent number give the same fingerprint."""
+    """The depth recipe keeps 0.8 of the layers. The width recipe keeps 0.875 of the hidden size and
+    0.75 of the feed-forward size. The same sizes as absolute targets give the same fingerprints.
+    """
     overrides = [f"model={model}", "skip_rules=[memory,bundled-config]"]
     planned = plan(*overrides, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
     assert tuple(getattr(student, axis) for axis in SIZES) == sizes
     teacher = planned.chain.teacher
-    targets = {a: n for a, n in zip(SIZES, sizes, strict=True) if n != getattr(teacher, a)}
-    overrides += [f"stages.prune.target_{axis}={number}" for axis, number in targets.items()]
-    by_number = plan(*overrides, recipe=f"recipe={recipe}")
-    assert [s.fingerprint for s in by_number.stages] == [s.fingerprint for s in planned.stages]
+    pruned_axes = [axis for axis in SIZES if getattr(student, axis) != getattr(teacher, axis)]
+    targets = {axis: getattr(student, axis) for axis in pruned_axes}
+    overrides += [f"stages.prune.target_{axis}={size}" for axis, size in targets.items()]
+    absolute = plan(*overrides, recipe=f"recipe={recipe}")
+    assert [s.fingerprint for s in absolute.stages] == [s.fingerprint for s in planned.stages]
     [prune] = [stage.config for stage in planned.stages if stage.name == "prune"]
     assert {axis: getattr(prune, f"target_{axis}") for axis in targets} == targets
 
@@ -120,12 +122,12 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
         ("tensorrt_llm_quantized", "quantize"),
     ],
 )
-def test_the_group_engine_chooses_what_is_built_and_reported(
+def test_the_group_engine_chooses_the_engines_of_the_report(
     recipe: str, engine: str, student: str | None, plan: MakePlan
 ) -> None:
-    """The engine is built from the last student of the chain, and the report shows it."""
+    """``student`` is the stage whose checkpoint the engine is built from; ``None`` without one."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
-    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # also for the teacher's engine
+    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # also sets the teacher's engine
     options = [backend] if engine.startswith("tensorrt_llm") else []
     planned = {
         s.name: s
@@ -139,11 +141,9 @@ def test_the_group_engine_chooses_what_is_built_and_reported(
     assert (report["engine"], report["speed"]) == ("build_engine", "measure_speed")
     assert planned["build_engine"].config.inputs["checkpoint"] == student
     assert planned["measure_speed"].config.inputs["student"] == student
-    backends = {
-        getattr(planned[n].config, "backend") for n in ("build_engine", "build_teacher_engine")
-    }
-    assert len(backends) == 1
-    if engine != "openvino":  # NVIDIA's image has no NeMo to convert with
+    engines: Any = [planned[name].config for name in ("build_engine", "build_teacher_engine")]
+    assert engines[0].backend == engines[1].backend
+    if engine != "openvino":  # NeMo, which exports the teacher, is not in TensorRT-LLM's image
         assert planned["build_teacher_engine"].inputs["checkpoint"].kind == "checkpoint_hf"
 
 
@@ -160,10 +160,10 @@ def test_the_group_engine_chooses_what_is_built_and_reported(
 def test_the_group_teacher_chooses_the_teacher_of_the_distillation(
     recipe: str, teacher: str, order: list[str], plan: MakePlan
 ) -> None:
-    """Each stage in ``order`` has the previous one as its teacher; evaluation uses the original."""
+    """Each stage in ``order`` has the previous one as its teacher; ``evaluate``, the original."""
     planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
-    for before, after in pairwise(order):
-        assert planned[after].config.inputs["teacher"] == before
+    for previous, stage in pairwise(order):
+        assert planned[stage].config.inputs["teacher"] == previous
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
     assert len(planned) == 7 + len(order)  # seven stages do not depend on the group
 
@@ -201,7 +201,7 @@ def plan_large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
     recipe: str, plan: MakePlan
 ) -> None:
-    """The only warnings are about the bundled config, and about Llama's reduction, as published."""
+    """The only warnings: config.json is the bundled copy; Llama's published reduction is large."""
     planned = plan_large(recipe, plan)
     expected = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == expected
@@ -222,7 +222,7 @@ def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_start_with_the_steps_of_the_first_day(recipe: str, plan: MakePlan) -> None:
+def test_large_recipes_accept_the_settings_of_the_first_day(recipe: str, plan: MakePlan) -> None:
     page = (REPO_ROOT / "docs" / "first_day_on_slurm.md").read_text()
     [setting] = re.findall(r"Start with `'?(stages\.distill.+?)'?`", page)
     distill: Any = plan_large(recipe, plan, setting).chain.stages["distill"]
@@ -247,14 +247,14 @@ def test_large_recipes_correct_the_teacher_in_the_layout_of_the_distillation(
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_evaluate_on_eight_ranks_and_have_gates(recipe: str, plan: MakePlan) -> None:
-    """Eight ranks take an eighth of one rank's time. Benchmarks, gates and engines are optional."""
+    """Benchmarks, gates and engines are optional."""
     planned = plan_large(recipe, plan)
-    measured = ("score", "evaluate", "evaluate_tasks")
-    assert {planned.chain.stages[name].resources.ranks for name in measured} == {8}
-    one_device = [f"stages.{name}.resources.devices=1" for name in measured]
+    split_stages = ("score", "evaluate", "evaluate_tasks")  # the ranks split text or items
+    assert {planned.chain.stages[name].resources.ranks for name in split_stages} == {8}
+    one_device = [f"stages.{name}.resources.devices=1" for name in split_stages]
     on_one_rank = plan_large(recipe, plan, *one_device)
     hardware = planned.chain.hardware
-    for name in measured:
+    for name in split_stages:
         cost, slow_cost = (p.chain.inference_costs[name] for p in (planned, on_one_rank))
         assert cost.hours(hardware) == pytest.approx(slow_cost.hours(hardware) / 8, rel=0.02)
     assert planned.chain.inference_costs["measure_speed"].hours(hardware) > 0
@@ -303,7 +303,7 @@ def test_plan_warns_of_text_that_forbids_commercial_use(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize("data", ["fineweb_edu", "instruct_blend"])
-def test_large_recipes_take_other_text(data: str, plan: MakePlan) -> None:
+def test_large_recipes_work_with_other_text(data: str, plan: MakePlan) -> None:
     planned = plan_large("qwen3_8b_depth", plan, f"data={data}")
     configs = {stage.name: vars(stage.config) for stage in planned.stages}
     assert all("licence=" in source for source in configs["prepare_data"]["sources"])
@@ -338,17 +338,19 @@ def test_large_recipes_have_the_published_sizes_and_token_budgets(
 def test_qwen3_has_the_cheapest_layout_and_the_published_layout_fits_too(
     recipe: str, plan: MakePlan
 ) -> None:
-    costs, steps = [], []
+    """The published layout has a tensor-parallel size of 8."""
+    device_hours, step_seconds = [], []
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
         planned = plan_large(recipe, plan, *overrides)
         workload, hardware = planned.chain.workloads["distill"], planned.chain.hardware
-        costs.append(training_cost(workload, hardware).device_hours)
-        steps.append(step_time(workload, hardware).total)
+        device_hours.append(training_cost(workload, hardware).device_hours)
+        step_seconds.append(step_time(workload, hardware).total)
+    # Of the last workload, the proposals only keep the numbers of ranks and devices.
     cheapest = cheapest_proposal(workload, hardware, workload.layout.ranks, workload.layout.devices)
     assert cheapest is not None
-    assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
-    # The published layout has a tensor-parallel size of 8. Pauses for checkpoints are the same.
-    assert steps[0] < 0.97 * steps[1]
+    assert cheapest.cost.device_hours == pytest.approx(device_hours[0], rel=1e-3)
+    # Compares the time of a step, because pauses for checkpoints are the same in both layouts.
+    assert step_seconds[0] < 0.97 * step_seconds[1]
 
 
 def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -> None:
@@ -358,8 +360,8 @@ def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -
     search = stages["enumerate_shapes"]
     assert search.service.device == "h100"
     names = {name_of(shape) for shape in search.shapes(planned.chain.teacher)}
-    assert "l30-h3584-f11776-a32" in names
-    assert 10 < len(names) < 200
+    assert "l30-h3584-f11776-a32" in names  # layers, hidden and feed-forward size, heads
+    assert 10 < len(names) < 200  # a choice of shapes, but not too many to rank
 
 
 def test_every_large_recipe_has_a_small_budget() -> None:
@@ -369,8 +371,10 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
-def test_a_small_budget_changes_only_these_settings(recipe: str, compose: Compose) -> None:
-    # With equal settings of DISTILL and max_tokens, and without texts and gates, the two are equal.
+def test_a_small_budget_changes_only_tokens_layout_title_and_gates(
+    recipe: str, compose: Compose
+) -> None:
+    # Gives both recipes the same tokens and layout. Titles and gates are deleted below.
     same_values = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     full_budget, small_budget = (
         OmegaConf.to_container(compose(f"recipe={name}", *same_values).stages, resolve=True)
@@ -378,12 +382,12 @@ def test_a_small_budget_changes_only_these_settings(recipe: str, compose: Compos
     )
     for stages in (full_budget, small_budget):
         del stages["report"]["title"], stages["report"]["description"], stages["report"]["gates"]
-        del stages["export_hf"]["recipe"]
+        del stages["export_hf"]["recipe"]  # the recipe's name
     assert small_budget == full_budget
 
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
-def test_stage_configs_have_their_stage_and_its_inputs(file: Path) -> None:
+def test_stage_configs_name_their_stage_and_its_inputs(file: Path) -> None:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
     assert cfg["defaults"] == ["schema", "_self_"]
     assert cfg["stage"] == file.parent.name

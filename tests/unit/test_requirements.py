@@ -1,4 +1,4 @@
-"""Pins are in the ranges of pyproject.toml, have hashes, and are unchanged by ``make lock``."""
+"""Tests the lock files: pins are in pyproject.toml's ranges, have hashes, and are up to date."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from recipes.core.versions import RESULT_LIBRARIES
 from tests.support.contributing import copy_with
 
 REQUIREMENTS = REPO_ROOT / "requirements"
-FILES = ("launcher.txt", "engine.txt", "stack.txt", "dev.txt", "torch.txt")
+LOCK_FILES = ("launcher.txt", "engine.txt", "stack.txt", "dev.txt", "torch.txt")
 PIN = re.compile(
     r"^([\w.-]+)==(\S+) ; (.+?) \\$((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)\n", re.M
 )
+"""Matches a pinned package. The groups are its name, version, marker and lines of hashes."""
 PYTHONS = ("3.11.0", "3.11.99", "3.12.0", "3.12.99")
 """The first release of each supported version of Python, and a number above its last release."""
 NO_NETWORK = re.compile(r"Failed to fetch|error sending request|Network connectivity is disabled")
+"""Matches uv's errors if it cannot reach a package index."""
 
 
 def pins(file: Path, python: str) -> dict[str, str]:
-    """Returns the versions that a file installs on Linux with a version of Python."""
+    """Maps the packages that a lock file installs on Linux with a version of Python to versions."""
     platform = {
         "python_full_version": python,
         "python_version": python.rpartition(".")[0],
@@ -47,6 +49,7 @@ def pins(file: Path, python: str) -> dict[str, str]:
 
 
 def ranges(*extras: str) -> list[Requirement]:
+    """Returns the requirements of extras of pyproject.toml."""
     project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     lines = [line for name in extras for line in optional[name]]
@@ -54,19 +57,21 @@ def ranges(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith(project["name"])]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", LOCK_FILES)
 def test_every_pin_has_a_hash(name: str) -> None:
+    """``PIN`` matches only pins with hashes, so only comments remain without its matches."""
     remainder = PIN.sub("", (REQUIREMENTS / name).read_text())
     assert [line for line in remainder.splitlines() if not line.startswith("#")] == []
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pins_are_within_the_ranges(python: str) -> None:
-    launcher, engine, stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in FILES)
+    launcher, engine, stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in LOCK_FILES)
+    # Each file has all pins of the previous one, with the same versions.
     assert launcher.items() <= engine.items() <= stack.items() <= dev.items()
     shared = dev.keys() & torch.keys()
     assert {name: dev[name] for name in shared} == {name: torch[name] for name in shared}
-    for pinned, extras in (
+    for versions, extras in (
         (launcher, ["launcher"]),
         (
             stack | {"torch": torch["torch"]},
@@ -74,24 +79,29 @@ def test_pins_are_within_the_ranges(python: str) -> None:
         ),
         (dev | torch, ["dev", "docs"]),
     ):
-        for required in ranges(*extras):
-            assert required.specifier.contains(pinned[canonicalize_name(required.name)]), required
+        for requirement in ranges(*extras):
+            version = versions[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), requirement
 
 
 @pytest.mark.parametrize(
     ("name", "pattern"), [("stack.txt", "transformer-engine"), ("engine.txt", "transformers$")]
 )
-def test_an_image_keeps_the_packages_of_its_base_image(name: str, pattern: str) -> None:
-    installed = pins(REQUIREMENTS / name, PYTHONS[-1])
-    of_base_image = re.compile(rf"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|{pattern}")
-    assert not [name for name in installed if of_base_image.match(name)]
+def test_lock_files_of_images_lack_packages_of_the_base_image(name: str, pattern: str) -> None:
+    """The build of an image could replace packages of the base image that the lock file pins."""
+    locked = pins(REQUIREMENTS / name, PYTHONS[-1])
+    base_image_package = re.compile(rf"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|{pattern}")
+    assert not [package for package in locked if base_image_package.match(package)]
 
 
 def test_libraries_in_fingerprints_have_one_version() -> None:
-    """With a range, an image could keep its own version of a library, but the fingerprints of the
-    stages in this image would name the locked version."""
+    """pyproject.toml requires one exact version of each library except torch.
+
+    With a range, an image could keep its own version. The fingerprints of stages in this image
+    would still contain the locked version.
+    """
     exact = {item.name for item in ranges("train") if str(item.specifier).startswith("==")}
-    assert set(RESULT_LIBRARIES) - exact == {"torch"}
+    assert set(RESULT_LIBRARIES) - exact == {"torch"}  # images have their own builds of torch
 
 
 def test_kernels_package_is_not_pinned() -> None:
@@ -100,7 +110,15 @@ def test_kernels_package_is_not_pinned() -> None:
 
 
 def make(target: str, copy: Path) -> None:
-    """Runs a target in a copy of the repository, without installing anything."""
+    """Runs a target of the Makefile in a copy of the repository, with this environment's packages.
+
+    ``--old-file=install`` makes the target skip its prerequisite ``install``. The variables of a
+    calling ``make`` are removed.
+
+    Args:
+        target: The target.
+        copy: Empty folder for the copy.
+    """
     copy_with(copy)
     shutil.copy(REPO_ROOT / "Makefile", copy)
     env = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS")}
@@ -113,14 +131,14 @@ def make(target: str, copy: Path) -> None:
 
 def test_make_lock_keeps_the_pins(tmp_path: Path) -> None:
     make("lock", tmp_path)
-    for name in FILES:
+    for name in LOCK_FILES:
         for python in PYTHONS:
             assert pins(tmp_path / "requirements" / name, python) == pins(
                 REQUIREMENTS / name, python
             )
 
 
-def test_make_sbom_lists_what_is_installed(tmp_path: Path) -> None:
+def test_make_sbom_lists_installed_packages(tmp_path: Path) -> None:
     make("sbom", tmp_path)
     components = json.loads((tmp_path / "sbom.json").read_text())["components"]
     names = {canonicalize_name(component["name"]) for component in components}

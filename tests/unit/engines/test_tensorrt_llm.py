@@ -41,16 +41,13 @@ REPORT: dict[str, Any] = {
 """A report with only the keys that TensorRT-LLM writes: reading any other key raises an error."""
 # The values match ``SHAPE``. 4 requests of 128 + 32 tokens in 250 ms are 2560 tokens/s.
 REPORT["request_info"] |= {"num_requests": 4, "avg_input_length": 128.0, "avg_output_length": 32.0}
-REPORT["performance"] |= {
-    "total_latency_ms": 250.0,
-    "system_total_throughput_tok_s": 2560.0,
-}
+REPORT["performance"] |= {"total_latency_ms": 250.0, "system_total_throughput_tok_s": 2560.0}
 REPORT["streaming_metrics"]["avg_ttft_ms"] = 26.0
 
 
 def config(**settings: Any) -> BuildEngineConfig:
     """Returns the config of an engine; by default a bfloat16 TensorRT engine."""
-    defaults = {"backend": "tensorrt_llm", "precision": "bf16"}
+    defaults: dict[str, Any] = {"backend": "tensorrt_llm", "precision": "bf16"}
     return BuildEngineConfig(stage="build_engine", **(defaults | settings))
 
 
@@ -277,10 +274,7 @@ def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
 def test_stages_that_run_an_engine_get_a_device_per_tensor_parallel_rank(
     compose: Compose, plan: MakePlan, backend: str, build_devices: int
 ) -> None:
-    """A TensorRT engine is also built on as many devices. The PyTorch backend builds nothing.
-
-    The setting ``resources.devices`` stays 1, because TensorRT-LLM starts its ranks itself.
-    """
+    """TensorRT-LLM starts its ranks, so ``resources.devices`` is 1. PyTorch builds no engine."""
     overrides = (
         *("cluster=slurm", "cluster.images.tensorrt_llm=image", "skip_rules=[image,served]"),
         *("served=engine", f"stages.build_engine.backend={backend}"),
@@ -320,7 +314,8 @@ def test_stages_that_run_an_engine_get_a_device_per_tensor_parallel_rank(
 def test_invalid_settings_break_a_rule(
     settings: dict[str, Any], rule: str, teacher: Architecture
 ) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})  # 1024 positions
+    # The model has 1024 positions, and a head size with a kernel.
+    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
     assert rules(config(**settings), chain) == [rule]
 
 
@@ -330,9 +325,7 @@ def test_a_backend_that_supports_the_precision_is_suggested(teacher: Architectur
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
 
 
-def test_an_fp8_kv_cache_needs_calibrated_scales_or_the_pytorch_backend(
-    teacher: Architecture,
-) -> None:
+def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(teacher: Architecture) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64), {})
     for settings in (
         {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},

@@ -175,7 +175,7 @@ def test_runs_are_listed_with_their_state_and_results(
     assert " complete " in finished
     assert "perplexity 20.5 → 938.0 → 45.3, recovered 79%" in finished
     assert "86.5 M" in finished
-    assert finished.rstrip().endswith("now")  # the time of the last change
+    assert finished.rstrip().endswith("now")  # the column "age"
     (run_dir / "prune" / MANIFEST).write_text("{")
     assert "unreadable: see status" in listed_run(launch, run_dir)
     assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
@@ -190,7 +190,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     other = run_dir.parent / "sweep" / "0"
     shutil.copytree(run_dir, other)
     # Changes the paths in ``other`` so that it needs only two results of ``run_dir``: that of
-    # import_hf as an input, and the exported model as its teacher.
+    # import_hf as an input, and the exported model as ``hf_path``.
     for request in other.glob("*/config.yaml"):
         text = request.read_text().replace("format: 3", "format: 1")
         text = text.replace(f"{run_dir}/", f"{other}/")

@@ -87,9 +87,7 @@ def test_pareto_fronts_have_the_runs_that_no_other_run_dominates(sweep: Path) ->
     fronts = [re.findall(r"<title>(\d): [^<]*on the Pareto front", plot["plot"]) for plot in plots]
     assert fronts[0] == ["2"], "all runs have the same size, so only the best perplexity counts"
     assert fronts[2] == ["1", "2", "3"], "each slower run has a better perplexity"
-    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, (
-        "equal points are both on the front"
-    )
+    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "equal points both count"
 
 
 def test_runs_that_are_not_significantly_worse_are_listed_beside_the_best(tmp_path: Path) -> None:

@@ -86,13 +86,14 @@ def test_docker_script_starts_the_command(prepare: Prepare, tmp_path: Path) -> N
 
 
 def test_several_nodes_missing_images_and_malformed_options_are_refused(prepare: Prepare) -> None:
-    for override, message in (
-        ("stages.prune.resources.nodes=2", "resources.nodes|one rank"),
+    two_nodes = "stages.distill.resources.nodes=2 stages.distill.micro_batch_size=2"
+    for overrides, message in (
+        (two_nodes, "cluster=docker is one machine"),
         ("cluster.images.default=null", "no image is set for stage"),
         ("cluster.options=[host]", "an option of docker run"),  # does not start with a hyphen
     ):
         with pytest.raises(RecipeError, match=message):
-            prepare(*DOCKER, override)
+            prepare(*DOCKER, *overrides.split())
 
 
 def test_inputs_and_models_are_mounted_once_and_read_only(

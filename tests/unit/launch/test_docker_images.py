@@ -116,7 +116,8 @@ def test_targets_of_links_in_a_model_path_are_mounted(
 
     plain = tmp_path / "plain"
     plain.symlink_to(hf_folder)
-    assert read_only_mounts(plain) == {plain, hf_folder}  # but not the folder that contains the link
+    # The folder that contains the link is not mounted as a whole.
+    assert read_only_mounts(plain) == {plain, hf_folder}
     # The current directory is mounted, so a link in it needs no mount, but its target does.
     (work := tmp_path / "work").mkdir()
     (work / "models").symlink_to(tmp_path)

@@ -98,7 +98,9 @@ def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPa
         ("<2", "1.26.4", True),
     ],
 )
-def test_a_pin_compares_versions_without_their_build_suffix(specifier: str, version: str | None, is_satisfied: bool) -> None:
+def test_a_pin_compares_versions_without_their_build_suffix(
+    specifier: str, version: str | None, is_satisfied: bool
+) -> None:
     assert Pin("any-library", specifier, version).is_satisfied is is_satisfied
 
 

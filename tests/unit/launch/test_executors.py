@@ -1,5 +1,4 @@
-"""GPUs, MPI and environment variables of containers and Slurm jobs, and settings that are refused.
-"""
+"""GPUs, MPI and variables of containers and Slurm jobs, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
     plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
     # Prune uses a GPU if the hardware has one; report never does.
     for name, expected in (("report", []), ("prune", options)):
-        _, gpu_options, *_ = docker.command(stage_named(plan, name), cluster)
+        gpu_options = docker.command(stage_named(plan, name), cluster)[1]
         assert gpu_options == expected
 
 

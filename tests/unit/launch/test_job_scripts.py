@@ -40,9 +40,9 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
-"""The distillation runs on two nodes in a container, with every option of a job set."""
+"""Overrides: a distillation on two nodes in containers, with most options of a Slurm job."""
 FEW_STAGES = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
-"""Removes stages without which ``submit.sh`` still has all types of dependencies."""
+"""Overrides that omit stages, which keeps ``submit.sh`` short."""
 
 
 def require_golden(text: str, name: str, tmp_path: Path) -> None:
@@ -58,14 +58,16 @@ def require_golden(text: str, name: str, tmp_path: Path) -> None:
     for path, placeholder in ((tmp_path, "TMP"), (REPO_ROOT, "REPO")):
         text = text.replace(str(path), f"/{placeholder}")
     text = re.sub(r"\b[0-9a-f]{64}\b", "FINGERPRINT", text)
-    text = re.sub(r"(?<=[. ])[0-9a-f]{8}\b", "HASH", text)  # of the run directory, in job names
+    text = re.sub(r"(?<=[. ])[0-9a-f]{8}\b", "HASH", text)  # of the run directory
     # Mounts are in the order of their real paths, which differ between machines.
     for mounts in re.findall(r"--container-mounts=(\S+)", text):
         text = text.replace(mounts, ",".join(sorted(mounts.split(","))))
     golden = GOLDEN / name
     if not golden.exists():
         golden.write_text(text)
-    assert text == golden.read_text(), f"if this change is intended: rm {golden}, and repeat the test"
+    assert text == golden.read_text(), (
+        f"if this change is intended: rm {golden}, and repeat the test"
+    )
 
 
 def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     plan, _ = prepare(*SLURM, "teacher=cached", *FEW_STAGES)
     text = slurm.submit_script(plan)
     require_golden(text, "submit.sh", tmp_path)
-    # With ``teacher=cached``, both jobs need the imported teacher, but not each other.
+    # Caching the teacher's logits and pruning do not depend on each other.
     [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]
     [prune_line] = [line for line in text.splitlines() if "submit prune" in line]
     assert "job_prune" not in cache_line

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
+"""Text that a shell would change if a script did not quote it."""
 
 TORCHRUN_REPORT = """\
 Global Checkpoint Load : Rank : 0 : Start time : 1795677141.638s : Time spent in load: 0.133s
@@ -42,7 +43,7 @@ recipes.core.worker FAILED
 ------------------------------------------------------------
 Failures:
 [1]:
-  time      : 2026-01-31_{when}
+  time      : 2026-01-31_{killed_at}
   host      : somewhere
   rank      : 1 (local_rank: 1)
   exitcode  : -9 (pid: 1235)
@@ -59,34 +60,48 @@ Root Cause (first observed failure):
   traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
 ============================================================
 """
-
+"""End of a log: rank 0 failed, and rank 1 was killed at ``killed_at``."""
 
 RunStage = Callable[[str], str]
+"""Type of the fixture ``run``. Maps shell commands to the stage's error; empty if it succeeds."""
 
 
 @pytest.fixture
 def stage(plan: MakePlan) -> PlannedStage:
-    """The distillation on two devices; its directory exists."""
+    """A planned distillation on two devices, with variables of its own. Its directory exists."""
     stage = stage_named(plan(), "distill")
     stage.directory.mkdir(parents=True)
     return with_resources(stage, devices=2, env={"FROM_STAGE": "s", "BOTH": "stage"})
 
 
 def with_resources(stage: PlannedStage, **resources: object) -> PlannedStage:
+    """Returns the stage with these fields of ``Resources``; all other fields get their defaults."""
     config = replace(stage.config, resources=Resources(**resources))  # type: ignore[arg-type]
     return replace(stage, config=config)
 
 
 def plan_of(stage: PlannedStage) -> Plan:
+    """Returns a plan with one stage."""
     return Plan(stage.directory.parent, None, (stage,))  # type: ignore[arg-type]
 
 
 def environment(stage: PlannedStage, **env: str) -> dict[str, str]:
+    """Returns the variables that the stage gets; ``env`` is the setting ``cluster.env``."""
     return local.environment(stage, local.LocalConfig(env=env))
 
 
 def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, **env: str) -> Path:
-    """Writes the stage's ``run.sh`` with a shell script in place of the interpreter."""
+    """Writes the stage's ``run.sh`` with a shell script in place of the interpreter.
+
+    Args:
+        stage: The stage.
+        commands: Commands of the shell script.
+        patch: Sets ``sys.executable``.
+        env: The setting ``cluster.env``.
+
+    Returns:
+        The path of ``run.sh``.
+    """
     program = write_program(stage.directory / "bin" / "python", commands)
     patch.setattr(sys, "executable", str(program))
     local.write_scripts(plan_of(replace(stage, action="run")), local.LocalConfig(env=env))
@@ -95,7 +110,10 @@ def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
-    """Returns a function that runs shell commands as the stage; it returns the stage's error."""
+    """Returns a function that runs shell commands as the stage.
+
+    The function returns the stage's error, or an empty text if the stage succeeds.
+    """
 
     def run(commands: str) -> str:
         write_script(stage, commands, monkeypatch, GREETING="hello")
@@ -110,8 +128,9 @@ def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
 
 
 def fail_command(stage: PlannedStage, error: str) -> str:
-    """Returns a shell command that writes the error message of a failed stage."""
-    work, outcome = stage.directory / WORK, json.dumps({"stopped": False, "error": error})
+    """Returns a shell command that records an error message, as a failed stage does."""
+    work = stage.directory / WORK
+    outcome = json.dumps({"stopped": False, "error": error})
     return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
 
@@ -124,12 +143,13 @@ def test_torchrun_starts_only_stages_of_several_ranks(
     assert command[:3] == ["python", "-m", "torch.distributed.run"]
     assert {"--nproc-per-node=2", "--standalone"} <= {*command}
     assert command[-4:] == worker
-    monkeypatch.setenv("WORLD_SIZE", "8")  # as in a job of several ranks
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as if the launcher ran in a job of several ranks
     single_rank = with_resources(stage)
     assert local.command(single_rank, "python") == ["python", *worker]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
-    assert ranks.items() <= environment(single_rank).items()
-    assert not ranks.keys() & environment(stage).keys()
+    # Lightning ignores Slurm in a job with the name ``interactive``.
+    rank_env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
+    assert rank_env.items() <= environment(single_rank).items()
+    assert not rank_env.keys() & environment(stage).keys()  # torchrun sets the variables
 
 
 def test_environment_has_the_users_variables_and_divides_the_cores(
@@ -139,15 +159,15 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
     assert environment(stage, FROM_CLUSTER="c", BOTH="cluster") == {
         "PYTHONPATH": f"{stage.code_dir}{os.pathsep}/mine",
         "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": str(max(1, cores() // 2)),
+        "OMP_NUM_THREADS": str(max(1, cores() // 2)),  # the stage has two ranks
         "FROM_CLUSTER": "c",
         "FROM_STAGE": "s",
-        "BOTH": "stage",
+        "BOTH": "stage",  # the stage's value replaces the cluster's
     }
     assert environment(stage, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
     monkeypatch.delenv("PYTHONPATH")
-    with_many_devices = environment(with_resources(stage, devices=4096))
-    assert with_many_devices == {
+    many_devices_env = environment(with_resources(stage, devices=4096))  # more devices than cores
+    assert many_devices_env == {
         "PYTHONPATH": str(stage.code_dir),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": "1",
@@ -163,7 +183,10 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
 def test_script_starts_the_command_in_the_launchers_directory(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs the real script with a fake interpreter that only prints its arguments."""
+    """Runs the real script with a fake interpreter.
+
+    The interpreter prints its working directory, its arguments and the variable ``AWKWARD``.
+    """
     (tmp_path / "here it is").mkdir()
     monkeypatch.chdir(tmp_path / "here it is")
     commands = 'pwd -P; printf "%s\\n" "$@"; printf "%s" "$AWKWARD"'
@@ -178,35 +201,37 @@ def test_stage_that_writes_its_manifest_has_succeeded(
 ) -> None:
     complete(plan_of(stage))
     manifest = stage.directory / MANIFEST
-    manifest.rename(stage.directory / "new")  # the stage moves it back, as if it was new
+    manifest.rename(stage.directory / "new")  # the stage moves it back, as if it wrote a new one
     assert run(f'mv "{stage.directory}/new" "{manifest}"; echo "$GREETING"; echo bad >&2') == ""
     [log] = (stage.directory / "logs").iterdir()
     assert log.read_text().splitlines() == ["hello", "bad"]
 
 
-@pytest.mark.parametrize("status", [0, 7])
+@pytest.mark.parametrize("exit_status", [0, 7])
 def test_stage_without_a_manifest_has_failed(
-    stage: PlannedStage, run: RunStage, status: int
+    stage: PlannedStage, run: RunStage, exit_status: int
 ) -> None:
     """The message has the end of the stage's log, not the error of an earlier start."""
     record_failure(stage.directory, "an old problem")
-    message = run(f"seq 1 9; echo boom >&2; exit {status}")
+    message = run(f"seq 1 9; echo boom >&2; exit {exit_status}")
     assert message.startswith("stage distill failed: it ended without a message")
-    shown = [line.strip() for line in message.splitlines()]
+    _, *shown_lines = [line.strip() for line in message.splitlines()]
     [log] = (stage.directory / "logs").iterdir()
-    assert shown[1:] == ["6", "7", "8", "9", "boom", f"log: {log}"]  # the last five lines
+    assert shown_lines == ["6", "7", "8", "9", "boom", f"log: {log}"]  # the log's last five lines
 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_stage_that_writes_no_new_manifest_has_failed(
     stage: PlannedStage, complete: Complete, run: RunStage, forced: bool
 ) -> None:
-    """The old manifest has another fingerprint, or the same one if the stage is forced."""
+    """An old manifest exists. It has the required fingerprint only if the stage is forced."""
     complete(plan_of(stage if forced else replace(stage, fingerprint="old")))
     assert "distill failed" in run("exit 0")
 
 
-def test_failed_stage_is_explained_by_its_own_message(stage: PlannedStage, run: RunStage) -> None:
+def test_error_of_a_failed_stage_is_the_message_that_it_recorded(
+    stage: PlannedStage, run: RunStage
+) -> None:
     message = run(f"{fail_command(stage, 'no memory')}; exit 1")
     assert message.startswith("stage distill failed: no memory\n  log: ")
 
@@ -215,35 +240,45 @@ def test_failed_stage_is_explained_by_its_own_message(stage: PlannedStage, run: 
     ("signal", "expected"),
     [("KILL", "killed by SIGKILL: out of memory (the kernel's log"), ("TERM", "ended by SIGTERM")],
 )
-def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, expected: str) -> None:
+def test_error_names_the_signal_that_ended_a_stage(
+    run: RunStage, signal: str, expected: str
+) -> None:
     assert expected in run(f"kill -{signal} $$")
 
 
 @pytest.mark.parametrize(
-    ("when", "expected"),
+    ("killed_at", "expected"),
     [
+        # 1 s after rank 0 failed: too early for torchrun, so rank 1 is the cause.
         ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
-        ("06:00:31", "lost its connection"),  # 30 s after rank 0 failed: torchrun killed rank 1
+        # 31 s after rank 0 failed: torchrun killed rank 1.
+        ("06:00:31", "lost its connection"),
     ],
 )
-def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, expected: str) -> None:
-    """torchrun's report names the killed rank; other ranks only report lost connections."""
-    report = TORCHRUN_REPORT.format(when=when)
-    message = run(f"{fail_command(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
+def test_error_names_a_killed_rank_unless_torchrun_killed_it(
+    stage: PlannedStage, run: RunStage, killed_at: str, expected: str
+) -> None:
+    """Rank 0 records a lost connection; only torchrun's report in the log names rank 1.
+
+    After a rank fails, torchrun waits 30 s and then kills the other ranks.
+    """
+    report = TORCHRUN_REPORT.format(killed_at=killed_at)
+    record_error = fail_command(stage, "lost its connection")
+    message = run(f"{record_error}\ncat <<'END'\n{report}END\nexit 1")
     assert message.startswith(f"stage distill failed: {expected}")
 
 
 def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage has ``STOP_SECONDS`` to stop: enough time for training to finish its step."""
-    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
+    """A stage that ignores SIGTERM is killed after ``STOP_SECONDS``."""
+    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)  # instead of 40 s
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"
 
     def start_and_interrupt() -> None:
         with log.open("wb") as output, local.start_script(stage, output):
-            while not log.read_text().endswith("\n"):
+            while not log.read_text().endswith("\n"):  # until it has written its process id
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
@@ -255,7 +290,10 @@ def test_stage_that_does_not_stop_is_killed(
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this test all starts have the same time, as can happen when the clock is set back."""
+    """The name of a log is the time of the start. Here all starts have the same time.
+
+    This can happen when the clock is set back.
+    """
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")

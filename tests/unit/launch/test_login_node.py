@@ -11,18 +11,21 @@ from tests.support.launcher import run_on_login_node
 from tests.support.reports import make_run
 
 MAX_BYTES = 150e6
+"""Our limit for the installation. Torch alone is larger."""
 SLURM = ("cluster=slurm", "cluster.cpus_per_task=8", "skip_rules=[disk]")
+"""Overrides that set the CPUs of each job, and that need no large disk on this machine."""
 
 
 def test_the_installation_is_small_and_has_no_torch(launcher_python: Path) -> None:
     venv = launcher_python.parent.parent
-    assert sum(f.lstat().st_size for f in venv.rglob("*")) < MAX_BYTES
+    assert sum(path.lstat().st_size for path in venv.rglob("*")) < MAX_BYTES
     assert not [
         path for name in ("torch", "numpy") for path in venv.glob(f"lib/*/site-packages/{name}")
     ]
 
 
 def test_runs_are_planned_followed_and_compared(launcher_python: Path, tmp_path: Path) -> None:
+    # The interpreter is for the nodes. It need not exist on the login node.
     args = ("recipe=qwen3_8b_depth", "engine=null", "cluster.python=/opt/python", "dry_run=true")
     planned = run_on_login_node(launcher_python, tmp_path, *args, *SLURM)
     assert planned.returncode == 0, planned.stdout + planned.stderr
@@ -30,28 +33,34 @@ def test_runs_are_planned_followed_and_compared(launcher_python: Path, tmp_path:
     assert "/opt/python" in (run / "distill" / "job.sbatch").read_text()
     status = run_on_login_node(launcher_python, tmp_path, "status", f"run_dir={run}")
     assert re.search(r"distill +not started", status.stdout), status.stdout + status.stderr
-    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", loss=3.6)
-    compared = run_on_login_node(launcher_python, tmp_path, "compare", str(one), str(other))
+    first_run, second_run = make_run(tmp_path / "one"), make_run(tmp_path / "other", loss=3.6)
+    compared = run_on_login_node(
+        launcher_python, tmp_path, "compare", str(first_run), str(second_run)
+    )
     assert compared.returncode == 0, compared.stderr
     assert "best: " in compared.stdout
 
 
-def test_weights_of_a_folder_are_checked(
+def test_a_truncated_weights_file_is_refused(
     launcher_python: Path, hf_folder: Path, tmp_path: Path
 ) -> None:
-    args = ("recipe=llama_depth_prune", "engine=null", "cluster.python=/opt/python", *SLURM)
-    command = (*args, "cluster.gpus=null", f"model.hf_path={hf_folder}", "dry_run=true")
-    planned = run_on_login_node(launcher_python, tmp_path, *command)
+    recipe = ("recipe=llama_depth_prune", "engine=null", f"model.hf_path={hf_folder}")
+    cluster = (*SLURM, "cluster.python=/opt/python", "cluster.gpus=null")
+    arguments = (*recipe, *cluster, "dry_run=true")
+    planned = run_on_login_node(launcher_python, tmp_path, *arguments)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     weights = hf_folder / WEIGHTS_FILE
     os.truncate(weights, weights.stat().st_size - 1)
-    refused = run_on_login_node(launcher_python, tmp_path, *command)
+    refused = run_on_login_node(launcher_python, tmp_path, *arguments)
     assert refused.returncode == 1
     assert f"{weights} is damaged: it has" in refused.stdout + refused.stderr
 
 
 def test_jobs_that_would_lack_libraries_are_refused(launcher_python: Path, tmp_path: Path) -> None:
-    """Without an image or ``cluster.python``, jobs would use the launcher's interpreter."""
+    """Without an image or ``cluster.python``, jobs would use the launcher's interpreter.
+
+    Here this interpreter has no NeMo.
+    """
     refused = run_on_login_node(
         launcher_python, tmp_path, "recipe=qwen3_8b_depth", *SLURM, "dry_run=true"
     )
@@ -67,5 +76,5 @@ def test_doctor_checks_only_what_the_launcher_needs(launcher_python: Path, tmp_p
     assert "./install.sh installs" in shown.stdout
     assert "omegaconf" in shown.stdout
     assert "sbatch" in shown.stdout
-    for absent in ("nemo_toolkit", "openvino", "torch", "tensorrt_llm"):
-        assert absent not in shown.stdout
+    for stage_library in ("nemo_toolkit", "openvino", "torch", "tensorrt_llm"):
+        assert stage_library not in shown.stdout

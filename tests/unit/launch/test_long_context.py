@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LONG = "long_context=32k"
 ON_GPUS = ("cluster=slurm", "cluster.account=a", "cluster.images.tensorrt_llm=engine:1")
+"""Overrides for Slurm. The account and the image need not exist."""
+# Their teachers have 8 to 12 billion parameters.
 RECIPES = [
     "llama3_1_8b_depth",
     "llama3_1_8b_width_2.5b",
@@ -30,19 +32,22 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_second_phase_fits_and_costs_little(plan: MakePlan, recipe: str) -> None:
+def test_the_second_phase_fits_into_memory_and_costs_little(plan: MakePlan, recipe: str) -> None:
     chain = plan(LONG, *ON_GPUS, recipe=f"recipe={recipe}").chain
     workload = chain.workloads["distill_long"]
+    # The values are from conf/long_context/32k.yaml.
     assert (workload.seq_length, workload.layout.context) == (32768, 2)
     assert workload.trained == chain.shape_of("distill")
+    # 500 steps of 32 sequences of 32,768 tokens.
     assert workload.tokens == pytest.approx(0.52e9, rel=0.01)
     cost = training_cost(workload, chain.hardware)
     assert cost.memory.total < 70e9  # of 80 GB
-    assert cost.device_hours < 100
+    assert cost.device_hours < 100  # our limit
 
 
 def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
-    def sources_of_models(planned: Plan) -> set[str]:
+    def model_sources(planned: Plan) -> set[str]:
+        """Returns the stages whose results later stages read as the final student."""
         stages = planned.chain.stages
         model_inputs = dict.fromkeys(("evaluate", "evaluate_tasks", "report"), "distilled")
         model_inputs["export_hf"] = "checkpoint"
@@ -51,15 +56,15 @@ def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
     recipe = "recipe=qwen3_8b_depth"
     overrides = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
     planned = plan(*overrides, *ON_GPUS, recipe=recipe)
-    assert sources_of_models(planned) == {"distill_long"}
-    assert sources_of_models(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
-    added = plan("add_layers=teacher", *overrides, *ON_GPUS, recipe=recipe).chain.stages
-    assert added["add_layers"].inputs["student"] == "distill_long"
-    assert (
-        {added[name].inputs["distilled"] for name in ("evaluate", "evaluate_tasks")}
-        == {added["export_hf"].inputs["checkpoint"]}
-        == {"add_layers"}
-    )
+    assert model_sources(planned) == {"distill_long"}
+    # Without a second phase:
+    assert model_sources(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
+    # With a stage after the second phase:
+    stages = plan("add_layers=teacher", *overrides, *ON_GPUS, recipe=recipe).chain.stages
+    assert stages["add_layers"].inputs["student"] == "distill_long"
+    for name in ("evaluate", "evaluate_tasks"):
+        assert stages[name].inputs["distilled"] == "add_layers"
+    assert stages["export_hf"].inputs["checkpoint"] == "add_layers"
     assert planned.chain.stages["distill_long"].inputs == {
         "teacher": "correct_teacher",
         "student": "distill",
@@ -73,7 +78,7 @@ def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
         ("model=smollm2_135m", r"seq_length=32768 .* teacher's 8192 positions"),
         ("hardware=cpu", "context_parallel_size=2 needs a GPU"),
         ("teacher=cached", "cached teacher has seq_length=4096"),
-        ("long_context=32", "long_context"),
+        ("long_context=32", "long_context"),  # neither is a name of a choice
         ("long_context=nan", "long_context"),
     ],
 )
@@ -81,9 +86,14 @@ def test_settings_that_the_second_phase_does_not_support_are_refused(
     plan: MakePlan, override: str, message: str
 ) -> None:
     # ``override`` replaces one of the common overrides if it has the same key.
-    overrides = dict([item.partition("=")[::2] for item in (LONG, *ON_GPUS, override)])
+    value_by_key = {}
+    for item in (LONG, *ON_GPUS, override):
+        key, _, value = item.partition("=")
+        value_by_key[key] = value
+    arguments = [f"{key}={value}" for key, value in value_by_key.items()]
     with pytest.raises(RecipeError, match=message):
-        plan(*hydra_arguments(map("=".join, overrides.items())), recipe="recipe=qwen3_8b_depth")
+        # ``hydra_arguments`` refuses values of a group that are not names.
+        plan(*hydra_arguments(arguments), recipe="recipe=qwen3_8b_depth")
 
 
 def test_both_phases_accept_conversations(plan: MakePlan, tmp_path: Path) -> None:
@@ -91,11 +101,11 @@ def test_both_phases_accept_conversations(plan: MakePlan, tmp_path: Path) -> Non
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chats.write_text(json.dumps({"messages": messages}) + "\n")
     overrides = (LONG, f"data.sources=[{chats}]", "data.format=chat", "data.heldout_sources=[]")
-    skipped = "skip_rules=[tokens,data-splits,data-sources]"
-    plan(*overrides, *ON_GPUS, skipped, recipe="recipe=qwen3_8b_depth")
+    skip_rules = "skip_rules=[tokens,data-splits,data-sources]"  # there is only one conversation
+    plan(*overrides, *ON_GPUS, skip_rules, recipe="recipe=qwen3_8b_depth")
 
 
-def test_tokenized_text_must_be_divided_in_the_same_way_in_both_phases(
+def test_both_phases_must_split_tokenized_text_at_the_same_documents(
     plan: MakePlan, tmp_path: Path
 ) -> None:
     """Otherwise, the second phase would train on documents that the first phase holds out."""
@@ -103,18 +113,21 @@ def test_tokenized_text_must_be_divided_in_the_same_way_in_both_phases(
     (tmp_path / "link").symlink_to(tmp_path)
     overrides = (LONG, f"data.prefix={prefix}", "data.sources=[]", "data.heldout_sources=[]")
     overrides += (*ON_GPUS, "skip_rules=[tokens]")
-    recipe, second = "recipe=qwen3_8b_depth", "stages.prepare_long_data"
-    same = f"{second}.max_tokens=${{stages.prepare_data.max_tokens}}"
-    for link in ((), (f"{second}.prefix={tmp_path}/link/corpus",)):
-        with pytest.raises(RecipeError, match=re.escape(f"'{same}'")):
-            plan(*overrides, *link, recipe=recipe)
-        plan(*overrides, *link, same, recipe=recipe)
-    text = (f"{second}.prefix=null", f"{second}.sources=[{tmp_path}/*.txt]")
+    recipe, second_data = "recipe=qwen3_8b_depth", "stages.prepare_long_data"
+    # The same files, also if the second phase reads them through a link. ``max_tokens`` affects
+    # where the splits start, and has another value in the second phase.
+    same_split = f"{second_data}.max_tokens=${{stages.prepare_data.max_tokens}}"
+    for prefix_override in ((), (f"{second_data}.prefix={tmp_path}/link/corpus",)):
+        with pytest.raises(RecipeError, match=re.escape(f"'{same_split}'")):
+            plan(*overrides, *prefix_override, recipe=recipe)
+        plan(*overrides, *prefix_override, same_split, recipe=recipe)
+    # Only the first phase has tokenized text, so its documents cannot be recognized in the second.
+    other_text = (f"{second_data}.prefix=null", f"{second_data}.sources=[{tmp_path}/*.txt]")
     (tmp_path / "text.txt").write_text("A text.")
-    fix = f"~{second}.inputs.held_out"
-    with pytest.raises(RecipeError, match=re.escape(f"'{fix}'")):
-        plan(*overrides, *text, recipe=recipe)
-    plan(*overrides, *text, fix, recipe=recipe)
-    plan(
-        *overrides, *text, f"stages.prepare_data.heldout_sources=[{tmp_path}/*.txt]", recipe=recipe
-    )
+    no_held_out = f"~{second_data}.inputs.held_out"
+    with pytest.raises(RecipeError, match=re.escape(f"'{no_held_out}'")):
+        plan(*overrides, *other_text, recipe=recipe)
+    plan(*overrides, *other_text, no_held_out, recipe=recipe)
+    # Documents of separate held-out text can be recognized.
+    held_out = f"stages.prepare_data.heldout_sources=[{tmp_path}/*.txt]"
+    plan(*overrides, *other_text, held_out, recipe=recipe)

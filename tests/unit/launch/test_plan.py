@@ -1,4 +1,7 @@
-"""Stages and inputs of plans, and refused plans. ``test_plan_status`` tests what must run."""
+"""Stages and inputs of plans, and refused plans.
+
+``test_plan_status`` tests which stages a plan runs, resumes or skips.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,15 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, MakePlan
 
 
-def refusal(plan: MakePlan, *overrides: str) -> str:
+def planning_error(plan: MakePlan, *overrides: str) -> str:
+    """Returns the message of the error that a plan with these overrides raises."""
     with pytest.raises(RecipeError) as caught:
         plan(*overrides)
     return str(caught.value)
 
 
 def test_stages_are_in_the_order_of_their_inputs(plan: MakePlan) -> None:
+    """Each input is the result of an earlier stage."""
     stages = plan().stages
     assert [stage.name for stage in stages] == STAGES
     for index, stage in enumerate(stages):
@@ -68,13 +73,16 @@ def test_planning_writes_nothing_and_gives_equal_plans(plan: MakePlan, tmp_path:
 def test_problem_is_found_before_anything_runs(
     plan: MakePlan, tmp_path: Path, override: str, expected: str
 ) -> None:
-    assert expected in refusal(plan, override)
+    assert expected in planning_error(plan, override)
     assert not (tmp_path / "run").exists()
 
 
 def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
-    message = refusal(
-        plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000"
+    message = planning_error(
+        plan,
+        "data.sources=[]",
+        "stages.prune.target_hidden_size=640",  # the teacher has 576
+        "data.seq_length=9000",  # the teacher supports 8192
     )
     for expected in ("data.sources is empty", "larger than the teacher", "9000"):
         assert expected in message
@@ -87,19 +95,20 @@ def test_recipe_without_stages_is_refused(compose: Compose, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("broken", "expected"),
+    ("file_name", "expected"),
     [
         ("model.safetensors", "hf_model has neither model.safetensors nor"),
         ("config.json", "GPT2LMHeadModel is not supported"),
     ],
 )
 def test_unusable_models_are_refused(
-    plan: MakePlan, hf_folder: Path, broken: str, expected: str
+    plan: MakePlan, hf_folder: Path, file_name: str, expected: str
 ) -> None:
-    (hf_folder / broken).unlink()
-    if broken == "config.json":
-        (hf_folder / broken).write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    assert expected in refusal(plan, f"model.hf_path={hf_folder}")
+    """Either the weights are missing, or the config has another architecture."""
+    (hf_folder / file_name).unlink()
+    if file_name == "config.json":
+        (hf_folder / file_name).write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    assert expected in planning_error(plan, f"model.hf_path={hf_folder}")
 
 
 @pytest.mark.parametrize("name", ["only", "force"])
@@ -108,27 +117,31 @@ def test_one_name_is_accepted_instead_of_a_list(plan: MakePlan, name: str) -> No
 
 
 def test_selected_stages_need_complete_inputs(plan: MakePlan, complete: Complete) -> None:
-    message = refusal(plan, "only=[prune]")
+    message = planning_error(plan, "only=[prune]")
     for expected in ("excludes import_hf", "not run yet", "add import_hf to only"):
         assert expected in message
     complete(plan(), "import_hf", "prepare_data", "score")
+    # Other settings of prune do not affect its inputs.
     planned = plan("only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
     complete(plan())
-    message = refusal(plan, "only=[distill]", "stages.prune.target_hidden_size=448")
+    message = planning_error(plan, "only=[distill]", "stages.prune.target_hidden_size=448")
     assert "excludes prune" in message
-    assert "target_hidden_size 512 → 448" in message
+    assert "target_hidden_size 512 → 448" in message  # the complete result of prune has 512
 
 
 def test_unselected_stages_are_ignored(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+    # The size is invalid: the teacher has 576.
     planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
     assert [stage.name for stage in planned.stages] == ["import_hf"]
     complete(plan())
+    # The edited result of report is not valid any more, but ``only`` excludes report.
     (tmp_path / "run" / "report" / ARTIFACT / "data.bin").write_text("edited")
     assert plan("only=[prune]").todo() == []
 
 
 def plan_with_checkpoint(plan: MakePlan, directory: Path) -> Plan:
+    """Plans a run in which prune reads its checkpoint from a stage directory."""
     return plan(f"stages.prune.inputs.checkpoint={directory}")
 
 
@@ -138,20 +151,22 @@ def test_input_may_come_from_another_run(
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
     planned = plan_with_checkpoint(plan, other / "import_hf")
-    reference = stage_named(planned, "prune").inputs["checkpoint"]
+    input_ref = stage_named(planned, "prune").inputs["checkpoint"]
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
-    assert reference.directory == other / "import_hf"
-    assert reference.fingerprint == manifest["fingerprint"]
+    assert input_ref.directory == other / "import_hf"
+    assert input_ref.fingerprint == manifest["fingerprint"]
     with_heal = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
-    assert stage_named(with_heal, "heal").inputs["teacher"] == reference  # the unpruned model
+    assert stage_named(with_heal, "heal").inputs["teacher"] == input_ref  # the unpruned model
 
 
 def test_input_may_have_several_types(
     plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Normally this input has only the type ``dataset``.
     monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
     def calibration_kind(*overrides: str) -> str:
+        """Returns the artifact type of the input ``calibration`` in a plan."""
         return stage_named(plan(*overrides), "score").inputs["calibration"].kind
 
     assert calibration_kind() == "dataset"
@@ -160,7 +175,7 @@ def test_input_may_have_several_types(
     (tmp_path / "run").rename(tmp_path / "other")
     other = f"stages.score.inputs.calibration={tmp_path}/other"
     assert calibration_kind(f"{other}/import_hf") == "checkpoint_nemo"
-    message = refusal(plan, f"{other}/report")
+    message = planning_error(plan, f"{other}/report")
     assert "other/report is a report; a dataset or checkpoint_nemo is needed" in message
 
 
@@ -177,11 +192,11 @@ def test_input_may_have_several_types(
     ],
 )
 def test_a_fix_names_settings_that_help(plan: MakePlan, overrides: str, fix: str) -> None:
-    assert fix in refusal(plan, *overrides.split())
+    assert fix in planning_error(plan, *overrides.split())
 
 
 @pytest.mark.parametrize(
-    ("stage", "damage", "text"),
+    ("stage_dir", "damage", "expected"),
     [
         ("prepare_data", None, "is a dataset; a checkpoint_nemo is needed"),
         ("import_hf", "manifest", "has no manifest.json: it is not complete"),
@@ -191,40 +206,59 @@ def test_a_fix_names_settings_that_help(plan: MakePlan, overrides: str, fix: str
     ],
 )
 def test_input_that_cannot_be_used_is_refused(
-    plan: MakePlan, complete: Complete, tmp_path: Path, stage: str, damage: str | None, text: str
+    plan: MakePlan,
+    complete: Complete,
+    tmp_path: Path,
+    stage_dir: str,
+    damage: str | None,
+    expected: str,
 ) -> None:
+    """Prune needs a checkpoint. ``damage`` is what the test removes or edits in the directory."""
     complete(plan(), "import_hf", "prepare_data")
-    other = (tmp_path / "run").rename(tmp_path / "other")
+    directory = (tmp_path / "run").rename(tmp_path / "other") / stage_dir
     if damage == "manifest":
-        (other / stage / MANIFEST).unlink()
+        (directory / MANIFEST).unlink()
     elif damage == "file":
-        (other / stage / ARTIFACT / "data.bin").write_text("edited")
+        (directory / ARTIFACT / "data.bin").write_text("edited")
     with pytest.raises(RecipeError) as caught:
-        plan_with_checkpoint(plan, other / stage)
-    assert text in str(caught.value)
-    assert str((other / stage).resolve()) in str(caught.value)
+        plan_with_checkpoint(plan, directory)
+    assert expected in str(caught.value)
+    assert str(directory.resolve()) in str(caught.value)
 
 
 def test_workload_has_the_shapes_of_models_from_another_run(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
+    """The manifests of the other run describe the student, and whether the teacher is cached."""
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
     shape = plan().chain.workloads["distill"].trained
     assert shape is not None
+    # 7 layers: a number that no stage of this recipe would give.
     edit_manifest(other / "prune", architecture={**shape.as_dict(), "num_layers": 7})
     student_input = f"stages.distill.inputs.student={other}/prune"
     workload = plan(student_input).chain.workloads["distill"]
     assert workload.trained is not None
     assert workload.trained.num_layers == 7
     assert workload.teacher is not None
+    teacher_manifest = read_manifest(other / "import_hf")
+    assert teacher_manifest is not None
+    # Make the result of import_hf look like a cache of the teacher's logits.
     cache_config = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
-    teacher = read_manifest(other / "import_hf")
-    assert teacher is not None
-    # The result of import_hf now looks like a cache of the teacher's logits.
-    result = asdict(CacheResult(4000, 4000, 0, 0, 0.0, 0.0))
-    config = teacher.config | cache_config
-    changed = {"kind": "logit_cache", "stage": "cache_logits"}
-    edit_manifest(other / "import_hf", **changed, config=config, metrics=result)
+    result = CacheResult(
+        sequences=4000,
+        sequences_of_text=4000,
+        tokens=0,
+        bytes_per_token=0,
+        teacher_loss=0.0,
+        tail_mass=0.0,
+    )
+    edit_manifest(
+        other / "import_hf",
+        kind="logit_cache",
+        stage="cache_logits",
+        config=teacher_manifest.config | cache_config,
+        metrics=asdict(result),
+    )
     cached = plan(student_input, f"stages.distill.inputs.teacher={other}/import_hf")
     assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"

@@ -71,3 +71,25 @@ def with_experts(arch: Architecture, **changes: Any) -> Architecture:
     """
     experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 128}
     return replace(arch, **(experts | changes))
+
+
+def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture:
+    """Approximates a hybrid of Mamba, attention and feed-forward blocks (Nemotron Nano v2).
+
+    Two blocks count as one transformer layer. The feed-forward width is chosen to match the
+    published number of parameters, so the FLOPs of linear layers are right. Mamba's scans are not
+    counted.
+
+    Args:
+        layers: Number of transformer layers of the approximation.
+        hidden: Hidden size.
+        parameters: Published number of parameters.
+    """
+    # Without feed-forward layers: width 0, 40 heads in 8 groups, 131,072 tokens in the vocabulary.
+    bare = Architecture("", layers, hidden, 0, 40, 8, 128, 131072, 131072, tied_embeddings=False)
+    width = (parameters - bare.parameters()) / (3 * hidden * layers)  # gate, up, down projection
+    return replace(bare, ffn_hidden_size=int(width))
+
+
+HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
+"""A student of 7 B parameters, and its teacher Nemotron-Nano-9B-v2."""

@@ -144,7 +144,9 @@ def test_one_error_reports_all_problems() -> None:
     ]
 
 
-def test_a_chain_has_the_shape_in_its_teachers_config(hf_folder: Path, teacher: Architecture) -> None:
+def test_a_chain_has_the_shape_in_its_teachers_config(
+    hf_folder: Path, teacher: Architecture
+) -> None:
     assert read_chain(str(hf_folder), {}).teacher == teacher
     hf_config = json.loads((hf_folder / "config.json").read_text())
     hf_config["architectures"] = ["MixtralForCausalLM"]
@@ -184,7 +186,8 @@ def test_a_layout_must_split_the_width_of_the_experts() -> None:
 def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
     """A loss on hidden states forbids full recomputation, so it is not proposed.
 
-    With 22 GB per GPU, all layouts need full recomputation. With 80 GB, some do not.
+    With 22 GB per GPU, the cheapest layout needs full recomputation. With 80 GB, some layouts do
+    not need it.
     """
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
     workload = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)

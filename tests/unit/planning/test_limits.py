@@ -88,7 +88,7 @@ def test_tokens_of_limited_documents_are_estimated_by_the_mean_length_in_tokeniz
         ("recipe=qwen3_8b_depth", "prepare_data", f"{MAX}=null", 0),
         # 1,000 tokens of conversations, each of 4 bytes and a byte for the loss mask.
         ("recipe=qwen3_8b_depth", "prepare_data", f"data.heldout_sources=[] {CHATS}", 5e-6),
-        # Models of 6 B parameters, each of 4 bytes: four pruned candidates, four trained ones in the
+        # Models of 6 B parameters, each of 4 bytes: four pruned candidates, four trained in the
         # first round and two in the second. One checkpoint has 14 bytes per parameter.
         ("recipe=qwen3_8b_search", "successive_halving", "", 6 * (4 * 10 + 14)),
         ("recipe=qwen3_8b_search", "successive_halving", f"{H}num_candidates=1", 0),
@@ -309,7 +309,7 @@ def test_a_cached_teacher_has_no_layouts_with_context_parallelism(plan: MakePlan
 
 SEARCH, SPACE = "recipe=shrink", "stages.enumerate_shapes.space"
 LATENCY, MEMORY = "stages.enumerate_shapes.budget.latency_ms", "hardware.memory_bytes"
-"""Settings that bound a decoding step's latency, and the memory of a device in bytes."""
+"""Settings: the budget's latency of a decoding step, and the memory of a device in bytes."""
 
 
 @pytest.mark.parametrize("prefix", [D, f"{H}distill."])
@@ -334,9 +334,6 @@ def test_layouts_must_be_possible_for_every_shape_of_a_search(
 def test_memory_must_suffice_for_every_shape_of_a_search(
     plan: MakePlan, recipe: str, stage: str, overrides: str
 ) -> None:
-    """Some shapes have more layers than the largest, so their activations take more memory.
-
-    The memory suffices for the largest shape, but not for these.
-    """
+    """Some shapes have more layers than the largest, so their activations take more memory."""
     with pytest.raises(RecipeError, match=f"{stage} needs about"):
         plan(*overrides.split(), recipe=recipe)

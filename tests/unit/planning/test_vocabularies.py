@@ -1,4 +1,4 @@
-"""A plan refuses models and text with different vocabularies."""
+"""A plan refuses models and text with different tokenizers or vocabulary sizes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, MakePlan
 
 D = "stages.distill."
+"""Prefix of settings."""
 
 
-def test_different_tokenizers_are_refused(
+def test_teacher_and_data_with_different_tokenizers_are_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")  # now the results of another run
-    inputs = f"{D}inputs.teacher={other}/import_hf", f"{D}inputs.data={other}/prepare_data"
-    plan(*inputs)  # is accepted: the other run has the same tokenizer
-    edit_manifest(other / "prepare_data", tokenizer_sha256="another")
-    with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another") as e:
+    # The results of the complete run become those of another run. This run has none.
+    other_run = (tmp_path / "run").rename(tmp_path / "other")
+    inputs = f"{D}inputs.teacher={other_run}/import_hf", f"{D}inputs.data={other_run}/prepare_data"
+    plan(*inputs)  # is accepted: teacher and data have the same tokenizer, with hash "t"
+    edit_manifest(other_run / "prepare_data", tokenizer_sha256="another")
+    with pytest.raises(
+        RecipeError, match="different tokenizers: teacher t, data another"
+    ) as caught:
         plan(*inputs)
-    assert RULES["tokenizer"].reference in str(e.value)
+    assert RULES["tokenizer"].reference in str(caught.value)
 
 
-def test_vocabularies_with_different_padding_are_refused(
+def test_teacher_and_student_with_different_vocabulary_sizes_are_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")  # now the results of another run
+    # The results of the complete run become those of another run. This run has none.
+    other_run = (tmp_path / "run").rename(tmp_path / "other")
     padded = replace(read_architecture(HF_CONFIG, "SmolLM2"), vocab_size=49280)
-    edit_manifest(other / "import_hf", architecture=padded.as_dict())
+    edit_manifest(other_run / "import_hf", architecture=padded.as_dict())
     with pytest.raises(RecipeError, match=r"different sizes: teacher 49280, student 49152"):
-        plan(f"{D}inputs.teacher={other}/import_hf")
+        plan(f"{D}inputs.teacher={other_run}/import_hf")

@@ -21,11 +21,14 @@ from recipes.pruning.targets import (
 from tests.unit.nemo_convert.test_architecture import QWEN3_30B_A3B
 
 DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
+"""Numbers that pruned sizes must be multiples of, by axis."""
 SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
 def problems(**targets: Any) -> list[tuple[str, str]]:
-    return [(p.what, p.fix) for p in target_problems(SMOLLM2, PruneTargets(**targets), DIVISORS)]
+    """Returns the text and the fix of each problem of pruning SmolLM2 to these targets."""
+    found_problems = target_problems(SMOLLM2, PruneTargets(**targets), DIVISORS)
+    return [(problem.what, problem.fix) for problem in found_problems]
 
 
 @pytest.mark.parametrize(
@@ -37,31 +40,36 @@ def problems(**targets: Any) -> list[tuple[str, str]]:
         ({"num_attention_heads": 0.5, "num_query_groups": 0.67}, (4, 2)),
     ],
 )
-def test_fractions_are_rounded_to_a_divisor(
+def test_fractions_become_multiples_of_a_divisor_or_of_query_groups(
     targets: dict[str, float], sizes: tuple[int, ...]
 ) -> None:
-    """The teacher has 30 layers, width 576, feed-forward size 1536, and 9 heads in 3 groups."""
+    """The teacher has 30 layers, hidden size 576, feed-forward size 1536, and 9 heads in 3 groups.
+
+    So a number of heads must be a multiple of the 3 groups, or of the 2 groups that remain.
+    """
     assert absolute_sizes(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
 
 
 def test_experts_are_pruned_by_their_own_targets() -> None:
-    moe = read_architecture(QWEN3_30B_A3B, "x")
+    """The MoE has 128 experts of width 768; a token is routed to 8 of them."""
+    moe = read_architecture(QWEN3_30B_A3B, "moe")
     valid = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
     assert not list(target_problems(moe, valid, DIVISORS))
     assert pruned_shape(moe, valid).num_moe_experts == 96
-    [dense] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
+    [dense_target] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
     assert (
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
-        in dense.what
+        in dense_target.what
     )
-    assert "target_ffn_hidden_size=null" in dense.fix
-    [expert] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
-    assert "are dense" in expert.what
+    assert "target_ffn_hidden_size=null" in dense_target.fix
+    [expert_target] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
+    assert "are dense" in expert_target.what
+    # Experts have the divisor setting of dense layers.
     divisors = {**DIVISORS, "moe_ffn_hidden_size": 64}
-    [odd] = target_problems(moe, PruneTargets(moe_ffn_hidden_size=500), divisors)
-    assert odd.what.endswith(" ffn_hidden_size_divisor=64")
-    [few] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)
-    assert "less than the 8 experts that each token is routed to" in few.what
+    [not_a_multiple] = target_problems(moe, PruneTargets(moe_ffn_hidden_size=500), divisors)
+    assert not_a_multiple.what.endswith(" ffn_hidden_size_divisor=64")
+    [too_few_experts] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)
+    assert "less than the 8 experts that each token is routed to" in too_few_experts.what
 
 
 @pytest.mark.parametrize(
@@ -77,10 +85,12 @@ def test_experts_are_pruned_by_their_own_targets() -> None:
     ],
 )
 def test_valid_targets_have_no_problem(targets: dict[str, Any]) -> None:
+    """A target may equal the teacher's size, here 576."""
     assert problems(**targets) == []
 
 
 @pytest.mark.parametrize(
+    # ``what`` and ``fix`` are parts of the problem's texts.
     ("targets", "what", "fix"),
     [
         ({}, "no target is set", "target_* field or drop_layers"),
@@ -120,7 +130,7 @@ def test_problems_state_the_target_and_a_fix(targets: dict[str, Any], what: str,
 def test_axes_without_a_target_are_not_pruned(
     teacher: Architecture, targets: dict[str, Any], changed: dict[str, int]
 ) -> None:
-    """The teacher has 8 heads in 4 groups."""
+    """The teacher has 4 layers, and 8 heads in 4 groups. Each remaining group keeps its 2 heads."""
     student = pruned_shape(teacher, PruneTargets(**targets))
     assert student == replace(teacher, **changed)  # type: ignore[arg-type]
 
@@ -130,18 +140,19 @@ def test_axes_without_a_target_are_not_pruned(
     [
         ("LlamaForCausalLM", 32, 4096, 64),
         ("LlamaForCausalLM", 40, 5120, 320),
-        ("LlamaForCausalLM", 9, 576, 64),  # 576, the least common multiple, leaves no other size
+        # The least common multiple of 64 and 9 heads is 576, the only possible size. So 64 is used.
+        ("LlamaForCausalLM", 9, 576, 64),
         ("Qwen3ForCausalLM", 40, 5120, 64),
     ],
 )
-def test_hidden_sizes_of_large_llamas_are_multiples_of_their_heads(
+def test_hidden_sizes_of_large_llamas_are_multiples_of_the_number_of_heads(
     family: str, heads: int, hidden: int, divisor: int
 ) -> None:
     teacher = replace(
         SMOLLM2, hf_architecture=family, num_attention_heads=heads, hidden_size=hidden
     )
-    assert hidden_divisor(teacher, None) == divisor
-    assert hidden_divisor(teacher, 8) == 8
-    if divisor % heads == 0:
+    assert hidden_divisor(teacher, None) == divisor  # the default
+    assert hidden_divisor(teacher, 8) == 8  # a configured divisor
+    if divisor % heads == 0:  # then transformers 5 loads all pruned sizes
         pruned = replace(teacher, hidden_size=hidden - divisor)
         assert list(transformers_5_problems("prune", pruned)) == []

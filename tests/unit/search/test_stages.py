@@ -1,7 +1,7 @@
 """Tests plans and settings of a search's stages.
 
-The teacher of ``chain`` and ``tiny`` has 4 layers, hidden size 128, feed-forward size 256, 8 heads in
-4 groups, and 1024 positions.
+The teacher of ``chain`` and ``tiny`` has 4 layers, hidden size 128, feed-forward size 256, 8 heads
+in 4 groups, and 1024 positions.
 """
 
 from __future__ import annotations
@@ -228,14 +228,14 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
         plan(*large, "engine=null", recipe=RECIPE)
 
 
-HALF, THIRDS = Budget(parameters=0.5), Space(tensor_model_parallel_size=3)
+HALF, THIRDS = Budget(parameters=0.5), Space(tensor_model_parallel_size=3)  # 3 cannot split 8 heads
 TWO_DEVICES = Resources(devices=2)
 TWO_NODES = DistillConfig(resources=Resources(nodes=2))
 SHORT_CONTEXT = Service(context_length=256)
 LARGE_BATCH = Service(context_length=256, batch_size=16)
 INT3_ENGINE = BuildEngineConfig(precision="int3")
 TRTLLM_ENGINE = BuildEngineConfig(backend="tensorrt_llm_pytorch", precision="bf16")
-SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)
+SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)  # less than SHORT_CONTEXT
 
 
 @pytest.mark.parametrize(

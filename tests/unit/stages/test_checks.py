@@ -1,4 +1,8 @@
-"""The ``check`` functions of stages, and properties that every stage must have."""
+"""The ``check`` functions of stages, and properties that every stage must have.
+
+The teacher of ``chain`` has 4 layers, 8 heads in 4 groups, hidden size 128, feed-forward size 256,
+a vocabulary of 512 and 1024 positions.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ from recipes.stages import (
 from recipes.stages.contract import Kind
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
+"""Names of all stages."""
 TRAINING_RESOURCES = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -52,22 +57,18 @@ TRAINING_RESOURCES = {
     "cpu_speed_patches",
     "profile_steps",
 }
-"""Settings that may be marked as resources, because they do not change results."""
+"""Settings that any stage may mark as resources, because they do not change results."""
 OTHER_RESOURCES = {
     "prepare_data": {"processes"},
     "evaluate_served": {"port", "threads", "start_seconds"},
     "successive_halving": {"hardware"},  # only names the profile in the chosen recipe
 }
+"""Further settings of a stage that may be marked as resources, by stage."""
 TWO_RANKS = Resources(devices=2)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
-    return str(tmp_path / "text.jsonl")
-
-
 def only_problem(problems: Any) -> Problem:
+    """Returns the only element of ``problems``; fails if there are several or none."""
     [problem] = problems
     assert isinstance(problem, Problem)
     return problem
@@ -85,13 +86,17 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     for kinds in [*stage.inputs.values(), *stage.optional_inputs.values()]:
         assert {stage.kind, *kinds} <= set(get_args(Kind))
     # The check of default settings may find problems, but raises no error.
-    assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
-    fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
-    resource_fields = {field for field, is_resource in fields.items() if is_resource}
+    list(stage.problems(stage.config(stage=name), chain))
+    is_resource = {
+        field.name: bool(field.metadata.get("resource"))
+        for field in dataclasses.fields(stage.config)
+    }
+    resource_fields = {field for field, marked in is_resource.items() if marked}
     common = {"inputs", "resources"}
     allowed = common | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
     assert common <= resource_fields <= allowed
-    assert fields.get("micro_batch_size", True), "micro_batch_size must be a resource"
+    # Stages without this setting pass.
+    assert is_resource.get("micro_batch_size", True), "micro_batch_size must be a resource"
 
 
 @pytest.mark.parametrize("name", ["import_hf", "prune", "export_hf"])
@@ -100,14 +105,13 @@ def test_stages_without_parallelism_need_one_rank(
     name: str, resources: Resources, chain: Chain
 ) -> None:
     stage = load_stage(name)
-    assert "one-rank" in rule_names(
-        stage.problems(stage.config(stage=name, resources=resources), chain)
-    )
+    cfg = stage.config(stage=name, resources=resources)
+    assert "one-rank" in rule_names(stage.problems(cfg, chain))
 
 
 @pytest.mark.parametrize("stage", [score, distill, evaluate, cache_logits])
 def test_sequences_must_fit_the_models_positions(stage: Any, chain: Chain) -> None:
-    cfg = stage.STAGE.config(seq_length=1025)
+    cfg = stage.STAGE.config(seq_length=1025)  # one more than the teacher's positions
     assert "seq-length" in rule_names(stage.check(cfg, chain))
 
 
@@ -117,14 +121,16 @@ def prune_errors(cfg: PruneConfig, chain: Chain) -> list[Problem]:
 
 
 def test_prune_reports_each_invalid_target(chain: Chain) -> None:
-    """The teacher has hidden size 128 and feed-forward size 256; the divisors are 64."""
+    """The default divisors are 64."""
     good = PruneConfig(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
     assert prune_errors(good, chain) == []
+    # 100 is not a multiple of 64, and 512 is more than the teacher's 256.
     bad = replace(good, target_hidden_size=100, target_ffn_hidden_size=512)
     problems = prune_errors(bad, chain)
     assert len(problems) == 2
     assert any("target_hidden_size=100" in p.what for p in problems)
     assert prune_errors(replace(good, hidden_size_divisor=4), chain) == []
+    # Layers to drop are sorted.
     assert PruneConfig(drop_layers=[3, 1]).targets(chain.teacher).drop_layers == (1, 3)
 
 
@@ -140,7 +146,7 @@ def test_prune_reports_each_invalid_target(chain: Chain) -> None:
 def test_a_fraction_that_keeps_all_or_nothing_is_refused(
     chain: Chain, targets: dict[str, Any], fix: str
 ) -> None:
-    """The teacher has 4 layers, 8 heads in 4 groups, and hidden size 128; the divisor is 64."""
+    """Fractions are rounded to whole layers, multiples of 64 channels, and heads of all groups."""
     problem = only_problem(prune_errors(PruneConfig(**targets), chain))
     assert problem.rule.name == "prune-target"
     assert str(next(iter(targets.values()))) in problem.what
@@ -148,7 +154,10 @@ def test_a_fraction_that_keeps_all_or_nothing_is_refused(
 
 
 def test_pruning_more_than_a_third_at_once_gives_a_warning(chain: Chain) -> None:
-    """Each of the teacher's 4 layers has 147,712 parameters."""
+    """A layer has 147,712 parameters. One of 4 layers is less than a third, two are more.
+
+    Embeddings and the final norm are the rest of the parameters.
+    """
     total = chain.teacher.parameters()
     assert list(prune.check(PruneConfig(target_num_layers=3), chain)) == []
     warning = only_problem(prune.check(PruneConfig(target_num_layers=2), chain))
@@ -188,22 +197,24 @@ def test_prune_requires_that_score_measures_its_layer_importance(
 def test_score_measures_the_block_sizes_that_prune_drops(
     chain: Chain, settings: dict[str, Any], expected: list[int]
 ) -> None:
+    """By default, ``prune`` drops 2 of 4 layers here. ``expected`` is ``score``'s block_sizes."""
     settings = {"target_num_layers": 2, "inputs": {"importance": "score"}, **settings}
     stages = {"score": ScoreConfig("score"), "prune": PruneConfig("prune", **settings)}
-    planned = with_shapes(replace(chain, stages=stages), stages)
-    assert score.resolve_from_chain(stages["score"], planned).block_sizes == expected
+    chain = with_shapes(replace(chain, stages=stages), stages)
+    assert score.resolve_from_chain(stages["score"], chain).block_sizes == expected
     explicit = ScoreConfig(block_sizes=[3])
-    assert score.resolve_from_chain(explicit, planned) is explicit
+    assert score.resolve_from_chain(explicit, chain) is explicit
 
 
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"block_sizes": [4]}, "calibration"),
+        ({"block_sizes": [4]}, "calibration"),  # all layers
         ({"block_sizes": [1], "num_loss_samples": 0}, "calibration"),
-        ({"pipeline_model_parallel_size": 2}, "ranks"),
+        ({"pipeline_model_parallel_size": 2}, "ranks"),  # on one rank
         ({"resources": TWO_RANKS}, None),
-        ({"resources": TWO_RANKS, "num_calibration_samples": 4}, "ranks"),  # micro batches of 4
+        # A micro batch has 4 samples. Each data-parallel rank needs a micro batch.
+        ({"resources": TWO_RANKS, "num_calibration_samples": 4}, "ranks"),
         ({"resources": TWO_RANKS, "num_calibration_samples": 5}, None),
         ({"num_calibration_samples": 2}, None),
         ({"resources": Resources(devices=5), "pipeline_model_parallel_size": 5}, "ranks"),
@@ -236,27 +247,32 @@ def test_heal_needs_a_dense_model_that_was_pruned_from_its_teacher(chain: Chain)
 def test_gguf_supports_some_families_and_tokenizers(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tokenizer is in a folder, which is also the snapshot of a hub model in the cache."""
+    """Reads the same tokenizer in two ways: as a local folder, and as a cached hub model.
+
+    The folder is the snapshot of the model ``org/name`` in the hub's cache.
+    """
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    cached_model, commit = tmp_path / "models--org--name", "a" * 40
+    folder = cached_model / "snapshots" / commit
     folder.mkdir(parents=True)
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text("a" * 40)
+    (cached_model / "refs").mkdir()
+    (cached_model / "refs" / "main").write_text(commit)
     cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
     assert list(export_gguf.check(cfg, chain)) == []
     moe = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
     assert "gguf" in only_problem(export_gguf.check(cfg, replace(chain, teacher=moe))).fix
     bpe = {"type": "BPE", "merges": []}
-    for model, pre_tokenizer, what in (
+    for model, pre_tokenizer, message in (  # no message: no problem
         (bpe, {"type": "ByteLevel"}, ""),
         (bpe, {"type": "Whitespace"}, "pre_tokenizer"),
         ({"type": "Unigram", "vocab": []}, None, "Unigram"),
-        ("damaged", None, ""),  # import_hf reports it
+        ("damaged", None, ""),  # the check of import_hf reports a damaged file
     ):
         write_json(folder / "tokenizer.json", {"model": model, "pre_tokenizer": pre_tokenizer})
         for hf_path in (str(folder), "org/name"):
             problems = list(export_gguf.check(cfg, replace(chain, hf_path=hf_path)))
-            assert [what in problem.what for problem in problems] == [True] * bool(what)
+            assert len(problems) == bool(message)
+            assert all(message in problem.what for problem in problems)
     assert list(export_gguf.check(cfg, replace(chain, hf_path="org/not-in-the-cache"))) == []
 
 
@@ -264,19 +280,20 @@ def test_gguf_supports_some_families_and_tokenizers(
     ("cfg", "expected"),
     [
         (DistillConfig(), []),
-        (DistillConfig(warmup_steps=100), ["schedule"]),
-        (DistillConfig(min_lr=1e-3), ["schedule"]),
-        (DistillConfig(global_batch_size=6), ["batch"]),
-        (DistillConfig(tensor_model_parallel_size=2), ["ranks"]),
+        (DistillConfig(warmup_steps=100), ["schedule"]),  # all steps
+        (DistillConfig(min_lr=1e-3), ["schedule"]),  # more than ``lr``
+        (DistillConfig(global_batch_size=6), ["batch"]),  # not a multiple of the micro batch, 4
+        (DistillConfig(tensor_model_parallel_size=2), ["ranks"]),  # on one rank
         (
             DistillConfig(max_steps=1, kd_weight=0.0, global_batch_size=3),
             ["schedule", "loss", "batch"],
         ),
+        # Without ``num_sequences``, the whole text is cached, and its length is not known.
         (CacheLogitsConfig(), ["unknown-text"]),
         (CacheLogitsConfig(num_sequences=8), []),
-        (CacheLogitsConfig(num_sequences=8, top_k=512), ["top-k"]),
+        (CacheLogitsConfig(num_sequences=8, top_k=512), ["top-k"]),  # the whole vocabulary
         (CacheLogitsConfig(num_sequences=8, tensor_model_parallel_size=2), ["ranks"]),
-        # ``None`` expects at least one problem, of any rule.
+        # ``None`` expects at least one problem, of any rule: 3 ranks cannot share 8 heads.
         (CacheLogitsConfig(tensor_model_parallel_size=3, resources=Resources(devices=3)), None),
         (
             CacheLogitsConfig(
@@ -288,7 +305,7 @@ def test_gguf_supports_some_families_and_tokenizers(
             [],
         ),
         (EvaluateConfig(), []),
-        (EvaluateConfig(prompt_tokens=256), ["evaluate"]),
+        (EvaluateConfig(prompt_tokens=256), ["evaluate"]),  # the whole sequence
         (EvaluateConfig(num_sequences=1, resources=TWO_RANKS), ["ranks"]),
     ],
 )
@@ -301,12 +318,16 @@ def test_all_problems_are_listed(
         EvaluateConfig: evaluate.STAGE,
     }
     names = rule_names(stages[type(cfg)].problems(cfg, chain))
-    assert names == expected if expected is not None else names
+    if expected is None:
+        assert names
+    else:
+        assert names == expected
 
 
 @pytest.mark.parametrize(
     ("target", "parallel_size"),
     [
+        # Two ranks cannot share one layer, or 129 channels.
         ({"target_num_layers": 1}, "pipeline_model_parallel_size"),
         ({"target_ffn_hidden_size": 129}, "tensor_model_parallel_size"),
     ],
@@ -318,8 +339,8 @@ def test_distill_checks_the_students_shape(
     inputs = {"student": "prune"}
     cfg = DistillConfig(stage="distill", inputs=inputs, resources=TWO_RANKS, **{parallel_size: 2})
     stages = {"prune": student, "distill": cfg}
-    planned = with_shapes(replace(chain, stages=stages), stages)
-    assert list(distill.STAGE.problems(cfg, planned))
+    chain = with_shapes(replace(chain, stages=stages), stages)
+    assert list(distill.STAGE.problems(cfg, chain))
 
 
 @pytest.mark.parametrize(
@@ -336,11 +357,13 @@ def test_distill_checks_the_students_shape(
 def test_a_report_is_about_a_whole_distillation_or_a_search(
     chain: Chain, inputs: tuple[str, ...], is_complete: bool
 ) -> None:
+    """Of ``report.DISTILLATION``, a report needs all inputs, or, if it has a search, none."""
     cfg = ReportConfig(stage="report", inputs={name: name for name in ("teacher", *inputs)})
     assert rule_names(report.check(cfg, chain)) == ([] if is_complete else ["report"])
 
 
 def test_an_import_depends_on_local_files_only(hf_folder: Path) -> None:
+    """``external`` returns the paths outside the run whose content is in the fingerprint."""
     local, hub = (import_hf.ImportConfig(hf_path=path) for path in (str(hf_folder), "org/name"))
     assert import_hf.external(local) == {"hf_path": hf_folder}
     assert import_hf.external(hub) == {}

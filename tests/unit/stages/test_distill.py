@@ -1,4 +1,7 @@
-"""Tests the rules of ``distill`` for loss, layer pairs and teacher, and the stage's result."""
+"""Tests the rules of ``distill`` for loss, layer pairs and teacher, and the stage's result.
+
+The teacher of ``chain`` has 4 layers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 GPU = Hardware("h100", "gpu", memory_bytes=80e9)
 SELECTIVE = {"recompute_granularity": "selective"}
 NO_TEACHER = {"kd_weight": 0.0, "lm_weight": 1.0}
-STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
+EARLY_STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
 TEACHERS = {
     "live": [],
     "cached": ["cache_logits"],
@@ -43,7 +46,9 @@ TEACHERS = {
     ("fields", "expected"),
     [
         ({}, 0),
-        ({"hidden_weight": 1.0}, 8 * 4),  # cosine, 4 layers
+        # The cosine loss keeps 8 bytes for each pair of layers, the MSE loss 4. Without configured
+        # pairs, all 4 layers are compared; with two pipeline stages, the 2 layers of the last one.
+        ({"hidden_weight": 1.0}, 8 * 4),
         ({"hidden_weight": 1.0, "pipeline_model_parallel_size": 2}, 8 * 2),
         ({"hidden_weight": 1.0, "hidden_loss": "mse", "intermediate_layer_pairs": [[4, 4]]}, 4),
     ],
@@ -51,11 +56,13 @@ TEACHERS = {
 def test_planned_bytes_of_compared_hidden_states(
     chain: Chain, fields: dict[str, Any], expected: int
 ) -> None:
-    planned = distill.workload(DistillConfig(stage="distill", **fields), chain)
-    assert planned.hidden_state_bytes == expected
+    """``expected`` is in bytes per token and channel."""
+    workload = distill.workload(DistillConfig(stage="distill", **fields), chain)
+    assert workload.hidden_state_bytes == expected
 
 
 def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
+    """Returns the rule of each problem that the check of ``distill`` finds."""
     return [problem.rule.name for problem in distill.check(cfg, chain)]
 
 
@@ -72,15 +79,18 @@ def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
         ({"student_steps": [100]}, ["student-steps"]),
         ({"student_steps": [20, 20]}, ["student-steps"]),
         ({"student_steps": [20, 10]}, ["student-steps"]),
-        (STOP, []),
-        ({**STOP, "val_check_interval": 100}, ["stop"]),
-        ({**STOP, **NO_TEACHER, "hidden_weight": 1.0}, ["stop"]),
-        ({**STOP, **NO_TEACHER}, ["stop"]),
-        ({**STOP, "inputs": {"teacher": "cache_logits"}}, ["stop"]),
-        ({**STOP, "pipeline_model_parallel_size": 2}, ["stop"]),
+        # An early stop needs a validation before the last step, and a live teacher's logits in it.
+        (EARLY_STOP, []),
+        ({**EARLY_STOP, "val_check_interval": 100}, ["stop"]),
+        ({**EARLY_STOP, **NO_TEACHER, "hidden_weight": 1.0}, ["stop"]),
+        ({**EARLY_STOP, **NO_TEACHER}, ["stop"]),
+        ({**EARLY_STOP, "inputs": {"teacher": "cache_logits"}}, ["stop"]),
+        ({**EARLY_STOP, "pipeline_model_parallel_size": 2}, ["stop"]),
     ],
 )
-def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: list[str]) -> None:
+def test_losses_and_early_stops_that_cannot_work_are_refused(
+    chain: Chain, fields: dict[str, Any], expected: list[str]
+) -> None:
     stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
     cfg = DistillConfig(stage="distill", **fields)
     assert rule_names(cfg, replace(chain, stages=stages)) == expected
@@ -106,16 +116,18 @@ def test_distill_compiles_if_that_saves_time_and_a_compiler_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg, chain = DistillConfig(**fields), replace(chain, **chain_fields)
+    compiler = "recipes.distillation.training.missing_compiler"
+    monkeypatch.setattr(compiler, lambda: None)
+    assert distill.STAGE.resolve_from_chain(cfg, chain).compile is expected
     # If the compiler is missing, only an explicit setting compiles.
-    for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
-        monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
-        assert distill.STAGE.resolve_from_chain(cfg, chain).compile is bool(compiles)
+    monkeypatch.setattr(compiler, lambda: ("g++", "install it"))
+    assert distill.STAGE.resolve_from_chain(cfg, chain).compile is fields.get("compile", False)
 
 
 @pytest.mark.parametrize(
-    ("pairs", "words"),
+    ("pairs", "message"),
     [
-        ([[3, 4]], ""),
+        ([[3, 4]], ""),  # no problem
         ([[3, 3]], ""),
         ([[2, 3]], "student's layers [2]"),
         ([[3, 2], [3, 4]], "teacher's layers [2]"),
@@ -125,9 +137,13 @@ def test_distill_compiles_if_that_saves_time_and_a_compiler_is_installed(
     ],
 )
 def test_layer_pairs_are_on_the_last_pipeline_stage(
-    chain: Chain, pairs: list[list[int]], words: str
+    chain: Chain, pairs: list[list[int]], message: str
 ) -> None:
-    """The last of two pipeline stages has 1 of the student's 3 layers, and 2 of the teacher's 4."""
+    """A pair is ``[student layer, teacher layer]``.
+
+    The last of two pipeline stages has layer 3 of the student's 3, and layers 3 and 4 of the
+    teacher's 4.
+    """
     student = PruneConfig(stage="prune", target_num_layers=3)
     cfg = DistillConfig(
         stage="distill",
@@ -137,10 +153,10 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
         intermediate_layer_pairs=pairs,
     )
     stages = {"prune": student, "distill": cfg}
-    planned = with_shapes(replace(chain, stages=stages), stages)
-    text = "\n".join(problem.what for problem in distill.check(cfg, planned))
-    assert words in text
-    assert bool(text) == bool(words)
+    chain = with_shapes(replace(chain, stages=stages), stages)
+    text = "\n".join(problem.what for problem in distill.check(cfg, chain))
+    assert message in text
+    assert bool(text) == bool(message)
 
 
 @pytest.mark.parametrize(("pairs", "rule"), [([], "hidden-range"), ([[1, 1]], "hidden-pairs")])
@@ -150,6 +166,10 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
 def test_reason_and_cost_of_comparing_all_layers_are_named(
     chain: Chain, pairs: list[list[int]], rule: str, hardware: Hardware, cost: str
 ) -> None:
+    """With pipeline parallelism, ModelOpt can compare only layers on the last stage.
+
+    The fix is to use one stage. It names the hours, or says that no layout fits into the memory.
+    """
     cfg = DistillConfig(
         stage="distill",
         resources=Resources(devices=2),
@@ -157,35 +177,40 @@ def test_reason_and_cost_of_comparing_all_layers_are_named(
         hidden_weight=1.0,
         intermediate_layer_pairs=pairs,
     )
-    planned = replace(chain, hardware=hardware)
-    problem, *_ = (p for p in distill.check(cfg, planned) if p.rule.name == rule)
+    chain = replace(chain, hardware=hardware)
+    # With pairs, there is a problem for the student and one for the teacher.
+    problem, *_ = (p for p in distill.check(cfg, chain) if p.rule.name == rule)
     assert "ModelOpt" in problem.what
     assert cost in problem.fix
 
 
 def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
+    """Arguments: settings, layers that the student kept, and both models' numbers of layers."""
     assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
     assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
     # With two pipeline stages, both layers of a pair must be on the last stage.
     pipeline = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(pipeline, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
+    # Layer 3 of the teacher is on the first stage.
     assert layer_pairs(pipeline, [1, 2, 3, 6], 4, 6) == [(4, 6)]
     assert layer_pairs(DistillConfig(hidden_pipeline_stages=2), [1, 2, 3, 6], 4, 6) == [(4, 6)]
     # A teacher that was itself pruned: its sixth layer is the original layer 9.
-    teacher = [1, 2, 3, 4, 5, 9, 10, 11, 12]
-    assert layer_pairs(pipeline, [1, 2, 3, 9, 10], 5, 9, teacher) == [(4, 6), (5, 7)]
-    for lacking in (teacher[:5], None):  # a teacher without the student's layer 9
+    teacher_kept = [1, 2, 3, 4, 5, 9, 10, 11, 12]
+    assert layer_pairs(pipeline, [1, 2, 3, 9, 10], 5, 9, teacher_kept) == [(4, 6), (5, 7)]
+    # Teachers of five layers without the student's layer 9: a pruned and an unpruned one.
+    for kept_without_9 in ([1, 2, 3, 4, 5], None):
         with pytest.raises(RecipeError, match=r"layers \[9\]"):
-            layer_pairs(DistillConfig(), [1, 9], 2, 5, lacking)
+            layer_pairs(DistillConfig(), [1, 9], 2, 5, kept_without_9)
     explicit = DistillConfig(intermediate_layer_pairs=[[2, 5]])
     assert layer_pairs(explicit, [1, 3, 6], 3, 6) == [(2, 5)]
-    for kept in (None, [1, 2, 3]):  # no pair is on the last stage of both models
+    # The student's layers are not known, or no pair is on the last stage of both models.
+    for student_kept in (None, [1, 2, 3]):
         with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
-            layer_pairs(pipeline, kept, 3, 6)
+            layer_pairs(pipeline, student_kept, 3, 6)
 
 
 @pytest.mark.parametrize(
-    ("settings", "cached", "words"),
+    ("settings", "cache_settings", "message"),  # no message: no problem
     [
         ({}, {}, None),
         ({"top_k": 64}, {}, None),
@@ -203,27 +228,29 @@ def test_a_cached_teacher_must_match_the_distillation(
     chain: Chain,
     tmp_path: Path,
     settings: dict[str, Any],
-    cached: dict[str, Any],
-    words: str | None,
+    cache_settings: dict[str, Any],
+    message: str | None,
 ) -> None:
     """Tests a teacher that this run caches, and a teacher that another run has cached."""
-    cache = CacheLogitsConfig(stage="cache_logits", **cached)
+    cache = CacheLogitsConfig(stage="cache_logits", **cache_settings)
     config = {name: getattr(cache, name) for name in CACHE_FIELDS}
-    result = CacheResult(4000, 4000, 0, 0, 0.0, 0.0)
-    write_manifest(
-        tmp_path, replace(bare_manifest("cache_logits", "logit_cache", result), config=config)
-    )
+    result = CacheResult(4000, 4000, 0, 0, 0.0, 0.0)  # any numbers
+    manifest = replace(bare_manifest("cache_logits", "logit_cache", result), config=config)
+    write_manifest(tmp_path, manifest)
     for teacher in ("cache_logits", str(tmp_path)):
         cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **settings)
-        planned = replace(chain, stages={"cache_logits": cache, "distill": cfg})
-        problems = [p.what for p in distill.check(cfg, planned) if p.rule.name == "cached-teacher"]
-        assert len(problems) == (words is not None)
-        assert (words or "") in "".join(problems)
-        assert distill.workload(cfg, planned).teacher is None
+        chain = replace(chain, stages={"cache_logits": cache, "distill": cfg})
+        problems = [p.what for p in distill.check(cfg, chain) if p.rule.name == "cached-teacher"]
+        if message is None:
+            assert problems == []
+        else:
+            [problem] = problems
+            assert message in problem
+        assert distill.workload(cfg, chain).teacher is None  # it does not run
 
 
 @pytest.mark.parametrize(
-    ("experts", "fields", "fix"),
+    ("experts", "fields", "fix"),  # no fix: no problem
     [
         (0, {"recompute_modules": ["core_attn", "mlp"], **SELECTIVE}, None),
         (0, {"recompute_modules": ["moe"], **SELECTIVE}, "recompute_modules=[mlp]"),
@@ -235,6 +262,7 @@ def test_a_cached_teacher_must_match_the_distillation(
 def test_recomputed_modules_exist_in_the_model(
     chain: Chain, experts: int, fields: dict[str, Any], fix: str | None
 ) -> None:
+    """``recompute_modules`` has an effect only with selective recomputation."""
     moe = {"moe_router_topk": 2, "moe_ffn_hidden_size": 32} if experts else {}
     teacher = replace(chain.teacher, num_moe_experts=experts, **moe)
     on_gpu = replace(chain, teacher=teacher, hardware=GPU)
@@ -243,7 +271,10 @@ def test_recomputed_modules_exist_in_the_model(
 
 
 def test_the_result_covers_all_starts(tmp_path: Path) -> None:
-    """A restart after the last step trains nothing, so the records of earlier starts must count."""
+    """A restart after the last step trains nothing, so the records of earlier starts must count.
+
+    Here, a restart repeats step 2, and step 4 is skipped. A step has 2 sequences of 8 tokens.
+    """
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         log.progress(
@@ -262,7 +293,7 @@ def test_the_result_covers_all_starts(tmp_path: Path) -> None:
         steps=4,
         skipped_steps=1,
         tokens=64,
-        tokens_per_second=27.5,  # median over the last record of each step
+        tokens_per_second=27.5,  # median of 40, 25, 20 and 30: the last record of each step
     )
 
 
@@ -275,15 +306,19 @@ def test_the_result_covers_all_starts(tmp_path: Path) -> None:
     ],
 )
 def test_size_of_a_cache(chain: Chain, settings: dict[str, int], expected: int) -> None:
-    """A token has ``top_k`` ids and ``top_k`` + 1 log-probabilities. Each takes two bytes."""
+    """A token has ``top_k`` ids and ``top_k`` + 1 log-probabilities. Each takes two bytes.
+
+    That is 130 bytes for ``top_k=32``. The size is 0 if the number of sequences is not known.
+    """
     assert cache_logits.disk_bytes(CacheLogitsConfig(**settings), chain) == expected
 
 
 def test_progress_of_a_cache_counts_complete_shards(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
+    # Files are added one by one. ``progress`` is that after the file is added.
     for name, progress in (
-        (".shard_00001.safetensors.7.partial", None),
+        (".shard_00001.safetensors.7.partial", None),  # an incomplete shard
         ("shard_00000.safetensors", "1 shard"),
         ("shard_00001.safetensors", "2 shards"),
     ):
@@ -298,15 +333,17 @@ def test_the_teacher_is_chosen_on_the_command_line(
     cfg = compose(
         "recipe=llama_depth_prune", f"teacher={teacher}", "stages.distill.temperature=2.5"
     )
-    added = [name for name in cfg.stages if name in ("correct_teacher", "cache_logits")]
-    assert added == TEACHERS[teacher]
-    assert cfg.stages.distill.inputs.teacher == (added or ["import_hf"])[-1]
-    if "cache_logits" in added:
+    distill_settings = cfg.stages.distill
+    added_stages = [name for name in cfg.stages if name in ("correct_teacher", "cache_logits")]
+    assert added_stages == TEACHERS[teacher]
+    # Each stage reads the teacher from the stage before it.
+    teacher_stages = ["import_hf", *added_stages]
+    assert distill_settings.inputs.teacher == teacher_stages[-1]
+    if "cache_logits" in added_stages:
         cache = cfg.stages.cache_logits
-        expected = "correct_teacher" if "correct_teacher" in added else "import_hf"
-        assert cache.inputs.teacher == expected
-        assert (cache.temperature, cache.seed) == (2.5, cfg.stages.distill.seed)
-        distill = cfg.stages.distill
-        assert cache.num_sequences >= distill.max_steps * distill.global_batch_size
+        assert cache.inputs.teacher == teacher_stages[-2]
+        assert (cache.temperature, cache.seed) == (2.5, distill_settings.seed)
+        num_trained = distill_settings.max_steps * distill_settings.global_batch_size
+        assert cache.num_sequences >= num_trained
         names = [stage.name for stage in plan(f"teacher={teacher}").stages]
         assert names.index("cache_logits") < names.index("distill")

@@ -24,7 +24,8 @@ def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..
             assert getattr(served_tasks, name) == getattr(tasks, name)
         assert served_tasks.inputs["artifact"] == artifact
         assert configs["report"].inputs["served"] == "evaluate_served"
-        assert "served-time" in {note.rule.name for note in planned.notes}  # tasks=full has no limit
+        # A warning, because tasks=full has no limit of items.
+        assert "served-time" in {note.rule.name for note in planned.notes}
     planned = plan("engine=openvino", "served=engine")  # without ``evaluate_tasks``
     [stage] = (stage for stage in planned.stages if stage.name == "evaluate_served")
     assert "sciq" in stage.config.tasks  # type: ignore[attr-defined]
@@ -43,8 +44,6 @@ def test_only_tensorrt_llm_limits_benchmarks_to_generation(
     """If the same run serves its GGUF file instead, the stage runs all benchmarks."""
     for served, is_generation_only in (("engine", True), ("gguf", False)):
         planned = plan(*TRTLLM, f"tasks={tasks}", "gguf=q8_0", f"served={served}")
-        [config] = (
-            stage.config for stage in planned.stages if stage.name == "evaluate_served"
-        )
+        [config] = (stage.config for stage in planned.stages if stage.name == "evaluate_served")
         is_limited = config.tasks == [*evaluate_served.GENERATION_TASKS]  # type: ignore[attr-defined]
         assert is_limited == is_generation_only

@@ -88,9 +88,8 @@ def test_a_plan_uses_the_measured_rates(
     """Cached rates replace the rates of the hardware profile, except with ``measure=false``."""
     threads = 3
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-    monkeypatch.setattr(
-        hardware, "LAYER_PASS_SECONDS", 0.0
-    )  # this time does not depend on the rates, so it would hide their effect
+    # This overhead does not depend on the rates, so it would hide their effect.
+    monkeypatch.setattr(hardware, "LAYER_PASS_SECONDS", 0.0)
     [planned] = [stage for stage in plan().stages if stage.name == "plan"]
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tests checks of ``prune`` and ``enumerate_shapes``: scores and shapes that do not fit the model."""
+"""Tests checks of ``prune`` and ``enumerate_shapes``: scores and shapes that do not fit a model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def problems(cfg: PruneConfig, chain: Chain) -> list[str]:
     return [f"{problem.what}: {problem.fix}" for problem in prune.check(cfg, chain)]
 
 
-@pytest.mark.parametrize(("scored", "is_refused"), [("prune", False), ("import_hf", True)])
+@pytest.mark.parametrize(("scored_stage", "is_refused"), [("prune", False), ("import_hf", True)])
 def test_scores_of_another_model_are_refused(
-    teacher: Architecture, scored: str, is_refused: bool
+    teacher: Architecture, scored_stage: str, is_refused: bool
 ) -> None:
     """``prune2`` prunes the model that ``prune`` pruned, so it needs the scores of that model."""
     inputs = {"checkpoint": "prune", "importance": "score"}
     cfg = with_name("prune2", PruneConfig(inputs=inputs, target_num_layers=2))
-    score = with_name("score", ScoreConfig(inputs={"checkpoint": scored}, block_sizes=[1]))
+    score = with_name("score", ScoreConfig(inputs={"checkpoint": scored_stage}, block_sizes=[1]))
     stages = {"prune": with_name("prune", PruneConfig()), "score": score, "prune2": cfg}
     chain = Chain("t", teacher, stages, shapes={"prune": [replace(teacher, num_layers=3)]})
     messages = [
