@@ -43,12 +43,10 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
         sources=[str(text)], seq_length=64, calibration_fraction=0.1, max_tokens=50_000
     )
     scores = dataclasses.replace(
-        bare_manifest("score", "importance", None),
-        config=dataclasses.asdict(scoring),
+        bare_manifest("score", "importance", None), config=dataclasses.asdict(scoring)
     )
     corpus = dataclasses.replace(
-        bare_manifest("prepare_data", "dataset", None),
-        config=dataclasses.asdict(text_settings),
+        bare_manifest("prepare_data", "dataset", None), config=dataclasses.asdict(text_settings)
     )
     manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
     inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
@@ -79,12 +77,11 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     assert score == dataclasses.replace(scoring, seq_length=64, precision=score.precision)
     assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
     assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
-    assert stages.distill.tensor_model_parallel_size == 2
     assert stages.distill.weights == distill.weights
     assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
     assert stages.prune.target_ffn_hidden_size is None  # as in the teacher
     assert stages.prune.layer_importance == "block_influence"
-    assert stages.distill.lr == 2e-4
+    assert (stages.distill.lr, stages.distill.tensor_model_parallel_size) == (2e-4, 2)
 
 
 def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:

@@ -47,7 +47,7 @@ def test_added_layers_need_a_student_with_the_widths_of_its_teacher(
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student", "fix"),
+    ("teacher_stage", "student_stage", "fix"),
     [
         ("import_hf", "distill", None),
         ("import_hf", "/another/run/distill", None),
@@ -56,7 +56,7 @@ def test_added_layers_need_a_student_with_the_widths_of_its_teacher(
     ],
 )
 def test_added_layers_come_from_the_model_that_was_pruned(
-    chain: Chain, teacher: str, student: str, fix: str | None
+    chain: Chain, teacher_stage: str, student_stage: str, fix: str | None
 ) -> None:
     """``distill`` was pruned from ``import_hf``. The origin of another run's student is unknown.
 
@@ -68,7 +68,7 @@ def test_added_layers_come_from_the_model_that_was_pruned(
     stages["distill"] = DistillConfig("distill", {"student": "prune"})
     smaller = [replace(shape, num_layers=shape.num_layers - 2)]
     chain = replace(chain, stages=stages, shapes={"distill": smaller})
-    inputs = {"teacher": teacher, "student": student, "data": "prepare_data"}
+    inputs = {"teacher": teacher_stage, "student": student_stage, "data": "prepare_data"}
     problems = add_layers.check(AddLayersConfig("add_layers", inputs), chain)
     # Only these problems are about the origin of the student.
     fixes = [problem.fix for problem in problems if "teacher of add_layers" in problem.what]
