@@ -56,13 +56,12 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
         "name", 10**6, shape, proxy=1.0, perplexity=9.0, kl_to_teacher=0.1, tokens=10, chosen=True
     )
     distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
-    # The search sets the default explicitly. The recipe must not copy the default.
-    distill.hidden_pipeline_stages = 1
+    distill.hidden_pipeline_stages = 1  # the default, which the recipe must not copy
     distill.resources.devices = 4
     distill.weights = dict.fromkeys(text_settings.training_names(), 2.0)
     cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
-    (tmp_path / "recipe").mkdir()
     file = tmp_path / "recipe" / "chosen.yaml"
+    file.parent.mkdir()
     file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block_influence"))
     assert "hidden_pipeline_stages" not in file.read_text()
     planned = plan(f"hydra.searchpath=[file://{tmp_path}]", recipe="recipe=chosen").chain

@@ -384,10 +384,7 @@ def test_the_scores_must_rank_the_layers_of_every_candidate(
     ("settings", "message"),
     [
         ("intermediate_layer_pairs=[[4,4]]", r"student's layers \[4\].*1 to 3"),
-        (
-            "pipeline_model_parallel_size=2 hidden_pipeline_stages=1",
-            "hidden_pipeline_stages selects",
-        ),
+        ("pipeline_model_parallel_size=2 hidden_pipeline_stages=1", "pipeline_stages selects"),
         ("recompute_granularity=full", "recompute_granularity=full"),
     ],
 )
