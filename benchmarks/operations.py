@@ -1,10 +1,10 @@
 """Times the operations of a distillation step, except linear layers, in bfloat16 on a CPU.
 
-``python -m benchmarks.operations`` times PyTorch's fused attention, the stage ``distill``'s own
-attention, norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. For each
-operation it times the forward pass, and the forward and backward pass together. Except for
-attention, it also times the compiled forward and backward pass. Start the benchmark with the
-environment variables of ``conf/cluster/local.yaml``. The variable
+``python -m benchmarks.operations`` times two kinds of attention (PyTorch's fused one, and that of
+the stage ``distill``), norms, gated activations and the loss on logits, at the sizes of
+SmolLM2-135M. For each operation it times the forward pass, and the forward and backward pass
+together. Except for attention, it also times the compiled forward and backward pass. Start the
+benchmark with the environment variables of ``conf/cluster/local.yaml``. The variable
 ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` disables AMX.
 """
 
@@ -77,7 +77,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
         "attention, PyTorch's": (lambda q, k, v: attend(q, k, v, SCALE), [query, key, key]),
         "attention": (lambda q, k, v: attend_in_blocks(q, k, v, SCALE), [query, key, key]),
         "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(*leading, hidden), (hidden,)]),
-        "gated activation": (lambda x: SwiGLU(None)(x), [(*leading, 2 * sizes.ffn)]),
+        "gated activation": (lambda x: SwiGLU(config=None)(x), [(*leading, 2 * sizes.ffn)]),
         "KD and next-token loss": (loss, [(rows, sizes.vocabulary)]),
     }
 
@@ -93,7 +93,7 @@ def measure(
     Args:
         function: The operation.
         shapes: Shapes of its inputs, which are random.
-        repeats: Largest number of runs of each measurement; the shortest run counts.
+        repeats: Number of runs of each measurement, as in ``best_seconds``.
         compile_too: Whether to time compiled passes as well, if a compiler is installed. They are
             compiled in the warm-up of ``best_seconds``, which does not count.
     """

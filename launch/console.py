@@ -83,11 +83,11 @@ def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> No
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables of each planning stage that ran, or that is the plan's only stage."""
+    """Shows the tables of ``plan`` and ``enumerate_shapes`` if they ran or are the only stage."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         is_shown = stage in plan.todo() or len(plan.stages) == 1
-        # "plan" and "shapes" are the types of artifacts that planning stages write.
+        # "plan" and "shapes" are the types of artifacts that these stages write.
         if manifest is None or manifest.kind not in ("plan", "shapes") or not is_shown:
             continue
         for result_table in manifest.result(PlanResult).tables:
@@ -132,6 +132,7 @@ def headline(manifest: Manifest) -> str:
     """Returns the most important result of a stage, as text for a table."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
+    # A healed model has the kind of any model, so the type of its stage decides.
     if result := manifest.result_if("heal", HealResult):
         return f"KL {result.kl_pruned:.3f} → {result.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
@@ -256,6 +257,6 @@ def require_gates(plan: Plan, console: Console) -> None:
         raise RecipeError(
             f"{len(failed)} of {len(plan.gates)} gates failed: {'; '.join(map(str, failed))}.",
             f"the results are in {plan.run_dir}; distil longer, prune less, serve it in a higher "
-            "precision, or change the gates (for benchmarks with few items, difference_low.TASK is "
-            "safer than recovered.TASK)",
+            "precision, or change the gates (for benchmarks with few items, replace recovered.TASK "
+            "with difference_low.TASK, the lower end of a confidence interval)",
         )

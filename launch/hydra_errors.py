@@ -29,7 +29,7 @@ DICT_KEY = re.compile(
 )
 """Matches a key of a dict field. Hydra refuses a new key if its override has no ``+``."""
 HOME_TILDE = re.compile(r"(?<![^\[,\s])~(?=/|$)")
-"""Matches a ``~`` at the start of a path, also in a list. Hydra cannot parse it."""
+"""Matches a path's ``~`` at the start or after ``[``, a comma or a space. Hydra cannot parse it."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
@@ -121,10 +121,10 @@ def _malformed_argument(argument: str) -> str:
         fix = f"write out the home directory: {shlex.quote(f'{name}={expanded}')}"
     else:
         escaped = value.replace('"', '\\"')
-        # In a list or mapping, only the items are quoted. Any other value is quoted as a whole.
+        # For a list or a mapping, shows a fixed example. Any other value is quoted as a whole.
         examples = {"[": '["a >= 1"]', "{": '{a: "b >= 1"}'}
-        quoted = examples.get(value[:1], f'"{escaped}"')
-        fix = f"quote text with special characters, such as {shlex.quote(f'{name}={quoted}')}"
+        example = examples.get(value[:1], f'"{escaped}"')
+        fix = f"quote text with special characters, such as {shlex.quote(f'{name}={example}')}"
     return f"the value of {name} cannot be parsed: {value}\n  fix: {fix}"
 
 
@@ -169,7 +169,7 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
     Args:
         where: The field's dotted name.
         name: The last key of ``where``.
-        error: The error, whose causes may hold the node without this field.
+        error: The error. Its causes may hold the node that lacks the field (``parent_node``).
     """
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
@@ -181,6 +181,7 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
     # The field is at the config's root, but the user gave it a prefix, as in stages.only.
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
+    # For example, '+cluster.env={WORD: …}' adds the key WORD to the dict cluster.env.
     new_key = DICT_KEY.fullmatch(where)
     fix = f"'+{new_key['field']}={{{new_key['key']}: …}}' adds it" if new_key else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]

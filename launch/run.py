@@ -137,15 +137,15 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)
-    with _write_plan(plan, last_plan, state, settings.dry_run) as set_stage:
-        # ``set_stage`` is ``None`` if all stages are complete.
-        if set_stage is not None:
+    with _write_plan(plan, last_plan, state, settings.dry_run) as record_stage:
+        if record_stage is not None:  # a stage must run
             executor.write_scripts(plan, cluster)
             write_tracker(run_dir, recipe, settings.tracker)
-        if set_stage is not None and settings.dry_run:
-            executor.dry_run(plan, console)
-        if set_stage is not None and not settings.dry_run:
-            complete = executor.start(plan, cluster, partial(_follow, set_stage, plan), console)
+            if settings.dry_run:
+                executor.dry_run(plan, console)
+            else:
+                follow = partial(_follow, record_stage, plan)
+                complete = executor.start(plan, cluster, follow, console)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -159,9 +159,9 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
 
 
 @contextmanager
-def _follow(set_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Iterator[Follower]:
+def _follow(record_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Iterator[Follower]:
     """Shows a stage's progress, and records that the stage runs."""
-    set_stage(stage.name)
+    record_stage(stage.name)
     with Follower(stage, console, run_estimate(plan, stage)) as follower:
         yield follower
 
@@ -188,7 +188,7 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
     """Returns the last plan of a run; a plan without stages if no launcher has written one.
 
-    Refuses a run of another recipe, and a directory without a plan that has files of the user.
+    Refuses a run of another recipe, and a directory that has files of the user but no plan.
     """
     last_plan = read_last_plan(run_dir)
     if last_plan is None:
@@ -234,7 +234,7 @@ def _read_state(run_dir: Path) -> RunState:
 
 
 def _require_state(plan: Plan, state: RunState) -> None:
-    """Refuses an outdated plan: the run has changed since ``state`` was read, before planning.
+    """Refuses a plan if the run has changed since ``state`` was read, just before planning.
 
     Compares only the stages that the plan starts, because Slurm jobs may run the others.
     """
@@ -272,8 +272,9 @@ def _write_plan(
     # Stages that ``only`` excludes keep their fingerprints of the last plan.
     fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
-    replaces = last_plan.replaces if dry_run else plan.replaces
-    new_plan = LastPlan(last_plan.recipe, stages, replaces)
+    # A dry run replaces no results, so it keeps what the last plan replaces.
+    to_replace = last_plan.replaces if dry_run else plan.replaces
+    new_plan = LastPlan(last_plan.recipe, stages, replaces=to_replace)
     skipped_states = [s.state() for s in plan.stages if s.action == SKIP and not dry_run]
     leftover_dirs = [state.directory for state in skipped_states if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)

@@ -35,7 +35,7 @@ class Model:
     """Settings of the group ``model``."""
 
     hf_path: str | None = None
-    """The teacher: a folder, a hub id (with ``@COMMIT``), or a ``pypi://`` source."""
+    """The teacher: a folder, a hub id (``@COMMIT`` is optional), or a ``pypi://`` source."""
 
 
 @dataclass

@@ -49,7 +49,7 @@ TIMEOUT_SECONDS = 60
 """Maximum run time of a Slurm program, such as squeue."""
 POLL_SECONDS = 2.0
 """Time between two requests for the states of jobs that are ending."""
-ENDING_SECONDS = 300.0
+MAX_COMPLETING_SECONDS = 300.0
 """How long to wait for jobs that are ending. Slurm kills their processes and cleans their nodes."""
 
 
@@ -221,14 +221,14 @@ def lasting_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Waits until no job is ending, such as a cancelled job; returns ``active_jobs``.
 
     Raises:
-        RecipeError: A job does not end within ``ENDING_SECONDS``.
+        RecipeError: A job does not end within ``MAX_COMPLETING_SECONDS``.
     """
     active = active_jobs(run_dir)
     deadline: float | None = None
     while ending := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
         if deadline is None:
             screen().print(f"waiting until Slurm has ended job {', '.join(ending)}")
-            deadline = time.monotonic() + ENDING_SECONDS
+            deadline = time.monotonic() + MAX_COMPLETING_SECONDS
         elif time.monotonic() > deadline:
             raise RecipeError(
                 f"Slurm does not end job {', '.join(ending)}, which is completing.",

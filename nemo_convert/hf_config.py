@@ -366,7 +366,7 @@ def _unsupported_layers_or_quantization(config: Mapping[str, Any]) -> Iterator[t
         yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"
     for name in QUANTIZATION:
         if config.get(name) is not None:
-            yield f"{name}={config[name]}", "use the model before quantization"
+            yield f"{name}={config[name]}", "use the unquantized model"
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

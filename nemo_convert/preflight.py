@@ -65,7 +65,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     Raises:
         RecipeError: The config cannot be read or is not supported, or the hub cannot be reached.
     """
-    if parse_wheel_file(hf_path):  # a wheel has no safetensors, so only its config is checked
+    if parse_wheel_file(hf_path):  # pypi://; only the config, since it has no safetensors
         read_architecture(read_hf_config(hf_path), hf_path)
         return
     if is_hub_id(hf_path) and is_offline():
@@ -82,7 +82,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
             return
         hf_path = str(folder)
     config = read_hf_config(hf_path)
-    folder = side_folder(hf_path)
+    folder = side_folder(hf_path)  # has the small files, such as those of the tokenizer
     arch = read_architecture(config, hf_path)
     if (folder / ADAPTER).exists():
         yield Finding(
@@ -150,7 +150,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     index = {
         name: file for name, file in read_index(folder).items() if not name.endswith(ROTARY_BUFFER)
     }
-    # Tensors in another shard than the index says, then tensors in only the index or the shards.
+    # Tensors in another shard than the index says, then tensors that the index or the shards lack.
     wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
     wrong += sorted(index.keys() ^ headers.keys())
     if wrong:
@@ -162,7 +162,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
     """Compares the names and shapes of the tensors with those that the config implies."""
-    if arch.num_layers > len(headers):  # the names of so many layers might not fit in memory
+    if arch.num_layers > len(headers):  # each layer has weights; so many names may fill the memory
         yield Finding(
             f"{hf_path} has only {len(headers)} weights, but num_hidden_layers={arch.num_layers} "
             "in config.json.",
@@ -205,8 +205,8 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
     Loading and saving the model with transformers is no fix: transformers would load random values
     for the missing weights.
     """
-    # Candidates for a prefix before all names, such as "language_model.": what stands in an extra
-    # name before any one missing name.
+    # All names may have one prefix, such as "language_model.". Each extra name that ends with a
+    # missing name, whichever one, gives a candidate for it.
     probe = min(missing)
     for prefix in sorted(name.removesuffix(probe) for name in extra if name.endswith(probe)):
         if {prefix + name for name in missing} <= extra:
@@ -219,7 +219,7 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
             "second half of gate_up_proj[N] in dimension 0, and N.down_proj.weight is down_proj[N]"
         )
     if any(name.endswith((".qweight", ".weight_packed")) for name in extra):
-        return "use the model before quantization"
+        return "use the unquantized model"
     return (
         f"download the weights again, or use weights with the names of {hf_architecture}; do not "
         "save them with transformers, which loads random values for missing weights"
@@ -235,7 +235,7 @@ def _tied_head_findings(hf_path: str, headers: Headers, arch: Architecture) -> I
         return
     head, embedding = headers[HEAD], headers[EMBEDDING]
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
-        untie_fix = ", or set tie_word_embeddings to false if its values differ"
+        untie_fix = ", or set tie_word_embeddings to false if the two have different values"
         yield Finding(
             f"{HEAD} is {head.dtype} {[*head.shape]}, but {EMBEDDING}, which is tied to it in "
             f"config.json, is {embedding.dtype} {[*embedding.shape]}.",
@@ -263,7 +263,7 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
     if unsupported := {tensor.dtype for tensor in headers.values()} - DTYPES.keys():
         yield Finding(
             f"{hf_path} has weights of type {', '.join(sorted(unsupported))}.",
-            f"use the model before quantization, with weights in {', '.join(DTYPES)}",
+            f"use the unquantized model, with weights in {', '.join(DTYPES)}",
         )
         return
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})

@@ -46,7 +46,7 @@ def installed_version(name: str) -> str | None:
 def satisfies(requirement: Requirement) -> bool:
     """Returns whether the installed version is in the required range.
 
-    Compares ``2.9.0`` for a version such as ``2.9.0a0+nv25``, which an image's own build has.
+    A build in an image of NVIDIA may have the version ``2.9.0a0+nv25``, which counts as ``2.9.0``.
     """
     version = installed_version(requirement.name)
     return version is not None and requirement.specifier.contains(

@@ -21,7 +21,7 @@ from launch.executors.slurm_limits import job_of, job_problems, read_partitions
 from launch.plan import Plan
 from launch.planned import ADOPT, RUN, SKIP, PlannedStage
 from launch.slurm_queue import (
-    ENDING_SECONDS,
+    MAX_COMPLETING_SECONDS,
     POLL_SECONDS,
     RECORD,
     STATE_REASONS,
@@ -75,9 +75,9 @@ class SlurmConfig(container.Containers):
     cpu_partition: Name | None = None
     """Partition of stages that use no GPU; ``partition`` by default."""
     margin_seconds: Count | None = None
-    """Training stops and saves this many seconds before the time limit. The default is the planned
-    time of two steps, a validation and a checkpoint (in a search, also of loading the models), but
-    at least 300."""
+    """Training stops and saves this many seconds before the time limit. Default: the planned time
+    of two steps, a validation and a checkpoint, but at least 300. In a search, the time to load the
+    models is added."""
     max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit or was preempted."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
@@ -90,8 +90,9 @@ class SlurmConfig(container.Containers):
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
-    """Commands that start TensorRT-LLM's programs, by stage module. These programs spawn processes
-    by MPI, even for one GPU, and Slurm's PMIx does not support that."""
+    """Maps a stage module, such as ``build_engine``, to the command that starts TensorRT-LLM's
+    programs, such as ``mpirun -n 1``. These programs spawn processes by MPI, even for one GPU, and
+    Slurm's PMIx does not support that."""
     sbatch: list[SbatchOption] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` adds options of one stage."""
     python: Program | None = None
@@ -106,18 +107,18 @@ CONFIG = SlurmConfig
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     """Raises ``RecipeError`` for invalid settings, and for active jobs that do not fit the plan.
 
-    A stage whose active (running or waiting) job fits gets the action ``ADOPT`` and no new job.
+    If a stage's active (running or waiting) job fits, the action is ``ADOPT``: no new job.
     """
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems), fix="")
-    active = lasting_jobs(plan.run_dir)
+    active = lasting_jobs(plan.run_dir)  # after jobs that are ending have ended
     new_jobs = {stage.name for stage in plan.todo() if stage.name not in active}
     stages = {stage.name: stage for stage in plan.stages}
     for name, (job, state) in active.items():
         reason = f"job {job.id} is {state.state.lower()}"
-        # ``only`` may exclude the stage: then ``stage`` is None. Its job still needs its inputs.
+        # If ``only`` excludes a stage, ``stage`` is None. The stage's job still needs its inputs.
         config, stage = plan.chain.stages.get(name), stages.get(name)
         new_inputs = sorted(new_jobs & set(config.inputs.values())) if config else []
         conflict = _conflict(stage, job) if stage else None
@@ -137,7 +138,7 @@ def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
     """Returns why a stage's active job cannot make its result, as the end of a message, or None."""
     if job.fingerprint != stage.fingerprint:
         return " with other settings, inputs or code"
-    # A forced stage runs although it has a result. Its job must replace this result.
+    # A stage that runs although it has a result, such as a forced one, must replace the result.
     old_result = stage.result if stage.action == RUN else None
     if old_result is None:
         return None
@@ -220,8 +221,8 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
         # one job of the stage run at a time.
         job_name=job_name(run_dir, stage.name),
-        # A forced stage already has a manifest. The job recognizes it by its start time, and does
-        # not take it for its own result.
+        # A forced stage already has a manifest. It has this start time, which tells the job that
+        # the manifest is not of the job's own result.
         replaces=old_result.started_at if (old_result := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
@@ -292,7 +293,7 @@ def submit_script(plan: Plan) -> str:
         record=RECORD,
         run_hash=run_hash(plan.run_dir),
         test_only=TEST_ONLY,
-        ending_seconds=round(ENDING_SECONDS),
+        max_completing_seconds=round(MAX_COMPLETING_SECONDS),
         jobs=jobs,
     )
 
@@ -328,12 +329,12 @@ def dry_run(plan: Plan, console: Console) -> None:
         lines = [f"{', '.join(stages)}: {answer}" for answer, stages in refused.items()]
         raise RecipeError(
             "Slurm would refuse the jobs of\n" + "\n".join(lines),
-            "change the settings of cluster; sinfo and scontrol show partition list the limits",
+            "change the settings of cluster; for the limits, run sinfo or scontrol show partition",
         )
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs. With ``cluster.follow``, waits for them; raises if one fails."""
+    """Submits the jobs. Returns whether it waited (``cluster.follow``); raises if a job fails."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     todo = plan.todo()
     if todo:
@@ -361,7 +362,7 @@ def _submit(plan: Plan) -> None:
         error = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
         raise RecipeError(
             f"{error}: {done.stderr.strip()}\n  jobs submitted before this error stay in the queue",
-            f"change the settings of cluster and repeat the command, or run {script}",
+            f"change the settings of cluster and repeat the command; to retry unchanged: {script}",
         )
 
 
@@ -374,8 +375,8 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # A result alone does not prove success: a forced stage still has its old result, with the
-        # same fingerprint, until its job succeeds.
+        # ``result`` is read now. It alone does not prove success: until the job of a forced stage
+        # succeeds, the stage has its old result with the same fingerprint.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
             end_state = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)

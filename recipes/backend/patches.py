@@ -73,9 +73,9 @@ def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[
 def fingerprint(original: Any) -> str:
     """Hashes the source of a function or class. For other values, returns the name of their type.
 
-    Functions in C have no source. Their signature is hashed instead, which PyTorch states in the
-    first line of the docstring. It may contain memory addresses of default values. They differ
-    between processes, so they are removed.
+    Functions in C have no source. For them, this hashes the first line of the docstring, in which
+    PyTorch states the signature; without a docstring, their type. A signature may contain memory
+    addresses of default values. They differ between processes, so they are removed.
     """
     if not callable(original):
         return type(original).__name__
@@ -141,6 +141,7 @@ def _find(patch: Patch) -> tuple[Any, str, Any]:
         RecipeError: The target does not exist or has another fingerprint than ``source_hash``.
     """
     module, _, path = patch.target.partition(":")
+    library = module.partition(".")[0]
     *parents, name = path.split(".")
     holder: Any = importlib.import_module(module)
     try:
@@ -148,17 +149,17 @@ def _find(patch: Patch) -> tuple[Any, str, Any]:
             holder = getattr(holder, parent)
         original = getattr(holder, name)
     except AttributeError as error:
-        raise _target_error(patch, "does not exist") from error
+        raise _target_error(patch, f"does not exist in the installed {library}") from error
     if patch.source_hash and (current := fingerprint(original)) != patch.source_hash:
-        raise _target_error(patch, f"has the fingerprint {current}, not {patch.source_hash}")
+        problem = f"has the fingerprint {current}, not {patch.source_hash}"
+        raise _target_error(patch, f"{problem}, in the installed {library}")
     return holder, name, original
 
 
 def _target_error(patch: Patch, problem: str) -> RecipeError:
     """Returns an error whose text starts with the target and the problem."""
     return RecipeError(
-        f"{patch.target} {problem} in the installed version. "
-        f"It is patched because: {patch.reason}.",
+        f"{patch.target} {problem}. It is patched because: {patch.reason}.",
         "install the locked versions (make install), or review the patch in recipes/backend or "
         "recipes/rehearsal and write the new fingerprint there",
     )

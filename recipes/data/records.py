@@ -122,8 +122,8 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
 
     Raises:
         ValueError: A row does not have one cell per column; or the delimiter is a tab, and a quoted
-            cell contains a tab or a line break. Files with tabs often do not quote cells. So what
-            looks like one quoted cell may be several rows between two ordinary quotation marks.
+            cell contains a tab or a line break. In many .tsv files, a quotation mark is an ordinary
+            character. The reader would join all rows between two such marks into one cell.
     """
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -138,7 +138,8 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
         if delimiter == "\t" and any(mark in cell for cell in row for mark in "\t\n\r"):
             row_name = f"row {number}, up to line {rows.line_num},"
             problem = f"{row_name} has a tab or a line break in quotes"
-            raise ValueError(f'{problem}; write a cell that starts with " as """…", or use .csv')
+            fix = "if a cell starts with a quotation mark, quote the cell and double its marks"
+            raise ValueError(f'{problem}; {fix} ("""Yes"" …"), or save the table as .csv')
         yield Record(dict(zip(columns, row, strict=True)), f"row {number}")
 
 

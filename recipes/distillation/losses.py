@@ -45,7 +45,7 @@ from recipes.distillation.vocabulary import (
     local_columns,
     log_softmax,
     select,
-    split,
+    split_tail,
     sum_columns,
     top_k,
 )
@@ -70,8 +70,8 @@ class LogitsLoss:
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
 """A divergence f [n, 1] without T², and a function that returns the gradient (1) [n, classes].
-Classes are tokens, or the top-k and the tail. The function overwrites its inputs, so it can be
-called only once."""
+Classes are tokens, or the top-k and the tail. The function overwrites tensors that it needs, so it
+can be called only once."""
 
 
 def _forward_kl(
@@ -101,14 +101,14 @@ def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | N
     q, p = log_q.exp(), log_p.exp()
     log_ratio = log_p.sub_(log_q)
     # log(m / q) = log(β·p/q + 1 - β) = softplus(log(p/q) + logit β) + log(1 - β), where
-    # logit β = log(β / (1 - β)). This form neither overflows nor cancels.
+    # logit β = log(β / (1 - β)). This form does not overflow or lose digits by cancellation.
     log_1_minus_beta = math.log1p(-loss.beta)
     logit_beta = math.log(loss.beta) - log_1_minus_beta
     log_m_over_q = softplus(log_ratio + logit_beta).add_(log_1_minus_beta)
     student_kl = -sum_columns(q * log_m_over_q, group)  # KL(q ‖ m)
     teacher_kl = sum_columns(log_ratio.sub_(log_m_over_q).mul_(p), group)  # KL(p ‖ m)
     value = loss.beta * teacher_kl + (1 - loss.beta) * student_kl
-    # log(q / m) is -log_m_over_q, so the signs of both factors are swapped.
+    # With log(q / m) = -log_m_over_q, the gradient is (β - 1)·q·(log_m_over_q + KL(q ‖ m)).
     return value, lambda: log_m_over_q.add_(student_kl).mul_(q).mul_(loss.beta - 1)
 
 
@@ -126,7 +126,7 @@ def _top_k_divergence(
     u = log Σ_tail exp(z / T), so ∂u / ∂(z_j / T) = q_j / q_tail: a token j of the tail gets the
     fraction q_j / q_tail of the class's gradient.
     """
-    student = split(log_q, teacher.indices, group)
+    student = split_tail(log_q, teacher.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
     log_tail = log_probs[:, -1:].clone()  # log q_tail; the divergence overwrites ``log_probs``
     # Every rank has all k + 1 classes, so the divergence runs without communication.
@@ -136,7 +136,8 @@ def _top_k_divergence(
 
     def gradient() -> Tensor:
         classes = compute_class_gradient()
-        # q_j / q_tail times the tail's gradient; 0 for top-k tokens, whose ``tail`` is -inf.
+        # q_j / q_tail times the tail's gradient. ``student.tail`` is log q of each token, but -inf
+        # for top-k tokens, so these get 0.
         all_tokens = student.tail.sub_(log_tail).exp_().mul_(classes[:, -1:])
         return all_tokens.scatter_add_(1, student.columns, classes[:, :-1] * student.is_local)
 
@@ -233,8 +234,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes KD losses [n, 1] without T², and LM losses [n, 1]; ``None`` without labels.
 
-    If needed, the gradient of the weighted sum overwrites ``student``. A separate output argument
-    would make the compiler check whether the argument shares memory with ``student``.
+    If needed, the gradient of the weighted sum overwrites ``student``. There is no separate
+    output argument, because the compiler would check whether it shares memory with ``student``.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
@@ -273,8 +274,8 @@ _compiled_chunk_losses = compilable(_chunk_losses)
 def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
     """Multiplies each row of a gradient [n, vocabulary/tp] by its weight [n, 1], in place.
 
-    The function can be compiled, because PyTorch's eager bfloat16 multiplication on a CPU is four
-    times slower than memory bandwidth allows.
+    Compiling helps, because PyTorch's eager bfloat16 multiplication on a CPU is four times slower
+    than memory bandwidth allows.
     """
     return gradient.mul_(weights.to(gradient.dtype))
 
@@ -299,7 +300,7 @@ class _Distillation(torch.autograd.Function):
             # Slices are views: a chunk writes to ``losses``, and its gradient to ``logits``.
             chunk = losses[:, rows], logits[rows], targets.at(rows)
             _compute_chunk(*chunk, loss, group, needs_gradient)
-        ctx.save_for_backward(logits if needs_gradient else None)  # now the gradient
+        ctx.save_for_backward(logits if needs_gradient else None)  # they contain the gradient now
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
         ctx.mark_non_differentiable(losses)

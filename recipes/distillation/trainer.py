@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,15 @@ def train(
     # The first two must run before the trainer's own callback saves a checkpoint: the first frees
     # memory, the second sends the losses to rank 0, which stores them in the checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
-    save = partial(_save_trained, cfg, model, start_model, nemo.side_folder(start))
+    save = partial(_save_trained, cfg, model, start_model, start)
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # ``SaveStudents`` runs before that, too: a resumed run has all students up to its step.
+        # Before a checkpoint is saved, too, so a run that resumes from it has all earlier students.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
-    if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
+    if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):  # stop_at_recovered
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
-    # The weights are gathered when training ends. Later, Lightning moves them to the CPU. On CUDA
-    # they then no longer share Megatron's buffers, so their shards can no longer be gathered.
+    # The weights are gathered when training ends. After that, Lightning moves them from a GPU to
+    # the CPU. There they do not share Megatron's buffers, so their shards cannot be gathered.
     trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
@@ -148,7 +147,7 @@ def _set_environment(cfg: TrainingConfig) -> None:
 
 
 def _save_trained(
-    cfg: TrainingConfig, model: KDModel, start_model: Any, side: Path, out: Path
+    cfg: TrainingConfig, model: KDModel, start_model: Any, start: Path, out: Path
 ) -> None:
     """Writes the model without the optimizer, with weights in ``cfg.dtype``.
 
@@ -158,7 +157,7 @@ def _save_trained(
         cfg: Settings.
         model: The trained model.
         start_model: The model that ``model`` was built from. The checkpoint gets its config.
-        side: Folder with tokenizer and config of the initial checkpoint.
+        start: The initial checkpoint, whose tokenizer and config are copied.
         out: Path of the checkpoint.
     """
     saved_config = start_model.__io__.config  # NeMo's record of the config, which checkpoints store
@@ -172,7 +171,7 @@ def _save_trained(
     # The temporary folder is in the stage's work directory, where a restart removes it.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
-        copy_side_files(side, staged)
+        copy_side_files(nemo.side_folder(start), staged)
         config = read_json(staged / "config.json")
         config.pop("dtype", None)  # newer versions of transformers use this name for torch_dtype
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
@@ -194,7 +193,8 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
     def selective_restore(self) -> None:
         """Loads the initial weights into the model and the optimizer.
 
-        The initial checkpoint does not have the parameters of loss modules, so they are hidden.
+        The initial checkpoint lacks the parameters of the loss, such as ``HiddenLoss.projection``.
+        So they are removed from the model while it loads.
         """
         model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
         start = Path(self.restore_config.path)
@@ -214,7 +214,7 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     would also find the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
-    rounded = {}  # the weights that the model has in lower precision than the checkpoint
+    to_read = {}  # the weights that the model has in lower precision than the checkpoint
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             # The tensor to read into becomes float32.
@@ -222,22 +222,17 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
             # A ``ShardedTensorFactory`` has no dtype; it makes its tensors from ``data``.
             if isinstance(item, ShardedTensor):
                 item.dtype = torch.float32
-            rounded[name] = item
-    exact = nemo.read_sharded(rounded, weights) if rounded else {}
-    exact_weights = {
-        weight: exact_weight
-        for name, weight in core.named_parameters()
-        if (exact_weight := exact.get(f"module.{name}")) is not None
-    }
+            to_read[name] = item
+    exact = nemo.read_sharded(to_read, weights) if to_read else {}
+    names = {weight: f"module.{name}" for name, weight in core.named_parameters()}
     for opt in optimizer.chained_optimizers:  # one for dense weights, one for experts
         groups = zip(opt.model_float16_groups, opt.shard_fp32_from_float16_groups, strict=True)
-        for weight, main_weight in chain.from_iterable(
-            zip(*group, strict=True) for group in groups
-        ):
-            if weight in exact_weights:
-                # This rank's range of the flattened weight.
-                shard = opt._get_model_param_range_map(weight)["param"]
-                main_weight.copy_(exact_weights[weight].flatten()[shard.start : shard.end])
+        for group, main_group in groups:
+            for weight, main_weight in zip(group, main_group, strict=True):
+                if (exact_weight := exact.get(names.get(weight, ""))) is not None:
+                    # This rank's range of the flattened weight.
+                    shard = opt._get_model_param_range_map(weight)["param"]
+                    main_weight.copy_(exact_weight.flatten()[shard.start : shard.end])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:

@@ -123,7 +123,7 @@ def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGrou
     return selected
 
 
-def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
+def split_tail(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
     """Splits log-probabilities [n, vocabulary/tp] into the selected tokens ``indices`` and a tail.
 
     The tail overwrites ``log_probs``.
@@ -169,7 +169,7 @@ def top_k(
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         indices[rows] = ids
-        distribution = split(all_log_probs, ids, group)
+        distribution = split_tail(all_log_probs, ids, group)
         log_probs[rows] = distribution.log_probs
         if quantiles is not None and draws is not None and entropy is not None:
             draws[rows], entropy[rows] = _sample(distribution.tail, quantiles[rows], group)

@@ -35,8 +35,9 @@ class PruneConfig(StageConfig):
     """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
     least. ``block``: the adjacent layers whose removal together raises the loss least.
     ``block_influence`` (arXiv:2403.03853): the layers that change their input least; this score
-    comes from the forward passes that score widths. For SmolLM2 with 30 layers, ``block`` gave the
-    best distilled student of 24 layers, and ``loss`` the best of 20 (docs/results.md)."""
+    costs nothing extra, as the passes that score channels and heads give it. For SmolLM2 with 30
+    layers, ``block`` gave the best distilled student of 24 layers, and ``loss`` the best of 20
+    (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -53,9 +54,9 @@ class PruneConfig(StageConfig):
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
     hidden_size_divisor: Count | None = None
-    """The hidden size must be a multiple of this. Default: 64, for fast kernels; for large Llama
-    models the least common multiple of 64 and the number of heads, because transformers 5 refuses
-    other sizes."""
+    """The hidden size must be a multiple of this. Default: 64, for fast kernels; for Llama models
+    the least common multiple of 64 and the number of heads, because transformers 5 refuses other
+    sizes. If eight times that exceeds the teacher's hidden size, it is 64."""
     ffn_hidden_size_divisor: Count = 64
     """The size of a feed-forward network, or of an expert, must be a multiple of this."""
 
@@ -79,7 +80,7 @@ class PruneConfig(StageConfig):
         return replace(self, **fields)
 
     def divisors(self, teacher: Architecture) -> dict[str, int]:
-        """Returns the number that each axis's size must be a multiple of. Other axes have none."""
+        """Returns, for each axis with a divisor, the number that its size must be a multiple of."""
         return {
             "hidden_size": hidden_divisor(teacher, self.hidden_size_divisor),
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
@@ -106,7 +107,8 @@ class AddLayersConfig(InferenceConfig):
     num_layers: Count | None = None
     """Number of layers of the model that is written. Default: halfway from student to teacher."""
     num_sequences: Count = 40
-    """Sequences of held-out text on which all sizes are measured."""
+    """Held-out sequences on which models are measured, one for each number of layers from the
+    student's to one less than the teacher's."""
 
     def size(self, student: Architecture, teacher: Architecture) -> int:
         """Returns ``num_layers`` or its default, the mean of both models' numbers of layers."""
@@ -131,8 +133,9 @@ class ScoreConfig(InferenceConfig):
     num_calibration_samples: Count = 64
     """Sequences from the calibration split."""
     num_loss_samples: CountOrZero = 8
-    """Number of calibration sequences, the first of each source, on which the loss is measured with
-    each layer left out; 0 omits these scores. A layer costs about 0.6 of a forward pass."""
+    """Number of calibration sequences on which the loss is measured with each layer left out; 0
+    omits these scores. The same number is taken from each source. A layer costs about 0.6 of a
+    forward pass, because only the layers after it, and the head, run again."""
     block_sizes: list[Count] | None = None
     """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. Default:
     for each ``prune`` stage of this run with that setting, the number of layers that it drops."""
@@ -156,8 +159,8 @@ def layer_score_problems(
     Args:
         config: The stage that drops layers.
         layer_importance: The stage's method to choose layers, one of ``LAYER_METHODS``.
-        drop_counts: How many layers the stage drops, at least 1; one count for each depth that it
-            may produce.
+        drop_counts: Numbers of layers that the stage may drop, each at least 1. Empty if it drops
+            none.
         chain: The run.
     """
     score_name = config.inputs.get("importance", "")
@@ -174,10 +177,10 @@ def layer_score_problems(
     }
     is_measured, setting = requirements.get(layer_importance, (True, ""))
     if not is_measured:
-        counts = ", ".join(map(str, sorted(drop_counts)))
+        counts = " or ".join(map(str, sorted(drop_counts)))
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{score_name} does not measure layer_importance={layer_importance} for {counts} "
-            f"dropped layers, which {config.name} needs",
+            f"{config.name} needs scores of layer_importance={layer_importance} to drop {counts} "
+            f"layers, but {score_name} does not measure them",
             f"set stages.{score_name}.{setting}",
         )

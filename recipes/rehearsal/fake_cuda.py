@@ -24,7 +24,8 @@ renames to ``NAME``."""
 CAPABILITY = (9, 0)
 """Compute capability of Hopper GPUs."""
 MEMORY_BYTES = 80 << 30
-"""80 GiB, the memory that stages see. The launcher compares peaks with the recipe's GPU instead."""
+"""80 GiB, the memory that stages see. It does not limit a rehearsal: the launcher compares the
+rehearsed peak with the memory of the recipe's GPU."""
 PROPERTIES = SimpleNamespace(
     name="rehearsal",
     major=CAPABILITY[0],
@@ -64,7 +65,7 @@ def patches() -> Iterator[Patch]:
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
-    """The backend module of the fake device, such as ``torch.cuda`` is for CUDA."""
+    """The backend module of the fake device, as ``torch.cuda`` is that of CUDA."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Returns the dtypes of automatic mixed precision."""
@@ -98,14 +99,13 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
                 continue
             with torch.no_grad():
                 new = fn(old)
-            # A buffer is replaced, as PyTorch does. An unchanged parameter needs no swap.
-            if new is old or name in module._buffers:
-                values[name] = new
-                continue
-            # Swaps the content of the parameter, because other objects refer to the parameter.
-            torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
-            # ``FakeTensor`` keeps its device in this Python attribute, which was not swapped.
-            old.fake_device = new.device  # type: ignore[attr-defined]
+            if values is module._buffers:
+                values[name] = new  # as PyTorch does
+            elif new is not old:
+                # Swaps the parameter's content, because other objects refer to the parameter.
+                torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
+                # ``FakeTensor`` keeps its device in this Python attribute, which was not swapped.
+                old.fake_device = new.device  # type: ignore[attr-defined]
     return module
 
 
@@ -130,7 +130,7 @@ FUNCTIONS = {
     "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "device_count": ("efd183354fc3", replace_with(_count_devices)),
     "Stream": ("f5b9547b4660", replace_with(FakeStream)),
-    "Event": ("cc34c59c482f", replace_with(FakeStream)),
+    "Event": ("cc34c59c482f", replace_with(FakeStream)),  # also replaces events
     "init": ("85035f109983", constant(None)),
     "_lazy_init": ("f6316f9c5c9b", constant(None)),
     "_lazy_call": ("237e5407a66c", constant(None)),

@@ -151,7 +151,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
         return config
-    round_sizes = config.rounds(config.max_candidates()) or [1]  # one candidate has no rounds
+    round_sizes = config.round_sizes(config.max_candidates()) or [1]  # one candidate has no rounds
     training = training_of(config, round_sizes, 0)
     model = config.inputs["checkpoint"]
     # ``jobs_of`` replaces the student by the largest candidate.

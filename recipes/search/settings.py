@@ -62,7 +62,7 @@ class MeasureLatencyConfig(StageConfig):
     latency model."""
     service: Service = field(default_factory=Service)
     """How the search's student is served. Timed steps have this batch size and context length."""
-    new_tokens: Annotated[int, integer(2)] = 32
+    new_tokens: Annotated[int, integer(least=2)] = 32
     """Number of generated tokens; the time of a step is the mean over them."""
     repetitions: Count = 3
     """Measured runs of every shape, after one warm-up run."""
@@ -84,11 +84,11 @@ class RankCandidatesConfig(InferenceConfig):
     """Metric that ranks the untrained candidates, and by which ``successive_halving`` chooses
     among the trained ones: ``kl_to_teacher`` or ``perplexity``; lower is better."""
     num_healed: CountOrZero = 8
-    """Number of the best shapes that are also reconstructed by least squares. They rank before
-    all others, by their metrics after reconstruction. These metrics predict the order after
-    training better than metrics of shapes that are only pruned (docs/results.md)."""
+    """Number of shapes, the best by ``proxy``, that are also healed: their weights are adjusted by
+    least squares. They rank before all other shapes, by their metrics after healing. These metrics
+    predict the order after training better than those of pruned shapes (docs/results.md)."""
     num_calibration_samples: Count = 16
-    """Calibration sequences for the reconstruction."""
+    """Calibration sequences for healing."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """As in ``prune``."""
     num_samples: Count = 8
@@ -101,7 +101,7 @@ class SuccessiveHalvingConfig(StageConfig):
 
     num_candidates: Count = 4
     """Number of best-ranked candidates in the first round. Every round drops half of them.
-    A single candidate is chosen without training."""
+    If there is only one candidate, it is chosen without training."""
     also: list[str] = field(default_factory=list)
     """Names of candidates that join the best-ranked ones in the first round."""
     max_tokens: Tokens = 200_000
@@ -115,7 +115,7 @@ class SuccessiveHalvingConfig(StageConfig):
     hardware: str = field(default="cpu", metadata={"resource": True})
     """Hardware profile of the recipe that the stage writes for the chosen candidate."""
 
-    def rounds(self, candidates: int) -> list[int]:
+    def round_sizes(self, candidates: int) -> list[int]:
         """Returns the number of candidates in each round, from the number in the first round."""
         counts = []
         while candidates > 1:
@@ -127,10 +127,10 @@ class SuccessiveHalvingConfig(StageConfig):
         """Returns the largest possible number of candidates in the first round."""
         return self.num_candidates + len(set(self.also))
 
-    def steps(self, candidates: int, rounds: int) -> int:
+    def steps(self, candidates: int, num_rounds: int) -> int:
         """Returns a candidate's training steps in a round of ``candidates``.
 
         The rounds share ``max_tokens`` equally. A round's candidates share the round's tokens.
         """
-        tokens = self.max_tokens / rounds / candidates
+        tokens = self.max_tokens / num_rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -89,7 +89,7 @@ class LatencyFit:
 class Service:
     """How and on which device the student is served; by default in bfloat16 on one H100."""
 
-    device: str = field(default="h100", metadata={"resource": True})
+    device: str = field(default="h100", metadata={"resource": True})  # not in the fingerprint
     """Name of the device, for tables."""
     flops_per_second: Rate = field(default=9.89e14, metadata={"resource": True})
     """Speed of GEMMs in bfloat16."""
@@ -110,8 +110,8 @@ class Service:
     measured: LatencyFit | None = None
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
     speed: str | None = None
-    """Device and its rates; set automatically, but only if the budget limits speed. Otherwise the
-    rates change only a table, so they are not in the fingerprint."""
+    """Text with the device and its rates, for the stage's fingerprint. Set automatically if the
+    budget limits speed. Otherwise the rates change only a table."""
 
     def with_speed(self) -> Service:
         """Returns these settings with ``speed``, which the fingerprint contains."""
@@ -215,7 +215,7 @@ def absolute_limits(
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
-    """Lists the shapes that cannot grow within a budget of ``SHAPE_COSTS``, the largest first."""
+    """Lists the shapes that cannot grow within limits of ``SHAPE_COSTS``, the largest first."""
     limits = absolute_limits(teacher, budget, service)
     allowed_sizes = {axis: _allowed_sizes(teacher, space, axis) for axis in SEARCH_AXES}
 
@@ -278,9 +278,9 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 
 
 def _allowed_sizes(teacher: Architecture, space: Space, axis: str) -> list[int]:
-    """Returns the allowed sizes of an axis in ascending order, the teacher's size included.
+    """Returns the teacher's size and the allowed smaller sizes of an axis, in ascending order.
 
-    Sizes that tensor parallelism cannot split are left out, even the teacher's.
+    Leaves out sizes that tensor parallelism cannot split. So even the teacher's may be missing.
     """
     teacher_size: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"

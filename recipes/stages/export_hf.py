@@ -68,8 +68,8 @@ STAGE = Stage(
         "data": ("dataset",),
         "tasks": ("task_results",),
     },
-    external=lambda config: {"card": CARD_TEMPLATE},
-    names_accepted_results=True,
+    external=lambda config: {"card": CARD_TEMPLATE},  # a file that the result depends on
+    names_accepted_results=True,  # in the model card
     # An upper bound: the teacher's size in float32.
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),
     inference_cost=inference_cost,

@@ -93,7 +93,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
-    round_sizes = cfg.rounds(cfg.max_candidates())  # number of candidates in each round
+    round_sizes = cfg.round_sizes(cfg.max_candidates())  # number of candidates in each round
     if not round_sizes:  # a single candidate is chosen without training
         return
     num_rounds, first_size = len(round_sizes), round_sizes[0]
@@ -131,7 +131,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     most.
     """
     candidate = chain.shape_of(cfg.inputs.get("candidates"))
-    round_sizes = cfg.rounds(cfg.max_candidates())
+    round_sizes = cfg.round_sizes(cfg.max_candidates())
     text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
     evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
@@ -186,7 +186,7 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
 
     A training run has one checkpoint, at its end, which is deleted when the run is complete.
     """
-    round_sizes = cfg.rounds(cfg.max_candidates())
+    round_sizes = cfg.round_sizes(cfg.max_candidates())
     if not round_sizes:  # a single candidate is chosen without training
         return 0
     num_models = round_sizes[0] + sum(round_sizes)  # pruned once, trained in each round
@@ -251,7 +251,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     method, metric = ranking_settings["layer_importance"], ranking_settings["proxy"]
     halving = HalvingRun(cfg, inputs, out.parent / CANDIDATES, method)
     log = metrics_log(out)
-    round_sizes = cfg.rounds(len(remaining))
+    round_sizes = cfg.round_sizes(len(remaining))
     for round_number in range(len(round_sizes)):
         training = training_of(cfg, round_sizes, round_number)
         candidates = [ranked[name] for name in remaining]

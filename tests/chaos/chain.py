@@ -1,4 +1,4 @@
-"""Overrides of a tiny run for tests that kill it, and the comparison of two runs."""
+"""Overrides of a tiny run (a chain of stages) for tests that kill it; compares two runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tests.support.runs import manifest_of, settings, tiny
 STEPS, CHECKPOINT_INTERVAL = 24, 4
 """Optimizer steps of the stage ``distill``, and steps between two checkpoints."""
 TIMED = re.compile(
-    r"(seconds|_per_second|_ms|^time|_at|rss_bytes|peak_memory_bytes"
-    r"|^speedup|^(prefill|decode)(_roofline)?|^cached)$"
+    r"(seconds|_per_second|_ms|_at|rss_bytes|peak_memory_bytes)$"  # ends of names
+    r"|^(time|speedup|(prefill|decode)(_roofline)?|cached)$"  # whole names
 )
 """Matches names of metrics that differ between any two runs: times, memory, and use of caches."""
 _NUMBER = r"<data[^>]*>[^<]*</data>"  # a number in the report
 SPEED = re.compile(
-    rf"{_NUMBER}(?= tokens per second|: the plan differs)|(?<=: the plan differs by ){_NUMBER}"
+    rf"{_NUMBER}(?= tokens per second|: the plan differs)"  # a number before one of these texts
+    rf"|(?<=: the plan differs by ){_NUMBER}"  # a number after this text
 )
-"""Matches measured speeds in the report: numbers with one of these texts beside them."""
+"""Matches speeds in the report, and their difference."""
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 """Matches a section of the report. Group 1 is the section's id."""
 
@@ -35,7 +36,7 @@ def overrides(
     """Returns the overrides of a run that prunes width and depth to odd sizes.
 
     Args:
-        model: Folder of a Hugging Face model that is at least as large as ``ODD``.
+        model: Folder of a Hugging Face model, at least as large as ``tests.support.models.ODD``.
         text_file: JSON lines.
         run_dir: Run directory to write.
         engine: Option of ``conf/engine``, or ``null``. Only with ``openvino``, the run also exports
@@ -114,7 +115,7 @@ def _stage_differences(expected_run: Path, actual_run: Path, stage: str) -> Iter
 def _last_records(file: Path) -> dict[tuple[str, int], Any]:
     """Returns the last record of each unit of work, such as a step, without times.
 
-    A key is a task and the number of its units that were done. A resumed stage can repeat a unit.
+    A key is a task and a unit's number. If a resumed stage repeats a unit, the last record counts.
     The teacher's loss is omitted, because every start of a stage measures it again. Records of
     requests to a model are omitted, because a resumed stage does not repeat the requests.
     """

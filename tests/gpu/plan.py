@@ -29,8 +29,8 @@ MINUTES = 30.0  # time limit of all steps together
 RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
 """Names of environment variables.
 
-``RESULTS`` holds the path of the folder of results. If it is set, tests are not skipped without a
-GPU. ``ON_CPU`` is set if the plan runs small versions of the tests on the CPU.
+``RESULTS`` holds the path of the folder of results. Without this variable, tests are skipped if
+there is no GPU. ``ON_CPU`` is set if the plan runs small versions of the tests on the CPU.
 """
 # Values of ``StepResult.status``.
 PASSED, FAILED, TIMEOUT, NOT_RUN = "passed", "failed", "timeout", "not run"
@@ -61,8 +61,9 @@ class Step:
         return [f"test_{file}.py::test_{name}" for file, name in pairs]
 
 
-# Dependencies of steps that compare with the CPU's model, and of those that also need training.
-REFERENCE, TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
+# Dependencies of steps that compare with the model distilled on the CPU (step "reference"), and of
+# those that also need the step "training".
+NEEDS_REFERENCE, NEEDS_TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
 STEPS = (
     Step("imports", "device::every_module_imports", 2, "every module can be imported", ()),
     Step(DEVICE, "device::a_device_computes device::triton_compiles", 1,
@@ -72,42 +73,45 @@ STEPS = (
          "a small model is distilled on the CPU, as reference for other steps", ("imports",)),
     Step("layers", "kernels::transformer_engine_is_used_and_has_the_logits_of_local_layers", 2,
          "TransformerEngine's layers (if installed) are used and give the local layers' logits",
-         REFERENCE),
+         NEEDS_REFERENCE),
     Step("optimizers", "kernels::first_optimizer_steps_equal_those_of_adamw", 1,
-         "fused Adam, ours and TransformerEngine's (if installed), computes AdamW's first steps"),
-    Step("training", "chain::losses_match_the_cpu", 4, "20 losses match the CPU's", REFERENCE),
+         "our fused Adam, and TransformerEngine's if installed, compute AdamW's first steps"),
+    Step("training", "chain::losses_match_the_cpu", 4,
+         "20 losses match the CPU's", NEEDS_REFERENCE),
     Step("loss", "loss::losses_and_gradients_match_their_definition "
          "loss::memory_is_below_that_of_nemos_loss", 3,
          "losses are exact in bfloat16 and take less memory than NeMo's"),
     Step("conversion", "conversion::an_imported_model_has_the_logits_of_transformers", 3,
-         "an imported model has the logits of transformers, with TF32 off", REFERENCE),
+         "an imported model has the logits of transformers, with TF32 off", NEEDS_REFERENCE),
     Step("scores", "chain::importance_and_ranking_match_the_cpu", 3,
-         "importance scores and ranked candidates match the CPU's", REFERENCE),
-    Step("killed", "chain::killed_training_resumes", 2, "a killed training resumes", TRAINING),
+         "importance scores and ranked candidates match the CPU's", NEEDS_REFERENCE),
+    Step("killed", "chain::killed_training_resumes", 2,
+         "a killed training resumes", NEEDS_TRAINING),
     Step("clock", "chain::training_stopped_at_its_deadline_resumes", 2,
-         "a training stopped at its time limit resumes", TRAINING),
+         "a training stopped at its time limit resumes", NEEDS_TRAINING),
     Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_teacher "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
          "a cached teacher gives a live one's losses; hidden-state losses match the CPU's",
-         REFERENCE),
+         NEEDS_REFERENCE),
     Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
          "losses match the CPU's with recomputed activations, and with CP=2 on two GPUs",
-         REFERENCE),
-    Step("search", "chain::search_trains_while_it_holds_memory_for_measurements", 5,
-         "a search trains, measures and trains again on one GPU", (*REFERENCE, "scores")),
+         NEEDS_REFERENCE),
+    Step("search", "chain::search_trains_on_the_gpu_on_which_it_measures", 5,
+         "a search measures candidates, and a child process trains them on the same GPU",
+         (*NEEDS_REFERENCE, "scores")),
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
          "training some layers of Llama 8B on fake tensors takes the planned memory", ("imports",)),
     Step("memory", "memory::measured_memory_matches_the_rehearsal", 5,
          "training some layers of Llama 8B takes the memory of their rehearsal",
          (DEVICE, "rehearsal")),
     Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
-         "a student is evaluated in bfloat16, exported and quantized to FP8", TRAINING),
+         "a student is evaluated in bfloat16, exported and quantized to FP8", NEEDS_TRAINING),
 )  # fmt: skip
 """Steps in the order in which they run.
 
 A step that needs no GPU comes directly before the first step that depends on it. So if the time
 limit ends the plan early, as many steps as possible have used the GPU. The first ten minutes
-include ``layers``, since no other machine has TransformerEngine.
+include ``layers``, because TransformerEngine's layers can only be tested on a GPU.
 """
 
 
@@ -168,7 +172,8 @@ def run(
         not_passed = [name for name in step.after if statuses.get(name, PASSED) != PASSED]
         limit = min(60 * step.minutes, end - time.monotonic())  # seconds
         if not_passed:
-            result = StepResult(step.name, NOT_RUN, reason=f"depends on {not_passed[0]}")
+            reason = f"depends on {not_passed[0]}, which did not pass"
+            result = StepResult(step.name, NOT_RUN, reason=reason)
         elif limit <= 0:
             result = StepResult(step.name, NOT_RUN, reason=f"the {minutes:g} minutes were over")
         else:

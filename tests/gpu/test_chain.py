@@ -128,7 +128,7 @@ def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> No
     record(results, "scores", cpu=expected_kl, gpu=kl)
 
 
-def test_search_trains_while_it_holds_memory_for_measurements(small: Small, results: Path) -> None:
+def test_search_trains_on_the_gpu_on_which_it_measures(small: Small, results: Path) -> None:
     """A child process trains on the same GPU after the search has measured candidates there.
 
     Continues the run ``search-gpu`` of ``test_importance_and_ranking_match_the_cpu``.

@@ -107,7 +107,7 @@ def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     small: Small, results: Path
 ) -> None:
     is_installed = on_gpu() and installed_version(TRANSFORMER_ENGINE) is not None
-    checkpoint = find_checkpoint(small.reference_dir("32") / "import_hf" / ARTIFACT)
+    checkpoint = find_checkpoint(small.reference_dir(precision="32") / "import_hf" / ARTIFACT)
     paths = str(small.model), str(checkpoint)
     # By type of layers: whether they are TransformerEngine's, and the logit difference.
     checks = {

@@ -127,7 +127,7 @@ def run_worker(module: str, work: Callable[[], None]) -> None:
             from recipes.stages.successive_halving import training_of
 
             sys.executable = os.environ[PROBE]  # this file also runs the ranks of the training
-            training = training_of(config, config.rounds(config.max_candidates()), 0)
+            training = training_of(config, config.round_sizes(config.max_candidates()), 0)
             run_child(training, out.parent.parent / TRAINING, {})
         return Outcome(RESULTS.get(config.stage))  # later plans of the run read this result
 

@@ -20,7 +20,7 @@ CHAT = [
 NEW_TOKENS = 12
 """Maximum number of generated tokens."""
 FIRST_TOKEN = 7
-"""Id of the token, any id, that ``ForceEnd`` forces before the end-of-text token."""
+"""``ForceEnd`` forces the token with this id before the end-of-text token. Any id would do."""
 
 
 @dataclass(frozen=True)

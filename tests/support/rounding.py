@@ -14,8 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-ULP = torch.finfo(torch.float32).eps  # relative to the value: the largest size of one ulp
-ROUNDINGS = 10
+ULP = torch.finfo(torch.float32).eps  # one ulp of a value is at most this times the value's size
+NOISE_FACTOR = 10
 """Outputs of a model that are computed in two ways may differ by this multiple of
 ``measure_ulp_noise``."""
 

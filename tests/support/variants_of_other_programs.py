@@ -140,7 +140,7 @@ def _refused_configs() -> Iterator[Variant]:
         yield Variant(f"layer_types {types}", edit_config(layer_types=types), "layer_types=")
     for key in ("quantization_config", "quantization", "compression_config"):
         yield Variant(
-            f"empty {key}", edit_config(**{key: {}}), f"{key}=.*\n  fix: .*before quantization"
+            f"empty {key}", edit_config(**{key: {}}), f"{key}=.*\n  fix: .*unquantized model"
         )
     for key, value in (
         ("return_dict", False),
@@ -228,7 +228,7 @@ def _refused_names_and_indexes() -> Iterator[Variant]:
     no_prefix = edit_weights(_remove_prefix)
     yield Variant("no prefix", no_prefix, "fix: .*add 'model.'")
     quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
-    yield Variant("GPTQ", quantized, "fix: .*before quantization")
+    yield Variant("GPTQ", quantized, "fix: .*unquantized model")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
     empty_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
     yield Variant("index with an empty weight_map", empty_map, "has only 0 weights")

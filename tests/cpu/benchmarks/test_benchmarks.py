@@ -72,7 +72,7 @@ def execute_faster(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the launcher with teacher, student (2 of 4 layers) and text."""
+    """A run with teacher (of the shape ``EVEN``), student (2 of 4 layers) and text."""
     run_dir = tmp_path_factory.mktemp("benchmarks") / "run"
     run_successfully(
         "recipe=llama_depth_prune",
@@ -105,17 +105,18 @@ def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
         assert 0 < result["slowest"] <= result["tokens_per_second"] <= result["fastest"]
         assert result["peak_rss_bytes"] > 1e8  # PyTorch alone takes more
         planned = result["planned_tokens_per_second"]
-        assert planned > 0 if METHODS[name].stages else planned is None
+        if METHODS[name].stages:
+            assert planned > 0
+        else:  # a baseline, which the launcher does not plan
+            assert planned is None
         assert name in output
-    # The methods of each pair train on the same batches, with different precisions.
+    # Each assert compares two methods that train on the same batches, with different precisions.
     losses = {name: result["first_loss"] for name, result in content["results"].items()}
     assert losses["modelopt-bf16"] == pytest.approx(losses["loop-fp32"], rel=0.02)
     assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
 
 
-def test_a_command_exchanges_objects_with_its_child_processes(
-    tiny_run: Path, tmp_path: Path
-) -> None:
+def test_the_command_works_with_child_processes(tiny_run: Path, tmp_path: Path) -> None:
     """Runs the command as a user does. Other tests replace ``launching.execute``."""
     out = tmp_path / "speed.json"
     launching.execute(
@@ -163,7 +164,9 @@ def test_different_losses_on_the_same_batches_are_reported() -> None:
         (distill, ["--only", "loop-fp23"], "Did you mean 'loop-fp32'?"),
         (distill, ["--steps=1"], "--steps to at least 2"),
         (distill, ["--run-dir=nowhere"], "import_hf is not complete"),
+        # A variant without a name.
         (students, ["--variant", "lm_weight=0"], "invalid --variant 'lm_weight=0'"),
+        # All variants use the live teacher.
         (
             students,
             ["--variant", "cached teacher=cached"],
@@ -176,7 +179,7 @@ def test_invalid_options_are_refused(module: ModuleType, options: list[str], mes
         run_benchmark(module, *options)
 
 
-def test_students_of_several_sources_need_weights(tmp_path: Path) -> None:
+def test_text_of_several_sources_needs_weights_of_the_sources(tmp_path: Path) -> None:
     """The run has text of two sources, ``a`` and ``b``. Empty weights are accepted."""
     tokens = {"train": [SourceTokens("a", 1), SourceTokens("b", 2)]}
     text = DatasetResult({}, {}, [], tokens, document_end=0)
@@ -223,11 +226,11 @@ def test_students_are_trained_with_other_losses_and_data(
     assert data["kl"] == shared_text
     assert data["own_text"] != shared_text
     own_text_inputs = complete_manifest(out / "own_text-3" / "prepare_data").inputs
-    assert own_text_inputs["held_out"] == shared_text, "it could train on the evaluated text"
+    assert own_text_inputs["held_out"] == shared_text, "own_text may have evaluated documents"
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake timer returns the number of its call, times ``repeats``, as milliseconds."""
+    """Call n of the fake timer returns n * ``repeats`` milliseconds."""
     call_numbers = count(1)
 
     def fake_best_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -243,7 +246,8 @@ def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"attention", "norm"} < cases.keys()
     for number, (function, shapes) in enumerate(cases.values()):
         times = operations.measure(function, shapes, repeats=3)
-        # Without a compiler, each operation is timed twice: calls 1 and 2, then 3 and 4, and so on.
+        # Without a compiler, calls 1, 3, ... time the forward pass alone, and calls 2, 4, ... time
+        # forward and backward pass.
         forward_call = 2 * number + 1
         assert times == operations.Times(3 * forward_call, 3 * (forward_call + 1), compiled=None)
 
@@ -254,7 +258,7 @@ def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     for task, side in product(("piqa", "mmlu"), ("lm-eval, float32", "packed, float32")):
         [row] = (row for row in rows if (row[0], row[2]) == (task, side))
-        # Columns: task, items, model, CPU s, times as fast, score, equal, nats apart.
+        # ``equal`` counts items with the baseline's score. ``difference`` is of log-likelihoods.
         _, items, _, seconds, _, _, equal, difference = row
         assert (items, equal) == ("2", "2")
         assert float(seconds) > 0
@@ -275,7 +279,7 @@ def test_preparation_is_measured(
 def test_conversion_is_compared_with_transformers(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sides run in this process. In the second of two repeats, the baseline runs last."""
+    """The compared programs run in this process. In the second repeat, the baseline runs last."""
     order: list[str] = []
 
     def call_here(_: str, side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
@@ -292,15 +296,15 @@ def test_conversion_is_compared_with_transformers(
     assert "1.00" in rows[0]  # the baseline's time, relative to itself
 
 
-def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> None:
-    """Runs the sides of ``--billions`` on a small model. Then one changed weight is an error."""
+def test_weights_survive_a_conversion_to_nemo_and_back(odd_llama: Path, tmp_path: Path) -> None:
+    """Runs the programs of ``--billions`` on a small model. Then one changed weight is an error."""
     folder = tmp_path / "model"
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     convert.write_random_model(folder, odd_llama, shape)
     for side in convert.COLD_SIDES:
         convert.flush(folder, drop_cache=True)
         convert.prepare_side(side, folder, tmp_path)()
-    copied, back = tmp_path / "copy", tmp_path / "back"
+    copied, back = tmp_path / "copy", tmp_path / "back"  # output of ``copy`` and ``to-hf``
     assert load_file(copied / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     convert.require_same_weights(folder, back)
     weights = load_file(back / "model.safetensors")
@@ -312,6 +316,7 @@ def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> N
 
 def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work allocates 64 MiB, and frees them after at least one sample of the memory."""
+    mib = 2**20
     samples: list[dict[str, int]] = []
     real_memory = convert.memory
 
@@ -323,7 +328,7 @@ def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
     def work() -> None:
         # mmap, since malloc would reuse memory that earlier tests freed.
-        memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, 64 * mib, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for start in range(0, len(memory), mmap.PAGESIZE):
             memory[start] = 1  # a page takes memory once it is written
         # The first new sample may have started earlier, so this waits for two.
@@ -332,5 +337,5 @@ def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.01)
         memory.close()
 
-    # Other threads may allocate some memory meanwhile.
-    assert 60 << 20 < convert.run_and_measure(work)["anonymous"] < 200 << 20
+    # Other threads may allocate or free some memory meanwhile.
+    assert 60 * mib < convert.run_and_measure(work)["anonymous"] < 200 * mib

@@ -1,4 +1,4 @@
-"""Tests that the teacher generates a request's conversations once, without unfinished turns."""
+"""Tests that the teacher writes a ``ChatRequest``'s conversations once, and no unfinished turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
 from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, make_tokenizer
 
 REQUEST = ChatRequest(tokens=700, seed=1, seq_length=100)
-"""With the fixture ``cache``, its batches have 32 conversations, so there are several batches."""
+"""It needs several batches: the fixture ``cache`` makes batches of 32 conversations, which have
+about 20 generated tokens each."""
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,8 @@ def test_questions_of_a_file_are_answered_once_each(
     """A question of more than half a sequence is left out and does not shorten its batch's answers.
 
     With the template, the other questions have at most 41 tokens. So their answers may have
-    100 - 41 - 1 = 58 tokens. With the long question in the batch, only 10 tokens would be possible.
+    100 - 41 - 1 = 58 tokens. The long question has 89 tokens with the template. In the batch, it
+    would leave 100 - 89 - 1 = 10 tokens.
     """
     questions = [
         [
@@ -170,10 +172,11 @@ def test_questions_of_a_file_are_answered_once_each(
     conversations, file = write_and_read(teacher, request)
     messages = [conversation["messages"] for conversation in conversations]
     positions = [questions.index(turns[:-1]) for turns in messages]
-    # The second batch has 5 questions. Answers that do not end are left out.
+    # More than the 5 of the second batch, so both batches count. Answers without an end do not.
     assert 5 < len(conversations) < len(questions)
     assert positions == sorted(set(positions))  # in order, each question at most once
     assert all(len(turns) == 3 for turns in messages)  # system, user and the teacher's answer
+    # More than the 10 tokens that the long question would leave.
     assert max(len(turns[-1]["content"]) for turns in messages) > 20
     assert f"1 of {len(lines)} prompts" in capsys.readouterr().out
     # If the content of the file changes, its conversations have another folder in the cache.
@@ -213,4 +216,5 @@ def test_text_after_the_end_of_turn_token_is_dropped(
     monkeypatch.setattr(teacher.model, "generate", lambda *_, **__: rows)
     turns = teacher_chats._write_turns(teacher, [[9, 9], [9], [9]], 4)
     assert turns == [("ab", 2), ("", 0), ("", 0)]
+    # Without room for new tokens, the model is not called.
     assert teacher_chats._write_turns(teacher, [[9]], 0) == [("", 0)]

@@ -1,4 +1,4 @@
-"""Tests that losses on logits equal their definitions, computed by autograd in float64."""
+"""Compares losses on logits, and their gradients, with definitions in float64 and autograd."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
 CHUNK = 4 * VOCABULARY * 16
-"""Bytes of a chunk of 16 rows in float32. The last chunk of 111 rows has only 15."""
+"""Bytes of a chunk of 16 rows in float32. ``TOKENS`` rows are 6 such chunks and one of 15 rows."""
 EACH_LOSS = pytest.mark.parametrize("divergence", LOGITS_LOSSES)
 EACH_TOP = pytest.mark.parametrize("top", [None, 7, VOCABULARY])
-"""Tests each ``LogitsLoss.top_k``: without top-k, with a tail, and with an empty tail."""
+"""No top-k; a top-k whose tail is all other tokens; and a top-k of all tokens, without a tail."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,8 @@ def compute_with_reference(
     """Computes the KD loss of logits in ``dtype``, and the reference in float64.
 
     Returns:
-        The losses per token, the expected losses, and for the student's logits the gradient of the
-        weighted sum and the expected gradient; all in float64.
+        The losses per token, the expected losses, the gradient and the expected gradient, as
+        float64. A gradient is that of the losses' weighted sum, by the student's logits.
     """
     student, teacher = student.to(dtype), teacher.to(dtype)
     logits, exact_logits = student.clone().requires_grad_(), student.double().requires_grad_()
@@ -140,8 +140,8 @@ def test_a_cached_top_k_equals_a_computed_one(divergence: str) -> None:
 def test_samples_of_the_tail_are_unbiased() -> None:
     """The mean over samples equals the loss over the whole vocabulary, and so does its gradient.
 
-    All rows are the same token. Each row has three draws at equally spaced quantiles. The offsets
-    of the rows' quantiles are also equally spaced, so the mean is over the whole tail.
+    All rows have the same logits. Row r draws three tokens of the tail, at the quantiles q/3,
+    (q + 1)/3 and (q + 2)/3 with q = (r + 0.5) / rows. All draws together cover the tail evenly.
     """
     draws, rows, loss = 3, 20_000, LogitsLoss(temperature=2.0)
     teacher, student = make_logits(1)[:1], make_logits(2)[:1]
@@ -169,6 +169,7 @@ def test_samples_of_the_tail_are_unbiased() -> None:
     torch.testing.assert_close(sampled_gradient, exact_gradient, rtol=0, atol=2e-4)
     bias = (biased_gradient - exact_gradient).abs().max()
     assert bias > 2e-2, "without draws the gradient is biased"
+    # Other divergences refuse draws. ``map`` cuts the tensors to one row, as the student has.
     with pytest.raises(RecipeError, match="use forward_kl"):
         distillation_loss(student.float(), cached.map(lambda t: t[:1]), LogitsLoss("jsd"))
 
@@ -181,9 +182,8 @@ def test_a_tiny_tail_is_exact() -> None:
     tail = logits.float().double().log_softmax(-1)
     tail[:, 3] = -torch.inf
     assert (cached.indices == 3).all()
-    torch.testing.assert_close(
-        cached.log_probs[:, 1].double(), tail.logsumexp(-1), rtol=1e-6, atol=0
-    )
+    log_tail = cached.log_probs[:, -1].double()  # the last column is for the tail
+    torch.testing.assert_close(log_tail, tail.logsumexp(-1), rtol=1e-6, atol=0)
 
 
 def test_cross_entropy_equals_torch() -> None:
@@ -260,10 +260,10 @@ def test_no_full_size_float32_tensor_exists(
     teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
     with Allocations() as allocations:
         loss = LogitsLoss(divergence, 2.0, 0.5, top)
-        losses, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
-        losses = losses + token_cross_entropy(student, labels)
+        total, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
+        total = total + token_cross_entropy(student, labels)
         if trained:
-            losses.mean().backward()
+            total.mean().backward()
     assert 0 < allocations.largest[torch.float32] <= CHUNK // 4  # a float32 has 4 bytes
     # The only bfloat16 tensor of full size is the gradient.
     assert allocations.largest[torch.bfloat16] == (TOKENS * VOCABULARY if trained else 0)
@@ -334,8 +334,8 @@ torch.testing.assert_close(split.tail_entropy, expected.tail_entropy, rtol=1e-5,
 loss = LogitsLoss(temperature=2.0)
 compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 compare(lambda x, g: token_cross_entropy(x, labels, g))
-targets = {g: LossTargets(t, labels, (0.5, 3.0)) for g, t in ((None, expected), (group, split))}
-compare(lambda x, g: combined_loss(x, targets[g], loss, g)[0])
+targets = lambda g: LossTargets(split if g else expected, labels, (0.5, 3.0))
+compare(lambda x, g: combined_loss(x, targets(g), loss, g)[0])
 dist.barrier()
 del group  # a group that outlives destroy_process_group may abort Python at exit
 dist.destroy_process_group()
@@ -354,6 +354,7 @@ def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
     results = []  # losses and gradient, without and with reuse
     for reuse in (False, True):
         torch.compiler.reset()  # kernels of other tests count towards Dynamo's recompile limit
+        # 64 × 64 logits are chunks of 25, 25 and 14 rows.
         student, teacher = (make_logits(seed)[:64, :64].contiguous().bfloat16() for seed in (2, 1))
         before = student.clone()
         student.requires_grad_()

@@ -140,6 +140,7 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     assert result.quality.engine.kl_to_teacher < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
     source = load_causal_lm(folder)
+    # These ids are in the vocabularies of all three models.
     prompts = torch.randint(3, 290, (3, 20), generator=torch.Generator().manual_seed(0))
     generation = Pipeline(engine).generate(prompts, 24)
     generated = torch.tensor(generation.tokens)
@@ -154,9 +155,9 @@ def test_float32_engines_generate_the_tokens_of_transformers(
 
 
 def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) -> None:
-    """Attention's width of 70 (7 heads of 10) is not a multiple of the group size of 8.
+    """Attention's output layer has 70 inputs (7 heads of 10), not a multiple of the group size 8.
 
-    The other widths are.
+    So it keeps 8 bits in the int4 engine. The numbers of inputs of other layers are multiples of 8.
     """
     engines = {p: build(odd_llama, precision=p, group_size=8) for p in ("int8", "int4")}
     results = {precision: outcome.result for precision, (_, outcome) in engines.items()}
@@ -172,7 +173,7 @@ def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) 
         quality = result.quality
         for metrics in (quality.engine, quality.source):
             assert all(math.isfinite(value) for value in astuple(metrics))
-        assert quality.source.kl_to_teacher == 0
+        assert quality.source.kl_to_teacher == 0  # here, the teacher is the source model itself
         assert quality.engine.kl_to_teacher > 0
         assert quality.sequences == 4
         # The first token of a sequence is not predicted, nor is a token after a document's end.
@@ -216,7 +217,7 @@ def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
 
 
 def test_ineffective_compression_is_refused(build: Build, odd_llama: Path) -> None:
-    """No width is a multiple of 64, or of 32, to which NNCF falls back. So layers keep 8 bits."""
+    """Layers keep 8 bits: no width is a multiple of 64, nor of 32, NNCF's smallest fallback."""
     with pytest.raises(RecipeError, match="set a group_size"):
         build(odd_llama, precision="int4", group_size=64)
 
@@ -291,8 +292,8 @@ def test_quantized_checkpoints(
         error = (weight.float() * scale - original).abs()
         assert (error <= original.abs() / 16 + scale / 512).all()
     if name == "int4_awq":
-        # TensorRT-LLM's engine builder does not read tensors of this name, so a rule refuses AWQ
-        # engines.
+        # TensorRT-LLM's engine builder does not read ``pre_quant_scale``. So ``ENGINE_PRECISIONS``
+        # excludes AWQ.
         suffixes = {name.split(".")[-1] for name in quantized.names() if "quant" in name}
         assert suffixes == {"pre_quant_scale"}
         assert weight.numel() * 2 == original.numel()  # two weights in a byte
@@ -300,7 +301,16 @@ def test_quantized_checkpoints(
 
 
 SMOLLM2 = Architecture(
-    "LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49152, 8192, tied_embeddings=True
+    "LlamaForCausalLM",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tied_embeddings=True,
 )
 """SmolLM2-135M, whose GEMMs ``training_rates`` measures."""
 
@@ -316,8 +326,8 @@ def test_measured_rates_are_plausible() -> None:
     assert 1e8 < rates.flops_per_second < 1e13
     assert 5e8 < rates.bytes_per_second < 1e12
     assert torch.get_num_threads() == threads_before
-    # Two threads have at most about twice the rate of one. A factor of 3 means that the GEMMs are
-    # too short: the CPU time of helper threads is counted late, so short GEMMs seem twice as fast.
+    # Two threads have at most about twice the rate of one. A factor of 3 means that GEMMs are so
+    # short that a helper thread's CPU time is not counted before they end. They seem twice as fast.
     two_cores, _ = training_rates(2)
     assert two_cores.float32_flops_per_second < 3 * rates.float32_flops_per_second
     assert two_cores.flops_per_second < 3 * rates.flops_per_second
@@ -329,9 +339,9 @@ def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
 ) -> None:
     """A fake timer gives the layers ``rate`` and the head half of it.
 
-    At the low rate the GEMMs of the smallest layer are slow, so no other layer is measured.
+    At the low rate the GEMMs of the smallest linear layer are slow, so no other is measured.
     """
-    # FLOPs of each measurement. Three per data type: the smallest layer, whole layers, the head.
+    # FLOPs of three measurements per data type: smallest linear layer, transformer layers, head.
     measured_flops: list[int] = []
 
     def fake_seconds(operation: Callable[[], object], device: str = "cpu") -> float:
@@ -354,7 +364,8 @@ def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     layers = 2 * SMOLLM2.active_weights() - head
     # The head takes twice the time of layers with the same FLOPs.
     assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
-    # Whole layers are measured. Each has GEMMs of four passes with ``TOKENS`` tokens.
+    # Whole transformer layers are measured. Each linear layer has four GEMMs: one in the forward
+    # pass of each model, and two in the student's backward pass.
     assert measured_flops[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
 
 

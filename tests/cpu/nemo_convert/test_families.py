@@ -44,7 +44,7 @@ from tests.support.conversion import (
 )
 from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.support.ranks import run_ranks
-from tests.support.rounding import ROUNDINGS, measure_ulp_noise
+from tests.support.rounding import NOISE_FACTOR, measure_ulp_noise
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -231,7 +231,7 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
     expected = logits_of(model, tokens)
     noise = measure_ulp_noise(model, lambda: logits_of(model, tokens))
     for actual in logits:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=NOISE_FACTOR * noise)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

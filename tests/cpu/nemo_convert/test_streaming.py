@@ -52,7 +52,7 @@ def test_error_of_the_source_is_raised_when_its_weight_is_requested() -> None:
         next(weights)
 
 
-def test_planner_refuses_an_order_other_than_the_plans() -> None:
+def test_planner_refuses_weights_in_another_order_than_planned() -> None:
     planner = _SourcePlanner(make_weight, {"a": 1, "b": 1})  # one leading axis: the layer
     planner._weights = _prefetch(make_weight, KEYS)  # as ``finish_plan`` does
 

@@ -41,7 +41,7 @@ from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.ranks import run_ranks
-from tests.support.rounding import ROUNDINGS, measure_ulp_noise
+from tests.support.rounding import NOISE_FACTOR, measure_ulp_noise
 
 VOCABULARY = EVEN["vocab_size"]
 DOCUMENT_END = 83
@@ -177,7 +177,7 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     our_core = parity.load_core(student)
     actual = parity.core_logits(our_core, calibration)
     noise = measure_ulp_noise(our_core, lambda: parity.core_logits(our_core, calibration))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=NOISE_FACTOR * noise)
 
 
 def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:

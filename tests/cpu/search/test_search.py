@@ -56,7 +56,7 @@ from recipes.stages import (
 )
 from tests.support.in_process import run_here
 from tests.support.ranks import fork_command
-from tests.support.rounding import ROUNDINGS, measure_ulp_noise
+from tests.support.rounding import NOISE_FACTOR, measure_ulp_noise
 from tests.support.runs import make_artifact_folder, manifest_of
 
 TARGETS: list[dict[str, Any]] = [
@@ -129,7 +129,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     ):
         expected = reference_log_probs(model, tokens)
         noise = measure_ulp_noise(model, lambda model=model: reference_log_probs(model, tokens))
-        torch.testing.assert_close(log_probs, expected, rtol=0, atol=ROUNDINGS * noise)
+        torch.testing.assert_close(log_probs, expected, rtol=0, atol=NOISE_FACTOR * noise)
 
 
 def storage_addresses(model: SortedModel) -> set[int]:
@@ -215,7 +215,7 @@ def test_candidates_have_the_metrics_of_pruned_models(ranked_run: Path, healed: 
 
     metrics = torch.tensor([candidate.kl_to_teacher, math.log(candidate.perplexity)])
     exact, noise = kl_and_loss(), measure_ulp_noise(model, kl_and_loss)
-    torch.testing.assert_close(metrics, exact, rtol=0, atol=ROUNDINGS * noise)
+    torch.testing.assert_close(metrics, exact, rtol=0, atol=NOISE_FACTOR * noise)
 
 
 SPACE = Space(

@@ -1,4 +1,4 @@
-"""Tests how a run's files determine the states of stages, and in which order they are written."""
+"""Tests how a run's files determine the states of stages, and the order of writing the files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
 
 
 def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:
-    """Returns the manifest of a start at a UTC time, such as "10:00", without a result."""
+    """Returns the manifest of a start (an attempt to run a stage) at a UTC time, without result."""
     manifest = bare_manifest("a", "dataset", None)
     started_at = f"2025-01-01T{at}:00+00:00"
     return replace(manifest, fingerprint=fingerprint, started_at=started_at, seconds=0.0)
@@ -176,7 +176,7 @@ def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
     A forced start deletes this work.
     """
     checkpoint = write_failed_work(tmp_path)
-    # As if the start of this work had also written the result.
+    # The result gets the manifest of this work, as if one start had made both.
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
@@ -204,7 +204,7 @@ def test_half_deleted_work_cannot_be_resumed(
             begin_work(tmp_path, start_manifest("g"))
     assert checkpoint.exists()
     assert stage_state(tmp_path).begun is None
-    begin_work(tmp_path, start_manifest())  # the fingerprint of the work, which is deleted anyway
+    begin_work(tmp_path, start_manifest())  # the work has the same fingerprint, "f"
     assert not checkpoint.exists()
 
 
@@ -217,6 +217,7 @@ def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / ARTIFACT).iterdir()] == ["new"]
     with pytest.raises(FileNotFoundError):  # there is no work/artifact to publish
         complete_stage(tmp_path, start_manifest())
+    # The old manifest is deleted first, because it must not describe another artifact.
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -238,7 +239,7 @@ def test_a_result_is_on_the_disk_before_the_work_is_deleted(
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     monkeypatch.setattr(os, "fsync", fsync_and_record)
-    files = stamp_files(artifact)
+    files = stamp_files(artifact)  # hashes and syncs them
     names = "", "half", "sub", "sub/weights"  # "" is the folder of the artifact
     assert set(synced) == {str(artifact / name) for name in names}
     complete_stage(tmp_path, replace(start_manifest(), files=files))
@@ -266,6 +267,7 @@ def test_a_run_file_that_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> 
 
 def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     ref = InputRef(tmp_path / "source", "dataset", "0123")
+    # YAML must not read the fingerprint 1e5 as a number.
     request = Request("b", "1e5", "c", {"data": ref}, {"stage": "a", "sizes": [1, 2], "to": None})
     request.write(tmp_path / "run" / "b")
     assert read_request(tmp_path / "run" / "b") == request
@@ -318,7 +320,10 @@ def test_a_child_that_stops_at_the_deadline_stops_its_parent(
 def test_a_child_with_one_device_is_not_a_rank_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search with several ranks may run in a Slurm job with several tasks."""
+    """A child of a search must not act as one of the Slurm tasks in which the search runs.
+
+    So it gets rank 0, and a job name with which Lightning ignores Slurm's tasks.
+    """
     program, child = tmp_path / "python", tmp_path / "prune"
     write_program(program, "env")  # replaces Python, and prints its environment to the child's log
     monkeypatch.setattr(sys, "executable", str(program))

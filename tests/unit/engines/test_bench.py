@@ -129,7 +129,7 @@ def test_flops_of_prefill_and_decoding_equal_a_hand_count(teacher: Architecture)
     head = 2 * 512 * 128
     # Per token and context token: 4 layers; 2 GEMMs of 2 FLOPs, of which causal attention computes
     # half; 8 heads of 16 channels.
-    attention = 4 * 2 * (8 * 16)
+    attention = 4 * (2 * 2 // 2) * (8 * 16)
     assert prefill_flops(teacher, 1, 10) == 10 * (linear + attention * 10) + head
     # A new token attends to the whole context, so attention is not halved.
     assert decode_flops(teacher, 2, 10) == 2 * (linear + head + 2 * attention * 10)
@@ -149,8 +149,8 @@ def test_roofline_is_the_longer_of_compute_time_and_memory_time(teacher: Archite
 
 def test_rates_are_computed_from_seconds() -> None:
     timing = Timing(first_seconds=0.5, total_seconds=1.5)
-    assert timing.decode_rate(SHAPE) == 2 * 10
-    assert timing.throughput(SHAPE) == 2 * 111 / 1.5
+    assert timing.decode_rate(SHAPE) == 2 * 10  # tokens after the first ones, in 1.5 - 0.5 s
+    assert timing.throughput(SHAPE) == 2 * 111 / 1.5  # prompts and new tokens, in 1.5 s
     assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
 
 
@@ -230,7 +230,7 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
 
 
 def config(**settings: Any) -> MeasureSpeedConfig:
-    """Returns the config of a stage whose inputs are stages with the names of the inputs."""
+    """Returns settings in which each input, such as ``teacher``, is from a stage of this name."""
     inputs = {name: name for name in measure_speed.STAGE.inputs}
     return MeasureSpeedConfig(stage="measure_speed", inputs=inputs, **settings)
 
@@ -319,7 +319,7 @@ def test_quantize_checks_the_pruned_shape() -> None:
         "distill": DistillConfig(stage="distill", inputs={"student": "prune"}),
         "export_hf": export_hf.ExportConfig(stage="export_hf", inputs={"checkpoint": "distill"}),
     }
-    chain = with_shapes(Chain("teacher", teacher, stages), stages)
+    chain = with_shapes(Chain("teacher", teacher, stages), order=stages)
     cfg = QuantizeConfig(stage="quantize", format="int4_awq", inputs={"checkpoint": "export_hf"})
     assert [p.rule.name for p in quantize.check(cfg, chain)] == ["alignment"]
     unpruned = QuantizeConfig(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DOCKER = ("cluster=docker", "hardware=h100")
 PYTORCH_BACKEND = "stages.build_engine.backend=tensorrt_llm_pytorch"
 GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
-"""A benchmark without log-likelihoods: TensorRT-LLM's server does not return those of prompts."""
+"""A benchmark of generated answers: TensorRT-LLM's server gives no log-likelihoods of prompts."""
 ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH_BACKEND, GENERATIVE_TASK)}
 """Further overrides by choice of ``engine``."""
 
@@ -81,7 +81,7 @@ def test_a_missing_image_is_refused_only_if_the_docker_daemon_runs(
     assert plan(*DOCKER)
 
 
-def test_the_suggested_fixes_for_slurm_without_a_gpu_profile_work(plan: MakePlan) -> None:
+def test_suggested_fixes_work_for_slurm_without_a_gpu_profile(plan: MakePlan) -> None:
     """The default hardware profile is that of a CPU, but ``cluster=slurm`` requests GPUs."""
     slurm = ("cluster=slurm", "engine=null")
     with pytest.raises(RecipeError, match="requests GPUs") as error:
@@ -116,16 +116,17 @@ def test_targets_of_links_in_a_model_path_are_mounted(
 
     plain = tmp_path / "plain"
     plain.symlink_to(hf_folder)
-    # The folder that contains the link is not mounted as a whole.
+    # No file of the model is a link, so the folder that contains ``plain`` is not mounted.
     assert read_only_mounts(plain) == {plain, hf_folder}
     # The current directory is mounted, so a link in it needs no mount, but its target does.
     (work := tmp_path / "work").mkdir()
     (work / "models").symlink_to(tmp_path)
     monkeypatch.chdir(work)
-    assert read_only_mounts(Path("models/hf_model")) == {hf_folder}
+    assert read_only_mounts(Path("models", name := hf_folder.name)) == {hf_folder}
+    # ``stored`` is in the mounted directory, but leads to ``scratch``, a link that is not in it.
     (tmp_path / "scratch").symlink_to(tmp_path)
-    (work / "stored").symlink_to(tmp_path / "scratch")  # a link to a link
-    assert read_only_mounts(Path("stored/hf_model")) == {tmp_path / "scratch/hf_model", hf_folder}
+    (work / "stored").symlink_to(tmp_path / "scratch")
+    assert read_only_mounts(Path("stored", name)) == {tmp_path / "scratch" / name, hf_folder}
     # A folder as in the hub's cache: each file in the snapshot is a relative link to a blob.
     blobs, snapshot, link = (tmp_path / name for name in ("blobs", "snapshots/a", "links/model"))
     for folder in (blobs, snapshot, link.parent):
@@ -136,6 +137,7 @@ def test_targets_of_links_in_a_model_path_are_mounted(
     (snapshot / "loop").symlink_to("loop")  # a link to itself must not cause endless recursion
     link.symlink_to(snapshot)
     assert read_only_mounts(snapshot) == {snapshot, blobs}
+    # The model's files are links, so the folder that contains ``link`` is mounted, too.
     assert read_only_mounts(link) == {snapshot, blobs, link.parent}
     assert read_only_mounts(Path("models/snapshots/a")) == {snapshot, blobs}
 

@@ -224,7 +224,9 @@ def test_stage_without_a_manifest_has_failed(
 def test_stage_that_writes_no_new_manifest_has_failed(
     stage: PlannedStage, complete: Complete, run: RunStage, forced: bool
 ) -> None:
-    """An old manifest exists. It has the required fingerprint only if the stage is forced."""
+    """A forced stage runs although an old manifest has its fingerprint; another stage has an old
+    manifest of another fingerprint. Neither manifest is a result of this start.
+    """
     complete(plan_of(stage if forced else replace(stage, fingerprint="old")))
     assert "distill failed" in run("exit 0")
 
@@ -249,7 +251,7 @@ def test_error_names_the_signal_that_ended_a_stage(
 @pytest.mark.parametrize(
     ("killed_at", "expected"),
     [
-        # 1 s after rank 0 failed: too early for torchrun, so rank 1 is the cause.
+        # 1 s after rank 0 failed. torchrun would wait 30 s, so it did not kill rank 1.
         ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
         # 31 s after rank 0 failed: torchrun killed rank 1.
         ("06:00:31", "lost its connection"),

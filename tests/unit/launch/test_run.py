@@ -35,7 +35,8 @@ EXPORT_INDEX = STAGES.index("export_hf")
 STAGES_WITH_TASKS = [*STAGES[:EXPORT_INDEX], "evaluate_tasks", *STAGES[EXPORT_INDEX:]]
 SECRET = "hf_secret_that_nobody_may_see"
 """A token of the hub."""
-ARGUMENTS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
+WITHOUT_RUN_DIR = (RECIPE, "engine=null", "tasks=null")
+ARGUMENTS = (*WITHOUT_RUN_DIR, "run_dir=../run")
 
 
 @pytest.fixture
@@ -153,13 +154,13 @@ def test_stopped_sweep_names_the_argument_with_which_it_resumes(
     def sweep(*overrides: str, sizes: str = "448,512") -> str:
         """Returns the output of a sweep over hidden sizes, in a new directory by default."""
         swept_field = f"stages.prune.target_hidden_size={sizes}"
-        arguments = ("-m", *ARGUMENTS[:-1], swept_field, *overrides)
+        arguments = ("-m", *WITHOUT_RUN_DIR, swept_field, *overrides)
         return run_in_process(*arguments, cwd=tmp_path).output
 
     with monkeypatch.context() as patch:
-        patch.setattr("launch.sweep.Best.on_job_end", interrupt)  # between two runs
+        patch.setattr("launch.sweep.Best.on_job_end", interrupt)  # Ctrl-C between two runs
         assert re.search(r"same command with hydra.sweep.dir=\S+ resumes", sweep("dry_run=true"))
-    monkeypatch.setattr("tests.support.in_process._run", interrupt)  # in a stage
+    monkeypatch.setattr("tests.support.in_process._run", interrupt)  # Ctrl-C during a stage
     interrupted = re.search(r"same command with (hydra.sweep.dir=\S+) resumes", sweep())
     assert interrupted is not None
     assert "the same command resumes" in sweep(interrupted[1])
@@ -167,6 +168,7 @@ def test_stopped_sweep_names_the_argument_with_which_it_resumes(
     # can only be resumed if at least one of its runs was not refused.
     assert "add hydra.sweep.dir=" in sweep("dry_run=true", sizes="448,5120")
     assert "hydra.sweep.dir" not in sweep("dry_run=true", sizes="5120,5121")
+    # This run is not a sweep. Its stage is interrupted, too.
     assert "hydra.sweep.dir" not in run_in_process(*ARGUMENTS, cwd=tmp_path).output
 
 
@@ -180,11 +182,11 @@ def test_sweep_continues_after_a_run_that_is_refused_or_fails_a_gate(
         shutil.copytree(run, run.with_name("sweep") / str(number))
     # Run 0 is refused, because confirm_above must not be negative. Runs 1 and 2 fail the gate.
     sweep = ("-m", "confirm_above=-1,1,2", "hydra.sweep.dir=../sweep")
-    process = launch(*ARGUMENTS[:-1], gates, "skip_rules=[disk]", *sweep)
+    process = launch(*WITHOUT_RUN_DIR, gates, "skip_rules=[disk]", *sweep)
     assert process.returncode == 1
     assert process.stdout.count("everything was complete") == 2, "the last two runs"
     assert process.stderr.count("error: ") == 3
-    assert process.stderr.endswith("runs that failed: 3\n"), "the command already has the directory"
+    assert process.stderr.endswith("runs that failed: 3\n"), "needs no hydra.sweep.dir"
 
 
 def test_sweep_ends_with_the_command_that_compares_its_runs(
@@ -193,7 +195,7 @@ def test_sweep_ends_with_the_command_that_compares_its_runs(
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     complete(plan())
     shutil.copytree(run, run.with_name("other"))
-    process = launch("-m", *ARGUMENTS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
+    process = launch("-m", *WITHOUT_RUN_DIR, "skip_rules=[disk]", "run_dir=../run,../other")
     assert process.returncode == 0, process.stderr
     command = "python launch/run.py compare ../run ../other"
     last_line = process.stdout.splitlines()[-1]
@@ -269,7 +271,7 @@ def test_plan_is_refused_if_another_command_changed_the_run_meanwhile(
     other command work there.
     """
     write_last_plan(plan())
-    cfg = compose(*ARGUMENTS[:-1], f"run_dir={run}", "skip_rules=[disk]", f"dry_run={dry_run}")
+    cfg = compose(*WITHOUT_RUN_DIR, f"run_dir={run}", "skip_rules=[disk]", f"dry_run={dry_run}")
     monkeypatch.setattr("launch.executors.local.start", lambda *args: pytest.fail("started"))
     for other_command in (lambda *_: complete(plan(), "plan"), lambda *_: write_last_plan(plan())):
         monkeypatch.setattr("launch.run.require_publishable", other_command)
@@ -291,10 +293,11 @@ def test_folder_that_is_not_a_run_is_refused_and_unchanged(launch: Launch, run: 
 def test_killed_first_launch_is_repeated(launch: Launch, run: Path) -> None:
     """A killed launcher leaves ``.partial`` files and folders, which it had not yet renamed."""
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
-    (run / RUN_FILE).rename(run / f".{RUN_FILE}.7.partial")
+    pid = 7  # of the killed launcher
+    (run / RUN_FILE).rename(run / f".{RUN_FILE}.{pid}.partial")
     (snapshot,) = (run / CODE).iterdir()
     snapshot.rename(snapshot.with_suffix(".partial"))
-    (run / "plan" / REQUEST).rename(run / "plan" / f".{REQUEST}.7.partial")
+    (run / "plan" / REQUEST).rename(run / "plan" / f".{REQUEST}.{pid}.partial")
     (run / "plan" / "run.sh").unlink()
     assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     assert list((run / CODE).iterdir()) == [snapshot]

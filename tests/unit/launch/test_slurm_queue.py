@@ -26,6 +26,7 @@ from recipes.planning.limits import slurm_seconds
 from tests.support.launcher import write_program
 
 JOB = SlurmJob(name="run.prune.01234567", stage="prune", id="7", owner="1@east", fingerprint="a")
+"""The owner is ``UID@CLUSTER``."""
 
 
 def test_times_are_parsed_as_slurm_parses_them() -> None:
@@ -46,7 +47,8 @@ def test_only_the_newest_job_of_a_stage_is_read(tmp_path: Path) -> None:
     (tmp_path / "jobs.txt").write_text("".join(lines) + "distill 1")
     jobs = read_jobs(tmp_path)
     assert {stage: job.id for stage, job in jobs.items()} == {"prune": "9", "distill": "8"}
-    assert jobs["prune"].name == job_name(tmp_path, "prune") != jobs["distill"].name
+    assert jobs["prune"].name == job_name(tmp_path, "prune")
+    assert jobs["prune"].name != jobs["distill"].name
     # A copy of the run has another run hash, so the jobs do not count as its own.
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -75,10 +77,8 @@ def test_a_job_with_the_same_id_and_another_name_is_ignored(
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
     outputs = {"squeue": "7|RUNNING|None|1:00|n1", "sacct": "7|FAILED"}
     for program, row in outputs.items():
-        # Prints the row, except if the option --name selects jobs with another name.
-        script = (
-            f'case "$*" in *--name=*) [[ "$*" = *--name=other* ]] || exit 0;; esac; echo "{row}"'
-        )
+        # Prints the row with --name=other and without --name, and nothing with another name.
+        script = f'case "$*" in *--name=other*) ;; *--name=*) exit 0;; esac; echo "{row}"'
         write_program(tmp_path / "bin" / program, script)
     assert job_states([JOB]) == final_states([JOB]) == {}
     other = replace(JOB, name="other")

@@ -164,7 +164,7 @@ def test_a_job_that_is_ending_is_awaited_and_not_adopted(
     prepared = slurm.prepare(plan(*SLURM), slurm.SlurmConfig())
     assert stage_named(prepared, "distill").action == "run"
     queue.write_text("7|COMPLETING|None|1:00|n1\n")
-    monkeypatch.setattr(slurm_queue, "ENDING_SECONDS", 0)
+    monkeypatch.setattr(slurm_queue, "MAX_COMPLETING_SECONDS", 0)
     with pytest.raises(RecipeError, match="does not end job 7"):
         slurm.prepare(plan(*SLURM), slurm.SlurmConfig())
 

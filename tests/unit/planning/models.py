@@ -85,11 +85,12 @@ def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture
         hidden: Hidden size.
         parameters: Published number of parameters.
     """
-    # Without feed-forward layers: width 0, 40 heads in 8 groups, 131,072 tokens in the vocabulary.
+    # Without feed-forward layers: width 0. 40 heads of 128 channels in 8 groups. The vocabulary has
+    # 131,072 tokens, and there are as many positions.
     bare = Architecture("", layers, hidden, 0, 40, 8, 128, 131072, 131072, tied_embeddings=False)
     width = (parameters - bare.parameters()) / (3 * hidden * layers)  # gate, up, down projection
     return replace(bare, ffn_hidden_size=int(width))
 
 
 HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
-"""A student of 7 B parameters, and its teacher Nemotron-Nano-9B-v2."""
+"""The student of 7 B parameters in Model-Optimizer's tutorial; its teacher Nemotron-Nano-9B-v2."""

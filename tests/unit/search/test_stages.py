@@ -311,7 +311,7 @@ def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
 
 def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
-    round_sizes = cfg.rounds(cfg.max_candidates())  # number of candidates in each round
+    round_sizes = cfg.round_sizes(cfg.max_candidates())  # number of candidates in each round
     assert round_sizes == [5, 3, 2]  # the first round has the four best-ranked candidates and x
     trainings = [successive_halving.training_of(cfg, round_sizes, number) for number in range(3)]
     # The number of steps is rounded down. A step trains on 4 sequences of 256 tokens.
@@ -320,7 +320,7 @@ def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> No
     assert len({training.seed for training in trainings}) == 3, "a round repeats sequences"
     assert list(successive_halving.check(cfg, chain)) == []
     single = SuccessiveHalvingConfig(num_candidates=1, max_tokens=0)
-    assert single.rounds(single.max_candidates()) == []
+    assert single.round_sizes(single.max_candidates()) == []
     assert list(successive_halving.check(single, chain)) == []
 
 
