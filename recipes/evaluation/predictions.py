@@ -98,8 +98,8 @@ def compute_states(
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        hidden = model.run_layers(batch.tokens)[:, :-1]  # the last position has no next token
-        states.append(hidden.cpu()[batch.prediction_mask])
+        # The last position has no next token. A variable would keep the tensor on the GPU too long.
+        states.append(model.run_layers(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
         progress(start + len(batch))
     return FinalStates(torch.cat(states), model.head, model.vocabulary)
 

@@ -347,8 +347,8 @@ def answer_values(items: Sequence[Item]) -> list[float] | None:
     for item in items:
         responses = item.response if isinstance(item.response, list) else []
         if isinstance(item.target, int):
-            has_choices = item.target < len(responses)
-            response = responses[item.target] if has_choices else None
+            has_choice = 0 <= item.target < len(responses)
+            response = responses[item.target] if has_choice else None
         else:  # The target is text. If there is one response, it is that of the right answer.
             response = responses[0] if len(responses) == 1 else None
         if not isinstance(response, list):  # generated text, or an unknown right answer
