@@ -12,7 +12,14 @@ import pytest
 from scipy.special import stdtrit
 
 from recipes.core.statistics import difference, margin95, standard_error
-from recipes.evaluation.results import ROLES, Item, compare_answers, compare_scores, recovered
+from recipes.evaluation.results import (
+    ROLES,
+    Item,
+    answer_values,
+    compare_answers,
+    compare_scores,
+    recovered,
+)
 
 RIGHT, WRONG = [1.0], [0.0]
 """Score of one right and of one wrong answer, as lists: ``RIGHT * 3`` are three right answers."""
@@ -146,3 +153,19 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     # A generated answer has no log-likelihood.
     generated = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
     assert compare_answers({role: [generated] for role in items}) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "response", "values"),
+    [
+        (0, [[-1.5, True]], [-1.5]),
+        (1, [[-1.5, True]], None),  # there is only one choice
+        (-1, [[-1.5, True]], None),  # no choice is right
+        (1, ["yes"], None),  # generated text
+    ],
+)
+def test_log_likelihoods_need_a_right_choice(
+    target: int, response: list[object], values: list[float] | None
+) -> None:
+    item = Item("1", "hash", {}, target, response, {"acc": 1.0})
+    assert answer_values([item]) == values
