@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import weakref
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
@@ -298,3 +300,21 @@ def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed()
     ):
         scores = {role: Scores(values) for role, values in {**losses, "pruned": pruned}.items()}
         assert text_quality._recovered(scores) == fraction
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_tied_head_may_be_missing_from_the_weights(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    weights = LlamaForCausalLM(config).state_dict()
+    head = weights.pop("lm_head.weight")
+    refusal = pytest.raises(ValueError, match=r"lm_head\.weight")
+    with nullcontext() if tied else refusal:
+        model = text_quality.with_weights(config, weights.items(), torch.float32)
+        assert torch.equal(model.lm_head.weight.cpu(), head)
