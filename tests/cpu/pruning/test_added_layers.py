@@ -155,7 +155,8 @@ def test_a_recipe_exports_a_size_between_student_and_teacher(
     index = result.kept_layers.index(added)
     weight = Weights(export).read(f"model.layers.{index}.mlp.up_proj.weight")
     original = Weights(even_llama).read(f"model.layers.{added - 1}.mlp.up_proj.weight")
-    assert torch.equal(weight, original)
+    # On a processor with fast bfloat16, training and the export are in bfloat16.
+    assert torch.equal(weight, original.to(weight.dtype))
     card = (export / "README.md").read_text()
     [dropped] = {1, 2, 3, 4} - {*result.kept_layers}
     assert f"- Layers dropped, counted from 1: {dropped}.\n" in card
