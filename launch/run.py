@@ -261,7 +261,7 @@ def _write_plan(
         plan: The plan.
         last_plan: The last plan of the run.
         state: The state of the run before it was planned.
-        dry_run: Whether to leave acceptances and work as they are.
+        dry_run: Whether to change no acceptances and no unfinished work.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.

@@ -153,7 +153,7 @@ def may_fork(stage: PlannedStage) -> bool:
 
     - A stage that does not use torch, because it does not need the server's imports.
     - A stage with ``resources.env``, because libraries read variables when they are imported.
-    - A resumed stage that runs the code of an earlier start, which the server has not imported.
+    - A resumed stage. It runs the code of an earlier start, but the server has imported new code.
     - A stage on several devices, because torchrun starts it. ``stage.devices`` also counts the
       devices of a search's training runs.
     """

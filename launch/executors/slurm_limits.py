@@ -60,7 +60,7 @@ class Job:
     seconds: int
     """Time limit."""
     partition: str | None
-    """One partition, or several separated by commas, of which Slurm chooses one."""
+    """One partition, or several separated by commas. Slurm then chooses one of them."""
     whole_nodes: bool
     gpus: int | None
     """GPUs per node."""

@@ -18,8 +18,7 @@ from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
 RESULT_METRICS = "result_metrics.jsonl"
-"""Metrics of a complete result, if a newer start of the stage has not completed: that start writes
-``METRICS``."""
+"""Metrics of a complete result while the stage runs again. The new start writes ``METRICS``."""
 ProgressCallback = Callable[[int, int], None]
 """Function that is called with the number of finished units of work and the total number."""
 Record = dict[str, Any]

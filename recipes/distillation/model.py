@@ -292,8 +292,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if not self.config.sequence_parallel:
             return mean
         # Each rank has the losses of a contiguous shard of the sequence. They are padded with zeros
-        # to the whole sequence, and added over the ranks. In the backward pass each rank gets the
-        # gradient of its own shard.
+        # to the whole sequence, and added over the ranks. In the backward pass each rank gets
+        # only its shard's gradient.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))

@@ -34,7 +34,7 @@ RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
 """Megatron's names of a layer's feed-forward network: dense, or MoE."""
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
-"""Maps each FP8 scaling recipe to a number of which the sizes of matrices must be multiples
+"""Maps each FP8 scaling recipe to the number that sizes of matrices must be multiples of
 (``megatron/core/fp8_utils.py``)."""
 FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8": 10.0}
 """Maps each FP8 scaling recipe to the lowest CUDA compute capability with which TransformerEngine

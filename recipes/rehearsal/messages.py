@@ -349,7 +349,7 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
     "allgather_into_tensor_coalesced_": _check_pairs(_check_gather_base),
     "reduce_scatter_tensor_coalesced_": _check_pairs(_check_scatter_base),
 }
-"""Checks of the shapes of collectives, by name. Other collectives have no such check."""
+"""Functions that check the shapes of a collective, by name. Other collectives are not checked."""
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:

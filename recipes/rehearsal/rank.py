@@ -123,8 +123,8 @@ def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
     A float32 optimizer holds views of weights. The autograd graph of the views has hooks that refer
-    to the model. This loop is a function of its own: in the caller, the loop variable would keep
-    the last object alive.
+    to the model. The loop is in a separate function, because in the caller the loop variable would
+    keep the last object alive.
     """
     for instance in gc.get_objects():
         # ``isinstance`` would raise an error at the proxy of a freed object.

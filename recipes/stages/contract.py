@@ -156,8 +156,8 @@ class Stage(Generic[ConfigT]):
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
     """Optional inputs: maps each name to the artifact types that it may have."""
     starts: tuple[str, ...] = ()
-    """Other stages that this stage runs as part of its own work, as a search does. Their code is
-    part of this stage's code fingerprint."""
+    """Other stages that this stage runs itself, as a search does. Their code is part of the code
+    fingerprint of this stage."""
     devices: Callable[[ConfigT, Chain], int] = lambda config, chain: config.resources.devices
     """Devices per node that the stage uses; by default one for each process. A search and a stage
     that runs engines may use more devices than processes."""

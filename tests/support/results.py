@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import read_architecture
 from nemo_convert.results import GgufResult, ImportResult, ParityResult
+from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.statistics import Difference
 from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSource
 from recipes.distillation.results import DistillationResult
@@ -41,18 +43,7 @@ from recipes.search.results import Candidate, SearchResult
 LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)
 """Number of the teacher's layers, and numbers (from 1) of the layers that pruning removes."""
 KEPT = [n for n in range(1, LAYERS + 1) if n not in DROPPED]
-TEACHER = Architecture(
-    hf_architecture="LlamaForCausalLM",
-    num_layers=LAYERS,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    tied_embeddings=True,
-)
+TEACHER = read_architecture(HF_CONFIG, "smollm2")
 STUDENT = replace(TEACHER, num_layers=len(KEPT), hidden_size=512, ffn_hidden_size=1152)
 STEPS = 400
 """Training steps of the distillation, with 1024 tokens each."""

@@ -16,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from nemo_convert.architecture import Architecture
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from nemo_convert.hf_config import read_architecture
+from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, Outcome
@@ -300,18 +300,7 @@ def test_quantized_checkpoints(
         assert scale.numel() * 128 == original.numel()  # groups of 128 weights
 
 
-SMOLLM2 = Architecture(
-    "LlamaForCausalLM",
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    tied_embeddings=True,
-)
+SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 """SmolLM2-135M, whose GEMMs ``training_rates`` measures."""
 
 
