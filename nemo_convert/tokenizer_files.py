@@ -225,12 +225,13 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     name = _class_name(folder, config).removesuffix("Fast")
     defaults = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
     special_map = _special_tokens_map(folder, config)
-    # transformers uses the first dict. The map alone may have tokens that ``config`` overrides.
-    for settings in ({**defaults, **special_map, **config}, special_map):
-        tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
-        for key, types in TOKEN_LIST_TYPES.items():
-            tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
-        yield from filter(None, map(_token_text, tokens))
+    # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
+    settings = {**defaults, **config, **special_map}
+    tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
+    for key, types in TOKEN_LIST_TYPES.items():
+        lists = [s[key] for s in (config, special_map) if isinstance(s.get(key), types)]
+        tokens += [token for values in lists for token in _as_list(values)]
+    yield from filter(None, map(_token_text, tokens))
 
 
 def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
     nothing, and a killed process resumes after the last finished batch.
 
     Raises:
-        RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation.
+        RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation, or
+            there are none from all prompts.
         StoppedByDeadlineError: The deadline has passed. The finished batches are stored.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
@@ -90,15 +91,15 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
         tokens += batch["tokens"]
         unfinished += batch["unfinished"]
         log.progress("write", min(tokens, request.tokens), request.tokens)
-        if tokens >= request.tokens:
+        if tokens >= request.tokens or (not conversations and number == MAX_EMPTY_BATCHES):
             break
-        if not conversations and number == MAX_EMPTY_BATCHES:
-            raise RecipeError(
-                f"the teacher finished none of {unfinished} turns within {request.seq_length} "
-                "tokens.",
-                "raise data.seq_length, or use an instruct model",
-            )
         require_time_left(f"batch {number + 1} of the teacher's conversations")
+    if not conversations:
+        raise RecipeError(
+            f"the teacher finished no conversation within {request.seq_length} tokens; "
+            f"{unfinished} turns have no end or no text.",
+            "raise data.seq_length, or use an instruct model",
+        )
     lines = (json.dumps({"messages": turns}, ensure_ascii=False) for turns in conversations)
     write_text_atomically(folder / FILE, "".join(f"{line}\n" for line in lines))
     return folder / FILE

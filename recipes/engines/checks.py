@@ -115,11 +115,14 @@ def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[st
         RecipeError: No layer has the configured type.
     """
     expected = COMPRESSED_TYPES.get(cfg.precision, ())
+    fix = "set precision=fp32"
+    if cfg.scale_group:
+        fix = f"set a group_size that divides the layers' widths; {cfg.scale_group} divides none"
     if expected and not any(types.get(name) for name in expected):
         raise RecipeError(
             f"the engine is not compressed to precision={cfg.precision}: it stores "
             f"{', '.join(f'{n:,} {name}' for name, n in types.items())}",
-            f"set a group_size that divides the layers' widths; {cfg.group_size} divides none",
+            fix,
         )
     return types
 

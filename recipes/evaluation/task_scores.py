@@ -41,7 +41,9 @@ def score(
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
     with rank_0_first():  # rank 0 downloads the data, the other ranks read it from the cache
-        tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
+        tasks = packed_lm.load_tasks(
+            cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name
+        )
     # Keys are the model's name: a role, or ``step N``.
     answers: dict[str, dict[str, TaskAnswers]] = {}
     cached: dict[str, list[str]] = {}

@@ -277,12 +277,14 @@ def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> lis
     """Returns the cheapest layout for each of several numbers of devices, the lowest price first.
 
     The maximum number of devices is the workload's ranks or ``node_size``, whichever is larger.
-    The other numbers are all powers of 2 below it.
+    The other numbers are all powers of 2 below it. Numbers that leave a node partly used beside
+    full nodes are skipped.
     """
     maximum = max(workload.layout.ranks, node_size)
     powers_of_2 = (2**exponent for exponent in range(maximum.bit_length()))  # up to the maximum
     cheapest = [
         cheapest_proposal(workload, hardware, devices, node_size)
         for devices in sorted({maximum, *powers_of_2})
+        if devices <= node_size or devices % node_size == 0
     ]
     return sorted((p for p in cheapest if p is not None), key=lambda p: p.cost.dollars)

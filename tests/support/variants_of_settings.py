@@ -84,6 +84,13 @@ def _tokenizers() -> Iterator[Variant]:
     # transformers 4 reads the list in the map only without added_tokens_decoder.
     token_map = edit_json("special_tokens_map.json", additional_special_tokens=[{"content": "<x>"}])
     yield Variant("list of token objects in the map", all_of(no_decoder, token_map))
+    # The embedding has rows for 6 new tokens. The map overrides 4 of these 8.
+    single = {key: f"<{key}>" for key in ("pad_token", "cls_token", "sep_token", "mask_token")}
+    listed = [f"<listed {n}>" for n in range(4)]
+    new_tokens = edit_json(TOKENIZER, additional_special_tokens=listed, **single)
+    old_tokens = edit_json("special_tokens_map.json", **dict.fromkeys(single, "</s>"))
+    changes = all_of(no_decoder, new_tokens, old_tokens)
+    yield Variant("tokens that the map overrides", changes)
     for key, value in (
         ("split_special_tokens", "x"),
         ("split_special_tokens", None),

@@ -140,8 +140,23 @@ def test_the_teacher_invents_conversations_that_fit_a_sequence(teacher: ChatWrit
     batches = [json.loads(path.read_text()) for path in file.parent.glob("0*.json")]
     assert sum(batch["unfinished"] for batch in batches) > 0  # so unfinished turns were left out
     # The tokens of the template and the end token take all of the 20 tokens.
-    with pytest.raises(RecipeError, match="finished none of"):
+    with pytest.raises(RecipeError, match="finished no conversation"):
         write_and_read(teacher, replace(REQUEST, seq_length=20))
+
+
+def test_prompts_without_a_finished_answer_are_an_error(
+    teacher: ChatWriter, tmp_path: Path
+) -> None:
+    model = random_model()
+    # Of large logits, sampling chooses the largest. The end token's logit is 0, so it never is.
+    model.lm_head.weight.data *= 10_000
+    model.lm_head.weight.data[STOP] = 0
+    (tmp_path / "one.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "?"}]})
+    )
+    request = replace(REQUEST, prompts=str(tmp_path / "one.jsonl"))
+    with pytest.raises(RecipeError, match="1 turns have no end"):
+        write_and_read(replace(teacher, model=model, sha256="v"), request)
 
 
 def test_questions_of_a_file_are_answered_once_each(

