@@ -103,7 +103,10 @@ Bytes = Annotated[float, Field(ge=1e6)]
 Threads = Annotated[int, integer(1, 4096)]
 Duration = Annotated[
     str,
-    matching(r"(\d+-)?\d{1,2}:[0-5]\d:[0-5]\d", "HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"),
+    matching(  # the lookahead refuses zero, which Slurm takes for no limit
+        r"(?=.*[1-9])(\d+-)?\d{1,2}:[0-5]\d:[0-5]\d",
+        "HH:MM:SS or D-HH:MM:SS, above zero, in quotes in a YAML file",
+    ),
 ]
 """A time limit in Slurm's format."""
 VariableName = Annotated[str, matching(r"[A-Za-z_]\w*", "the name of an environment variable")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,8 @@ from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
 """Half the width of a 95% interval of a normal distribution, in standard deviations."""
+MAX_EXPONENT = math.log(sys.float_info.max)
+"""``math.exp`` raises OverflowError for larger numbers."""
 Z80 = NormalDist().inv_cdf(0.8)
 """80% of a normal distribution are below this number of standard deviations above the mean."""
 
@@ -54,9 +57,18 @@ class Difference:
 def standard_error(values: Sequence[float]) -> float | None:
     """Returns the standard error of the mean; ``None`` for fewer than two values.
 
-    Assumes independent values, see ``Difference``.
+    Assumes independent values, see ``Difference``. NaN if a value is NaN or infinite.
     """
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    if not all(map(math.isfinite, values)):
+        return math.nan  # ``stdev`` raises AttributeError in Python 3.11
+    return stdev(values) / math.sqrt(len(values))
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss); infinity if that is too large for a float."""
+    return math.inf if loss > MAX_EXPONENT else math.exp(loss)
 
 
 def margin95(error: float | None, values: int) -> float | None:

@@ -7,13 +7,12 @@ the difference of two separate means.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from recipes.core.precision import dtype_name
-from recipes.core.statistics import Difference, difference, standard_error
+from recipes.core.statistics import Difference, difference, perplexity, standard_error
 
 ROLES = ("teacher", "pruned", "distilled")
 """Roles of the compared models. ``distilled`` is the student after training."""
@@ -237,9 +236,9 @@ class ServedText:
     @classmethod
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
         """Compares the models by their mean loss on each sequence, in nats."""
-        student_perplexity, served_perplexity = math.exp(fmean(student)), math.exp(fmean(served))
         change = difference(served, student)
-        return cls(student_perplexity, served_perplexity, change, len(served), predictions)
+        perplexities = perplexity(fmean(student)), perplexity(fmean(served))
+        return cls(*perplexities, change, len(served), predictions)
 
 
 PROGRAMS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -32,7 +31,7 @@ from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, rank, world_size
-from recipes.core.statistics import standard_error
+from recipes.core.statistics import perplexity, standard_error
 from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import (
     TEACHER,
@@ -193,7 +192,7 @@ class Scores:
         return TextQuality(
             loss=fmean(losses),
             loss_standard_error=standard_error(losses),
-            perplexity=math.exp(fmean(losses)),
+            perplexity=perplexity(fmean(losses)),
             kl_to_teacher=fmean(self.divergences[span]),
             top1_agreement=fmean(self.agreements[span]),
         )
@@ -239,7 +238,7 @@ def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequence
     """Compares a student with its teacher, on the text that both ran on."""
     metrics = compare_predictions({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (values.double().mean().item() for values in (metrics.losses, metrics.divergences))
-    return TokenQuality(math.exp(loss), kl)
+    return TokenQuality(perplexity(loss), kl)
 
 
 def measure_checkpoints(

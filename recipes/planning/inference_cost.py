@@ -29,6 +29,7 @@ from recipes.planning.transformer import (
     kv_cache_bytes,
     largest,
     least_squares_flops,
+    least_squares_shapes,
     pass_compute,
     prefill_flops,
     rank_parameters,
@@ -73,14 +74,17 @@ class InferenceCost:
     """Seconds of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
+    ranks_on_node: int = 1
+    """Ranks that compute at the same time and share the rates and the memory of a CPU node."""
     keeps_answers: bool = False
     """Whether the stage, if it is started again, skips the benchmark tasks that it completed."""
 
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. Generation only counts its memory traffic."""
-        seconds = hardware.compute_seconds(self.compute, self.bf16) + self.training_seconds
-        seconds += self.generated_bytes / hardware.bytes_per_second
-        return seconds / 3600
+        ranks = self.ranks_on_node
+        seconds = hardware.compute_seconds(self.compute, self.bf16, ranks) + self.training_seconds
+        generated_bytes = self.generated_bytes * (1 if hardware.on_gpu else ranks)
+        return (seconds + generated_bytes / hardware.bytes_per_second) / 3600
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,14 @@ def ranking_cost(
 def healing_cost(
     teacher: Architecture, student: Architecture, text: Sequences, hardware: Hardware
 ) -> InferenceCost:
-    """Returns the cost of the stage ``heal``: least squares in float32, layer by layer.
+    """Returns the cost of the stage ``heal``: least squares, layer by layer.
 
     For each token of the text, memory holds both models' residual streams, raw and normalised, and
     the inputs of the student's down projection. A CPU also holds both models in bfloat16.
+
+    A problem with n inputs and m outputs sums float64 matrices of n·n and n·m values. To solve it,
+    memory holds four matrices of n·n (sum, damping, damped sum, Cholesky factor), and the sum, the
+    right side and the result in float64 and in float32, which take 20 bytes for each of n·m.
     """
     models = (teacher, student)
     # Values for each token of the text (``streams``) and of a micro batch (``buffers``).
@@ -184,9 +192,12 @@ def healing_cost(
     # Parameters of one layer of each model. The embeddings are divided among the layers.
     layer_parameters = sum(arch.parameters() / arch.num_layers for arch in models)
     host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
+    problems = least_squares_shapes(teacher, student)
+    summing = 4 * text.micro_batch_tokens * buffers + max(8 * n * (n + m) for n, m in problems)
+    solving = max(32 * n * n + 20 * n * m for n, m in problems)
     memory = Memory(
         weights=4 * layer_parameters + host_bytes,
-        activations=4 * (text.tokens * streams + text.micro_batch_tokens * buffers),
+        activations=4 * text.tokens * streams + max(summing, solving),
         reserved=hardware.reserved_bytes,
     )
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens

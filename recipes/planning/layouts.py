@@ -273,14 +273,17 @@ def cheapest_proposal(
     return min(fitting, key=lambda p: round(p.cost.device_hours, 3), default=None)
 
 
-def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> list[Proposal]:
+def proposals(workload: Workload, hardware: Hardware) -> list[Proposal]:
     """Returns the cheapest layout for each of several numbers of devices, the lowest price first.
 
-    The maximum number of devices is the workload's ranks or ``node_size``, whichever is larger.
-    The other numbers are all powers of 2 below it. Numbers that leave a node partly used beside
-    full nodes are skipped.
+    Several nodes have as many devices as configured. A single node is assumed to have at least 8.
+    The maximum number of devices is the workload's ranks or a node, whichever is larger. The other
+    numbers are all powers of 2 below it. Numbers that leave a node partly used beside full nodes
+    are skipped.
     """
-    maximum = max(workload.layout.ranks, node_size)
+    layout = workload.layout
+    node_size = layout.devices if layout.nodes > 1 else max(8, layout.devices)
+    maximum = max(layout.ranks, node_size)
     powers_of_2 = (2**exponent for exponent in range(maximum.bit_length()))  # up to the maximum
     cheapest = [
         cheapest_proposal(workload, hardware, devices, node_size)

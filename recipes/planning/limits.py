@@ -178,8 +178,7 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
     if needed <= available:
         return
     fix = "use devices with more memory, or more of them"
-    # Nodes are assumed to have 8 devices, or as many as configured. The cheapest layout is first.
-    fitting = proposals(workload, hardware, max(8, workload.layout.devices))
+    fitting = proposals(workload, hardware)  # the cheapest first
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
     if suggestions := same_ranks or fitting:
         overrides = layout_overrides(chain.stages[name], suggestions[0].workload.layout)

@@ -108,16 +108,20 @@ def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
 def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
     """Returns the FLOPs that a token adds to the normal equations of ``recipes.pruning.healing``.
 
-    A layer of the student has four least-squares problems. A token with n inputs x and m targets y
-    adds x·xᵀ and x·yᵀ, which take 2·n·(n + m) FLOPs.
+    A token with n inputs x and m targets y adds x·xᵀ and x·yᵀ, which take 2·n·(n + m) FLOPs.
     """
-    teacher_width, width = teacher.hidden_size, student.hidden_size
+    problems = least_squares_shapes(teacher, student)
+    return 2.0 * student.num_layers * sum(n * (n + m) for n, m in problems)
+
+
+def least_squares_shapes(teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
+    """Returns the inputs and targets of the least-squares problems of a layer of the student."""
+    width = student.hidden_size
     heads = student.num_attention_heads * student.kv_channels
-    # Inputs of attention and of the feed-forward layer, after norms: n = width, m = teacher_width.
-    inputs = 2 * width * (width + teacher_width)
-    # Output and down projection: n = heads or the feed-forward width, m = width.
-    projections = sum(size * (size + width) for size in (heads, student.ffn_hidden_size))
-    return 2.0 * student.num_layers * (inputs + projections)
+    # Inputs of attention and of the feed-forward layer, after norms; then output and down
+    # projection.
+    norms = [(width, teacher.hidden_size)] * 2
+    return [*norms, (heads, width), (student.ffn_hidden_size, width)]
 
 
 def feed_forward_width(arch: Architecture) -> int:

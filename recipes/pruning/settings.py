@@ -128,6 +128,9 @@ class ScoreConfig(InferenceConfig):
     layer or block. One forward pass over the text gives all other scores.
     """
 
+    # Not a resource: ModelOpt's scores of an MoE's experts depend on it.
+    micro_batch_size: Count = 4
+    """Sequences of a forward pass. It changes the scores of an MoE's experts."""
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""
     num_calibration_samples: Count = 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.manifest import Manifest
@@ -97,9 +97,20 @@ class Verdict:
         compare = OPERATORS[self.gate.operator]
         return self.measured is not None and compare(self.measured, self.gate.threshold)
 
+    @property
+    def measured_text(self) -> str | None:
+        """The value, with enough digits to show on which side of the threshold it is."""
+        if self.measured is None:
+            return None
+        texts = (f"{self.measured:.{digits}g}" for digits in range(4, 18))
+        # 17 digits identify every float. NaN never passes.
+        return next(
+            text for text in texts if replace(self, measured=float(text)).passed == self.passed
+        )
+
     def __str__(self) -> str:
         if self.measured is not None:
-            text = f"measured {self.measured:.4g}"
+            text = f"measured {self.measured_text}"
         elif self.gate.name.startswith("recovered"):
             # ``recovered`` divides by the quality that pruning lost.
             text = "undefined, because the loss added by pruning is within noise"

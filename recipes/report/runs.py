@@ -11,8 +11,14 @@ from statistics import fmean
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
-from recipes.core.manifest import ARTIFACT, Manifest
-from recipes.core.run_state import RUN_FILE, Status, read_last_plan, stage_states
+from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
+from recipes.core.run_state import (
+    RUN_FILE,
+    Status,
+    read_last_plan,
+    read_request,
+    stage_states,
+)
 from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
@@ -34,6 +40,8 @@ class RunRecord:
     """Planned stages that are not complete."""
     losses: tuple[float, ...] = field(default=(), repr=False)
     """The distilled model's loss on each held-out sequence, in nats; empty if not measured."""
+    input_datasets: tuple[Manifest, ...] = field(default=(), repr=False)
+    """Data sets of other runs that the evaluations read."""
 
     def find(self, kind: str) -> Manifest | None:
         """Returns the manifest of the first stage with this ``Manifest.kind``, if there is one."""
@@ -64,10 +72,11 @@ class RunRecord:
             return None
         # The key contains only hashes of the held-out files, because runs with other training text
         # can be compared. The evaluation recorded one hash of all files. It takes their place if
-        # this run does not have the evaluated data set, for example because it was computed again.
+        # the evaluated data set is missing, for example because it was computed again.
         data_hash = evaluation.input_content.get("data", "")
-        data = self.find("dataset")
-        files = data.files if data and data.content_hash() == data_hash else {}
+        datasets = (m for m in self.stages.values() if m.kind == "dataset")
+        evaluated = (m for m in (*datasets, *self.input_datasets) if m.content_hash() == data_hash)
+        files = next((data.files for data in evaluated), {})
         heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
             " ".join(heldout) or data_hash,
@@ -129,11 +138,15 @@ def read_run(path: Path) -> RunRecord:
         if state.result is not None and state.status is Status.COMPLETE
     }
     incomplete = tuple(name for name in states if name not in stages)
-    evaluations = (path / name for name, m in stages.items() if m.kind == "eval_results")
+    evaluations = [path / name for name, m in stages.items() if m.kind == "eval_results"]
     files = (folder / ARTIFACT / "results.json" for folder in evaluations)
     results = next((read_json(file) for file in files if file.is_file()), {})
     losses = tuple(map(float, results.get("sequence_losses", {}).get("distilled", ())))
-    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses)
+    inputs = (read_request(folder).inputs.get("data") for folder in evaluations)
+    folders = (data.directory for data in inputs if data is not None)
+    datasets = (read_manifest(folder) for folder in folders if folder.parent != path)
+    others = tuple(data for data in datasets if data is not None)
+    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses, others)
 
 
 def common_text(runs: Sequence[RunRecord]) -> TextKey | None:

@@ -42,7 +42,7 @@ class SearchResult:
     candidates: list[Candidate]
     """In the order of ``rank_candidates``. The chosen candidate need not be the first."""
     budget: dict[str, float]
-    """Limits by their names in ``Budget``."""
+    """Limits by their names in ``Budget``, with fractions multiplied by the teacher's cost."""
 
     def chosen(self) -> Candidate | None:
         """Returns the candidate that ``successive_halving`` chose; ``None`` before that stage."""

@@ -7,6 +7,7 @@ sequence and the text that it generates.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -42,7 +43,8 @@ def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, distilled)
-    return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
+    cost = comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
+    return replace(cost, ranks_on_node=cfg.resources.devices)
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:

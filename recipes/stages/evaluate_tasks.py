@@ -29,7 +29,7 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     tokens, generations = task_tokens(cfg)
     cost = benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware, generations)
-    return replace(cost, keeps_answers=True)
+    return replace(cost, ranks_on_node=cfg.resources.devices, keeps_answers=True)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -227,14 +227,13 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
 
 def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
     """Returns a table of the memory and time of stages with an ``InferenceCost``, if any."""
-    available = hardware.memory_of_rank(1)
     return _table(
         "Other stages",
         (
             {
                 "stage": name,
                 "GB": f"{cost.memory.total / 1e9:.1f}",
-                "available": f"{available / 1e9:.1f}",
+                "available": f"{hardware.memory_of_rank(cost.ranks_on_node) / 1e9:.1f}",
                 "hours": f"{cost.hours(hardware):.2f}",
             }
             for name, cost in costs.items()

@@ -18,6 +18,7 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, healing_cost, ranking_cost
+from recipes.planning.results import PlanResult
 from recipes.planning.rules import Problem
 from recipes.planning.transformer import Compute, largest
 from recipes.pruning.settings import layer_score_problems
@@ -79,7 +80,10 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
     candidates = measure_shapes(cfg, inputs, shapes, metrics_log(out))
     ranked = ranking(candidates)
     write_candidates(out, ranked)
-    budget = Budget(**inputs["shapes"].manifest.config["budget"]).limits()
+    shapes_manifest = inputs["shapes"].manifest
+    limits = shapes_manifest.result(PlanResult).summary  # those of a fraction are absolute
+    names = Budget(**shapes_manifest.config["budget"]).limits()
+    budget = {name: float(limits[name]) for name in names}  # type: ignore[arg-type]
     return Outcome(SearchResult(ranked, budget))
 
 

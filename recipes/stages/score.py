@@ -77,7 +77,7 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     # Each data-parallel rank gets the same fraction of the sequences and of the ablations.
     sequences = cfg.num_calibration_samples / data_ranks
     ablations = ablation_passes(model.num_layers, cfg.num_loss_samples, block_sizes) / data_ranks
-    return scoring_cost(
+    cost = scoring_cost(
         model,
         cfg.precision == "bf16-mixed",
         Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
@@ -85,6 +85,7 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
         cfg.pipeline_model_parallel_size,
         ablations,
     )
+    return replace(cost, ranks_on_node=cfg.resources.devices)
 
 
 def run(cfg: ScoreConfig, inputs: Inputs, out: Path) -> Outcome:

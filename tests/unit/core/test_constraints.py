@@ -64,6 +64,7 @@ LARGE = 10**20
         (Hardware(bytes_per_second=0.5), "must be 1e+06 or more"),
         (Hardware(memory_bytes=NAN), "memory_bytes=nan"),
         (SlurmConfig(time="1e-300"), "must be HH:MM:SS"),
+        (SlurmConfig(time="0-00:00:00"), "above zero"),
         (RunSettings(skip_rules=["schedul"]), "Did you mean 'schedule'?"),
         (DockerConfig(options=["host"]), "must be an option of docker run"),
     ],

@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 from scipy.special import stdtrit
 
-from recipes.core.statistics import difference, margin95, standard_error
+from recipes.core.statistics import difference, margin95, perplexity, standard_error
 from recipes.evaluation.results import (
     ROLES,
     Item,
@@ -32,6 +32,20 @@ def test_standard_error_of_a_mean() -> None:
     assert standard_error([3.0]) is None
     # The sample variance is 100 / 99 * 0.7 * 0.3.
     assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_has_no_interval(loss: float) -> None:
+    paired = difference([loss, 1.0, 2.0], [1.0, 1.0, 1.0])
+    assert not math.isfinite(paired.value)
+    assert not paired.is_negative
+    assert not paired.is_positive
+
+
+def test_the_perplexity_of_a_huge_loss_is_infinite() -> None:
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(800.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_paired_difference_of_100_items() -> None:

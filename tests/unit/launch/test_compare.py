@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from launch.commands import compare
 from launch.sweep import best_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
-from recipes.core.run_state import LastPlan, Request, read_last_plan
+from recipes.core.run_state import InputRef, LastPlan, Request, read_last_plan, read_request
 from recipes.core.statistics import pareto_front
 from recipes.report.compare import compare_runs, describe_best
 from recipes.report.format import render_template
@@ -170,6 +172,7 @@ def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in losses]
     metrics = runs[0].stages["evaluate"].metrics["distilled"]  # run a diverges
     metrics["loss"] = metrics["perplexity"] = math.nan
+    runs[0] = replace(runs[0], losses=(math.nan, *runs[0].losses[1:]))
     content = compare_runs(runs)
     assert content["best"] == "c"
     assert all("nan" not in plot["plot"] for plot in content["plots"])
@@ -181,6 +184,17 @@ def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, s
     content = compare_runs([read_run(run) for run in find_runs([sweep])])
     assert content["best"] == "sweep/1"
     assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is row 4"
+
+
+def test_runs_that_share_a_data_set_have_the_same_text(tmp_path: Path) -> None:
+    """The second run has no data set of its own: its evaluation read that of the first."""
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    data = tmp_path / "a" / "prepare_data"
+    shutil.rmtree(tmp_path / "b" / "prepare_data")
+    request = read_request(runs[1] / "evaluate")
+    replace(request, inputs={"data": InputRef(data, "dataset", "")}).write(runs[1] / "evaluate")
+    first, second = map(read_run, runs)
+    assert first.text_key() == second.text_key()
 
 
 def test_a_run_evaluated_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:

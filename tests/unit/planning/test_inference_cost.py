@@ -13,8 +13,10 @@ from recipes.core.stage import Resources
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.inference_cost import (
+    DecodingSteps,
     InferenceCost,
     Sequences,
+    benchmark_cost,
     comparison_cost,
     conversion_cost,
     healing_cost,
@@ -96,6 +98,15 @@ def test_cost_of_one_model_equals_a_hand_count() -> None:
     assert cpu.memory.activations - gpu.memory.activations == 4 * TEXT_TOKENS * 4096
 
 
+def test_ranks_share_the_rates_of_a_cpu_but_not_of_a_gpu() -> None:
+    cost = benchmark_cost(
+        [LLAMA], FLOAT32, TEXT_TOKENS, 256, CPU, [DecodingSteps(10, batch_size=8, context=100)]
+    )
+    two_ranks = replace(cost, ranks_on_node=2)
+    assert two_ranks.hours(CPU) == pytest.approx(2 * cost.hours(CPU))
+    assert two_ranks.hours(H100) == cost.hours(H100)
+
+
 def test_weights_in_memory_include_the_float32_heads_of_bfloat16_models() -> None:
     # A pruned candidate is a view of the teacher's weights. A healed candidate has its own weights,
     # and the teacher's head is also in memory. In float32, a model needs no copy of its head.
@@ -144,7 +155,12 @@ def test_least_squares_reconstruction_holds_one_layer_at_a_time_on_a_gpu() -> No
     # Float32 values of the whole text: both models' residual streams, raw and normalized, and the
     # inputs of the student's down projection. Of a micro batch: five feed-forward buffers.
     text_values = TEXT_TOKENS * (2 * (4096 + 3072) + 9216)
-    assert gpu.memory.activations == 4 * (text_values + PASS_TOKENS * 5 * 14336)
+    # Float64 sums of the largest fit, of the down projection: 9216 inputs and 3072 outputs.
+    sums = 8 * 9216 * (9216 + 3072)
+    buffers = 4 * PASS_TOKENS * 5 * 14336
+    # Solving needs four float64 matrices, and the right side and the results in both precisions.
+    solving = 32 * 9216**2 + 20 * 9216 * 3072
+    assert gpu.memory.activations == 4 * text_values + max(buffers + sums, solving)
     # Four least-squares fits per layer. A fit with n inputs and m targets takes 2·n·(n + m) FLOPs
     # per token. In two fits, n is the student's hidden size, and m is the teacher's. In the others,
     # n is the number of the heads' channels or the feed-forward width, and m is the student's

@@ -171,14 +171,17 @@ def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
     assert on_small_gpus.cost.memory.total < 24e9
 
 
-def test_proposals_use_whole_nodes() -> None:
-    """12 devices are not a whole number of nodes of 8."""
-    workload = distillation(
-        replace(LLAMA, num_layers=16), LLAMA, layout=Layout(nodes=3, devices=4), steps=100
-    )
-    ranks = [p.workload.layout.ranks for p in proposals(workload, H100, node_size=8)]
-    assert len(ranks) == len(set(ranks))
-    assert max(ranks) == 8
+@pytest.mark.parametrize(
+    ("nodes", "devices", "expected"),
+    [(3, 4, {4, 8, 12}), (2, 6, {4, 12}), (1, 4, {4, 8})],
+)
+def test_proposals_use_whole_nodes(nodes: int, devices: int, expected: set[int]) -> None:
+    layout = Layout(nodes=nodes, devices=devices)
+    workload = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=layout, steps=100)
+    layouts = [p.workload.layout for p in proposals(workload, H100)]
+    assert sorted(layout.ranks for layout in layouts if layout.ranks > 2) == sorted(expected)
+    if nodes > 1:  # else a node is assumed to have 8 devices
+        assert max(layout.devices for layout in layouts) <= devices
 
 
 def test_a_layout_must_split_the_width_of_the_experts() -> None:

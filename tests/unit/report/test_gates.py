@@ -20,7 +20,7 @@ from recipes.evaluation.results import (
     ServedResult,
     TaskResults,
 )
-from recipes.report.gates import TASK_METRICS, TEXT_METRICS, Gate, judge, parse_gate
+from recipes.report.gates import TASK_METRICS, TEXT_METRICS, Gate, Verdict, judge, parse_gate
 from tests.support.manifests import bare_manifest
 from tests.support.results import RESULTS
 
@@ -128,6 +128,25 @@ def test_a_gate_passes_if_its_value_is_in_range(
     [verdict] = judge([parse_gate(text)], MEASURED)
     assert (verdict.measured, verdict.passed) == (measured, passed)
     assert str(verdict).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "measured", "shown"),
+    [
+        ("score.mmlu >= 0.605", 0.6047, "0.6047"),
+        ("recovered >= 0.95", 0.94997, "0.94997"),
+        ("recovered > 0.95", 0.95, "0.95"),
+        ("perplexity < 15", 14.99999, "14.99999"),
+        ("perplexity < 15", math.nan, "nan"),
+        ("perplexity < 15", 12.3456, "12.35"),
+    ],
+)
+def test_a_verdict_shows_on_which_side_of_the_threshold_the_value_is(
+    text: str, measured: float, shown: str
+) -> None:
+    verdict = Verdict(parse_gate(text), measured)
+    assert verdict.measured_text == shown
+    assert str(verdict).endswith(f"measured {shown}")
 
 
 def test_a_gate_on_an_undefined_value_fails() -> None:
