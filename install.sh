@@ -39,6 +39,11 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "${options[@]}" "$venv"; t
   echo "  fix: on Debian or Ubuntu, apt-get install python3-venv" >&2
   exit 1
 fi
+if [ ${#options[@]} -gt 0 ]; then
+  # The option means the packages of the base interpreter. An image may have its own in a virtual environment.
+  packages='import sys, sysconfig; sys.prefix == sys.base_prefix or print(sysconfig.get_path("purelib"))'
+  "$python" -c "$packages" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/image.pth"
+fi
 echo "installing $lock into $venv (once, a few minutes)"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps)
 install_missing() { "$venv/bin/python" requirements/install_missing.py "$@" "${pip[@]}" --require-hashes -r; }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from launch.planned import PlannedStage
 from launch.progress import Follower
 from recipes.core.constraints import Environment, VariableName
+from recipes.core.stage import NEEDS_GPU
 
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
 """Returns a context manager that shows the progress of a stage while the stage runs."""
@@ -37,10 +38,12 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets on every cluster.
 
     These are the user's variables (``cluster.env`` and ``resources.env``), the variables that make
-    Python import the snapshot of the code, and with tensor or context parallelism on some GPUs
-    ``CUDA_DEVICE_MAX_CONNECTIONS``.
+    Python import the snapshot of the code, ``NEEDS_GPU`` for stages on GPUs, and with tensor or
+    context parallelism on some GPUs ``CUDA_DEVICE_MAX_CONNECTIONS``.
     """
-    connections = stage.chain.hardware.cuda_device_max_connections
+    hardware = stage.chain.hardware
+    gpu_env = {NEEDS_GPU: hardware.name} if hardware.on_gpu and stage.needs_gpu else {}
+    connections = hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
     training_config = getattr(stage.config, "distill", stage.config)
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
@@ -50,7 +53,7 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
         # On GPUs before Blackwell, communication overlaps with computation only if kernels start in
         # the order of their calls. One connection ensures this order.
         kernel_order_env = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
-    variables = {**kernel_order_env, **cluster.env, **stage.config.resources.env}
+    variables = {**gpu_env, **kernel_order_env, **cluster.env, **stage.config.resources.env}
     # The snapshot comes before the user's PYTHONPATH, if there is one.
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.

@@ -95,15 +95,14 @@ def cluster_problems(
 def hub_folders() -> dict[str, str]:
     """Returns the folders of huggingface_hub, by environment variable.
 
-    If no variable is set, the folder is huggingface_hub's default cache. If this cache does not
-    exist either, the result is empty.
+    Without ``HF_HOME``, its default folder is used if it exists. It has the token of ``hf auth
+    login``, also if ``HF_HUB_CACHE`` moves the models.
     """
-    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
-    if values:
-        return {name: str(Path(value).absolute()) for name, value in values.items()}
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    default = Path(cache_root).absolute() / "huggingface"
-    return {"HF_HOME": str(default)} if default.is_dir() else {}
+    default = Path(cache_root) / "huggingface"
+    defaults = {"HF_HOME": str(default)} if default.is_dir() else {}
+    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
+    return {name: str(Path(value).absolute()) for name, value in {**defaults, **values}.items()}
 
 
 def _image_problems(

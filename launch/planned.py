@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -87,7 +88,9 @@ class PlannedStage:
     @property
     def image(self) -> str | None:
         """The stage's container image; ``None`` without a container."""
-        return self.definition.image(self.config, self.chain)
+        image = self.definition.image(self.config, self.chain)
+        # Pyxis takes a relative path without a leading dot for the name of an image to import.
+        return os.path.abspath(image) if image and image.endswith(".sqsh") else image
 
     @property
     def needs_gpu(self) -> bool:

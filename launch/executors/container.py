@@ -91,7 +91,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     and the user's files are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
-    writable |= {Path(folder) for folder in hub_folders().values()}
+    writable |= set(_hub_mounts())
     external = stage.definition.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()}
     for file in external.values():
@@ -112,6 +112,14 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
         if not parents or (path in writable and all(m.read_only for m in parents)):
             mounts.append(Mount(path, path not in writable))
     return mounts
+
+
+def _hub_mounts() -> Iterator[Path]:
+    """Yields the hub's folders. The folder of its models may be a link to a larger disk."""
+    for folder in map(Path, hub_folders().values()):
+        yield folder
+        if (folder / "hub").is_dir():
+            yield (folder / "hub").resolve()
 
 
 def _followed_paths(path: Path) -> Iterator[Path]:
@@ -153,8 +161,13 @@ def _link_target(link: Path) -> Path:
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
-    """Returns the environment variables of a stage in a container."""
+    """Returns the environment variables of a stage in a container.
+
+    NVIDIA's images ask for all GPUs, and their containers do not start on nodes without a driver.
+    """
+    uses_gpu = stage.needs_gpu and stage.chain.hardware.on_gpu
     return {
+        **({"NVIDIA_VISIBLE_DEVICES": "void"} if stage.image and not uses_gpu else {}),
         **hub_folders(),
         "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
         **stage_variables(stage, cluster),
@@ -172,6 +185,8 @@ def home(stage: PlannedStage) -> dict[str, str]:
         "HOME": cache,
         # Inductor looks up the user's name, which the image may not have.
         "USER": "nemo-recipes",
+        # A node's own value may be a folder that the container lacks, which stops mpirun.
+        "TMPDIR": "/tmp",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
     }
     return variables if stage.image else {}

@@ -218,8 +218,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         resources=stage.config.resources,
         devices=stage.devices,
         cpus_per_task=_cpus_per_task(stage, cluster),
-        # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
-        # one job of the stage run at a time.
+        # Unique to stage and run, so ``singleton`` lets only one job of the stage run at a time.
         job_name=job_name(run_dir, stage.name),
         # A forced stage already has a manifest. It has this start time, which tells the job that
         # the manifest is not of the job's own result.
@@ -230,8 +229,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # In the container, these variables keep the job's values. All other variables get the
-        # image's values, if the image sets them.
+        # In the container, these keep the job's values; others get the image's, if it sets them.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
         local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
@@ -253,12 +251,14 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
         yield f"--{option}{stage.devices}"
     if cpus := _cpus_per_task(stage, cluster):
         yield f"--cpus-per-task={cpus}"
+    own_options = (*cluster.sbatch, *stage.config.resources.sbatch)
     if _takes_whole_nodes(stage, cluster):
         yield "--exclusive"
-        yield "--mem=0"  # all memory of each node
+        # sbatch refuses --mem together with the user's --mem-per-cpu or --mem-per-gpu.
+        if not any(option.startswith("--mem-per-") for option in own_options):
+            yield "--mem=0"  # all memory of each node
     # Last, because sbatch uses the last value of a repeated option.
-    yield from cluster.sbatch
-    yield from stage.config.resources.sbatch
+    yield from own_options
 
 
 def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:

@@ -44,6 +44,8 @@ CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Slurm's units of memory, in megabytes. A number without a unit is in megabytes."""
 MEGABYTE = 1024**2  # bytes of Slurm's megabyte
+CLUSTER_MEMORY = re.compile(r"^(DefMemPer(?:Node|CPU))\s*= (\d+)$", re.M)
+"""Finds the default memory of jobs in slurm.conf's settings, as ``scontrol show config`` prints."""
 CONVERSIONS = ("import_hf", "export_hf")
 """Modules of the stages that load their model with transformers, in float32 on the CPU."""
 EVALUATIONS = ("evaluate", "evaluate_tasks")
@@ -342,6 +344,8 @@ def read_partitions() -> Partitions:
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")
+    # Has defaults of the whole cluster, in lines such as "DefMemPerCPU            = 4000".
+    cluster = dict(CLUSTER_MEMORY.findall(query("scontrol", "show", "config").stdout))
     # A line: partition, number of equal nodes, CPUs, memory in MB, generic resources (``_gpus``).
     nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
     if partitions.returncode or nodes.returncode:
@@ -357,6 +361,8 @@ def read_partitions() -> Partitions:
         fields = dict(word.partition("=")[::2] for word in words)
         defaults = fields.get("JobDefaults", "").split(",")  # such as DefCpuPerGPU=8,DefMemPerGPU=9
         fields |= dict(default.partition("=")[::2] for default in defaults)
+        if not any(fields.get(f"DefMemPer{unit}", "").isdigit() for unit in ("Node", "CPU", "GPU")):
+            fields |= cluster
         if "PartitionName" in fields:  # else: "No partitions in the system"
             name = fields["PartitionName"]
             result[name] = Partition(fields, groups.get(name, ()))

@@ -106,6 +106,10 @@ class Input:
 Inputs = Mapping[str, Input]
 
 
+NEEDS_GPU = "STAGE_NEEDS_GPU"
+"""Environment variable with the GPU's profile. Only stages that must run on a GPU have it."""
+
+
 class StoppedByDeadlineError(RecipeError):
     """A stage saved its work at the deadline. All ranks raise it at the same step."""
 

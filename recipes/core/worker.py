@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ from recipes.core.run_state import (
 )
 from recipes.core.snapshot import require_snapshot
 from recipes.core.stage import (
+    NEEDS_GPU,
     Input,
     Inputs,
     StageConfig,
@@ -157,6 +159,23 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
     return what
 
 
+def _require_gpu() -> None:
+    """Raises ``RecipeError`` if the stage was planned for a GPU and PyTorch finds none.
+
+    Without this check, it would run on the CPU.
+    """
+    if (profile := os.environ.get(NEEDS_GPU)) is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"{platform.node()}: hardware={profile}, but PyTorch finds no GPU",
+            "check nvidia-smi on this machine, the driver that the image needs, and cluster.gpus; "
+            "or set hardware=cpu",
+        )
+
+
 def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: Path) -> None:
     """Runs a stage on this rank and publishes its result.
 
@@ -166,6 +185,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         kind: Type of the artifact, as in ``Manifest.kind``.
         stage_dir: The stage's directory, with the request.
     """
+    _require_gpu()
     started = time.monotonic()
     request = read_request(stage_dir)
     merged = OmegaConf.merge(OmegaConf.structured(config_class), request.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
@@ -99,6 +100,10 @@ def serving(
     import requests  # slow to import, and plans import this module
 
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
+    # Otherwise requests, also those of lm-eval, would go to the proxy of ``http_proxy``.
+    for variable in ("no_proxy", "NO_PROXY"):
+        hosts = os.environ.get(variable)
+        os.environ[variable] = f"{hosts},{HOST}" if hosts else HOST
     if shutil.which(command[0]) is None:
         raise RecipeError(
             f"{command[0]} is not installed",

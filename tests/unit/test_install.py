@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pip
@@ -155,6 +155,18 @@ def test_torch_of_the_image_is_kept_and_broken_packages_are_ignored(image: Image
     assert "include-system-site-packages = true" in (venv / "pyvenv.cfg").read_text()
     assert not list(venv.rglob("torch"))
     assert install(image).stdout == ""  # a second installation has nothing to do
+
+
+def test_packages_of_an_image_in_a_virtual_environment_are_found(image: Image) -> None:
+    """NGC's image of NeMo has PyTorch in the base Python, and NeMo in a virtual environment."""
+    environment = image.checkout.parent / "opt-venv"
+    command = [image.python, "-m", "venv", "--system-site-packages", "--without-pip", environment]
+    subprocess.run(command, check=True)
+    [packages] = environment.glob("lib/python*/site-packages")
+    for name in ("megatron", "nemo", "modelopt", "transformer_engine"):
+        (image.packages / name).rename(packages / name)
+    done = install(replace(image, python=environment / "bin" / "python"))
+    assert done.returncode == 0, done.stderr  # it imports them at its end
 
 
 def test_packages_of_the_image_within_the_range_are_kept(image: Image) -> None:

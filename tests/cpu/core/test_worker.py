@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
+from recipes.core.manifest import ARTIFACT, Outcome, read_manifest, stamp_files, write_manifest
 from recipes.core.run_state import InputRef, Request
+from recipes.core.stage import NEEDS_GPU, StageConfig
 from recipes.core.stage_process import start_command
 from recipes.core.versions import installed_versions
+from recipes.core.worker import run_stage
 from tests.support.manifests import bare_manifest
 
 HASH_SECONDS, TIMEOUT_SECONDS = 12, 10
@@ -91,3 +97,12 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
     assert sorted(result.files) == ["rank-0", "rank-1"]  # each rank wrote its file
     assert done.stdout.count("(transformers 4.0 → ") == 1  # only rank 0 warns
     assert result.seconds >= 2 * HASH_SECONDS  # of the input, and of the result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_a_stage_that_needs_a_gpu_does_not_run_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NEEDS_GPU, "h100")
+    with pytest.raises(RecipeError, match="hardware=h100, but PyTorch finds no GPU"):
+        run_stage(lambda *_: Outcome(), StageConfig, "dataset", tmp_path)

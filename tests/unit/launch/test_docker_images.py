@@ -152,8 +152,24 @@ def test_the_hub_folder_is_the_default_cache_unless_a_variable_is_set(
     assert machine.hub_folders() == {}  # the default cache does not exist yet
     (default := tmp_path / "huggingface").mkdir()
     assert machine.hub_folders() == {"HF_HOME": str(default)}
-    monkeypatch.setenv("HF_HUB_CACHE", str(default))
-    assert machine.hub_folders() == {"HF_HUB_CACHE": str(default)}
+    monkeypatch.setenv("HF_HUB_CACHE", "models")
+    models = str(Path("models").absolute())
+    assert machine.hub_folders() == {"HF_HOME": str(default), "HF_HUB_CACHE": models}
+    monkeypatch.setenv("HF_HOME", "other")
+    assert machine.hub_folders()["HF_HOME"] == str(Path("other").absolute())
+
+
+def test_the_target_of_a_linked_folder_of_models_is_mounted(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("scratch", "home"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "home" / "hub").symlink_to(tmp_path / "scratch")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    [stage, *_] = plan(*DOCKER, "skip_rules=[image]").stages
+    mounts_of_stage = container.mounts_of(stage, docker.DockerConfig())
+    mounts = {mount.path: mount.read_only for mount in mounts_of_stage}
+    assert mounts[tmp_path / "scratch"] is False
 
 
 @pytest.mark.parametrize("cluster", ["docker", "slurm"])

@@ -88,6 +88,40 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     assert "job_cache_logits" not in prune_line
 
 
+def test_a_relative_image_file_becomes_absolute(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pyxis would import ``nemo.sqsh`` from a registry."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nemo.sqsh").touch()
+    plan, cluster = prepare(*TWO_NODES, "cluster.images.default=nemo.sqsh")
+    script = slurm.job_script(stage_named(plan, "distill"), cluster)
+    assert f"--container-image={tmp_path}/nemo.sqsh" in script
+
+
+@pytest.mark.parametrize("option", ["--mem-per-gpu=200G", "--mem-per-cpu=4G"])
+def test_own_memory_options_replace_the_memory_of_whole_nodes(
+    prepare: Prepare, option: str
+) -> None:
+    plan, cluster = prepare(*TWO_NODES, f"stages.distill.resources.sbatch=['{option}']")
+    script = slurm.job_script(stage_named(plan, "distill"), cluster)
+    assert "#SBATCH --exclusive" in script
+    assert f"#SBATCH {option}" in script
+    assert "--mem=0" not in script
+
+
+def test_only_stages_on_gpus_ask_their_container_for_gpus(prepare: Prepare) -> None:
+    """Without a driver, a container that asks for GPUs does not start."""
+    plan, cluster = prepare(*TWO_NODES)
+    distill, prepare_data = (
+        slurm.job_script(stage_named(plan, name), cluster) for name in ("distill", "prepare_data")
+    )
+    assert "export STAGE_NEEDS_GPU=h100" in distill
+    assert "NVIDIA_VISIBLE_DEVICES" not in distill
+    assert "export NVIDIA_VISIBLE_DEVICES=void" in prepare_data
+    assert "STAGE_NEEDS_GPU" not in prepare_data
+
+
 def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
     """Runs the command that srun starts on a node. The command must remove the folder at its end.
 

@@ -186,10 +186,12 @@ def test_partitions_are_read_from_slurm(tmp_path: Path, monkeypatch: pytest.Monk
     # Columns of sinfo: partition, number of nodes, CPUs, memory in MB, generic resources.
     outputs = {
         "sinfo": r"a|2|224|2000000|gpu:h100:8(S:0,1),tmp:10\na|1|8|9000|(null)",
-        "scontrol": rf"{fields}\nPartitionName=b JobDefaults=(null)",
+        "scontrol": rf"{fields}\nPartitionName=b DefMemPerNode=UNLIMITED JobDefaults=(null)",
     }
+    config = r"DefMemPerCPU            = 2000\nDefMemPerNode           = UNLIMITED"
     for program, output in outputs.items():
-        write_program(tmp_path / program, f"printf '{output}\\n'")
+        choose = f'[ "$*" != "show config" ] || exec printf "{config}\\n"'
+        write_program(tmp_path / program, f"{choose}\nprintf '{output}\\n'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     partitions = read_partitions()
     assert list(partitions) == ["a", "b"]
@@ -199,5 +201,8 @@ def test_partitions_are_read_from_slurm(tmp_path: Path, monkeypatch: pytest.Monk
     limits = {"MaxNodes": 2, "DefCpuPerGPU": 4, "DefMemPerGPU": 1000}
     assert {field: partitions["a"].limit(field) for field in limits} == limits
     assert partitions["b"].limit("DefMemPerGPU") == float("inf"), "without a value: no limit"
+    # A default of the whole cluster counts for partitions without a default of their own.
+    per_cpu = [partitions[name].limit("DefMemPerCPU") for name in ("a", "b")]
+    assert per_cpu == [float("inf"), 2000]
     write_program(tmp_path / "scontrol", "echo No partitions in the system")
     assert read_partitions() == {}
