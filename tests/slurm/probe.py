@@ -111,10 +111,11 @@ def run_worker(module: str, work: Callable[[], None]) -> None:
     sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
-    from recipes.core.stage import metrics_log
+    from recipes.core.stage import NEEDS_GPU, metrics_log
     from recipes.stages.contract import Stage
     from tests.support.results import RESULTS
 
+    os.environ.pop(NEEDS_GPU, None)  # the GPUs of these nodes are only files
     stage: Stage[Any] = importlib.import_module(module).STAGE
 
     def run(config: Any, inputs: object, out: Path) -> Outcome:
