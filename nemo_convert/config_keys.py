@@ -53,8 +53,10 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "clip_qkv": (None,),
     "logits_scaling": (None, 1),
     "partial_rotary_factor": (None, 1),
+    "qkv_bias": (None, False),
     "return_dict": (None, True),
     "rope_interleaved": (None, False),
+    "shared_expert_intermediate_size": (None, 0),
     "use_mrope": (None, False),
 }
 """For each key, the values that leave the logits unchanged; other values may change them."""

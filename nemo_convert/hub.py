@@ -243,7 +243,8 @@ def has_token(hf_path: str, token: str) -> bool | None:
     tokenizer = read_json(folder / "tokenizer.json")
     # ``vocab`` maps tokens to ids. A Unigram model has a list of (token, score) instead.
     added = (token_entry["content"] for token_entry in tokenizer.get("added_tokens", ()))
-    return token in dict(tokenizer["model"].get("vocab", ())) or token in added
+    model = tokenizer.get("model") or {}  # the check of the model reports a damaged file
+    return token in dict(model.get("vocab", ())) or token in added
 
 
 def _hub_file(hf_path: str, name: str) -> Path:

@@ -172,7 +172,7 @@ def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iter
     expected = FAMILIES[arch.hf_architecture].hf_shapes(arch)
     missing = expected.keys() - headers.keys()
     extra = headers.keys() - expected.keys() - ({HEAD} if arch.tied_embeddings else set())
-    if missing == {HEAD}:
+    if missing == {HEAD} and not extra:
         yield Finding(
             f"{hf_path} has no {HEAD}, but tie_word_embeddings is false in config.json.",
             "set tie_word_embeddings to true, or save the model with its output layer",

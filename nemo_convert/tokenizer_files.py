@@ -32,7 +32,9 @@ WITHOUT_JSON = {
 }
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+)
 """Settings with one special token each."""
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
@@ -313,6 +315,9 @@ def _rewrite(folder: Path) -> None:
         converted["extra_special_tokens"] = extra_tokens
     elif extra_tokens:
         converted["additional_special_tokens"] = extra_tokens
+    pre_tokenizer = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
+    if "add_prefix_space" in pre_tokenizer:  # transformers 4 would set it to False
+        converted["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC_CLASS}, indent=2)
 
 

@@ -111,6 +111,7 @@ def _convertible_keys() -> Iterator[Variant]:
     unused = edit_config(use_sliding_window=False, sliding_window=16)
     yield Variant("window that is not used", unused, base="qwen2")
     yield Variant("norm_topk_prob", edit_config(norm_topk_prob=False), base="qwen3_moe")
+    yield Variant("use_qk_norm", edit_config(use_qk_norm=True), base="qwen3_moe")
     for key, values in NEUTRAL_VALUES.items():
         for value in values:
             yield Variant(f"neutral {key} {value}", edit_config(**{key: value}))

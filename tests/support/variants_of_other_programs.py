@@ -219,6 +219,9 @@ def _refused_files() -> Iterator[Variant]:
     yield Variant("tied without an embedding", tied, f"has no {EMBEDDING}")
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
     yield Variant("adapter in the weights", add_weight(lora, 4, 64), f"has {lora}")
+    for name in ("output.weight", "lm_head.modules_to_save.default.weight"):
+        renamed = edit_weights(lambda tensors, name=name: tensors.update({name: tensors.pop(HEAD)}))
+        yield Variant(f"head named {name}", renamed, f"has no {HEAD}.* but has {name}")
     yield Variant("bias of the head", add_weight("lm_head.bias", 294), "has lm_head.bias")
 
 

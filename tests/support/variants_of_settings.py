@@ -113,6 +113,9 @@ def _added_tokens() -> Iterator[Variant]:
     transformers gives these tokens new ids, from 288 on. The embedding has 294 rows, so only 6
     tokens can be added.
     """
+    listed = [f"<listed {n}>" for n in range(6)]
+    mask = edit_json(TOKENIZER, mask_token="<mask>", additional_special_tokens=listed)
+    yield Variant("a mask token without an embedding", mask, "has 1 tokens without an embedding")
     for number, refusal in ((6, ""), (7, "has 1 tokens without an embedding")):
         ids = {f"<new{n}>": 3 + n for n in range(number)}  # all ids below 288 are in use
         decoder = {str(i): {"content": token} for token, i in ids.items()}

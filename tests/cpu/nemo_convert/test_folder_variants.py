@@ -265,6 +265,20 @@ def test_transformers_5_splits_text_as_version_4(
     assert tokenize_by_transformers_5(folder, texts) == expected["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", ABSENT])
+def test_a_conversion_keeps_the_space_before_a_text(
+    name: object, bases: Path, tmp_path: Path
+) -> None:
+    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
+    steps = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
+    edit_json("tokenizer.json", pre_tokenizer={**steps, "add_prefix_space": True})(folder)
+    edit_json("tokenizer_config.json", tokenizer_class=name)(folder)
+    expected = AutoTokenizer.from_pretrained(folder)("hat")["input_ids"]
+    convert_tokenizer(folder)
+    assert AutoTokenizer.from_pretrained(folder)("hat")["input_ids"] == expected
+    assert tokenize_by_transformers_5(folder, ["hat"]) == [expected]
+
+
 def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_path: Path) -> None:
     """A plan computes the hash of the tokenizer that the stage will write.
 
