@@ -72,9 +72,11 @@ class ChatTokenizer:
 
         if not any(message["role"] == ASSISTANT for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
-        contents = [message["content"] for message in messages]
+        # A template may render every text of a message, such as ``reasoning_content``.
+        values = (value for message in messages for value in message.values())
+        texts = [value for value in values if isinstance(value, str)]
         # The tokenizer would read the name of a special token in a message as that token.
-        if any(token in content for content in contents for token in self._special_tokens):
+        if any(token in text for text in texts for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
         try:
             tokens_and_mask = self._tokens_and_mask(messages)

@@ -105,6 +105,7 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
             (PLAIN, [*QUESTION, {**ANSWER, "content": f"a {token} b"}], chat.SPECIAL_TOKEN)
             for token in SPECIAL_TOKENS
         ),
+        (PLAIN, [*QUESTION, {**ANSWER, "reasoning_content": "<start>"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {**ANSWER, "content": "x" * SEQ_LENGTH}], chat.TOO_LONG),
     ],
 )
