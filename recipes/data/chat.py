@@ -70,7 +70,7 @@ class ChatTokenizer:
     def _encode_conversation(self, messages: list[dict[str, Any]]) -> Encoded:
         from jinja2 import TemplateError
 
-        if not any(message["role"] == ASSISTANT for message in messages):
+        if all(message["role"] != ASSISTANT or _is_blank(message) for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
         # A template may render every text of a message, such as ``reasoning_content``.
         values = (value for message in messages for value in message.values())
@@ -88,7 +88,7 @@ class ChatTokenizer:
         ids = np.append(token_ids, self.end)
         loss_mask = np.append(is_in_loss, False)  # ``end`` is not part of an answer
         loss_mask[0] = False  # the first token has no context
-        if not loss_mask.any():  # all answers are empty
+        if not loss_mask.any():  # the template renders no answer
             return Encoded.left_out_because(NO_ANSWER)
         return self._truncate(ids.astype(np.int32), loss_mask)
 
@@ -117,31 +117,66 @@ class ChatTokenizer:
 
         Returns ``None`` if the answers' tokens cannot be identified (``ANSWERS_NOT_FOUND``).
         """
-        render = self._tokenizer.apply_chat_template
         if _GENERATION_TAG.search(self._tokenizer.get_chat_template()):
-            output = render(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
-        ids = render(messages)
+            return self._tagged_tokens_and_mask(messages)
+        if messages[0]["role"] == ASSISTANT:  # templates cannot render an empty prompt
+            return None
+        ids = self._tokenizer.apply_chat_template(messages)
         loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            if number == 0:  # templates cannot render an empty prompt
-                return None
-            prompt_ids = render(messages[:number], add_generation_prompt=True)
-            answered_ids = render(messages[: number + 1])
-            start, stop = len(prompt_ids), len(answered_ids)
-            if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
+            span = self._answer_span(messages, number, ids)
+            if span is None or _is_blank(message):
                 # Later turns change how the template renders this answer or the turns before it.
                 # For example, Qwen3's template removes the reasoning from earlier answers. A model
-                # never generates such an answer, so it is not in the loss.
+                # never generates such an answer, so it is not in the loss. Nor is a blank answer:
+                # a student would learn to end its turn at once.
                 continue
+            start, stop = span
             # Tokens after the last ``eos_token``, such as a line break, are not in the answer.
             eos = self._tokenizer.eos_token_id
             eos_positions = [n for n in range(start, stop) if ids[n] == eos]
             stop = eos_positions[-1] + 1 if eos_positions else stop
             loss_mask[start:stop] = [True] * (stop - start)
         return (ids, loss_mask) if any(loss_mask) else None
+
+    def _tagged_tokens_and_mask(
+        self, messages: list[dict[str, Any]]
+    ) -> tuple[list[int], list[bool]] | None:
+        """Does what ``_tokens_and_mask`` does, for a template that marks the answers."""
+        output = self._tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
+        for number, message in enumerate(messages):
+            if message["role"] == ASSISTANT and _is_blank(message):
+                span = self._answer_span(messages, number, ids) if number else None
+                if span is None:
+                    return None
+                loss_mask[slice(*span)] = [False] * (span[1] - span[0])
+        return ids, loss_mask
+
+    def _answer_span(
+        self, messages: list[dict[str, Any]], number: int, ids: list[int]
+    ) -> tuple[int, int] | None:
+        """Returns where the answer ``messages[number]`` starts and stops in the tokens ``ids``.
+
+        Returns ``None`` if later turns change how the template renders it or the turns before it.
+        """
+        render = self._tokenizer.apply_chat_template
+        prompt_ids = render(messages[:number], add_generation_prompt=True)
+        answered_ids = render(messages[: number + 1])
+        start, stop = len(prompt_ids), len(answered_ids)
+        if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
+            return None
+        return start, stop
+
+
+def _is_blank(message: dict[str, Any]) -> bool:
+    """Returns whether a message has neither text nor reasoning."""
+    texts = (message["content"], message.get("reasoning_content", ""))
+    return not any(str(text).strip() for text in texts)
 
 
 def pack(

@@ -99,6 +99,10 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
     ("template", "messages", "reason"),
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
+        *(
+            (template, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER)
+            for template in (PLAIN, WITH_GENERATION_TAGS)
+        ),
         (ALWAYS_FAILS, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
         *(
@@ -114,6 +118,16 @@ def test_unusable_conversations_are_left_out(
 ) -> None:
     conversation = encode(make_tokenizer(tmp_path, template), messages)
     assert (conversation.left_out_reason, len(conversation.ids)) == (reason, 0)
+
+
+@pytest.mark.parametrize("template", [PLAIN, WITH_GENERATION_TAGS])
+def test_blank_answers_are_not_in_the_loss(tmp_path: Path, template: str) -> None:
+    tokenizer = make_tokenizer(tmp_path, template)
+    blank = {"role": "assistant", "content": " "}
+    conversation = encode(tokenizer, [*QUESTION, blank, *QUESTION, ANSWER])
+    assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"]
+    reasoning = [*QUESTION, {**blank, "reasoning_content": "Because."}]
+    assert texts_in_loss(tokenizer, encode(tokenizer, reasoning)) == [" <stop>"]
 
 
 def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_the_loss(
