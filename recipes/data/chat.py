@@ -22,6 +22,9 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Reasons to leave a conversation out. They name the counts in reports.
 NO_ANSWER = "no answer"
+NO_QUESTION = "no question"
+"""The user's first message has no letter or digit. Some data sets have ``-`` in place of questions
+that are stored elsewhere."""
 TEMPLATE_ERROR = "refused by the template"
 ANSWERS_NOT_FOUND = "answers not found"
 """The tokens of the answers cannot be identified. Either the conversation starts with an answer, or
@@ -72,6 +75,9 @@ class ChatTokenizer:
 
         if all(message["role"] != ASSISTANT or _is_blank(message) for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        if questions and not any(map(str.isalnum, questions[0])):
+            return Encoded.left_out_because(NO_QUESTION)
         # A template may render every text of a message, such as ``reasoning_content``.
         values = (value for message in messages for value in message.values())
         texts = [value for value in values if isinstance(value, str)]

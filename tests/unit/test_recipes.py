@@ -307,7 +307,7 @@ def test_large_recipes_work_with_other_text(data: str, plan: MakePlan) -> None:
     planned = plan_large("qwen3_8b_depth", plan, f"data={data}")
     configs = {stage.name: vars(stage.config) for stage in planned.stages}
     assert all("licence=" in source for source in configs["prepare_data"]["sources"])
-    blend = {"web": 30, "math": 30, "code": 20, "science": 15, "chat": 5}
+    blend = {"web": 30, "math": 42, "science": 21, "chat": 7}
     assert configs["distill"]["weights"] == (blend if data == "instruct_blend" else {})
 
 

@@ -103,6 +103,10 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
             (template, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER)
             for template in (PLAIN, WITH_GENERATION_TAGS)
         ),
+        *(
+            (PLAIN, [{"role": "user", "content": text}, ANSWER], chat.NO_QUESTION)
+            for text in ("-", " ")
+        ),
         (ALWAYS_FAILS, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
         *(
