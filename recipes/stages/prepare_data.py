@@ -66,8 +66,11 @@ tokenizes them again in about half a minute."""
 
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
-    """Returns the local files that the result depends on."""
-    paths = [path for source in cfg.all_sources() for path in parse_source(source).local_files()]
+    """Returns the local files, and folders of ``hf://`` sources, that the result depends on."""
+    sources = [parse_source(source) for source in cfg.all_sources()]
+    paths = [path for source in sources for path in source.local_files()]
+    folders = [Path(source.hub.name) for source in sources if source.hub]
+    paths += [folder for folder in folders if folder.is_dir()]
     if cfg.prefix:
         paths += paths_of(cfg.prefix_path).values()
     return {str(path): path for path in paths}
@@ -181,12 +184,9 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     for source in cfg.heldout_sources:
         if parse_source(source).weight:
             yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
-    if weighted:
-        for source in unweighted:
-            yield (
-                f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do",
-                "give every training source a weight, or give none a weight",
-            )
+    for source in unweighted if weighted else []:
+        what = f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do"
+        yield what, "give every training source a weight, or give none a weight"
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:

@@ -30,6 +30,13 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
     assert prepare_data.external(cfg) == {text: Path(text)}
 
 
+def test_a_folder_with_a_dataset_is_among_the_files_that_the_result_depends_on(
+    tmp_path: Path,
+) -> None:
+    cfg = PrepareDataConfig(sources=[f"hf://{tmp_path}:train#weight=1", "hf://org/data:train"])
+    assert prepare_data.external(cfg) == {str(tmp_path): tmp_path}
+
+
 def test_licences_on_the_hub_are_checked(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake hub has a dataset ``org/LICENCE`` for each licence.
 
