@@ -24,6 +24,7 @@ from recipes.data.records import (
     Record,
     dialogue_text,
     messages_of,
+    parquet_rows,
     text_of_fields,
 )
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
@@ -50,7 +51,7 @@ TextOf = Callable[[Any, str], str]
 _ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError)
 """Errors of a damaged or encrypted wheel, or of an unknown compression method."""
 _UNREADABLE_FILE_ERRORS = (
-    *(OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError),
+    *(OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError),
     *_ZIP_ERRORS,
 )
 
@@ -180,9 +181,12 @@ class _FileReader:
 
     def _read(self, file: TextFile) -> Iterator[Record]:
         file_type = self._source.file_type or ""
+        read = READERS[file_type]
+        if read is parquet_rows:  # the only type whose columns can be skipped
+            read = partial(parquet_rows, columns=self._columns)
         try:
             with file.open() as self._open_file:
-                yield from READERS[file_type](self._open_file)
+                yield from read(self._open_file)
         except _UNREADABLE_FILE_ERRORS as error:
             json_lines_fix = _JSON_LINES_FIX if file_type == ".json" else ""
             raise RecipeError(

@@ -7,7 +7,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -108,10 +108,13 @@ def _zstd_lines(file: IO[bytes]) -> Iterator[Record]:
     yield from _json_lines(io.BufferedReader(stream, BUFFER_BYTES))
 
 
-def _parquet_rows(file: IO[bytes]) -> Iterator[Record]:
+def parquet_rows(file: IO[bytes], columns: Collection[str] = ()) -> Iterator[Record]:
+    """Yields the rows of a table with those of ``columns`` that it has, or else with all."""
     from pyarrow import parquet
 
-    batches = parquet.ParquetFile(file).iter_batches(PARQUET_ROWS)
+    table = parquet.ParquetFile(file)
+    columns_to_read = [name for name in table.schema_arrow.names if name in columns]
+    batches = table.iter_batches(PARQUET_ROWS, columns=columns_to_read or None)
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
         yield Record(row, f"row {number}")
@@ -149,7 +152,7 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _gzipped_lines,
     ".jsonl.zst": _zstd_lines,
-    ".parquet": _parquet_rows,
+    ".parquet": parquet_rows,
     ".csv": partial(_table_rows, ","),
     ".tab": partial(_table_rows, "\t"),
     ".tsv": partial(_table_rows, "\t"),

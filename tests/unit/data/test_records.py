@@ -159,6 +159,17 @@ def test_senders_and_texts_of_dialogues_are_checked(
         documents(f"{source}#format=dialogue")
 
 
+def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path: Path) -> None:
+    """Python has no date after the year 9999, so reading the column ``day`` fails."""
+    day = pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())
+    table = pyarrow.table({"n.t": ["one"], "body": ["two"], "day": day})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents(f"{tmp_path}/a.parquet#text=n.t,body,missing") == ["one\ntwo"]
+    for field in ("day", "missing"):
+        with pytest.raises(RecipeError, match=r"cannot be read as .parquet: date value out"):
+            documents(f"{tmp_path}/a.parquet#text={field}")
+
+
 def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:
     """The compressed file has two frames, because tools such as pzstd write several."""
     frames = b"".join(
