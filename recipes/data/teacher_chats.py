@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,30 +135,34 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
 def _openings(request: ChatRequest, writer: ChatWriter) -> list[Messages]:
     """Returns the opening of each conversation: its messages before the first answer.
 
-    Leaves out openings of more than half a sequence. All answers of a batch have the same maximum
-    length, so one long opening would shorten all of them.
+    Leaves out openings that the chat template refuses, and those of more than half a sequence. All
+    answers of a batch have the same maximum length, so one long opening would shorten all of them.
 
     Raises:
-        RecipeError: All openings are too long.
+        RecipeError: All openings are left out.
     """
-    max_tokens, openings, too_long = request.seq_length // 2, list[Messages](), 0
+    max_tokens, openings, too_long, refused = request.seq_length // 2, list[Messages](), 0, 0
     for document in _documents(request):
         messages = json.loads(document.text)
         roles = [message["role"] for message in messages]
         opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
-        if opening and len(_prompt_tokens(writer, opening)) > max_tokens:
-            too_long += 1
-        elif opening:
-            openings.append(opening)
-    if too_long:
-        prompts = too_long + len(openings)
+        try:
+            if opening and len(_prompt_tokens(writer, opening)) > max_tokens:
+                too_long += 1
+            elif opening:
+                openings.append(opening)
+        except TemplateError:
+            refused += 1
+    if too_long or refused:
         message = (
-            f"{too_long} of {prompts} prompts have more than {max_tokens} tokens, half of "
-            f"data.seq_length={request.seq_length}"
+            f"{too_long} of {too_long + refused + len(openings)} prompts have more than "
+            f"{max_tokens} tokens, half of data.seq_length={request.seq_length}; the chat template "
+            f"refuses {refused}"
         )
         if not openings:
-            raise RecipeError(f"{message}.", "raise data.seq_length")
-        print(f"{message}, and are left out", flush=True)
+            fix = "raise data.seq_length" if too_long else "use prompts that the template accepts"
+            raise RecipeError(f"{message}.", fix)
+        print(f"{message}; these are left out", flush=True)
     return openings
 
 

@@ -202,6 +202,25 @@ def test_questions_of_a_file_are_answered_once_each(
         write_and_read(teacher, replace(request, seq_length=60))
 
 
+def test_prompts_that_the_template_refuses_are_left_out(
+    teacher: ChatWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    make_tokenizer(tmp_path, PLAIN.replace("<start>{{ m", f"{refusal}<start>{{{{ m", 1))
+    writer = replace(teacher, tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    good, bad = ([{"role": role, "content": "Why?"}] for role in ("user", "system"))
+    lines = [json.dumps({"messages": messages}) for messages in (bad, good)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(lines))
+    request = replace(REQUEST, prompts=str(file))
+    assert teacher_chats._openings(request, writer) == [good]
+    message = "0 of 2 prompts have more than 50 tokens, half of data.seq_length=100; the chat "
+    assert message + "template refuses 1; these are left out" in capsys.readouterr().out
+    file.write_text(lines[0])
+    with pytest.raises(RecipeError, match="refuses 1"):
+        teacher_chats._openings(request, writer)
+
+
 def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWriter) -> None:
     """Very large logits make sampling deterministic, so continuations can be compared."""
     model = random_model()
