@@ -280,9 +280,15 @@ class _HubReader:
         from datasets import load_dataset
 
         self._name, self._text_of = hub.name, text_of
-        self._rows = load_dataset(
-            hub.name, hub.config, split=hub.split, revision=revision, streaming=True
-        )
+        try:
+            self._rows = load_dataset(
+                hub.name, hub.config, split=hub.split, revision=revision, streaming=True
+            )
+        except ValueError as error:  # it lists the available splits or configs
+            raise RecipeError(
+                f"split {hub.split} of dataset {hub.name} cannot be read: {error}",
+                "correct the split or the config of the source",
+            ) from error
         # Reading fewer columns is faster. ``column_names`` is known for Parquet files, the usual
         # format on the hub, and may be ``None`` for others.
         known_columns = self._rows.column_names or []

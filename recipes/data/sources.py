@@ -39,7 +39,7 @@ option ``format`` of a source may also be ``DIALOGUE``: conversations that are u
 """
 TEACHER_CHAT = "teacher://chat"
 """Path of a source of conversations that the teacher writes."""
-_HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>[^#]+)")
+_HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>\w+(?:\.\w+)*)")
 """Matches the path of a source on the Hugging Face hub."""
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
@@ -185,14 +185,15 @@ def source_problem(entry: str) -> str | None:
         # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
         if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", source.path):
             return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
+        if re.match("hf://.+:", source.path):
+            fix = "for a part of a split, add #tokens=NUMBER or set data.max_documents"
+            return f"'{source.path}' does not end with the name of a split; {fix}"
         types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
         return f"'{source.path}' is not one of {types}"
     if problem := _weight_problem(entry, source.weight) or _option_problem(entry, source):
         return problem
-    if source.hub or source.by_teacher:
-        return None
-    if source.wheel:
-        return _missing_member(source.wheel)
+    if source.hub or source.by_teacher or source.wheel:
+        return _missing_member(source.wheel) if source.wheel else None
     files = source.local_files()
     if not files:
         return f"there is no file '{source.path}'"

@@ -31,6 +31,13 @@ def test_the_text_of_a_row_joins_the_named_fields(tmp_path: Path) -> None:
             list(read_source(source, field))
 
 
+def test_the_error_lists_the_splits_of_a_dataset(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}')
+    with pytest.raises(RecipeError, match=r"split trian of dataset .*'train', 'test'"):
+        read_source(f"hf://{tmp_path}:trian", "text")
+
+
 def test_only_the_columns_of_the_text_are_read(tmp_path: Path) -> None:
     """A dot separates the names of nested fields, but may also be in the name of a column."""
     columns = {"body": ["b"], "n": [{"title": "t"}], "x.y": ["xy"], "messages": [[USER]], "id": [1]}

@@ -167,7 +167,7 @@ def test_the_error_names_an_unreadable_file(
     [
         *((name, None) for name in ("a.txt", "a.json", "a.jsonl")),
         ("hf://wikitext@wikitext-2-raw-v1:train", None),
-        ("hf://org/data:train[:100]", None),
+        *((f"hf://o/data:{s}", "add #tokens=NUMBER or set") for s in ("train[:9]", "train+test")),
         (f"pypi://p/1/p/data.json#sha256={SHA}", None),
         *(
             (name, f"'{name}' is not one of .txt, .json, .jsonl")
