@@ -100,11 +100,11 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     from transformers import AutoTokenizer
 
     from nemo_convert.hf import load_causal_lm
-    from recipes.core.precision import dtype_of
+    from recipes.core.precision import dtype_name
     from recipes.evaluation import packed_lm
 
     packed, precision = SIDES[side]
-    model = load_causal_lm(settings.model).to(dtype_of(precision))
+    model = load_causal_lm(settings.model, dtype_name(precision))
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     lm: HFLM = (
         packed_lm.PackedLM(model, tokenizer, settings.pack_tokens, lambda done, total: None)

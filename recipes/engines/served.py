@@ -28,7 +28,7 @@ from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.metrics import MetricsLog, ProgressCallback
-from recipes.core.precision import dtype_name, dtype_of
+from recipes.core.precision import dtype_name
 from recipes.core.stage import Input, Inputs
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.backends import require_backend
@@ -220,12 +220,14 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
             losses = lm.losses(text)
     del lm
     gc.collect()  # frees an engine in this process before the student is loaded
-    student = load_causal_lm(folder).to(device(), dtype_of(cfg.precision))
+    dtype = dtype_name(cfg.precision)
+    # Unlike ``to(dtype)``, loading in a dtype leaves RoPE's frequencies in float32.
+    student = load_causal_lm(folder, dtype).to(device())
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     progress = partial(log.progress, "requests, student")
     student_lm = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
     # Part of the key with which the student's answers are cached.
-    identity = f"{inputs['checkpoint'].manifest.content_hash()} {cfg.precision} {length}"
+    identity = f"{inputs['checkpoint'].manifest.content_hash()} {dtype} {length}"
     answers, _ = answer_tasks(cfg, "student", student_lm, lambda: identity, tasks, log)
     (out / "samples").mkdir()
     scores = {}
@@ -242,7 +244,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         precision=precision,
         tasks=scores,
         text=served_text,
-        harness=f"lm_eval {HARNESS}, student in {dtype_name(cfg.precision)}",
+        harness=f"lm_eval {HARNESS}, student in {dtype}",
         data=", ".join(dict.fromkeys(task.data for task in tasks)),  # without duplicates
     )
 

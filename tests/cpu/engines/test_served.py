@@ -300,6 +300,25 @@ def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Pa
     assert child_processes() <= children_before
 
 
+def test_the_student_in_bfloat16_keeps_the_frequencies_of_rope_in_float32(
+    even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_tasks, students = served.answer_tasks, []
+
+    def record(cfg: Any, name: str, lm: packed_lm.PackedLM, *args: Any) -> Any:
+        students.append(lm.model)
+        return answer_tasks(cfg, name, lm, *args)
+
+    monkeypatch.setattr(served, "answer_tasks", record)
+    inputs, out = gguf_inputs(tmp_path, even_llama, "f16"), make_artifact_folder(tmp_path, "stage")
+    result = evaluate_served.run(config(precision="bf16-mixed", limit=1), inputs, out).result
+    assert result.harness.endswith("student in bfloat16")
+    [student] = students
+    assert student.lm_head.weight.dtype == torch.bfloat16
+    # In bfloat16, a frequency is off by up to 0.2 %, and the angle's error grows with the position.
+    assert student.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_a_killed_stage_gives_the_same_result_after_a_restart(
     even_llama: Path, tmp_path: Path
 ) -> None:
