@@ -209,7 +209,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         length_limits += engine_limits(artifact.manifest.config)
     length = min(length_limits)
     served: dict[str, list[Item]] = {}
-    with served_lm(cfg, artifact, folder, length) as lm:
+    with served_lm(cfg, artifact, folder, length, cfg.seq_length if text else 0) as lm:
         for number, task in enumerate(tasks, 1):
             # Only ``LlamaCppLM`` reports progress within a task; other classes ignore ``progress``.
             lm.progress = partial(log.progress, f"requests, {task.name}")
@@ -251,7 +251,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
 
 @contextmanager
 def served_lm(
-    cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int
+    cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int, text_length: int = 0
 ) -> Iterator[LM]:
     """Loads a built model in this process, or starts its server; yields it for lm-eval.
 
@@ -260,6 +260,7 @@ def served_lm(
         artifact: The built model.
         folder: Hugging Face folder of the student, which has the tokenizer.
         length: Maximum tokens of a prompt together with its answer.
+        text_length: Tokens of a sequence of held-out text; 0 without text.
     """
     server, _ = server_of(artifact)
     if server == "openvino":
@@ -280,7 +281,9 @@ def served_lm(
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
         # llama.cpp refuses a prompt that fills its context, so the context has one more position.
-        command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
+        # A sequence's longest prompt has all its tokens but the last.
+        context = max(length + 1, text_length)
+        command = llama_command(artifact.artifact / FILE, port, context, threads)
     else:
         require_backend(server)
         ranks = artifact.manifest.config["tensor_parallel_size"]

@@ -319,6 +319,25 @@ def test_the_student_in_bfloat16_keeps_the_frequencies_of_rope_in_float32(
     assert student.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_the_context_of_llama_cpp_holds_a_sequence_of_text(
+    even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = []
+
+    def record(file: Path, port: int, context: int, threads: int) -> list[str]:
+        contexts.append(context)
+        raise InterruptedError
+
+    monkeypatch.setattr(served, "llama_command", record)
+    inputs, out = gguf_inputs(tmp_path, even_llama, "f16"), make_artifact_folder(tmp_path, "stage")
+    text = TextSequences.of(torch.ones(1, 128, dtype=torch.long), 0)
+    for heldout in (None, text):
+        monkeypatch.setattr(served, "_heldout_text", lambda cfg, inputs, text=heldout: text)
+        with pytest.raises(InterruptedError):
+            evaluate_served.run(config(max_length=64, seq_length=128), inputs, out)
+    assert contexts == [65, 128]
+
+
 def test_a_killed_stage_gives_the_same_result_after_a_restart(
     even_llama: Path, tmp_path: Path
 ) -> None:
