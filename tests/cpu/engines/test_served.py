@@ -234,13 +234,17 @@ def add_generation_settings(folder: Path, **settings: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"],
+)
 def test_generation_settings_that_a_server_lacks_are_refused(
-    even_llama: Path, tmp_path: Path
+    even_llama: Path, tmp_path: Path, setting: str
 ) -> None:
     folder = shutil.copytree(even_llama, tmp_path / "student")
-    add_generation_settings(folder, no_repeat_ngram_size=3)
+    add_generation_settings(folder, **{setting: 3})
     inputs, out = gguf_inputs(tmp_path, folder, "f16"), make_artifact_folder(tmp_path, "stage")
-    with pytest.raises(RecipeError, match="no_repeat_ngram_size"):
+    with pytest.raises(RecipeError, match=f"has {setting},"):
         evaluate_served.run(config(tasks=["gsm8k_cot"]), inputs, out)
 
 
