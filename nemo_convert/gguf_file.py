@@ -6,6 +6,7 @@ pre-tokenizers and Llama 3's frequencies follow llama.cpp's ``convert_hf_to_gguf
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -227,11 +228,12 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
 
-    # A class such as LlamaTokenizerFast replaces the post-processor of tokenizer.json. The file
-    # therefore does not tell whether the tokenizer adds a leading space, BOS or EOS to a text. To
-    # find out, the code below encodes "a" with the loaded tokenizer.
+    # tokenizer.json may lack tokens that other files or the tokenizer's class add. A class such as
+    # LlamaTokenizerFast replaces the post-processor of tokenizer.json. The file therefore does not
+    # tell whether the tokenizer adds a leading space, BOS or EOS to a text. To find out, the code
+    # below encodes "a" with the loaded tokenizer.
     loaded = load_tokenizer(folder)
-    tokenizer = read_json(folder / TOKENIZER)
+    tokenizer = json.loads(loaded.backend_tokenizer.to_str())
     pre_tokenizer = pre_tokenizer_name(tokenizer)
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if pre_tokenizer is None:
@@ -245,12 +247,13 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+    # SpecialVocab does not read all files, and does not know the tokens of the tokenizer's class.
+    for role in special.special_token_types:
+        if (token_id := getattr(loaded, f"{role}_token_id", None)) is not None:
+            special.special_token_ids[role] = token_id
     ids = loaded("a").input_ids
     for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
-        is_added = getattr(loaded, f"{role}_token_id") == end_id
-        special.add_special_token[role] = is_added
-        if is_added:  # SpecialVocab does not know tokens that only the tokenizer's class defines
-            special.special_token_ids[role] = end_id
+        special.add_special_token[role] = getattr(loaded, f"{role}_token_id") == end_id
     special.add_to_gguf(writer, quiet=True)
 
 

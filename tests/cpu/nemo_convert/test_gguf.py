@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, processors
@@ -206,6 +206,34 @@ def test_llama_cpp_merges_in_the_order_of_the_file(
     texts = [json.loads(line)["text"][:80] for line in text_file.read_text().splitlines()[:8]]
     loaded = AutoTokenizer.from_pretrained(folder)
     assert tokenize(tmp_path / "model.gguf", texts) == [loaded(text).input_ids for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("config", "special_tokens"),
+    [
+        (  # transformers then ignores special_tokens_map.json
+            {
+                "eos_token": "<end>",
+                "added_tokens_decoder": {"288": {"content": "<end>", "special": True}},
+            },
+            {},
+        ),
+        ({}, {"eos_token": "<end>"}),
+    ],
+)
+def test_special_tokens_may_be_in_any_file_of_the_tokenizer(
+    even_llama: Path, tmp_path: Path, config: dict[str, Any], special_tokens: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(even_llama, tmp_path / "hf")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens))
+    write(folder, tmp_path / "model.gguf", "f16")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == 288  # the first free id
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 288
+    assert fields["tokenizer.ggml.tokens"].contents()[288] == "<end>"
+    assert fields["tokenizer.ggml.token_type"].contents()[288] == TokenType.CONTROL
 
 
 def test_tokenizers_that_llama_cpp_does_not_support_are_refused(
