@@ -254,6 +254,10 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     ids = loaded("a").input_ids
     for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
         special.add_special_token[role] = getattr(loaded, f"{role}_token_id") == end_id
+    template = loaded.chat_template  # transformers and SpecialVocab prefer different files
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    special.chat_template = template
     special.add_to_gguf(writer, quiet=True)
 
 

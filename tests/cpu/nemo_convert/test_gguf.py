@@ -236,6 +236,21 @@ def test_special_tokens_may_be_in_any_file_of_the_tokenizer(
     assert fields["tokenizer.ggml.token_type"].contents()[288] == TokenType.CONTROL
 
 
+def test_chat_templates_are_those_that_transformers_loads(even_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(even_llama, tmp_path / "hf")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "old"}))
+    (folder / "chat_template.jinja").write_text("new")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("with documents")
+    write(folder, tmp_path / "model.gguf", "f16")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "new"
+    assert fields["tokenizer.chat_template.rag"].contents() == "with documents"
+    loaded = AutoTokenizer.from_pretrained(folder).chat_template
+    assert loaded == {"default": "new", "rag": "with documents"}
+
+
 def test_tokenizers_that_llama_cpp_does_not_support_are_refused(
     even_llama: Path, tmp_path: Path
 ) -> None:
