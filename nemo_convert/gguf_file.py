@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,9 @@ SENTENCEPIECE_STEPS = (
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
 )
 """The only normalizer steps that llama.cpp supports for a BPE tokenizer with byte fallback."""
+BYTE_LEVEL_STEPS = ({"type": "NFC"},)
+"""The only normalizer step that is allowed for byte-level BPE. llama.cpp leaves it out, but almost
+all text is in this form already."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -298,11 +301,13 @@ def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], lis
     )
 
 
-def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
-    """Refuses a normalizer with a step that is not in ``SENTENCEPIECE_STEPS``."""
+def _require_normalizer_steps(
+    tokenizer: Mapping[str, Any], supported: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuses a normalizer with a step that is not in ``supported``."""
     normalizer = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
     steps = normalizer.get("normalizers", [normalizer])  # one step, unless it is a Sequence
-    if any(step not in SENTENCEPIECE_STEPS for step in steps):
+    if any(step not in supported for step in steps):
         raise RecipeError(
             f"{TOKENIZER} has normalizer={normalizer}, which llama.cpp does not support.",
             "leave export_gguf out (gguf=null)",
@@ -315,8 +320,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     Returns ``None`` for BPE with byte fallback, which llama.cpp applies without a pre-tokenizer.
 
     Raises:
-        RecipeError: The tokenizer is not BPE, llama.cpp does not support its normalizer, or neither
-            ``PRE_TOKENIZERS`` nor this function has a name for its pre-tokenizer.
+        RecipeError: The tokenizer is not BPE, llama.cpp does not support its normalizer or
+            pre-tokenizer, or neither ``PRE_TOKENIZERS`` nor this function has a name for it.
     """
     model = tokenizer.get("model") or {}
     if "merges" not in model:  # the type is no criterion: old files do not have it
@@ -327,9 +332,20 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if model.get("byte_fallback"):
-        _require_sentencepiece_steps(tokenizer)
+        _require_normalizer_steps(tokenizer, SENTENCEPIECE_STEPS)
+        # llama.cpp does not split the text before it merges, and neither does this Metaspace.
+        is_unsplit = steps[0].get("type") == "Metaspace" and not steps[0].get("split", True)
+        if pre_tokenizer and not (len(steps) == 1 and is_unsplit):
+            raise RecipeError(
+                f"{TOKENIZER} has pre_tokenizer={pre_tokenizer}, which llama.cpp does not support.",
+                "leave export_gguf out (gguf=null)",
+            )
         return None
+    _require_normalizer_steps(tokenizer, BYTE_LEVEL_STEPS)
     types = [step.get("type") for step in steps]
+    # llama.cpp adds no space before a text, so such a pre-tokenizer gets no name.
+    if any(step.get("add_prefix_space") for step in steps):
+        types = []
     pattern = steps[0].get("pattern", {}).get("Regex")
     # If use_regex were true, ByteLevel would split the text a second time, with GPT-2's pattern.
     is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)

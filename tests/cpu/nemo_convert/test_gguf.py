@@ -292,6 +292,8 @@ def test_a_normalizer_that_llama_cpp_does_not_support_is_refused(
         ([SPLIT, DIGITS, BYTES], False),
         # use_regex splits the text a second time, with GPT-2's pattern.
         ([SPLIT, {"type": "ByteLevel", "use_regex": True}], False),
+        ([SPLIT, {**BYTES, "add_prefix_space": False}], True),
+        ([SPLIT, {**BYTES, "add_prefix_space": True}], False),
     ],
 )
 def test_a_pre_tokenizer_with_further_splits_is_refused(
@@ -300,3 +302,34 @@ def test_a_pre_tokenizer_with_further_splits_is_refused(
     pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
     with nullcontext() if is_supported else pytest.raises(RecipeError, match="pre_tokenizer="):
         pre_tokenizer_name({"model": {"merges": []}, "pre_tokenizer": pre_tokenizer})
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "is_supported"),
+    [(None, True), ({"type": "NFC"}, True), ({"type": "Lowercase"}, False)],
+)
+def test_a_byte_level_tokenizer_may_only_normalize_to_nfc(
+    normalizer: dict[str, Any] | None, is_supported: bool
+) -> None:
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}
+    tokenizer = {"model": {"merges": []}, "pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
+    with nullcontext() if is_supported else pytest.raises(RecipeError, match="Lowercase"):
+        assert pre_tokenizer_name(tokenizer) == "llama-bpe"
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "is_supported"),
+    [
+        (None, True),
+        ({"type": "Metaspace", "replacement": "▁", "split": False}, True),
+        ({"type": "Metaspace", "replacement": "▁", "split": True}, False),
+        ({"type": "Metaspace", "replacement": "▁"}, False),  # splits by default
+        (DIGITS, False),
+    ],
+)
+def test_a_byte_fallback_tokenizer_that_splits_text_is_refused(
+    pre_tokenizer: dict[str, Any] | None, is_supported: bool
+) -> None:
+    model = {"merges": [], "byte_fallback": True}
+    with nullcontext() if is_supported else pytest.raises(RecipeError, match="pre_tokenizer="):
+        assert pre_tokenizer_name({"model": model, "pre_tokenizer": pre_tokenizer}) is None
