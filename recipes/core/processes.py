@@ -97,6 +97,8 @@ def prepare_imports() -> None:
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
       TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
       disables it. cuBLAS reads this variable only once, so it is set here.
+    - CUDA memory must not fragment when tensor sizes change. PyTorch reads this setting when CUDA
+      starts, which may be while TransformerEngine is imported. The user's value wins.
     """
     # ``import wandb`` now raises ImportError.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
@@ -106,6 +108,7 @@ def prepare_imports() -> None:
     stub.create_unified_mempool = None  # type: ignore[attr-defined]
     sys.modules.setdefault(MANAGED_MEMORY, stub)
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def return_free_memory() -> None:

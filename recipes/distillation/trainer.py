@@ -21,6 +21,7 @@ from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
+from recipes.backend.megatron_faults import mend
 from recipes.backend.without_cuda import enable as enable_patches_without_cuda
 from recipes.core.compiled import compilation
 from recipes.core.files import link_or_copy, read_json, write_json
@@ -64,6 +65,7 @@ def train(
     _set_environment(cfg)
     select_gpu()
     enable_patches_without_cuda()
+    mend()
     work = out.parent.parent  # also gets the training checkpoints
     start_model = _restore_for_training(cfg, start)
     model = KDModel(start_model, objective)
@@ -130,8 +132,6 @@ def _set_environment(cfg: TrainingConfig) -> None:
     which is unknown before CUDA starts.
     """
     defaults = {
-        # Less fragmentation when tensor sizes change.
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         # With a normal priority, collectives would wait for kernels that they should overlap with.
         "TORCH_NCCL_HIGH_PRIORITY": "1",
         # TransformerEngine's norms leave this many multiprocessors to NCCL.

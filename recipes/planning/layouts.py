@@ -57,7 +57,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
         del models["student"]
     for role, arch in models.items():
         if arch is not None:
-            yield from _shape_problems(layout, role, arch)
+            yield from _shape_problems(layout, role, arch, workload.trained is not None)
     if "student" in models and workload.trained is not None:
         yield from _alignment_problems(layout, workload.trained)
 
@@ -139,8 +139,17 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
         )
 
 
-def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
-    """Checks that a layout can split a model. ``role`` is the model's name in messages."""
+def _shape_problems(
+    layout: Layout, role: str, shape: Architecture, trains: bool
+) -> Iterator[Problem]:
+    """Checks that a layout can split a model.
+
+    Args:
+        layout: The parallel layout.
+        role: The model's name in messages.
+        shape: The model.
+        trains: Whether the stage trains. If not, it has no sequence parallelism.
+    """
     tensor = layout.tensor
     for axis in split_axes(shape):
         if (size := getattr(shape, axis)) % tensor:
@@ -164,8 +173,8 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
     if shape.num_moe_experts and tensor > 1 and not layout.sequence_parallel:
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"Megatron does not train experts at TP={tensor} without sequence parallelism",
-            "set sequence_parallel=true",
+            f"experts at TP={tensor} need sequence parallelism",
+            "set sequence_parallel=true" if trains else "set tensor_model_parallel_size=1",
         )
     yield from _expert_problems(layout, role, shape)
 

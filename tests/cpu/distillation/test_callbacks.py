@@ -302,5 +302,5 @@ def test_existing_environment_variables_are_not_changed(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "environ", environment)
     _set_environment(DistillConfig(stage="distill", tensor_model_parallel_size=2))
     assert environment["TORCH_NCCL_HIGH_PRIORITY"] == "0"
-    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert environment["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "16"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment, "only hardware profiles set it"

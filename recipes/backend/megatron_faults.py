@@ -1,0 +1,89 @@
+"""Mends faults of Megatron-Core 0.15.3 in training, on every device. Later versions lack them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from recipes.backend.patches import Patch, apply, wrap
+
+
+@cache
+def mend() -> None:
+    """Applies ``MENDED`` once, for the rest of this process.
+
+    Raises:
+        RecipeError: The installed Megatron-Core is not the one that the patches were written for.
+    """
+    apply(MENDED)
+
+
+def _without_padding(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Describes the optimizer's state to a checkpoint.
+
+    Megatron gathers the state of all buckets without the padding at their ends, and then takes the
+    range of each parameter from ``param_index_map``, which counts the padding. So every parameter
+    after a padded bucket would be stored with a part of another parameter's state. During the call,
+    the map does not count the padding.
+    """
+    maps = [buffer.param_index_map for buffer in self.buffers]
+    for buffer in self.buffers:
+        padding_before, padding = [], 0  # of each bucket: elements of padding in earlier buckets
+        for bucket in buffer.buckets:
+            padding_before.append(padding)
+            padding += bucket.grad_data.numel() - bucket.numel_unpadded
+        buffer.param_index_map = {
+            weight: (start - padding_before[bucket], end - padding_before[bucket], bucket)
+            for weight, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        for buffer, index_map in zip(self.buffers, maps, strict=True):
+            buffer.param_index_map = index_map
+
+
+def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
+    """Starts the reduction of gradients after the hooks that add them.
+
+    NeMo wraps the model on a side stream, on which the hooks then run. With several instances of
+    the optimizer, Megatron's communication stream waits only for the default stream.
+    """
+    if self.ddp_config.num_distributed_optimizer_instances > 1:
+        torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())
+    original(self)
+
+
+def _pageable(original: Any) -> Any:
+    """Copies weights to pageable memory before a forked process writes them.
+
+    Megatron copies them to pinned memory, to which it keeps no reference. PyTorch then reuses this
+    memory, and the forked process sees what is written there, since pinned pages are shared.
+    """
+    return staticmethod(wrap(lambda copy, buckets, *_: copy(buckets, non_blocking=False))(original))
+
+
+MENDED = (
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "checkpoints have shifted optimizer states (NVIDIA/Megatron-LM pull request 5077)",
+        "e888c7cccb71",
+        wrap(_without_padding),
+    ),
+    Patch(
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
+        "gradients are reduced before they are complete (NVIDIA/Megatron-LM pull request 3693)",
+        "87b697030080",
+        wrap(_wait_for_gradients),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",
+        "weights change while they are written (NVIDIA/Megatron-LM pull request 2288)",
+        "df5b267188bb",
+        _pageable,
+    ),
+)
+"""Patches of faults that later versions of Megatron-Core do not have."""
