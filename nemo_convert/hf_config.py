@@ -369,7 +369,8 @@ def _unsupported_layers_or_quantization(config: Mapping[str, Any]) -> Iterator[t
         yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"
     for name in QUANTIZATION:
         if config.get(name) is not None:
-            yield f"{name}={config[name]}", "use the unquantized model"
+            fix = f"use the unquantized model; if this one is not quantized, remove {name}"
+            yield f"{name}={config[name]}", fix
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -395,8 +396,9 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
         elif _has_full_attention(config) or first >= config.get("num_hidden_layers", 0):
             uses_window = False
     if uses_window and window is not None and window < positions:
-        yield (
-            f"sliding_window={window}",
-            f"set max_position_embeddings ({positions}) to {window} in its config.json, if no text "
-            "will be longer",
+        shorter = f"set max_position_embeddings ({positions}) to {window} in its config.json, if no"
+        is_ignored = family.model_type == "llama"
+        fix = (
+            "remove it: Llama has no sliding window" if is_ignored else f"{shorter} text is longer"
         )
+        yield f"sliding_window={window}", fix

@@ -162,11 +162,15 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
     """Compares the names and shapes of the tensors with those that the config implies."""
-    if arch.num_layers > len(headers):  # each layer has weights; so many names may fill the memory
+    # Each layer and each expert has weights. The names of so many weights may fill the memory.
+    if arch.num_layers * max(1, arch.num_moe_experts) > len(headers):
+        sizes = {"num_hidden_layers": arch.num_layers}
+        if arch.num_moe_experts:
+            sizes["num_experts"] = arch.num_moe_experts
         yield Finding(
-            f"{hf_path} has only {len(headers)} weights, but num_hidden_layers={arch.num_layers} "
-            "in config.json.",
-            "correct num_hidden_layers, or download the model again",
+            f"{hf_path} has only {len(headers)} weights, but "
+            f"{', '.join(f'{name}={size}' for name, size in sizes.items())} in config.json.",
+            f"correct {' or '.join(sizes)}, or download the model again",
         )
         return
     expected = FAMILIES[arch.hf_architecture].hf_shapes(arch)

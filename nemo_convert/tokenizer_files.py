@@ -138,13 +138,11 @@ def _invalid_settings(
 ) -> Iterator[tuple[str, str]]:
     """Yields (setting and value, fix) for each setting that makes transformers fail."""
     yield from _invalid_values(config)
-    # These settings would become arguments of the constructor. ``self`` fails with any value.
-    for key in ("from_slow", "self", "tokenizer_object"):
-        if config.get(key) or (key == "self" and key in config):
-            yield f"{key}={config[key]!r}", "remove it"
-    if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
-        # transformers would read the path in this setting instead of tokenizer.json.
-        yield f"tokenizer_file={config['tokenizer_file']!r}", "remove it"
+    for key in _removable_settings(folder, config):
+        yield f"{key}={config[key]!r}", "remove it"
+    adds_bos = class_name in LLAMA_CLASSES and config.get("add_bos_token", True)
+    if adds_bos and config.get("bos_token", ()) is None:
+        yield "bos_token=None", "set add_bos_token to false, or name the token"
     has_prefix_space = config.get("add_prefix_space") is not None
     needs_sentencepiece = has_prefix_space and class_name in LLAMA_CLASSES
     if needs_sentencepiece and not (folder / SENTENCEPIECE).is_file():
@@ -154,6 +152,19 @@ def _invalid_settings(
             f'add {SENTENCEPIECE}, or set tokenizer_class to "{GENERIC_CLASS}"',
         )
     yield from _invalid_tokens(config)
+
+
+def _removable_settings(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields settings that make transformers fail or read another file, and that it does not need.
+
+    They would become arguments of the constructor. ``self`` fails with any value.
+    """
+    has_json = (folder / TOKENIZER).is_file()
+    yield from (key for key in ("from_slow", "tokenizer_object") if config.get(key))
+    yield from (key for key in ("extra_special_tokens", "auto_map") if config.get(key, ()) is None)
+    # Paths on the machine where the tokenizer was saved.
+    paths = ("tokenizer_file",) if has_json else ("vocab_file", "merges_file")
+    yield from (key for key in ("self", *paths) if key in config)
 
 
 def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,9 @@ def _configs() -> Iterator[Variant]:
     ):
         yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
     # The names of all weights of so many layers might not fit in memory.
+    too_many_experts = edit_config(num_experts=10**30)
+    refusal = "num_experts=1000000000000000000000000000000"
+    yield Variant("too many experts", too_many_experts, refusal, base="qwen3_moe")
     too_many_layers = edit_config(num_hidden_layers=2_000_000)
     yield Variant("too many layers", too_many_layers, "num_hidden_layers=2000000")
 
@@ -97,6 +100,8 @@ def _tokenizers() -> Iterator[Variant]:
         ("additional_special_tokens", [{"content": "<x>"}]),
         ("self", None),  # settings become arguments of the tokenizer class's constructor
         ("init_inputs", 5),
+        ("extra_special_tokens", None),
+        ("auto_map", None),
         ("eos_token", {**token, "lstrip": "x"}),
         ("added_tokens_decoder", {"0": {"content": "<unk>", "special": "x"}}),
         ("model_input_names", None),
@@ -105,6 +110,8 @@ def _tokenizers() -> Iterator[Variant]:
     ):
         change = edit_json(TOKENIZER, **{key: value})
         yield Variant(f"{key} is {value!r}", change, f"invalid {key}")
+    no_bos = edit_json(TOKENIZER, tokenizer_class="LlamaTokenizerFast", bos_token=None)
+    yield Variant("no BOS for a class that adds it", no_bos, "invalid bos_token=None")
 
 
 def _added_tokens() -> Iterator[Variant]:
