@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from recipes.data.tokenizer import Encoded
 
 ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""Date that templates write which ask for today's. Otherwise prepared text would depend on the day.
+Llama 3.1's template has the same default."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag with which some templates mark the start of an answer."""
 
@@ -84,6 +88,13 @@ class ChatTokenizer:
         # The tokenizer would read the name of a special token in a message as that token.
         if any(token in text for text in texts for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
+        # A space or a line break before an answer could become one token with the template's text.
+        messages = [
+            {**message, "content": message["content"].strip()}
+            if message["role"] == ASSISTANT
+            else message
+            for message in messages
+        ]
         try:
             tokens_and_mask = self._tokens_and_mask(messages)
         except TemplateError:
@@ -127,7 +138,7 @@ class ChatTokenizer:
             return self._tagged_tokens_and_mask(messages)
         if messages[0]["role"] == ASSISTANT:  # templates cannot render an empty prompt
             return None
-        ids = self._tokenizer.apply_chat_template(messages)
+        ids = render(self._tokenizer, messages)
         loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
@@ -151,9 +162,8 @@ class ChatTokenizer:
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
         """Does what ``_tokens_and_mask`` does, for a template that marks the answers."""
-        output = self._tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        output = render(self._tokenizer, messages, **options)
         ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT and _is_blank(message):
@@ -170,13 +180,17 @@ class ChatTokenizer:
 
         Returns ``None`` if later turns change how the template renders it or the turns before it.
         """
-        render = self._tokenizer.apply_chat_template
-        prompt_ids = render(messages[:number], add_generation_prompt=True)
-        answered_ids = render(messages[: number + 1])
+        prompt_ids = render(self._tokenizer, messages[:number], add_generation_prompt=True)
+        answered_ids = render(self._tokenizer, messages[: number + 1])
         start, stop = len(prompt_ids), len(answered_ids)
         if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
             return None
         return start, stop
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]], **options: bool) -> Any:
+    """Tokenizes messages with the chat template; templates that ask for the date get ``DATE``."""
+    return tokenizer.apply_chat_template(messages, strftime_now=DATE.strftime, **options)
 
 
 def _is_blank(message: dict[str, Any]) -> bool:

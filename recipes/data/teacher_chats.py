@@ -21,7 +21,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import require_time_left
 from recipes.core.versions import installed_version
 from recipes.core.wheels import cache_dir
-from recipes.data.chat import ASSISTANT
+from recipes.data.chat import ASSISTANT, render
 from recipes.data.corpus import read_source
 
 MIN_BATCH = 32
@@ -168,7 +168,7 @@ def _openings(request: ChatRequest, writer: ChatWriter) -> list[Messages]:
 
 def _prompt_tokens(writer: ChatWriter, opening: Messages) -> list[int]:
     """Returns the token ids of an opening, up to where the assistant's answer starts."""
-    return list(writer.tokenizer.apply_chat_template(opening, add_generation_prompt=True))  # type: ignore[arg-type]
+    return list(render(writer.tokenizer, opening, add_generation_prompt=True))
 
 
 def _write_batch(
@@ -211,7 +211,7 @@ def _user_prefix(writer: ChatWriter) -> list[int]:
     The continuation is a user's message, as in Magpie, arXiv:2406.08464.
     """
     turn = [{"role": "user", "content": BLANK}]
-    rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
+    rendered = str(render(writer.tokenizer, turn, tokenize=False))
     encoded = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)
     # Generation needs at least one token, but a template may have nothing before the message.
     return list(encoded["input_ids"]) or [int(writer.tokenizer.eos_token_id)]

@@ -131,7 +131,21 @@ def test_blank_answers_are_not_in_the_loss(tmp_path: Path, template: str) -> Non
     conversation = encode(tokenizer, [*QUESTION, blank, *QUESTION, ANSWER])
     assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"]
     reasoning = [*QUESTION, {**blank, "reasoning_content": "Because."}]
-    assert texts_in_loss(tokenizer, encode(tokenizer, reasoning)) == [" <stop>"]
+    assert texts_in_loss(tokenizer, encode(tokenizer, reasoning)) == ["<stop>"]
+
+
+def test_spaces_around_an_answer_are_left_out(tmp_path: Path) -> None:
+    """A tokenizer with merges would merge the first one with the template's line break."""
+    tokenizer = make_tokenizer(tmp_path, PLAIN)
+    conversation = encode(tokenizer, [*QUESTION, {**ANSWER, "content": "\n  So.\n"}])
+    assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"]
+
+
+def test_templates_that_write_the_date_give_the_same_tokens_every_day(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + PLAIN)
+    conversation = encode(tokenizer, [*QUESTION, ANSWER])
+    text = tokenizer._tokenizer.decode(conversation.ids)
+    assert text.startswith("26 Jul 2024<start>system")
 
 
 def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_the_loss(
