@@ -8,7 +8,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -144,29 +144,35 @@ def conversation_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    """Reads files. The state is the number of records read, which a resumed reader skips."""
+    """Reads files. The state is the index of the open file and the number of records read from it.
+
+    A resumed reader does not open earlier files.
+    """
 
     def __init__(
         self,
         source: Source,
         columns: set[str],
         text_of: TextOf,
-        state: int | None,
+        state: Sequence[int] | None,
         limit_bytes: float,
     ) -> None:
         self._source, self._columns, self._text_of = source, columns, text_of
-        self._records_to_skip = state or 0
+        self._file_index, self._records_to_skip = state or (0, 0)
         self._files = files_of(source)
         self._total_bytes = max(1, sum(file.size for file in self._files))
         truncated_bytes = limit_bytes if limit_bytes < self._total_bytes else math.inf
         stretch_bytes = min(STRETCH_BYTES, truncated_bytes / LIMITED_STRETCHES)
         self._number_of_stretches = max(1, round(self._total_bytes / stretch_bytes))
-        self._bytes_before = 0  # bytes of the files before the open one
-        self._records_read = 0
+        # Bytes of the files before the open one.
+        self._bytes_before = sum(file.size for file in self._files[: self._file_index])
+        self._records_read = 0  # from the open file
         self._open_file: IO[bytes] | None = None
 
     def __iter__(self) -> Iterator[Document]:
-        for file in self._files:
+        first = self._file_index
+        for self._file_index, file in enumerate(self._files[first:], first):
+            self._records_read = 0
             for record in self._read(file):
                 self._require_record(file, record)
                 self._records_read += 1
@@ -176,6 +182,7 @@ class _FileReader:
                 # JSON may contain half of a surrogate pair, which tokenizers refuse.
                 if text := text.encode("utf-8", "replace").decode():
                     yield Document(text, self._position_in_stretch(record.offset))
+            self._records_to_skip = 0
             self._bytes_before += file.size
             self._open_file = None
 
@@ -220,8 +227,8 @@ class _FileReader:
         # The integer part is the index of the stretch, the fractional part the position in it.
         return (self._bytes_before + offset) * self._number_of_stretches / self._total_bytes % 1
 
-    def state(self) -> int:
-        return self._records_read
+    def state(self) -> list[int]:
+        return [self._file_index, self._records_read]
 
     def fraction(self) -> float:
         file = self._open_file

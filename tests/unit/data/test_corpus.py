@@ -312,6 +312,18 @@ def test_a_new_reader_resumes_at_a_saved_state(tmp_path: Path, name: str) -> Non
         assert start + list(read_source(source, "text", state)) == whole
 
 
+def test_a_resumed_reader_does_not_read_earlier_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path, f"{name}.jsonl", "\n".join(json.dumps(f"{name}{n}") for n in range(3)))
+    source = f"{tmp_path}/*.jsonl"
+    reader = read_source(source, "text")
+    assert [document.text for document in islice(reader, 4)] == ["a0", "a1", "a2", "b0"]
+    (tmp_path / "a.jsonl").write_text("not JSON")
+    rest = read_source(source, "text", reader.state())
+    assert [document.text for document in rest] == ["b1", "b2"]
+    assert rest.fraction() == 1
+
+
 def test_a_dataset_is_read_at_the_recorded_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
