@@ -33,7 +33,9 @@ def write_chats(file: Path, text_file: Path, count: int = 300, length: int = 12)
     Returns:
         The source for ``data.sources``.
     """
-    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[-count:]]
+    lines = text_file.read_text().splitlines()[-count:]
+    # The texts may start with punctuation alone, which does not count as a question.
+    texts = ["Q" + json.loads(line)["text"] for line in lines]
     with file.open("w") as output:
         for number, text in enumerate(texts):
             messages: list[dict[str, str]] = []
