@@ -41,7 +41,8 @@ def write_chats(file: Path, text_file: Path, count: int = 300, length: int = 12)
             messages: list[dict[str, str]] = []
             start = 0
             for role, size in 2 * [("user", length), ("assistant", 2 * length)]:
-                messages.append({"role": role, "content": text[start : start + size]})
+                # Spaces around an answer would be left out.
+                messages.append({"role": role, "content": text[start : start + size].strip()})
                 start += size
             num_turns = 1 + number % 2
             output.write(json.dumps({"messages": messages[: 2 * num_turns]}) + "\n")
