@@ -232,7 +232,9 @@ def has_chat_template(hf_path: str) -> bool | None:
         return None
     config = folder / "tokenizer_config.json"
     is_in_config = config.is_file() and bool(read_json(config).get("chat_template"))
-    return is_in_config or any(folder.glob("chat_template*"))
+    # transformers does not read chat_template.json for a tokenizer.
+    files = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+    return is_in_config or any(any(folder.glob(pattern)) for pattern in files)
 
 
 def has_token(hf_path: str, token: str) -> bool | None:

@@ -36,7 +36,7 @@ UNREADABLE_FIX = "make it readable for you, and its folders"
 """Fix of ``EACCES`` if reading was refused. ``STORAGE_FIXES`` has the fix for a refused write."""
 PARTIAL = ".*.partial"
 """Glob pattern of the temporary files that ``write_text_atomically`` renames when complete."""
-JSON_FIX = "it was truncated or edited: write it or download it again"
+JSON_FIX = "it was truncated or edited, or is a Git LFS pointer: write it or download it again"
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from nemo_convert.hf import hub_commit
 from nemo_convert.hub import (
     WHEEL_CONVERSION,
     download,
+    has_chat_template,
     has_token,
     is_config_available,
     is_hub_id,
@@ -374,3 +375,19 @@ def test_a_folder_without_permission_is_explained(
         os.seteuid(user_id)
     assert status == 1
     assert "Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("chat_template.jinja", True),
+        ("additional_chat_templates/tools.jinja", True),
+        ("chat_template.json", False),
+    ],
+)
+def test_templates_are_found_in_the_files_that_transformers_reads(
+    tmp_path: Path, file: str, expected: bool
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    assert has_chat_template(str(tmp_path)) is expected
