@@ -129,6 +129,7 @@ FORMATS: dict[str, Callable[..., Markup]] = {
     "decimals": _optional(lambda v, digits=3: f"{v:,.{digits}f}"),
     "times": _optional(lambda v: f"{v:.2f}×"),
     "short": _optional(lambda v: number(v, 3)),
+    "shown_as": _optional(lambda v, text: text),
 }
 """Jinja filters by name. ``points`` shows a fraction in percentage points, with its sign."""
 
