@@ -40,7 +40,7 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "${options[@]}" "$venv"; t
   exit 1
 fi
 if [ ${#options[@]} -gt 0 ]; then
-  # The option means the packages of the base interpreter. An image may have its own in a virtual environment.
+  # The option gives access to the base interpreter's packages. An image may have more in a virtual environment.
   packages='import sys, sysconfig; sys.prefix == sys.base_prefix or print(sysconfig.get_path("purelib"))'
   "$python" -c "$packages" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/image.pth"
 fi

@@ -42,7 +42,7 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     context parallelism on some GPUs ``CUDA_DEVICE_MAX_CONNECTIONS``.
     """
     hardware = stage.chain.hardware
-    gpu_env = {NEEDS_GPU: hardware.name} if hardware.on_gpu and stage.needs_gpu else {}
+    gpu_env = {NEEDS_GPU: hardware.name} if stage.uses_gpu else {}
     connections = hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
     training_config = getattr(stage.config, "distill", stage.config)

@@ -16,9 +16,10 @@ from nemo_convert.hub import HUB_SECONDS
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
+from recipes.data.origins import known_licences
 from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import known_licences, parse_source, source_documents, source_names
+from recipes.data.sources import parse_source, source_documents, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
 from recipes.planning.limits import source_tokens

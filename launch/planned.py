@@ -98,6 +98,11 @@ class PlannedStage:
         return self.definition.needs_gpu(self.config, self.chain)
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether the stage runs on GPUs."""
+        return self.needs_gpu and self.chain.hardware.on_gpu
+
+    @property
     def needs_tensorrt_llm(self) -> bool:
         """Whether the stage runs TensorRT-LLM."""
         return self.definition.needs_tensorrt_llm(self.config, self.chain)

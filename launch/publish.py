@@ -25,8 +25,8 @@ from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.screen import plain_table
 from recipes.core.stage import Input
 from recipes.core.trackers import public_text
+from recipes.data.origins import known_licences
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import known_licences
 from recipes.report.settings import REPORT_FILE
 from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 

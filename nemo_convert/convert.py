@@ -23,7 +23,7 @@ from nemo_convert.hf_config import (
     rope_theta,
 )
 from nemo_convert.preflight import model_dtype, require_convertible
-from nemo_convert.tokenizer_files import convert_tokenizer
+from nemo_convert.tokenizer_conversion import convert_tokenizer
 from nemo_convert.trust import MODEL_NAMES, read_metadata
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json

@@ -23,7 +23,7 @@ from nemo_convert.hub import (
     read_hf_config,
     side_folder,
 )
-from nemo_convert.tokenizer_files import convert_tokenizer, needs_conversion
+from nemo_convert.tokenizer_conversion import convert_tokenizer, needs_conversion
 from recipes.core.files import digest_files, read_json, write_json, write_text_atomically
 from recipes.core.wheels import fetch_wheel_file, parse_wheel_file
 

@@ -350,10 +350,9 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
             "norm_topk_prob=true with num_experts_per_tok=1",
             "use a model with num_experts_per_tok of 2 or more",
         )
-    # Qwen3's published configs may state that the model has QK norms, which no library reads.
-    states_family = config.get("use_qk_norm") is family.has(QK_NORM)
-    known = {"use_qk_norm"} if states_family else set()
-    for key in unknown_keys({name: config[name] for name in config if name not in known}):
+    # A published config of Qwen3 states that the model has QK norms. No library reads this key.
+    is_true = {"use_qk_norm": family.has(QK_NORM)}
+    for key in unknown_keys({k: v for k, v in config.items() if v is not is_true.get(k, ())}):
         yield (
             key,
             "if it does not affect this model's output, remove it from config.json; if it affects "
@@ -396,9 +395,6 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
         elif _has_full_attention(config) or first >= config.get("num_hidden_layers", 0):
             uses_window = False
     if uses_window and window is not None and window < positions:
-        shorter = f"set max_position_embeddings ({positions}) to {window} in its config.json, if no"
-        is_ignored = family.model_type == "llama"
-        fix = (
-            "remove it: Llama has no sliding window" if is_ignored else f"{shorter} text is longer"
-        )
-        yield f"sliding_window={window}", fix
+        fix = f"if no text is longer, set max_position_embeddings ({positions}) to {window}"
+        is_llama = family.model_type == "llama"
+        yield f"sliding_window={window}", "remove it: Llama has none" if is_llama else fix

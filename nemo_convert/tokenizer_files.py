@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json
+from recipes.core.files import read_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE, MERGES = "tokenizer.model", "merges.txt"
@@ -32,8 +32,8 @@ WITHOUT_JSON = {
 }
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-SPECIAL_TOKENS = (
-    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+SPECIAL_TOKENS = tuple(
+    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 """Settings with one special token each."""
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -60,15 +60,6 @@ QWEN2_REGEX = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Regular expression with which Qwen2's tokenizer splits text into words."""
-ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
-"""Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
-its ``extra_special_tokens`` is a dict."""
-DROPPED_SETTINGS = (*ONLY_TRANSFORMERS_5, "add_bos_token", "add_eos_token")
-"""Settings that a conversion removes. ``tokenizer.json`` defines whether BOS and EOS are added. If
-an ``add_*_token`` setting remained, transformers 5 would obey the settings and not the file."""
-REPLACED_BY_TRANSFORMERS_5 = ("CodeLlamaTokenizer", "GPT2Tokenizer", "LlamaTokenizer")
-"""Classes, without the suffix ``Fast``, that ignore the normalizer and the pre-tokenizer of
-``tokenizer.json`` in transformers 5. A conversion replaces them with ``GENERIC_CLASS``."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -85,7 +76,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             is unknown: loading it might run code of the model.
     """
     config = read_tokenizer_config(folder)
-    class_name = _class_name(folder, config)
+    class_name = tokenizer_class(folder, config)
     if (folder / TOKENIZER).is_file():
         file, vocabulary = TOKENIZER, _vocabulary_of_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
@@ -123,7 +114,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     return vocabulary | {token: next_id + n for n, token in enumerate(missing)}
 
 
-def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
+def tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str:
     """Returns the tokenizer class that transformers chooses. The default model type is llama."""
     if config.get("tokenizer_class"):
         return str(config["tokenizer_class"])
@@ -155,9 +146,9 @@ def _invalid_settings(
 
 
 def _removable_settings(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields settings that make transformers fail or read another file, and that it does not need.
+    """Yields settings to remove: transformers fails with them, or reads a file of another folder.
 
-    They would become arguments of the constructor. ``self`` fails with any value.
+    Settings become arguments of the tokenizer's constructor. ``self`` fails with any value.
     """
     has_json = (folder / TOKENIZER).is_file()
     yield from (key for key in ("from_slow", "tokenizer_object") if config.get(key))
@@ -235,8 +226,8 @@ def _as_list(tokens: Any) -> list[Any]:
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
-    name = _class_name(folder, config).removesuffix("Fast")
-    defaults = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
+    name = tokenizer_class(folder, config).removesuffix("Fast")
+    defaults = {} if is_version_5(config) else CLASS_TOKENS.get(name, {})
     special_map = _special_tokens_map(folder, config)
     # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
     settings = {**defaults, **config, **special_map}
@@ -272,7 +263,9 @@ def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
     Version 5 uses Qwen2's class for every Qwen2 model, and for other models whose tokenizer names
     it, except Mistral models. The class ignores how ``tokenizer.json`` normalizes and splits text.
     """
-    names_qwen2 = _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
+    names_qwen2 = tokenizer_class(folder, read_tokenizer_config(folder)).startswith(
+        "Qwen2Tokenizer"
+    )
     is_mistral = hf_architecture == "MistralForCausalLM"
     uses_qwen2 = hf_architecture == "Qwen2ForCausalLM" or (names_qwen2 and not is_mistral)
     if not uses_qwen2:
@@ -286,53 +279,7 @@ def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
     return not (splits_like_qwen2 and normalizes_like_qwen2)
 
 
-def needs_conversion(folder: Path) -> bool:
-    """Returns whether ``convert_tokenizer`` would change the files."""
-    config = read_tokenizer_config(folder)
-    is_replaced = _class_name(folder, config).removesuffix("Fast") in REPLACED_BY_TRANSFORMERS_5
-    return is_replaced or _is_version_5(config) or not (folder / TOKENIZER).exists()
-
-
-def convert_tokenizer(folder: Path) -> None:
-    """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
-
-    transformers 4 cannot read the settings of version 5, and its tokenizer classes may add special
-    tokens that version 5 does not add. Classes of version 5 may ignore how ``tokenizer.json``
-    normalizes and splits text. Both versions can convert ``tokenizer.model``, but differently:
-    version 5 adds BOS only if the settings say so.
-
-    Raises:
-        RecipeError: transformers cannot load the tokenizer, before or after the conversion.
-    """
-    if needs_conversion(folder):
-        _rewrite(folder)
-    load_tokenizer(folder)
-
-
-def _rewrite(folder: Path) -> None:
-    config = read_tokenizer_config(folder)
-    # Writes the known classes' defaults, because GENERIC_CLASS has others in transformers 4.
-    config = {"model_input_names": ["input_ids", "attention_mask"], **config}
-    if _class_name(folder, config).removesuffix("Fast") in WITHOUT_JSON[SENTENCEPIECE]:
-        config = {"padding_side": "left", **config}
-    if not (folder / TOKENIZER).is_file() or not _is_version_5(config):
-        tokenizer = load_tokenizer(folder)
-        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        # The map also has the default tokens of the class, which no file names.
-        config = tokenizer.special_tokens_map | config
-    extra_tokens = config.get("extra_special_tokens")
-    converted = {key: value for key, value in config.items() if key not in DROPPED_SETTINGS}
-    if isinstance(extra_tokens, dict):  # the type that transformers 4 expects
-        converted["extra_special_tokens"] = extra_tokens
-    elif extra_tokens:
-        converted["additional_special_tokens"] = extra_tokens
-    pre_tokenizer = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
-    if "add_prefix_space" in pre_tokenizer:  # transformers 4 would set it to False
-        converted["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
-    write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC_CLASS}, indent=2)
-
-
-def _is_version_5(config: Mapping[str, Any]) -> bool:
+def is_version_5(config: Mapping[str, Any]) -> bool:
     """Returns whether transformers 5 wrote the settings."""
     return (
         config.get("tokenizer_class") == "TokenizersBackend"

@@ -161,13 +161,11 @@ def _link_target(link: Path) -> Path:
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
-    """Returns the environment variables of a stage in a container.
-
-    NVIDIA's images ask for all GPUs, and their containers do not start on nodes without a driver.
-    """
-    uses_gpu = stage.needs_gpu and stage.chain.hardware.on_gpu
+    """Returns the environment variables of a stage in a container."""
+    # NVIDIA's images request all GPUs. On a node without a driver, such a container does not start.
+    no_gpus = {"NVIDIA_VISIBLE_DEVICES": "void"} if stage.image and not stage.uses_gpu else {}
     return {
-        **({"NVIDIA_VISIBLE_DEVICES": "void"} if stage.image and not uses_gpu else {}),
+        **no_gpus,
         **hub_folders(),
         "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
         **stage_variables(stage, cluster),

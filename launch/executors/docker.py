@@ -74,10 +74,9 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     }  # in the container, which --rm deletes
     # Last, so the user's variables replace those above. The launcher's PYTHONPATH is replaced, too.
     env |= container.environment(cluster, stage)
-    uses_gpu = stage.needs_gpu and stage.chain.hardware.on_gpu
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
-        [f"--gpus={cluster.gpus}"] if cluster.gpus and uses_gpu else [],
+        [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.uses_gpu else [],
         # --init: otherwise Python would be the container's process 1, which ignores SIGTERM.
         # --ipc: data loaders and NCCL share memory. memlock: NCCL pins memory without a limit.
         # stack: CUDA needs a large stack; the value is 64 MiB.

@@ -57,13 +57,13 @@ def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
     original(self)
 
 
-def _pageable(original: Any) -> Any:
+def _copy_to_pageable_memory(original: Callable[..., Any], buckets: Any, *_: Any) -> Any:
     """Copies weights to pageable memory before a forked process writes them.
 
     Megatron copies them to pinned memory, to which it keeps no reference. PyTorch then reuses this
     memory, and the forked process sees what is written there, since pinned pages are shared.
     """
-    return staticmethod(wrap(lambda copy, buckets, *_: copy(buckets, non_blocking=False))(original))
+    return original(buckets, non_blocking=False)
 
 
 MENDED = (
@@ -83,7 +83,7 @@ MENDED = (
         "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",
         "weights change while they are written (NVIDIA/Megatron-LM pull request 2288)",
         "df5b267188bb",
-        _pageable,
+        lambda original: staticmethod(wrap(_copy_to_pageable_memory)(original)),
     ),
 )
 """Patches of faults that later versions of Megatron-Core do not have."""

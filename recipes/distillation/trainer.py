@@ -62,10 +62,7 @@ def train(
         out: Path of the trained model, in the folder ``artifact`` of the stage's work folder.
         log: Receives the losses and the speed of each step.
     """
-    _set_environment(cfg)
-    select_gpu()
-    enable_patches_without_cuda()
-    mend()
+    _prepare_process(cfg)
     work = out.parent.parent  # also gets the training checkpoints
     start_model = _restore_for_training(cfg, start)
     model = KDModel(start_model, objective)
@@ -122,6 +119,14 @@ def _restore_for_training(cfg: TrainingConfig, start: Path) -> Any:
     _set_recompute(model.config, cfg.recompute_granularity)
     model.config.recompute_modules = cfg.recompute_modules
     return model
+
+
+def _prepare_process(cfg: TrainingConfig) -> None:
+    """Sets environment variables, selects this rank's GPU, and patches libraries."""
+    _set_environment(cfg)
+    select_gpu()
+    enable_patches_without_cuda()
+    mend()
 
 
 def _set_environment(cfg: TrainingConfig) -> None:

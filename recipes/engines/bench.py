@@ -31,7 +31,7 @@ from recipes.engines.timing import (
     random_prompts,
     spread,
 )
-from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
+from recipes.planning.roofline import Roofline, decode_seconds, prefill_seconds
 
 ENGINE_ROLES = ("teacher", "student")
 DATASET, REPORT = "dataset.jsonl", "report.json"

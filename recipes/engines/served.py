@@ -58,8 +58,8 @@ UNSERVED_SETTINGS = {
     *("num_beams", "penalty_alpha", "guidance_scale", "min_length", "min_new_tokens"),
     *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
-    *("sequence_bias", "watermarking_config", "encoder_repetition_penalty"),
-    "encoder_no_repeat_ngram_size",
+    *("sequence_bias", "watermarking_config"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
 }
 """Generation settings that change greedy decoding in transformers, but are not sent to servers."""
 

@@ -13,7 +13,7 @@ from nemo_convert.hf import imported_tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import hub_arguments, is_config_available, is_hub_id, read_hf_config
 from nemo_convert.preflight import tokenizer_folder
-from nemo_convert.tokenizer_files import needs_conversion
+from nemo_convert.tokenizer_conversion import needs_conversion
 from recipes.core.files import read_json
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import StageConfig

@@ -5,7 +5,6 @@
 - Importance scores keep the input of every layer. ModelOpt's hooks (``mcore_minitron.py``) hold
   float32 copies of the feed-forward activations and of their absolute values. For an MoE, the
   hooks hold the experts' outputs, also in float32, and Megatron holds two copies of their inputs.
-- The roofline model bounds the speed of serving (Williams et al. 2009).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from recipes.planning.transformer import (
     Compute,
     Memory,
     Storage,
-    decode_flops,
     decode_traffic,
     feed_forward_width,
     head_flops,
@@ -35,7 +33,6 @@ from recipes.planning.transformer import (
     rank_parameters,
     scoring_bytes,
     stored_bytes,
-    weight_traffic,
 )
 from recipes.planning.workload import Layout
 
@@ -181,9 +178,9 @@ def healing_cost(
     For each token of the text, memory holds both models' residual streams, raw and normalised, and
     the inputs of the student's down projection. A CPU also holds both models in bfloat16.
 
-    A problem with n inputs and m outputs sums float64 matrices of n·n and n·m values. To solve it,
-    memory holds four matrices of n·n (sum, damping, damped sum, Cholesky factor), and the sum, the
-    right side and the result in float64 and in float32, which take 20 bytes for each of n·m.
+    A problem with n inputs and m targets sums float64 matrices of n·n and n·m values. While it is
+    solved, memory holds four matrices of n·n (the sum, the damping, both added, the Cholesky
+    factor), and three of n·m (the sum, and the result in float64 and in float32).
     """
     models = (teacher, student)
     # Values for each token of the text (``streams``) and of a micro batch (``buffers``).
@@ -378,34 +375,3 @@ def _float32_head_bytes(arch: Architecture) -> int:
 def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:
     """Returns the bytes of ``buffers`` float32 tensors of logits, each at most ``LOGITS_BYTES``."""
     return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
-
-
-# Serving
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Rates of a device that bound a model's speed."""
-
-    flops_per_second: float
-    bytes_per_second: float
-
-    def seconds(self, flops: float, traffic: float) -> float:
-        """Returns the least seconds for a number of FLOPs and bytes of memory traffic."""
-        return max(flops / self.flops_per_second, traffic / self.bytes_per_second)
-
-
-def prefill_seconds(
-    arch: Architecture, batch_size: int, prompt_tokens: int, storage: Storage, roofline: Roofline
-) -> float:
-    """Returns a lower bound of the seconds until a batch's first new tokens."""
-    flops = prefill_flops(arch, batch_size, prompt_tokens)
-    return roofline.seconds(flops, weight_traffic(arch, storage, batch_size * prompt_tokens))
-
-
-def decode_seconds(
-    arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
-) -> float:
-    """Returns a lower bound of the seconds of a decoding step, after ``context`` tokens each."""
-    flops = decode_flops(arch, batch_size, context)
-    return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

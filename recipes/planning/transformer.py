@@ -115,13 +115,9 @@ def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
 
 
 def least_squares_shapes(teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
-    """Returns the inputs and targets of the least-squares problems of a layer of the student."""
-    width = student.hidden_size
-    heads = student.num_attention_heads * student.kv_channels
-    # Inputs of attention and of the feed-forward layer, after norms; then output and down
-    # projection.
-    norms = [(width, teacher.hidden_size)] * 2
-    return [*norms, (heads, width), (student.ffn_hidden_size, width)]
+    """Returns (inputs, targets) of a layer's problems: both norms, output and down projection."""
+    width, heads = student.hidden_size, student.num_attention_heads * student.kv_channels
+    return [(width, teacher.hidden_size)] * 2 + [(heads, width), (student.ffn_hidden_size, width)]
 
 
 def feed_forward_width(arch: Architecture) -> int:

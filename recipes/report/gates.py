@@ -103,7 +103,7 @@ class Verdict:
         if self.measured is None:
             return None
         texts = (f"{self.measured:.{digits}g}" for digits in range(4, 18))
-        # 17 digits identify every float. NaN never passes.
+        # One of the texts always fits, because 17 digits identify every float.
         return next(
             text for text in texts if replace(self, measured=float(text)).passed == self.passed
         )

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, between, one_of
 from recipes.engines.settings import BACKENDS, KV_CACHE_BYTES, BuildEngineConfig
-from recipes.planning.inference_cost import Roofline, decode_seconds
+from recipes.planning.roofline import Roofline, decode_seconds
 from recipes.planning.transformer import (
     WEIGHT_BITS,
     Storage,

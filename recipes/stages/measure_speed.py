@@ -37,7 +37,8 @@ from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.engines.timing import RequestShape, TimedModel
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.inference_cost import InferenceCost, Roofline, serving_cost
+from recipes.planning.inference_cost import InferenceCost, serving_cost
+from recipes.planning.roofline import Roofline
 from recipes.planning.rules import Problem
 from recipes.planning.transformer import Compute, Memory, Storage, largest
 from recipes.stages.contract import Stage

@@ -24,15 +24,13 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
 from recipes.data.corpus import SPLITS, TOKEN_BYTES, conversation_problem
+from recipes.data.origins import known_licences, origins_of, pin_commit
 from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
     DIALOGUE,
     Source,
-    known_licences,
-    origins_of,
     parse_source,
-    pin_commit,
     source_problem,
     with_option,
 )
@@ -69,8 +67,8 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns the local files, and folders of ``hf://`` sources, that the result depends on."""
     sources = [parse_source(source) for source in cfg.all_sources()]
     paths = [path for source in sources for path in source.local_files()]
-    folders = [Path(source.hub.name) for source in sources if source.hub]
-    paths += [folder for folder in folders if folder.is_dir()]
+    names = [Path(source.hub.name) for source in sources if source.hub]
+    paths += filter(Path.is_dir, names)  # the name of a ``hf://`` source may be a local folder
     if cfg.prefix:
         paths += paths_of(cfg.prefix_path).values()
     return {str(path): path for path in paths}
@@ -184,7 +182,9 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     for source in cfg.heldout_sources:
         if parse_source(source).weight:
             yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
-    for source in unweighted if weighted else []:
+    if not weighted:
+        return
+    for source in unweighted:
         what = f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do"
         yield what, "give every training source a weight, or give none a weight"
 

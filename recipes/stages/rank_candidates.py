@@ -81,7 +81,8 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
     ranked = ranking(candidates)
     write_candidates(out, ranked)
     shapes_manifest = inputs["shapes"].manifest
-    limits = shapes_manifest.result(PlanResult).summary  # those of a fraction are absolute
+    # ``enumerate_shapes`` has multiplied limits that are fractions by the teacher's cost.
+    limits = shapes_manifest.result(PlanResult).summary
     names = Budget(**shapes_manifest.config["budget"]).limits()
     budget = {name: float(limits[name]) for name in names}  # type: ignore[arg-type]
     return Outcome(SearchResult(ranked, budget))

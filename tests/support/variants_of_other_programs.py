@@ -192,10 +192,9 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
 
 
 def _refused_files() -> Iterator[Variant]:
-    for metadata in ({"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
+    for metadata in ({}, {"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
         change = _replace_metadata(metadata)
         yield Variant(f"metadata {metadata}", change, "in its metadata, not pt")
-    yield Variant("empty metadata", _replace_metadata({}), "in its metadata, not pt")
     for name, entry, values in (  # ``_edit_header`` explains the values
         ("a list", "__metadata__", []),
         ("a number", "__metadata__", {"format": "pt", "step": 5}),
@@ -213,9 +212,8 @@ def _refused_files() -> Iterator[Variant]:
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
         yield Variant(f"only {file}", _rename_weights(file), "has neither")
-    tied = all_of(
-        edit_config(tie_word_embeddings=True), edit_weights(lambda tensors: tensors.pop(EMBEDDING))
-    )
+    no_embedding = edit_weights(lambda tensors: tensors.pop(EMBEDDING))
+    tied = all_of(edit_config(tie_word_embeddings=True), no_embedding)
     yield Variant("tied without an embedding", tied, f"has no {EMBEDDING}")
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
     yield Variant("adapter in the weights", add_weight(lora, 4, 64), f"has {lora}")
@@ -228,8 +226,7 @@ def _refused_files() -> Iterator[Variant]:
 def _refused_names_and_indexes() -> Iterator[Variant]:
     for prefix in ("_orig_mod.", "base_model.model.", "language_model.", "module."):
         yield Variant(f"prefix {prefix}", _add_prefix(prefix), f"fix: .*remove '{prefix}'")
-    no_prefix = edit_weights(_remove_prefix)
-    yield Variant("no prefix", no_prefix, "fix: .*add 'model.'")
+    yield Variant("no prefix", edit_weights(_remove_prefix), "fix: .*add 'model.'")
     quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
     yield Variant("GPTQ", quantized, "fix: .*unquantized model")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")

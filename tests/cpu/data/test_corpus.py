@@ -78,7 +78,7 @@ def test_reading_a_hugging_face_dataset_resumes_within_a_shard(tmp_path: Path) -
 def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:
     script = """
 from recipes.data.corpus import read_source
-from recipes.data.sources import origin_of, pin_commit
+from recipes.data.origins import origin_of, pin_commit
 for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
     origin = origin_of(source)
     texts = [document.text for document in read_source(pin_commit(source, origin), "text")]

@@ -70,19 +70,6 @@ def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
         yield served.LlamaCppLM(address, odd_llama, LENGTH)
 
 
-def test_requests_to_the_server_do_not_go_to_a_proxy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "health").touch()
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens at this port
-    monkeypatch.setenv("no_proxy", "example.com")
-    monkeypatch.setenv("NO_PROXY", "")
-    port = free_port()
-    command = [sys.executable, "-m", "http.server", str(port), f"--directory={tmp_path}"]
-    with serving(command, port, start_seconds=20) as address:
-        assert requests.get(f"{address}/health", timeout=10).ok
-
-
 @pytest.fixture(scope="module")
 def student(odd_llama: Path) -> packed_lm.PackedLM:
     """``odd_llama`` in transformers, with the class that evaluates students."""

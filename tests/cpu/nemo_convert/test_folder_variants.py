@@ -22,7 +22,8 @@ from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import read_hf_config
 from nemo_convert.preflight import check_model, require_convertible
 from nemo_convert.reference import reference_logits
-from nemo_convert.tokenizer_files import KNOWN_CLASSES, convert_tokenizer, read_vocabulary
+from nemo_convert.tokenizer_conversion import convert_tokenizer
+from nemo_convert.tokenizer_files import KNOWN_CLASSES, read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.planning.chain import Chain, tokenizer_hash
 from recipes.stages.import_hf import ImportConfig

@@ -22,7 +22,7 @@ from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, Worker, spread
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
-from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
+from recipes.planning.roofline import Roofline, decode_seconds, prefill_seconds
 from recipes.planning.transformer import (
     Storage,
     decode_flops,

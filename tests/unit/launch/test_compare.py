@@ -187,7 +187,7 @@ def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, s
 
 
 def test_runs_that_share_a_data_set_have_the_same_text(tmp_path: Path) -> None:
-    """The second run has no data set of its own: its evaluation read that of the first."""
+    """The evaluation of the second run reads the data set of the first run."""
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     data = tmp_path / "a" / "prepare_data"
     shutil.rmtree(tmp_path / "b" / "prepare_data")
