@@ -20,6 +20,7 @@ from launch.console import headline
 from launch.progress import format_seconds
 from launch.run_status import StageStatus, read_statuses, time_left
 from launch.slurm_queue import active_jobs, cancel_jobs
+from launch.sweep import SWEEP_FILE
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.files import folder_bytes
 from recipes.core.manifest import MANIFEST
@@ -260,14 +261,9 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
         console: Where the folders are listed.
 
     Raises:
-        RecipeError: ``names`` is empty, or has a name that is not a run or a run that is active.
+        RecipeError: A name is neither a run nor a sweep, or a run is active.
     """
-    if not names:
-        raise RecipeError(
-            "runs clean needs the names of runs.",
-            f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
-        )
-    chosen_runs = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
+    chosen_runs = _runs_to_clean(names)
     for path in chosen_runs:
         if lock.read_holder(path) or active_jobs(path):
             fix = f"python launch/run.py cancel run_dir={path}"
@@ -295,6 +291,31 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             locks.enter_context(lock.acquire(path))
         for folder in deletable:
             _delete(folder)
+
+
+def _runs_to_clean(names: Sequence[str]) -> list[Path]:
+    """Returns the runs with these names, and all runs of the sweeps with these names.
+
+    Refuses an empty name, which a script's unset variable gives, and folders such as ``runs``.
+    Otherwise a wrong name would delete all runs below a folder.
+    """
+    if not names:
+        raise RecipeError(
+            "runs clean needs the names of runs.",
+            f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
+        )
+    paths = [ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names]
+    protected = {
+        path.resolve() for root in (ROOT, Path()) for path in (root, *root.absolute().parents)
+    }
+    for name, path in zip(names, paths, strict=True):
+        is_run_or_sweep = (path / RUN_FILE).is_file() or (path / SWEEP_FILE).is_file()
+        if not name or path.resolve() in protected or (path.is_dir() and not is_run_or_sweep):
+            raise RecipeError(
+                f"'{name}' is neither a run nor a sweep.",
+                "name runs as the command runs lists them",
+            )
+    return find_runs(paths)
 
 
 def _delete(folder: Path) -> None:

@@ -92,6 +92,7 @@ def explain(error: Exception) -> str:
 
 
 TYPE_FIXES = {
+    "does not support deletion": "only stages, groups and keys of a mapping can be deleted with ~",
     "Union[int, float]": "use a whole number, or a fraction such as 0.75",
     "to Integer": "use a whole number",
     "to Float": "use a number",
@@ -147,7 +148,7 @@ def _unknown_choice(text: str) -> str | None:
         return f"this recipe has no {group}.\n  fix: leave out {group}=…"
     if missing := re.search(r"config group '([\w/]+)' does not exist", text):
         return _unknown_group(missing.group(1))
-    if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+    if choice := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = choices(group)
         if not options:

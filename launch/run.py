@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -63,7 +64,12 @@ from launch.progress import Follower, run_estimate
 from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
-from launch.sweep import require_separate_results, resuming_argument
+from launch.sweep import (
+    remove_unused_folder,
+    require_new_results,
+    require_separate_results,
+    resuming_argument,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.files import PARTIAL, explain_storage_errors, remove_partial, storage_problem
 from recipes.core.run_state import (
@@ -103,6 +109,7 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
         if is_sweep:
             require_separate_results(cfg, sys.argv[1:])
     except RecipeError as error:
+        remove_unused_folder()
         raise SystemExit(_fail(error)) from error  # ends the sweep before its first run
     try:
         return run(cfg, recipe)
@@ -122,6 +129,8 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        require_new_results(run_dir, settings.hub.push)
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
         return None
@@ -316,18 +325,12 @@ def cli() -> int:
     """Runs the command line and returns the exit status; shows expected errors as one message."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" instead of "…"
     try:
         on_interrupt(signal.default_int_handler)  # raises KeyboardInterrupt, which stops the stages
-        if {"-h", "--help"} & set(arguments):
-            console.print(schema.help_text(), markup=False, soft_wrap=True)
-        elif (status := commands.run(arguments, console)) is not None:
-            return status  # the arguments were a command, such as ``status``
-        elif any(arg.startswith("-") for arg in arguments):
-            sys.argv[1:] = schema.hydra_arguments(arguments)
-            schema.register()
-            main()  # with Hydra's flags, such as -m and --cfg
-        else:
-            main(schema.compose(*arguments))  # faster: Hydra's main composes twice
+        return _run_arguments(arguments)
     except KeyboardInterrupt:
         argument = resuming_argument(arguments)
         addition = f" with {argument}" if argument else ""
@@ -335,10 +338,30 @@ def cli() -> int:
         return 130
     except (HydraException, OmegaConfBaseException, YAMLError, RecipeError) as error:
         return _fail(error)
+    except (FileExistsError, NotADirectoryError) as error:
+        return _fail(RecipeError(f"{error.filename} is a file.", "choose another directory"))
     except OSError as error:
         if (problem := storage_problem(error, Path())) is None:
             raise
         return _fail(problem)
+
+
+def _run_arguments(arguments: list[str]) -> int:
+    """Runs the command, or the recipe, of a command line and returns the exit status."""
+    try:
+        Path.cwd()  # Hydra reads it
+    except FileNotFoundError as error:
+        raise RecipeError("the working directory was deleted.", "cd to another one") from error
+    if {"-h", "--help"} & set(arguments):
+        console.print(schema.help_text(), markup=False, soft_wrap=True)
+    elif (status := commands.run(arguments, console)) is not None:
+        return status  # the arguments were a command, such as ``status``
+    elif any(arg.startswith("-") for arg in arguments):
+        sys.argv[1:] = schema.hydra_arguments(arguments)
+        schema.register()
+        main()  # with Hydra's flags, such as -m and --cfg
+    else:
+        main(schema.compose(*arguments))  # faster: Hydra's main composes twice
     return 0
 
 

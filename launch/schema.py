@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ OPTIONAL_GROUPS = (
 CHOICE = re.compile(r"[\w.-]*[a-df-z][\w.-]*", re.IGNORECASE)
 """Matches the name of a choice, such as 32k or my-7b. The name needs a letter other than e, because
 Hydra parses 32 and 1e5 as numbers."""
+FLAGS_WITH_VALUE = (
+    *("-c", "--cfg", "-p", "--package", "--experimental-rerun"),
+    *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
+)
+"""Hydra's flags that always take the next argument as their value."""
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
 
@@ -129,24 +135,35 @@ def help_text() -> str:
 
 def hydra_arguments(arguments: Iterable[str]) -> list[str]:
     """Translates a command line to Hydra's syntax; refuses group values that are not names."""
-    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`. The sort
-    # moves -m to the front and keeps the order of the other arguments.
-    ordered = sorted(arguments, key=lambda arg: arg not in ("-m", "--multirun"))
-    return [_hydra_argument(arg) for arg in ordered]
+    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`. So flags are
+    # moved to the end, each with its value.
+    overrides, flags = list[str](), list[str]()
+    remaining = iter(arguments)
+    for arg in remaining:
+        if arg.startswith("-"):
+            flags += [arg, *islice(remaining, arg in FLAGS_WITH_VALUE)]
+        else:
+            overrides.append(_hydra_override(arg))
+    return overrides + flags
 
 
-def _hydra_argument(arg: str) -> str:
-    """Translates one argument; changes only ``GROUP=null``."""
+def _hydra_override(arg: str) -> str:
+    """Translates one override; changes only ``GROUP=null``, and ``run_dir`` if it is one word."""
     key, equals, value = arg.partition("=")
     group = key.lstrip("+")  # "+" adds a group
+    if group == "run_dir" and value != "null" and re.fullmatch(r"[\w.-]+", value):
+        return f'{key}="{value}"'  # otherwise Hydra makes 20250102 of 2025_01_02
     if not equals or group not in groups():
         return arg
     names = value.split(",")  # a sweep has several names
     for name in names:
         omits_group = name == "null" and group in OPTIONAL_GROUPS
         if not omits_group and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
-            hint = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
+            is_model = group == "model" and name.lower() not in VALUES
+            hint = f"model.hf_path={value} for a folder or a hub id; " if is_model else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
+        if name.endswith(".yaml"):  # Hydra accepts it, but the recipe's name is in the run_dir
+            raise RecipeError(f"{arg} names a file.", f"{key}={value.replace('.yaml', '')}")
     # Hydra accepts null in files only. On the command line, an empty list has the same effect.
     return f"{key}={','.join('[]' if name == 'null' else name for name in names)}"
 

@@ -16,6 +16,9 @@ from recipes.core.constraints import PositiveOrZero, matching, one_of
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.planning.rules import RULES
 
+GROUPS_WITH_FIELDS = {"model", "data", "hardware", "cluster", "tracker"}
+"""Groups whose files set fields of the same name, as in ``model.hf_path``. Files of other groups,
+such as recipes, set fields at the config's root."""
 DATA_FIELDS = (
     "sources",
     "heldout_sources",
@@ -89,7 +92,7 @@ class RunSettings:
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:
-    """Returns the settings of a run; accepts a single name where a list is expected.
+    """Returns the settings of a run; replaces single names in ``cfg`` where it needs lists.
 
     Args:
         cfg: The whole config, because the settings may refer to any part of it.
@@ -97,12 +100,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     Raises:
         RecipeError: A setting is invalid.
     """
-    for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
-        if not isinstance(cfg.get(group), DictConfig):
-            raise RecipeError(
-                f"invalid {group}={cfg.get(group)}: must have fields, such as {group}.NAME=VALUE.",
-                f"leave out {group}=…",
-            )
+    _refuse_misplaced_groups(cfg)
     root_fields = [str(name) for name in OmegaConf.load(CONF / "config.yaml")]
     _refuse_unknown(cfg, [*root_fields, *groups()])
     _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
@@ -118,8 +116,26 @@ def settings_of(cfg: DictConfig) -> RunSettings:
         raise RecipeError(message, SHOW_FIELDS) from error
     for name in ("skip_rules", "force", "accept", "only", "gates"):
         if not isinstance(values.get(name), list | None):
-            values[name] = [values[name]]
+            cfg[name] = values[name] = [values[name]]  # stages refer to ``cfg``: ``${gates}``
+    if values.get("only") == []:
+        raise RecipeError("only=[] names no stage.", "name stages, as in 'only=[prune]'")
     return as_typed(RunSettings, OmegaConf.create(values))
+
+
+def _refuse_misplaced_groups(cfg: DictConfig) -> None:
+    """Refuses groups without fields, and groups whose file would have no effect."""
+    for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
+        if not isinstance(cfg.get(group), DictConfig):
+            raise RecipeError(
+                f"invalid {group}={cfg.get(group)}: must have fields, such as {group}.NAME=VALUE.",
+                f"leave out {group}=…",
+            )
+    for group in set(groups()) - GROUPS_WITH_FIELDS:
+        if group in cfg:
+            raise RecipeError(
+                f"the file that {group}=… names has no effect: it sets fields of '{group}'.",
+                "add this line at its start: # @package _global_",
+            )
 
 
 def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.run_state import RUN_FILE
 from recipes.core.screen import screen
 
+SWEEP_FILE = "multirun.yaml"
+"""File that Hydra writes to the folder of a sweep."""
 UNIQUE_SETTINGS = {
     "run_dir": "set hydra.sweep.dir=DIR instead: each run gets a folder in DIR",
     "hub.push": "include the swept field: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
@@ -27,8 +30,14 @@ UNIQUE_SETTINGS = {
 """Settings that must differ between the runs of a sweep, and the fix if they do not."""
 
 
+_results: set[str] = set()
+"""Where the runs of this process's sweep write results, so far: ``run_dir=DIR``, ``hub.push=…``."""
+
+
 def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
-    """Refuses a sweep whose runs would overwrite each other's results.
+    """Refuses a sweep whose runs would overwrite each other's results, before its first run.
+
+    Does not resolve interpolations. ``require_new_results`` does, before each run.
 
     Args:
         cfg: Config of one run of the sweep.
@@ -40,7 +49,6 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg
-        # An interpolation is assumed to have a different value in each run, like ${hydra:job.num}.
         if node[key] is None or OmegaConf.is_interpolation(node, key):
             continue
         overrides_of_name = [override for override in swept if override.key_or_group == name]
@@ -50,6 +58,30 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
         is_unique = len(swept) == 1 and len(values) > 1 and len(set(values)) == len(values)
         if not is_unique:
             raise RecipeError(f"several runs of this sweep would have {name}={node[key]}.", fix)
+
+
+def require_new_results(run_dir: Path, push: str | None) -> None:
+    """Refuses a run of a sweep that would overwrite the results of an earlier run of the sweep.
+
+    Args:
+        run_dir: The run's directory.
+        push: The run's ``hub.push``.
+    """
+    values = {"run_dir": str(run_dir), "hub.push": push}
+    results = {f"{name}={value}": name for name, value in values.items() if value is not None}
+    for result, name in results.items():
+        if result in _results:
+            what = f"an earlier run of this sweep has {result}, too."
+            raise RecipeError(what, UNIQUE_SETTINGS[name])
+    _results.update(results)
+
+
+def remove_unused_folder() -> None:
+    """Deletes the folder of the current sweep if none of its runs has written anything."""
+    folder = Path(HydraConfig.get().sweep.dir)
+    # Hydra has created a folder for each run, even if the run's ``run_dir`` is elsewhere.
+    if not any(path.is_file() and path.name != SWEEP_FILE for path in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def resuming_argument(arguments: Sequence[str]) -> str:
@@ -78,13 +110,14 @@ class Best(Callback):
 
     def __init__(self) -> None:
         self._runs: list[Path] = []
-        self._failed = 0
+        self._started = self._failed = 0
 
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
         """Sets Hydra's global config, which ``resuming_argument`` reads.
 
         Hydra itself sets it only during a run, but an interrupt may come between two runs.
         """
+        _results.clear()
         HydraConfig.instance().set_config(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
@@ -92,6 +125,7 @@ class Best(Callback):
 
         For a dry run or a rehearsal, ``main`` returned ``None``.
         """
+        self._started += 1
         result = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
         if isinstance(result, RecipeError):
             self._failed += 1
@@ -99,13 +133,19 @@ class Best(Callback):
             self._runs.append(result)
 
     def on_multirun_end(self, config: DictConfig, **more: Any) -> None:
-        """Prints the best run; exits with status 1 if a run failed."""
+        """Prints the best run; exits with status 1 if a run failed, or if there was no run."""
         if len(self._runs) > 1:
             screen().print(best_of(self._runs), markup=False)
         if self._failed:
             argument = resuming_argument(sys.argv[1:])
             advice = f"; to resume this sweep, add {argument}" if argument else ""
             screen(stderr=True).print(f"runs that failed: {self._failed}{advice}", markup=False)
+        if not self._started:  # glob(…) matched no choice
+            screen(stderr=True).print(
+                "error: this sweep has no run.\n  fix: correct the pattern; --help lists all names"
+            )
+        remove_unused_folder()
+        if self._failed or not self._started:
             raise SystemExit(1)
 
 

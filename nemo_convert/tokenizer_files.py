@@ -299,7 +299,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers does not check the types of settings
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(
             f"transformers cannot load the tokenizer: {type(error).__name__}: {reason}.",
             f"correct {CONFIG}, or save {TOKENIZER} with transformers' fast tokenizer",

@@ -12,6 +12,7 @@ The fingerprint covers:
 from __future__ import annotations
 
 import ast
+import glob
 import hashlib
 import json
 import os
@@ -42,7 +43,7 @@ def result_settings(config: Any) -> dict[str, object]:
     """Returns the settings that affect the result, by field name.
 
     The metadata of a config's fields decides. Fields with ``resource`` are omitted. In fields with
-    ``path``, a folder's path is made absolute.
+    ``path``, paths are made absolute.
     """
     settings: dict[str, object] = {}
     for spec in fields(config):
@@ -55,8 +56,18 @@ def result_settings(config: Any) -> dict[str, object]:
 
 
 def with_absolute_path(value: object) -> object:
-    """Returns the absolute path if a value is the path of a folder; otherwise the value itself."""
-    return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
+    """Makes the path of an existing file or folder absolute; other values are returned unchanged.
+
+    Args:
+        value: The value of a field, or a list of values. Options may follow a path, as in
+            ``my.jsonl#text=body`` (see ``recipes/data/sources.py``).
+    """
+    if isinstance(value, list):
+        return [with_absolute_path(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path, separator, options = value.partition("#")
+    return os.path.abspath(path) + separator + options if glob.glob(path) else value
 
 
 def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, object]:

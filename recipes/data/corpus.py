@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from typing import IO, Any, Protocol
 
@@ -35,8 +36,10 @@ TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """Types of files that may hold conversations."""
-CHECKED_CONVERSATIONS = 100
-"""Number of conversations at the start of a source that ``conversation_problem`` reads."""
+PYARROW_TYPES = (".jsonl.zst", ".parquet")
+"""Types of files that are read with pyarrow."""
+CHECKED_RECORDS = 100
+"""Number of documents at the start of a source that ``first_records_problem`` reads."""
 STRETCH_BYTES = 4 << 20
 """Approximate size of a stretch in bytes. A stretch is a contiguous section of a source's text.
 Within each stretch, every split is one contiguous range of paragraphs. So every split has text from
@@ -115,28 +118,33 @@ def read_source(
     return _FileReader(parsed, columns, text_of, state, limit_bytes)
 
 
-def conversation_problem(source: str) -> tuple[str, str] | None:
-    """Returns what is wrong with a source of chats or dialogues, and the fix.
+def first_records_problem(source: str, text_field: str, *, chat: bool) -> tuple[str, str] | None:
+    """Returns what is wrong with the first records of a source, and the fix.
 
-    Checks the file type and, if the file is on this machine, its first conversations. Of a source
-    that the teacher writes, the file with prompts is checked. Returns ``None`` if no problem is
-    found.
+    Checks the file type of conversations and, if the file is on this machine, its first records. Of
+    a source that the teacher writes, the file with prompts is checked.
+
+    Args:
+        source: A source with its options.
+        text_field: Field with the text of a mapping; see ``read_source``.
+        chat: Whether all records must be conversations.
     """
     parsed = parse_source(source)
     if parsed.prompts:  # this file holds conversations, too
-        return conversation_problem(parsed.prompts)
+        return first_records_problem(parsed.prompts, text_field, chat=True)
     if parsed.hub or parsed.by_teacher:
         return None
-    if parsed.file_type not in RECORD_TYPES:
+    if (chat or parsed.format == DIALOGUE) and parsed.file_type not in RECORD_TYPES:
         types = " or ".join(RECORD_TYPES)
         fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
+    # A login node does not have pyarrow.
+    is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
     # A wheel may not be downloaded yet. ``source_problem`` reports a missing file.
-    if parsed.wheel or not parsed.local_files():
+    if parsed.wheel or not (parsed.file_type and is_readable and parsed.local_files()):
         return None
     try:
-        chat = parsed.format != DIALOGUE
-        for _ in islice(read_source(source, "", chat=chat), CHECKED_CONVERSATIONS):
+        for _ in islice(read_source(source, text_field, chat=chat), CHECKED_RECORDS):
             pass
     except RecipeError as error:
         return error.what, error.fix

@@ -32,14 +32,14 @@ Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and lette
 class PrepareDataConfig(StageConfig):
     """Settings of ``prepare_data``."""
 
-    sources: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list, metadata={"path": True})
     """Files or patterns (types: see ``recipes/data/records.py``), ``hf://NAME[@CONFIG]:SPLIT``,
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     prefix: Annotated[str, matching(".+", "a path without .bin and .idx")] | None = None
     """Tokenized text instead of ``sources``: path of Megatron's ``.bin`` and ``.idx`` files without
     suffix, such as ``/data/corpus_text_document``. Each split is a range of its documents. The
     option ``#licence=NAME`` states its licence."""
-    heldout_sources: list[str] = field(default_factory=list)
+    heldout_sources: list[str] = field(default_factory=list, metadata={"path": True})
     """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
     """Type of records, unless the source states it: ``text``, or ``chat``, which is

@@ -147,6 +147,8 @@ def target_problems(
     """Yields a problem for each target that the teacher cannot be pruned to."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield _problem("no target is set", "set at least one target_* field or drop_layers")
+    elif not targets.drop_layers and pruned_shape(teacher, targets) == teacher:
+        yield _problem("all targets are the teacher's sizes", "lower at least one of them")
     absent_axes = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
         if axis in absent_axes:

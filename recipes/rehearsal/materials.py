@@ -25,6 +25,7 @@ from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import CACHE_KIND
+from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.kept import Importance, select_indices
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
@@ -84,7 +85,9 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
         scores.save(artifact)
     elif source.kind == "shapes":  # only the teacher's shape; no candidate needs more memory
         write_json(artifact / SHAPES_FILE, [shape.as_dict()])
-        manifest.config = {"budget": {"parameters": shape.parameters()}}
+        limits: dict[str, Cell] = {"parameters": shape.parameters()}
+        manifest.config = {"budget": limits}
+        manifest.metrics = asdict(PlanResult(limits, tables=[]))
     elif source.kind == CACHE_KIND:
         _write_logit_cache(source, job.config["global_batch_size"], artifact)
     else:

@@ -23,17 +23,11 @@ from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
-from recipes.data.corpus import SPLITS, TOKEN_BYTES, conversation_problem
+from recipes.data.corpus import SPLITS, TOKEN_BYTES, first_records_problem
 from recipes.data.origins import known_licences, origins_of, pin_commit
 from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import (
-    DIALOGUE,
-    Source,
-    parse_source,
-    source_problem,
-    with_option,
-)
+from recipes.data.sources import Source, parse_source, source_problem, with_option
 from recipes.data.token_files import (
     SAMPLED_TOKENS,
     open_token_files,
@@ -71,7 +65,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     paths += filter(Path.is_dir, names)  # the name of a ``hf://`` source may be a local folder
     if cfg.prefix:
         paths += paths_of(cfg.prefix_path).values()
-    return {str(path): path for path in paths}
+    return {str(path.absolute()): path for path in paths}
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -109,8 +103,7 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     if not cfg.sources and not cfg.prefix:
         yield "data.sources is empty", "set data.sources"
     for source in cfg.all_sources():
-        if problem := source_problem(source):
-            yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
+        yield from _text_problems(cfg, source)
     yield from _weight_problems(cfg)
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
@@ -124,6 +117,15 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
             yield what, "remove one of the two entries"
         seen.add(text)
+
+
+def _text_problems(cfg: PrepareDataConfig, source: str) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with a source's options, files or first records, with a fix."""
+    chat = cfg.is_chat(source)
+    if problem := source_problem(source):
+        yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
+    elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
+        yield records_problem
 
 
 def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -190,7 +192,7 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks conversations. Reads only the model's files and the first lines of the sources."""
+    """Checks that the model and the settings fit conversations."""
     chats = cfg.chat_sources()
     if cfg.format == "chat" and set(chats).isdisjoint(cfg.sources):
         yield Problem(
@@ -204,10 +206,6 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"'{chats[0]}' has conversations, but {chain.hf_path} has no chat template",
             "use an instruct model, or plain text: data.format=text",
         )
-    dialogues = [source for source in cfg.all_sources() if parse_source(source).format == DIALOGUE]
-    for source in chats + dialogues:
-        if problem := conversation_problem(source):
-            yield Problem(rules.CHAT, *problem)
 
 
 def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:

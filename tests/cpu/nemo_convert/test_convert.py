@@ -84,9 +84,9 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
-    # LlamaTokenizer fails if it must add a BOS token and has none.
-    no_bos = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
-    edit_json("tokenizer_config.json", **no_bos)(folder)
+    # LlamaTokenizer fails if it must add an EOS token and has none.
+    no_eos = {"add_bos_token": False, "add_eos_token": True, "eos_token": None}
+    edit_json("tokenizer_config.json", tokenizer_class="LlamaTokenizer", **no_eos)(folder)
     assert convert_by_command("check", folder) == 1
     assert "cannot load the tokenizer" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "token")

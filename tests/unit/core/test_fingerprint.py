@@ -21,6 +21,7 @@ from recipes.core.fingerprint import (
 from recipes.core.snapshot import source_files
 from recipes.core.stage import Resources
 from recipes.core.versions import result_versions
+from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
 from recipes.report.settings import ReportConfig
@@ -233,3 +234,17 @@ def test_external_stamp_covers_every_file_but_not_the_folders_path(tmp_path: Pat
     (tmp_path / "moved" / "sub" / "vocab.txt").write_text("b")
     assert external_stamp(tmp_path / "moved") != before
     assert list(external_stamp(tmp_path / "moved", ["*.json", "sub/*.md"])) == ["config.json"]
+
+
+def test_a_path_and_its_absolute_path_are_the_same_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second source is a pattern. The third is not a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}")
+    names = ["a.jsonl#text=body", "*.jsonl", "hf://org/text:train"]
+    paths = [f"{tmp_path}/{name}" for name in names[:2]] + names[2:]
+    relative, absolute = (
+        result_settings(PrepareDataConfig(sources=sources)) for sources in (names, paths)
+    )
+    assert relative["sources"] == absolute["sources"] == paths

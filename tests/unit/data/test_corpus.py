@@ -17,8 +17,8 @@ from recipes.data import corpus, records
 from recipes.data.corpus import (
     SPLITS,
     Document,
-    conversation_problem,
     digest,
+    first_records_problem,
     read_source,
     split_number,
     split_of,
@@ -99,12 +99,24 @@ def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert digest(document.text, chat=True) == digest(document.text)
 
 
+def test_the_field_of_the_text_is_checked(tmp_path: Path) -> None:
+    source = write(tmp_path, "a.jsonl", '{"body": "a text"}\n')
+    assert first_records_problem(source, "body", chat=False) is None
+    assert first_records_problem(f"{source}#text=body", "text", chat=False) is None
+    problem, fix = first_records_problem(source, "text", chat=False) or ("", "")
+    assert problem == f"{source}, line 1: no text in field 'text'; it has body."
+    assert "data.text_field" in fix
+
+
 def test_only_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
+    def conversation_problem(source: str, chat: bool = True) -> tuple[str, str] | None:
+        return first_records_problem(source, "text", chat=chat)
+
     good = json.dumps(conversation("Why?", "So."))
-    # The invalid line comes after the first ``CHECKED_CONVERSATIONS``, which are 100.
+    # The invalid line comes after the first ``CHECKED_RECORDS``, which are 100.
     long_file = write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")
     assert conversation_problem(long_file) is None
-    assert conversation_problem(f"{long_file}#format=dialogue") is None
+    assert conversation_problem(f"{long_file}#format=dialogue", chat=False) is None
     example = '{"messages": [{"role": "user"'
     for line, expected_problem, expected_fix in (
         ('{"text": "a"}', "there is no list of messages in 'messages'", example),

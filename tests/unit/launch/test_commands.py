@@ -25,7 +25,7 @@ from launch import commands, lock
 from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
-from recipes.core.run_state import begin_work, record_failure, stage_state
+from recipes.core.run_state import RUN_FILE, begin_work, record_failure, stage_state
 from recipes.core.snapshot import CODE
 from tests.support.manifests import edit_manifest, unfinished_manifest
 from tests.unit.conftest import SMALL_STUDENT, stage_named, write_last_plan
@@ -216,6 +216,21 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     assert not other.exists()
 
 
+def test_clean_deletes_a_sweep_but_no_other_folder_of_runs(
+    run_dir: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """Also covers an empty name in a folder that has runs below ``runs``."""
+    sweep = tmp_path / "cwd" / "runs" / "sweeps" / "1"
+    shutil.copytree(run_dir, sweep / "0")
+    for name in ("", "sweeps", "runs", str(sweep)):
+        assert "is neither a run nor a sweep" in launch("runs", "clean", name, "--yes").stderr
+    assert (sweep / "0" / RUN_FILE).exists()
+    (sweep / "multirun.yaml").touch()  # Hydra writes it at the start of a sweep
+    assert launch("runs", "clean", "sweeps/1", "--yes").returncode == 0
+    assert not (sweep / "0").exists()
+    assert (run_dir / RUN_FILE).exists()
+
+
 def test_clean_keeps_what_a_run_needs_by_the_path_of_a_link(run_dir: Path, launch: Launch) -> None:
     """The other run has one stage, whose input has the path of a symbolic link to ``run_dir``."""
     other = run_dir.parent / "other"
@@ -238,6 +253,9 @@ def test_clean_keeps_what_a_run_needs_by_the_path_of_a_link(run_dir: Path, launc
         (["runs", "--all"], "runs does not know '--all'"),
         (["runs", "clean"], "names of runs"),
         (["runs", "clean", "nowhere", "--yes"], "is not a directory"),
+        (["runs", "clean", "", "--yes"], "'' is neither a run nor a sweep"),
+        (["runs", "clean", ".", "--yes"], "'.' is neither a run nor a sweep"),
+        (["runs", "clean", "..", "--yes"], "'..' is neither a run nor a sweep"),
         (["status"], "no run is given"),
         (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
         (["status", "run_dir=nowhere"], "is not a directory"),

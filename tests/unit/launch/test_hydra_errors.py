@@ -47,6 +47,29 @@ def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
     ]
 
 
+def test_flags_may_stand_between_overrides() -> None:
+    arguments = [
+        "a=b",
+        "-m",
+        "c=d",
+        "--config-dir",
+        "x",
+        "run_dir=1e5",
+        "--cfg=job",
+        "run_dir=null",
+    ]
+    overrides = ["a=b", "c=d", 'run_dir="1e5"', "run_dir=null"]
+    assert hydra_arguments(arguments) == [*overrides, "-m", "--config-dir", "x", "--cfg=job"]
+
+
+def test_names_of_files_and_values_are_no_choices() -> None:
+    with pytest.raises(RecipeError, match=r"fix: recipe=mine$"):
+        hydra_arguments(["recipe=mine.yaml"])
+    with pytest.raises(RecipeError) as caught:
+        hydra_arguments(["model=null"])
+    assert "model.hf_path" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "arg", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name", "+data=5"]
 )
@@ -61,7 +84,7 @@ def test_values_that_are_not_choices_are_refused(arg: str) -> None:
 def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
     # Hydra accepts no null for a group on the command line. An empty list has the same effect.
     arguments = hydra_arguments([RECIPE, "heal=null,least_squares", "-m"])
-    assert arguments == ["-m", RECIPE, "heal=[],least_squares"]
+    assert arguments == [RECIPE, "heal=[],least_squares", "-m"]
     stages = compose(RECIPE, "engine=null", "tracker=null").stages
     assert "build_engine" not in stages
     assert "export_hf" in stages

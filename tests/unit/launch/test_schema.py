@@ -39,6 +39,22 @@ def test_names_of_recipes_may_have_hyphens_and_digits(recipes: Path, name: str) 
     assert "prune" in schema.compose(f"recipe={name}").stages
 
 
+def test_a_recipe_without_its_package_is_refused(recipes: Path, plan: MakePlan) -> None:
+    (recipes / "ignored_prune.yaml").write_text(RECIPE.partition("\n")[2])
+    with pytest.raises(RecipeError, match=r"recipe=… names has no effect.*\n.*@package"):
+        plan(recipe="recipe=ignored_prune")
+
+
+def test_unknown_defaults_of_a_recipe_are_named(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipes / "mine.yaml").write_text("defaults: [llama_width_prun, _self_]\n")
+    monkeypatch.setattr(sys, "argv", ["run.py", "recipe=mine"])
+    assert cli() == 1
+    expected = "there is no recipe 'llama_width_prun'. Did you mean 'llama_width_prune'?"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_recipe_that_is_not_valid_yaml_is_listed(
     recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,13 @@ def test_fractions_become_multiples_of_a_divisor_or_of_query_groups(
     assert absolute_sizes(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
 
 
+def test_pruning_to_the_sizes_of_the_teacher_is_refused() -> None:
+    assert problems(num_layers=30, hidden_size=576) == [
+        ("all targets are the teacher's sizes", "lower at least one of them")
+    ]
+    assert not problems(num_layers=30, hidden_size=512)
+
+
 def test_experts_are_pruned_by_their_own_targets() -> None:
     """The MoE has 128 experts of width 768; a token is routed to 8 of them."""
     moe = read_architecture(QWEN3_30B_A3B, "moe")
@@ -78,7 +85,7 @@ def test_experts_are_pruned_by_their_own_targets() -> None:
         {"num_layers": 24},
         {"num_layers": 1},
         {"hidden_size": 512, "ffn_hidden_size": 1152},
-        {"hidden_size": 576},
+        {"hidden_size": 576, "num_layers": 24},
         {"num_attention_heads": 6},
         {"drop_layers": (1, 30)},
         {"drop_layers": (3,), "hidden_size": 512},

@@ -86,7 +86,8 @@ def test_licences_on_the_hub_are_checked(chain: Chain, monkeypatch: pytest.Monke
         ({"heldout_sources": ["OTHER#weight=1"]}, "data-sources", "held-out source 'OTHER#weight"),
         ({"heldout_sources": ["TEXT"], "sources": ["TEXT#weight=1"]}, "data-sources", "twice"),
         ({"sources": ["TEXT#weight=1", "TEXT#name=x&weight=2"]}, "data-sources", "twice"),
-        ({"sources": ["TEXT#format=dialogue"]}, "chat", "line 1"),
+        ({"sources": ["TEXT#format=dialogue"]}, "data-sources", "line 1"),
+        ({"text_field": "words"}, "data-sources", "line 1: no text in field 'words'"),
         # No text would be left for training. Defaults: validation 0.02, calibration, heldout 0.04.
         ({"calibration_fraction": 0.94}, "data-splits", "fractions"),
         ({"validation_fraction": 0.5, "heldout_fraction": 0.5}, "data-splits", "fractions"),
