@@ -271,7 +271,7 @@ def test_conversations_are_checked_before_anything_runs(
         notes = plan("data.format=chat", *arguments).notes
         assert "chat" not in {note.rule.name for note in notes}
     else:
-        with pytest.raises(RecipeError, match=rf"{message}(?s:.*)\[chat\]"):
+        with pytest.raises(RecipeError, match=rf"{message}(?s:.*)\[(chat|data-sources)\]"):
             plan("data.format=chat", *arguments)
 
 
