@@ -101,7 +101,7 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
     from nemo_convert.hf import load_causal_lm
     from recipes.core.precision import dtype_name
-    from recipes.evaluation import packed_lm
+    from recipes.evaluation import harness_tasks, packed_lm
 
     packed, precision = SIDES[side]
     model = load_causal_lm(settings.model, dtype_name(precision))
@@ -112,13 +112,13 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
         else HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
     )
     answers = {}
-    for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
+    for task in harness_tasks.load_tasks(settings.tasks, "pypi", SHOTS):
         subtasks = dict(islice(task.subtasks.items(), settings.parts))
         shortened = replace(task, subtasks=subtasks)
         seconds = []
         for _ in range(settings.repeats):
             start = time.process_time()
-            items = packed_lm.answer(lm, shortened, settings.limit, seed=1234)
+            items = harness_tasks.answer(lm, shortened, settings.limit, seed=1234)
             seconds.append(time.process_time() - start)
         answers[task.name] = Answers(seconds, task.metric, items)
     return answers

@@ -54,7 +54,8 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
         # the order of their calls. One connection ensures this order.
         kernel_order_env = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
     variables = {**gpu_env, **kernel_order_env, **cluster.env, **stage.config.resources.env}
-    # The snapshot comes before the user's PYTHONPATH, if there is one.
-    paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
+    # The snapshot comes before the paths of the settings and, outside containers, of the launcher.
+    launcher_paths = None if stage.image else os.environ.get("PYTHONPATH")
+    paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH"), launcher_paths])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.
     return {**variables, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

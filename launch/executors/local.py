@@ -100,19 +100,13 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Returns the environment variables that a stage gets in addition to those of the launcher.
-
-    The launcher's ``PYTHONPATH`` stays behind the stage's own paths.
-    """
+    """Returns the environment variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
-    variables = stage_variables(stage, cluster)
-    paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
         # The ranks share the machine's cores.
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
         **(SINGLE_RANK if devices == 1 else {}),
-        **variables,
-        "PYTHONPATH": os.pathsep.join(paths),
+        **stage_variables(stage, cluster),
     }
 
 
@@ -166,9 +160,10 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:  # with one stage there is no import to share
         return run_all(plan, follow)
-    # All forkable stages have the same variables, because each has one device and no
-    # ``resources.env``.
-    shared_env = {**os.environ, **environment(forkable[0], cluster)}
+    # The variables of forkable stages differ only by ``NEEDS_GPU``, because each stage has one
+    # device and no ``resources.env``. If one of the stages needs a GPU, all of them require it.
+    first = next((stage for stage in forkable if stage.uses_gpu), forkable[0])
+    shared_env = {**os.environ, **environment(first, cluster)}
     with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:
 
         def start_stage(stage: PlannedStage, log: IO[bytes]) -> RunningStage:

@@ -326,6 +326,10 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         earlier = None
     if earlier is None or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
+        # Hidden files may be those that NFS keeps while another process has them open.
+        if work.is_symlink() or any(work.glob("[!.]*")):  # training would resume from it
+            what = f"{work} cannot be deleted: it is a link, or has files of another user."
+            raise RecipeError(what, "delete it, then repeat the command")
         metrics = stage_dir / METRICS
         has_result = (stage_dir / MANIFEST).exists()
         if has_result and metrics.exists() and metrics == result_metrics(stage_dir):
@@ -336,7 +340,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier)
         begun = replace(begun, seconds=seconds, input_content=earlier.input_content)
     shutil.rmtree(work / ARTIFACT, ignore_errors=True)
-    (work / ARTIFACT).mkdir(parents=True)
+    (work / ARTIFACT).mkdir(parents=True, exist_ok=True)
     write_manifest(work, begun, BEGUN)
     forget_outcome(stage_dir)
     return begun

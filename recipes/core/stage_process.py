@@ -204,15 +204,20 @@ def _child_environment(devices: int) -> dict[str, str]:
     A child with one device sees only this rank's GPU.
     """
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
-    env["PYTHONPATH"] = str(REPO_ROOT)
+    # This process's own code comes first, then the site's modules, as in ``local.environment``.
+    paths = [str(REPO_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     if devices == 1:
         env |= SINGLE_RANK
         visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if visible_gpus is None:
             env["CUDA_VISIBLE_DEVICES"] = local_rank
-        elif visible_gpus:  # an empty value hides all GPUs
-            env["CUDA_VISIBLE_DEVICES"] = visible_gpus.split(",")[int(local_rank)]
+        else:
+            # "" and "-1" hide all GPUs. On a CPU, there may be more ranks than GPUs.
+            gpus = visible_gpus.split(",")
+            if int(local_rank) < len(gpus):
+                env["CUDA_VISIBLE_DEVICES"] = gpus[int(local_rank)]
     return env
 
 

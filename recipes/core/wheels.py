@@ -74,8 +74,9 @@ def cache_dir() -> Path:
 
     This is ``$NEMO_RECIPES_CACHE``, or by default ``nemo-recipes`` in the user's cache directory.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-recipes"
-    return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
+    if own := os.environ.get("NEMO_RECIPES_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nemo-recipes"
 
 
 def cached_path(file: WheelFile) -> Path:

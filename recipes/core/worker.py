@@ -72,6 +72,8 @@ POLL_SECONDS = 0.05
 TRACKER_MODULE = "recipes.core.trackers"
 """Module of the tracker's process. It is never imported here, so that stages' code fingerprints do
 not include it."""
+STOP_SECONDS = 240
+"""Limit of ``_wait_for_other_ranks``, less than the planner's time between deadline and limit."""
 TRACKER_SECONDS = 60
 """Maximum wait for the tracker's process after the stage's end, for example without a network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -107,6 +109,7 @@ def main() -> None:
             # RecipeErrors. They must not replace the error of the rank that failed first.
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
+                _wait_for_other_ranks()
                 _leave_together()  # torchrun kills the other ranks when one rank exits with 1
         _finish_tracker(tracker, "KILLED" if stopped else "FAILED")
         # Skips the atexit handlers, which would wait in a collective for the other ranks.
@@ -297,6 +300,23 @@ def _total_peak_memory() -> int:
     peaks: list[int] = [0] * world_size()
     torch.distributed.all_gather_object(peaks, peak)
     return sum(peaks)
+
+
+def _wait_for_other_ranks() -> None:
+    """Waits, at most ``STOP_SECONDS``, until all ranks of a stage without process groups stop.
+
+    The ranks of a search have no process groups. Each waits for its own training runs, which stop
+    at the same deadline but need different times to save their checkpoints. When one rank exits,
+    torchrun kills the others.
+    """
+    torch, store = sys.modules.get("torch"), shared_store()
+    has_groups = torch is not None and torch.distributed.is_initialized()
+    if world_size() == 1 or has_groups or store is None:
+        return
+    end = time.monotonic() + STOP_SECONDS
+    store.add("stopped", 1)
+    while store.add("stopped", 0) < world_size() and time.monotonic() < end:
+        time.sleep(1)
 
 
 def _leave_together() -> None:

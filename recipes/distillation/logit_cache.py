@@ -65,7 +65,12 @@ def write_index(folder: Path, index: CacheIndex) -> None:
 
 
 def write_shard(
-    path: Path, index: CacheIndex, sequences: list[int], top: TopK, teacher_loss: float
+    path: Path,
+    index: CacheIndex,
+    sequences: list[int],
+    top: TopK,
+    teacher_loss: float,
+    loss_tokens: int,
 ) -> None:
     """Writes one shard atomically. Its metadata has the two metrics of ``cache_metrics``.
 
@@ -75,6 +80,7 @@ def write_shard(
         sequences: Numbers of the n sequences.
         top: The teacher's top-k, [n, seq_length, …].
         teacher_loss: The teacher's mean LM loss on these sequences.
+        loss_tokens: Number of tokens in this mean; masked tokens are not.
     """
     partial = path.with_suffix(".partial")
     tensors = {"sequences": torch.tensor(sequences, dtype=torch.int32)} | {
@@ -82,8 +88,9 @@ def write_shard(
         for name, (dtype, _) in index.tensors.items()
     }
     tail_mass = top.log_probs[..., -1].exp().mean().item()  # the tail's mean probability
-    metrics = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail_mass)}
-    save_file(tensors, partial, metadata=metrics)
+    metrics = {"teacher_loss": teacher_loss, "tail_mass": tail_mass, "loss_tokens": loss_tokens}
+    metadata = {name: str(value) for name, value in metrics.items()}
+    save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
@@ -97,21 +104,22 @@ def is_complete(path: Path) -> bool:
 
 
 def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Averages the metrics of all shards, weighted by their numbers of sequences.
+    """Averages the metrics of all shards.
 
     Returns:
-        ``teacher_loss``, the teacher's mean LM loss, and ``tail_mass``, the mean probability of the
-        tail.
+        ``teacher_loss``, the teacher's mean LM loss over unmasked tokens, and ``tail_mass``, the
+        mean probability of the tail over all tokens.
     """
-    sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
-    sequences = 0
+    loss = tail = 0.0
+    loss_tokens = sequences = 0
     for shard in range(index.shards):
         with safe_open(folder / SHARD.format(shard), framework="pt") as file:
-            count = len(file.get_tensor("sequences"))
-            sequences += count
-            for name in sums:
-                sums[name] += count * float(file.metadata()[name])
-    return {name: total / sequences for name, total in sums.items()}
+            metrics, count = file.metadata(), len(file.get_tensor("sequences"))
+        loss += int(metrics["loss_tokens"]) * float(metrics["teacher_loss"])
+        tail += count * float(metrics["tail_mass"])
+        loss_tokens += int(metrics["loss_tokens"])
+        sequences += count
+    return {"teacher_loss": loss / max(1, loss_tokens), "tail_mass": tail / sequences}
 
 
 class TeacherCache:

@@ -150,16 +150,16 @@ def _write_shards(
             continue
         first = shard * cfg.sequences_per_shard
         numbers = dataset.used_numbers[first : first + cfg.sequences_per_shard].tolist()
-        top_and_loss = _evaluate_teacher(cfg, core, dataset, numbers)
-        if top_and_loss is None:
+        result = _evaluate_teacher(cfg, core, dataset, numbers)
+        if result is None:
             return False
-        top, loss = top_and_loss
+        top, loss, loss_tokens = result
         # Only the first shard is checked. If all were, a good teacher could fail the check on one
         # shard that has few sequences which are hard to predict.
         if done == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
-            write_shard(path, index, numbers, top, loss)
+            write_shard(path, index, numbers, top, loss, loss_tokens)
         done += len(numbers)
         speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)  # of this rank
         log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
@@ -197,14 +197,14 @@ def _any_rank_stops(
 @torch.no_grad()
 def _evaluate_teacher(
     cfg: CacheLogitsConfig, core: torch.nn.Module, dataset: TrainingSequences, numbers: list[int]
-) -> tuple[TopK, float] | None:
+) -> tuple[TopK, float, int] | None:
     """Runs the teacher on the n sequences with these numbers.
 
     As in training, the loss excludes masked predictions.
 
     Returns:
-        The top-k tokens [n, seq_length, …], and the mean LM loss in nats per token; ``None`` if the
-        deadline was reached.
+        The top-k tokens [n, seq_length, …], the mean LM loss in nats per token, and the number of
+        tokens in this mean; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
     # With one tensor-parallel rank, ``group`` is ``None``, which ``all_reduce`` would take as all
@@ -234,5 +234,6 @@ def _evaluate_teacher(
         )
     )
     mask = torch.cat(masks)
-    mean = (torch.cat(losses) * mask).sum() / mask.sum().clamp_min(1)
-    return top, mean.item()
+    loss_tokens = mask.sum()
+    mean = (torch.cat(losses) * mask).sum() / loss_tokens.clamp_min(1)
+    return top, mean.item(), int(loss_tokens)

@@ -12,7 +12,6 @@ from statistics import median
 from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.pipeline import last_stage_layers
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import did_you_mean
 from recipes.core.manifest import manifest_of
@@ -99,52 +98,6 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "for example [10,12]",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
-
-
-def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    """Finds a loss without KD and LM terms, and a loss on hidden states with full recomputation."""
-    if not (cfg.kd_weight or cfg.lm_weight):
-        yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
-    if cfg.hidden_weight and cfg.recompute_granularity == "full":
-        yield Problem(
-            rules.RECOMPUTE,
-            f"hidden_weight={cfg.hidden_weight:g} does not work with recompute_granularity=full",
-            "use recompute_granularity=none or selective, or hidden_weight=0",
-        )
-
-
-def pair_problems(
-    cfg: DistillConfig, student: Architecture, teacher: Architecture, cost: str = ""
-) -> Iterator[Problem]:
-    """Checks that all paired layers are on the last pipeline stage, which computes the loss.
-
-    ``cost`` says how long training takes without pipeline parallelism; "" omits this.
-    """
-    if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
-        yield Problem(
-            rules.HIDDEN_PAIRS,
-            f"invalid intermediate_layer_pairs={cfg.intermediate_layer_pairs}: each must be "
-            "[student layer, teacher layer]",
-            "for example [[12,15],[24,30]]",
-        )
-        return
-    stages = cfg.pipeline_model_parallel_size
-    hidden_stages = cfg.hidden_pipeline_stages or stages
-    name = "intermediate_layer_pairs" if cfg.intermediate_layer_pairs else "hidden_pipeline_stages"
-    for index, (role, shape) in enumerate((("student", student), ("teacher", teacher))):
-        if shape.num_layers < stages:
-            continue  # ``layout_problems`` reports this
-        allowed = last_stage_layers(shape.num_layers, stages)
-        defaults = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
-        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or defaults
-        if misplaced := [layer for layer in layers if layer not in allowed]:
-            yield Problem(
-                rules.HIDDEN_PAIRS,
-                f"{name} selects the {role}'s layers {misplaced}, but ModelOpt computes all losses "
-                f"on the last pipeline stage: layers {allowed.start} to {allowed.stop - 1}",
-                f"change {name}, or set a smaller pipeline_model_parallel_size"
-                + (f" (with 1, {cost})" if cost else ""),
-            )
 
 
 def weight_problems(

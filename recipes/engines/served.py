@@ -14,11 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import requests
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.openai_completions import LocalCompletionsAPI
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from nemo_convert.generation_config import GENERATION_CONFIG
 from nemo_convert.gguf_file import FILE
@@ -27,17 +24,17 @@ from nemo_convert.results import GgufResult
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
-from recipes.core.metrics import MetricsLog, ProgressCallback
+from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name
 from recipes.core.stage import Input, Inputs
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.backends import require_backend
 from recipes.engines.bench import cpu_threads
 from recipes.engines.results import EngineResult
+from recipes.engines.served_lm import EngineLM, LlamaCppLM, ServedLM, generation_settings
 from recipes.engines.server import HOST, free_port, llama_command, serving, trtllm_command
 from recipes.engines.settings import EvaluateServedConfig
-from recipes.evaluation import packed_lm
-from recipes.evaluation.packing import Request, truncated_context
+from recipes.evaluation import harness_tasks, packed_lm
 from recipes.evaluation.results import Item, ServedResult, ServedText, compare_served
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_answers import answer_tasks, require_same_items, write_samples
@@ -45,13 +42,6 @@ from recipes.evaluation.task_answers import answer_tasks, require_same_items, wr
 if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
     from recipes.data.token_sequences import TextSequences
 
-REQUEST_SECONDS = 24 * 3600
-"""Limit of one request. A large model on few CPU cores needs longer than lm-eval's 300 seconds. If
-the server dies, a request fails at once."""
-FORCING_BIAS = 1000
-"""Added to the logit of the token that a server must generate; exceeds all gaps between logits."""
-ALL_TOKENS = 10**7
-"""Number of log-probabilities to request for a whole vocabulary; larger than any vocabulary."""
 GENERATION = "generate_until"
 """lm-eval's output type of tasks whose answers are generated."""
 UNSERVED_SETTINGS = {
@@ -62,119 +52,6 @@ UNSERVED_SETTINGS = {
     *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
 }
 """Generation settings that change greedy decoding in transformers, but are not sent to servers."""
-
-
-class ServedLM(LocalCompletionsAPI):
-    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
-
-    def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
-        super().__init__(
-            model="student",
-            base_url=f"{address}/v1/completions",
-            tokenizer=str(tokenizer),
-            tokenizer_backend="huggingface",
-            max_length=max_length + 1,  # lm-eval subtracts 1
-            max_retries=1,
-            timeout=REQUEST_SECONDS,
-        )
-        self.add_bos_token = None  # use the tokenizer's default
-        penalty = _generation_settings(tokenizer).get("repetition_penalty")
-        # Fields that are added to each request for generated text.
-        self.penalty = self.penalty_request(penalty) if penalty else {}
-
-    def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields with which a request sets the student's repetition penalty."""
-        return {"repetition_penalty": penalty}
-
-    def _create_payload(
-        self, messages: Any, generate: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Returns the body of a request. ``generate`` is false to score a prompt."""
-        payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **kwargs)
-        return payload | self.penalty if generate else payload
-
-    def tok_encode(self, string: Any, **kwargs: Any) -> Any:
-        """Encodes text as ``HFLM`` does for the student. The base class has other rules for BOS."""
-        if isinstance(string, str):
-            return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
-        return [self.tok_encode(text) for text in string]
-
-
-class LlamaCppLM(ServedLM):
-    """Evaluates with llama.cpp's server, which returns log-probabilities of generated tokens only.
-
-    So each token of a continuation takes one request. The request adds ``FORCING_BIAS`` to the
-    token's logit, so that the server generates the token. Log-probabilities in the answer exclude
-    the bias. The server caches the context's keys and values, so a request costs one decoding step.
-    """
-
-    progress: ProgressCallback = staticmethod(lambda done, total: None)
-    """Receives the numbers of finished and of all requests or sequences. The default does nothing.
-    """
-
-    def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields of a request. All earlier tokens are penalized, as in transformers."""
-        return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
-
-    def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
-        """Returns a token's log-probability after a context, and whether no token is likelier.
-
-        The server withholds a generated token that ends inside a UTF-8 character. A second request
-        then generates ``eos_token`` instead, and lists the log-probabilities of all tokens.
-        """
-        generated = self._generate(context, token, 1) or self._generate(
-            context, self.tokenizer.eos_token_id, ALL_TOKENS
-        )
-        # The generated token, then the likeliest tokens in descending order of probability.
-        entries = [generated, *generated["top_logprobs"]] if generated else []
-        for entry in entries:
-            if entry["id"] == token:
-                likeliest = entries[1]
-                return entry["logprob"], likeliest["id"] == token
-        raise RecipeError(
-            f"llama.cpp's server returned no log-probability of token {token}",
-            "use a release whose server supports logit_bias and logprobs",
-        )
-
-    def _generate(self, context: Sequence[int], token: int, top: int) -> dict[str, Any] | None:
-        """Makes the server generate ``token`` after a context.
-
-        Returns:
-            The token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
-            likeliest tokens. ``None`` if the server withholds the token.
-        """
-        request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
-        request |= {"logprobs": top, "logit_bias": {str(token): FORCING_BIAS}}
-        response = requests.post(self.base_url, json=request, timeout=self.timeout)
-        response.raise_for_status()
-        logprobs = response.json()["choices"][0]["logprobs"]
-        return logprobs["content"][0] if logprobs and logprobs["content"] else None
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Request], **_: Any
-    ) -> list[tuple[float, bool]]:
-        """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
-        results = []
-        for _id, context, continuation in requests:
-            prompt = truncated_context(context, continuation, self.max_length)
-            ids = [*prompt, *continuation]
-            # Each token of the continuation is scored after all tokens before it.
-            scores = [self.token_score(ids[:n], ids[n]) for n in range(len(prompt), len(ids))]
-            log_likelihood = sum(log_probability for log_probability, _ in scores)
-            results.append((log_likelihood, all(is_likeliest for _, is_likeliest in scores)))
-            self.progress(len(results), len(requests))
-        return results
-
-    def losses(self, text: TextSequences) -> list[float]:
-        """Returns each sequence's mean loss, in nats, over the predictions in its mask."""
-        means = []
-        for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
-            # Token 0 is not predicted, so the mask's first value is for token 1.
-            targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
-            log_probabilities = [self.token_score(ids[:n], ids[n])[0] for n in targets]
-            means.append(-sum(log_probabilities) / len(log_probabilities))
-            self.progress(len(means), len(text))
-        return means
 
 
 def server_of(artifact: Input) -> tuple[str, str]:
@@ -195,7 +72,10 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     """
     artifact, folder = inputs["artifact"], inputs["checkpoint"].artifact
     server, precision = server_of(artifact)
-    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
+    # ``cfg.revisions`` is usually that of ``evaluate_tasks``, which may have more tasks.
+    tasks = harness_tasks.load_tasks(
+        cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name, allow_unused=True
+    )
     if server.startswith("tensorrt_llm"):
         _require_generation(tasks)
     if server != "openvino":  # an OpenVINO engine contains the student's generation settings
@@ -209,12 +89,12 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     if server.startswith("tensorrt_llm"):
         length_limits += engine_limits(artifact.manifest.config)
     length = min(length_limits)
+    harness_tasks.require_room_for_text(tasks, length, cfg.name)
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length, cfg.seq_length if text else 0) as lm:
         for number, task in enumerate(tasks, 1):
-            # Only ``LlamaCppLM`` reports progress within a task; other classes ignore ``progress``.
             lm.progress = partial(log.progress, f"requests, {task.name}")
-            served[task.name] = packed_lm.answer(lm, task, cfg.limit, cfg.seed)
+            served[task.name] = harness_tasks.answer(lm, task, cfg.limit, cfg.seed)
             log.progress("tasks, served", number, len(tasks))
         if text is not None:
             lm.progress = partial(log.progress, "text, served")
@@ -268,7 +148,7 @@ def served_lm(
         # lm-eval's OptimumLM is not used: it starts torch.distributed if LOCAL_RANK is set.
         model = openvino.load_engine(artifact.artifact)
         packed_lm.leave_length_to_tasks(model.generation_config)
-        yield HFLM(
+        yield EngineLM(
             pretrained=model,
             tokenizer=str(folder),
             batch_size=1,
@@ -309,24 +189,13 @@ def engine_limits(build: Mapping[str, Any]) -> list[int]:
     return limits
 
 
-def _generation_settings(folder: Path) -> dict[str, Any]:
-    """Returns a Hugging Face folder's generation settings that differ from transformers' defaults.
-
-    Without ``generation_config.json``, the result is empty.
-    """
-    if not (folder / GENERATION_CONFIG).exists():
-        return {}
-    settings: dict[str, Any] = GenerationConfig.from_pretrained(folder).to_diff_dict()
-    return settings
-
-
-def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> None:
+def _require_served_settings(folder: Path, tasks: Sequence[harness_tasks.Task]) -> None:
     """Raises ``RecipeError`` if the student has generation settings that the server does not get.
 
     Such settings matter only if a task's answers are generated.
     """
     outputs = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
-    settings = _generation_settings(folder)
+    settings = generation_settings(folder)
     if settings.get("guidance_scale") == 1:  # has no effect, like transformers' default of None
         del settings["guidance_scale"]
     if GENERATION in outputs and (names := UNSERVED_SETTINGS & settings.keys()):
@@ -337,7 +206,7 @@ def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> N
         )
 
 
-def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:
+def _require_generation(tasks: Sequence[harness_tasks.Task]) -> None:
     """Raises ``RecipeError`` if a task needs log-probabilities of prompts."""
     for task in tasks:
         if any(subtask.OUTPUT_TYPE != GENERATION for subtask in task.subtasks.values()):

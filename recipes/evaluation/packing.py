@@ -67,10 +67,20 @@ def truncated_context(context: list[int], continuation: list[int], max_length: i
 
 
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Question]:
-    """Groups requests with the same context. ``truncated_context`` shortens the contexts."""
+    """Groups requests with the same context. ``truncated_context`` shortens the contexts.
+
+    Raises:
+        RecipeError: A context is empty.
+    """
     questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
         key = tuple(truncated_context(context, continuation, max_length))
+        if not key:  # no token predicts the first token of the continuation
+            raise RecipeError(
+                f"item {number} of a benchmark has an empty prompt, and the tokenizer has no BOS "
+                "token",
+                "remove this benchmark from the stage's tasks",
+            )
         question = questions.setdefault(key, Question(key, [], []))
         question.requests.append(number)
         question.continuations.append(continuation)

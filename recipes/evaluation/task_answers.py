@@ -16,7 +16,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import rank
 from recipes.core.versions import installed_version
 from recipes.core.wheels import cache_dir
-from recipes.evaluation import packed_lm
+from recipes.evaluation import harness_tasks, packed_lm
 from recipes.evaluation.ranks import broadcast
 from recipes.evaluation.results import Item
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
@@ -31,7 +31,7 @@ def answer_tasks(
     name: str,
     model: packed_lm.PackedLM,
     identity: Callable[[], str],
-    tasks: list[packed_lm.Task],
+    tasks: list[harness_tasks.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
     """Answers the tasks whose answers are not cached.
@@ -61,15 +61,20 @@ def answer_tasks(
         if task.name not in cached:
             start = time.monotonic()
             # All ranks take part; each returns all items.
-            items = packed_lm.answer(model, task, cfg.limit, cfg.seed)
+            items = harness_tasks.answer(model, task, cfg.limit, cfg.seed)
             if rank() == 0:
                 answers[task.name] = TaskAnswers(items, round(time.monotonic() - start, 3))
-                store(keys[task.name], answers[task.name])
+                try:
+                    store(keys[task.name], answers[task.name])
+                except RecipeError as error:  # a shared cache may be read-only
+                    print(f"warning: {error.what} The answers are not cached.", flush=True)
         log.progress(f"tasks, {name}", number, len(tasks))
     return answers, cached
 
 
-def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) -> dict[str, Any]:
+def _cache_key(
+    cfg: EvaluateTasksConfig, model_hash: str, task: harness_tasks.Task
+) -> dict[str, Any]:
     return {
         "model": model_hash,
         "task": task.name,
@@ -79,7 +84,7 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
         "num_fewshot": cfg.num_fewshot.get(task.name),
         "seed": cfg.seed,
         "harness": HARNESS,
-        "code": code_fingerprint(packed_lm.__name__),
+        "code": code_fingerprint(packed_lm.__name__, harness_tasks.__name__),
         "device": device(),
         "libraries": ", ".join(f"{name} {installed_version(name)}" for name in LIBRARIES),
     }

@@ -34,6 +34,8 @@ DEFAULT_SIZES = (1000, 80)
 GENERATED_TOKENS = {"gsm8k_cot": 256}
 """Maximum number of generated tokens per item, by task. The estimate uses the maximum, because a
 batch runs until all its texts have ended. With most models, one text of a batch reaches it."""
+MAX_FEWSHOT = {"mmlu": 5, "gsm8k_cot": 8}
+"""Number of examples that are not evaluated, by task; other tasks have more than anyone uses."""
 SUBJECTS = {"mmlu": 57}
 """Number of subtasks, by task; 1 for all others. A subtask has its own limit and examples."""
 
@@ -51,14 +53,7 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the installed lm-eval and of the tasks, without importing lm-eval."""
     if chain.own_python:  # otherwise, the lm-eval that stages use is not the one installed here
         yield from _harness_problems()
-    # ``evaluate_served`` copies ``num_fewshot`` but may run fewer tasks. So known tasks are allowed
-    # too.
-    for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS}:
-        yield Problem(
-            rules.TASKS_FEWSHOT,
-            f"stages.{cfg.name}.num_fewshot.{name}: {name} is not in stages.{cfg.name}.tasks",
-            f"use one of {', '.join(cfg.tasks)}",
-        )
+    yield from _fewshot_problems(cfg, chain)
     for name in cfg.tasks:
         if cfg.source == "pypi" and name not in TASKS:
             yield Problem(
@@ -74,6 +69,26 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
         )
     if len(set(cfg.tasks)) < len(cfg.tasks):
         yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
+
+
+def _fewshot_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks ``num_fewshot``. ``evaluate_served`` copies it, but may run fewer tasks."""
+    stages = [stage for stage in chain.stages.values() if isinstance(stage, EvaluateTasksConfig)]
+    tasks_of_stages = {task for stage in stages for task in stage.tasks}
+    for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS, *tasks_of_stages}:
+        yield Problem(
+            rules.TASKS_FEWSHOT,
+            f"stages.{cfg.name}.num_fewshot.{name}: {name} is not in stages.{cfg.name}.tasks",
+            f"use one of {', '.join(cfg.tasks)}",
+        )
+    for name, most in MAX_FEWSHOT.items():
+        if name in cfg.tasks and cfg.num_fewshot.get(name, 0) > most:
+            yield Problem(
+                rules.TASKS_FEWSHOT,
+                f"stages.{cfg.name}.num_fewshot.{name}={cfg.num_fewshot[name]}: {name} has only "
+                f"{most} examples",
+                f"use at most {most}",
+            )
 
 
 def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[DecodingSteps]]:

@@ -14,7 +14,7 @@ from nemo_convert.generation_config import GENERATION_CONFIG
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Inputs, rank, world_size
-from recipes.evaluation import packed_lm
+from recipes.evaluation import harness_tasks, packed_lm
 from recipes.evaluation.ranks import rank_0_first
 from recipes.evaluation.results import (
     ROLES,
@@ -41,7 +41,7 @@ def score(
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
     with rank_0_first():  # rank 0 downloads the data, the other ranks read it from the cache
-        tasks = packed_lm.load_tasks(
+        tasks = harness_tasks.load_tasks(
             cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name
         )
     # Keys are the model's name: a role, or ``step N``.
@@ -78,7 +78,7 @@ def _load_and_answer(
     cfg: EvaluateTasksConfig,
     name: str,
     path: Path,
-    tasks: list[packed_lm.Task],
+    tasks: list[harness_tasks.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
     """Loads one model; returns its answers by task, and the names of cached tasks."""

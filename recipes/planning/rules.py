@@ -247,7 +247,7 @@ HIDDEN_RANGE = _warning(
 CACHED_TEACHER = Rule(
     "cached-teacher", "a cache of logits is valid for one temperature, top-k and sequence length"
 )
-TOP_K = Rule("top-k", "a cache must store fewer logits per token than the vocabulary has")
+TOP_K = Rule("top-k", "the teacher's top_k tokens must be fewer than its vocabulary")
 EVALUATE = Rule("evaluate", "a prompt must be shorter than the sequence that it begins")
 
 # Engines and benchmarks

@@ -87,7 +87,7 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
     refused = [shape for shape in shapes if is_refused_by_transformers_5(shape)]
     if refused:
         # With 8 instead of the default 64, a small model has more possible sizes.
-        divisor = math.lcm(8, refused[0].num_attention_heads)
+        divisor = math.lcm(8, *{shape.num_attention_heads for shape in shapes})
         yield Problem(
             rules.TRANSFORMERS_5,
             f"{len(refused)} of {len(shapes)} shapes of {stage} are Llama models whose hidden size "

@@ -113,7 +113,7 @@ class Verdict:
             text = f"measured {self.measured_text}"
         elif self.gate.name.startswith("recovered"):
             # ``recovered`` divides by the quality that pruning lost.
-            text = "undefined, because the loss added by pruning is within noise"
+            text = "undefined: pruning added no loss beyond noise, or there are too few sequences"
         else:
             text = "not measured"
         return f"{self.gate}: {text}"

@@ -117,7 +117,11 @@ def _wait_until(is_finished: Callable[[], object]) -> None:
     """Waits for another rank until ``is_finished`` returns a true value.
 
     If the other rank fails, torchrun ends this process.
+
+    Raises:
+        StoppedByDeadlineError: The deadline passed.
     """
     with pause_watchdog():
         while not is_finished():
+            require_time_left("waiting for other ranks")
             time.sleep(POLL_SECONDS)

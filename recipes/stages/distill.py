@@ -16,6 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.loss_checks import loss_problems, pair_problems
 from recipes.distillation.results import CacheResult, DistillationResult, KeptLayers
 from recipes.distillation.settings import (
     CACHE_FIELDS,
@@ -28,8 +29,6 @@ from recipes.distillation.settings import (
 )
 from recipes.distillation.training import (
     INITIAL_KL,
-    loss_problems,
-    pair_problems,
     resolve_from_chain,
     stop_reason,
     trained_sources,
@@ -60,6 +59,12 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from _hidden_state_problems(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
+    if cfg.top_k is not None and cfg.top_k >= chain.teacher.vocab_size:
+        yield Problem(
+            rules.TOP_K,
+            f"top_k={cfg.top_k} must be less than the vocabulary size {chain.teacher.vocab_size}",
+            "use a smaller number, or null for all logits",
+        )
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
     steps = cfg.student_steps  # steps after which the student is saved, before the end
@@ -152,8 +157,11 @@ def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:
     """Returns the settings of the stage that caches the teacher's logits, in this or another run.
 
-    Returns ``None`` for a live teacher, which computes its logits during the training.
+    Returns ``None`` for a live teacher, which computes its logits during the training, and for a
+    loss without a teacher.
     """
+    if not uses_teacher(vars(cfg)):
+        return None
     source = cfg.inputs.get("teacher")
     stage = chain.stages.get(source or "")
     if stage is not None:

@@ -24,7 +24,14 @@ from recipes.planning.results import PlanResult, Table
 from recipes.planning.rules import Problem
 from recipes.pruning.targets import searched_shape_problems
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
-from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, impossible_axes, name_of
+from recipes.search.space import (
+    SHAPE_COSTS,
+    Service,
+    absolute_limits,
+    enumerate_shapes,
+    impossible_axes,
+    name_of,
+)
 from recipes.stages.contract import Stage
 
 EMPTY_BUDGET_FIX = (
@@ -32,6 +39,12 @@ EMPTY_BUDGET_FIX = (
     "max_width_pruning in space"
 )
 """Fix if no architecture fits. Unlike all other limits, ``tokens_per_second`` is a minimum."""
+TEACHER_FITS_FIX = (
+    "lower the budget (but raise tokens_per_second, which is absolute, not a fraction)"
+)
+"""Fix if the teacher fits, so that there is nothing to prune."""
+SPEED_LIMITS = ("latency_ms", "tokens_per_second")
+"""Limits that depend on the speed of the device."""
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
@@ -51,14 +64,17 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
         return
     budget = cfg.budget.limits()
+    estimated = dict(budget)  # limits that the plan can estimate
+    if "latency" in cfg.inputs:  # only the run measures the latency
+        estimated = {name: limit for name, limit in budget.items() if name not in SPEED_LIMITS}
     if not budget:
         names = ", ".join(f"budget.{name}" for name in SHAPE_COSTS)
         yield Problem(rules.BUDGET, "a search needs a budget", f"set one of {names}")
-    elif not (shapes := cfg.shapes(chain.teacher)):
-        limits = absolute_limits(chain.teacher, budget, cfg.service)
+    elif not (shapes := enumerate_shapes(chain.teacher, cfg.space, estimated, cfg.service)):
+        limits = absolute_limits(chain.teacher, estimated, cfg.service)
         yield Problem(rules.BUDGET, f"no architecture fits the budget {limits}", EMPTY_BUDGET_FIX)
     # If the teacher is within the budget, it is the only listed shape. With the input ``latency``,
-    # only the measured latency shows whether the teacher is within the budget.
+    # ``run`` checks this.
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
             f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
@@ -66,7 +82,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.BUDGET,
             f"the teacher is within the budget: {costs}",
-            "lower the budget (but raise tokens_per_second, which is absolute, not a fraction)",
+            TEACHER_FITS_FIX,
         )
     elif "latency" not in cfg.inputs:
         yield from searched_shape_problems(cfg.name, shapes)
@@ -90,6 +106,9 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
         raise RecipeError(
             f"no architecture fits the budget {budget} with the measured latency", EMPTY_BUDGET_FIX
         )
+    if shapes == [teacher]:
+        what = f"the teacher is within the budget {budget} with the measured latency"
+        raise RecipeError(what, TEACHER_FITS_FIX)
     write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
     return Outcome(
         PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])

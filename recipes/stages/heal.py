@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.results import KeptLayers
@@ -85,11 +86,13 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.pruning.kept import KeptIndices
     from recipes.pruning.pruned_checkpoint import save_weights
 
+    _require_pruned_from_teacher(inputs)
     teacher, pruned = (
         nemo.find_checkpoint(inputs[name].artifact) for name in ("teacher", "checkpoint")
     )
     student, weights = nemo.architecture_of(pruned), dict(hf_weights(pruned))
     data, length = inputs["data"], cfg.seq_length
+    validation = read_sequences(data, "validation", length, cfg.num_samples)
     calibration = read_sequences(data, "calibration", length, cfg.num_calibration_samples)
     batches = calibration.tokens.split(cfg.micro_batch_size)
     kept = KeptIndices.load(inputs["checkpoint"].artifact)
@@ -97,7 +100,6 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     heal_weights(teacher, student, kept, weights, batches, progress)  # changes ``weights``
     save_weights(pruned, student, weights, out / pruned.name)
     del weights  # frees memory for the comparison
-    validation = read_sequences(data, "validation", length, cfg.num_samples)
     students = [pruned, out / pruned.name]
     before, after = measure_checkpoints(
         teacher, students, validation, cfg.precision, cfg.micro_batch_size
@@ -109,6 +111,26 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
         kl_healed=after.kl_to_teacher,
     )
     return checkpoint_outcome(result, pruned)
+
+
+def _require_pruned_from_teacher(inputs: Inputs) -> None:
+    """Checks inputs of other runs, which ``check`` does not know.
+
+    Raises:
+        RecipeError: The checkpoint is not the result of ``prune``, or was pruned from another model
+            than the teacher.
+    """
+    from recipes.pruning.kept import KEPT_FILE
+
+    pruned, teacher = inputs["checkpoint"], inputs["teacher"]
+    is_pruned = (pruned.artifact / KEPT_FILE).exists()
+    origin = pruned.manifest.inputs.get("checkpoint", teacher.manifest.fingerprint)
+    if not is_pruned or origin != teacher.manifest.fingerprint:
+        raise RecipeError(
+            f"{pruned.directory} was not pruned from {teacher.directory}.",
+            "set the inputs checkpoint and teacher of this stage to a result of prune and to the "
+            "model that it pruned",
+        )
 
 
 STAGE = Stage(

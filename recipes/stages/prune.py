@@ -236,11 +236,14 @@ def _require_scores_of(model: Architecture, importance: Importance, directory: P
         directory: Directory of the ``score`` stage, for the message.
 
     Raises:
-        RecipeError: The scored model has another number of layers or another hidden size.
+        RecipeError: The scored model has other sizes.
     """
     scored_sizes = {"num_layers": len(importance.layers["block_influence"])}
-    if "hidden_size" in importance.widths:
-        scored_sizes["hidden_size"] = len(importance.widths["hidden_size"])
+    scored_sizes |= {
+        axis: len(importance.widths[key])
+        for axis, key in SCORED_AXES.items()
+        if key in importance.widths
+    }
     for axis, size in scored_sizes.items():
         if size != vars(model)[axis]:
             raise RecipeError(
@@ -249,6 +252,15 @@ def _require_scores_of(model: Architecture, importance: Importance, directory: P
                 "score the model that is pruned: set inputs.checkpoint of the score stage to it",
             )
 
+
+SCORED_AXES = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "layers.1.ffn_hidden_size",
+    "num_attention_heads": "layers.1.num_attention_heads",
+    "num_moe_experts": "layers.1.num_moe_experts",
+    "moe_ffn_hidden_size": "layers.1.experts.0.moe_ffn_hidden_size",
+}
+"""A key of ``Importance.widths`` for each axis; its scores are as many as the axis's size."""
 
 STAGE = Stage(
     config=PruneConfig,

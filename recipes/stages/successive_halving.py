@@ -26,10 +26,9 @@ from recipes.core.manifest import MANIFEST, Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names, with_option
+from recipes.distillation.loss_checks import loss_problems, pair_problems
 from recipes.distillation.settings import DistillConfig, hidden_state_bytes
 from recipes.distillation.training import (
-    loss_problems,
-    pair_problems,
     training_problems,
     training_workload,
     weight_problems,

