@@ -29,7 +29,8 @@ Prepare = Callable[..., tuple["Plan", Any]]
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets a working directory and a cache of the test, because job scripts contain their paths.
 
-    Also unsets the folders of huggingface_hub and ``PYTHONPATH``, and puts a fake ``docker`` first on ``PATH``.
+    Also unsets the folders of huggingface_hub and ``PYTHONPATH``, and puts a fake ``docker`` first
+    on ``PATH``.
     """
     for folder in ("home", "cache"):
         (tmp_path / folder).mkdir()
