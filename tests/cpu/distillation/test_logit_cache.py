@@ -21,10 +21,17 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.core.stage import DEADLINE, Input
-from recipes.distillation.logit_cache import CacheIndex, TeacherCache
+from recipes.distillation.logit_cache import (
+    SHARD,
+    CacheIndex,
+    TeacherCache,
+    cache_metrics,
+    write_shard,
+)
 from recipes.distillation.logit_cache_writer import cache_logits
 from recipes.distillation.objective import _require_same_text
 from recipes.distillation.settings import CacheLogitsConfig
+from recipes.distillation.vocabulary import TopK
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
@@ -281,3 +288,13 @@ def test_ids_take_two_bytes_if_they_fit(run: Path) -> None:
         vocabulary=(1 << 16) + 1, seq_length=8, top_k=4, temperature=1.0, shards=1, tail_draws=3
     )
     assert too_large_for_uint16.tensors["draws"] == (torch.int32, 3)
+
+
+def test_the_teachers_loss_is_weighted_by_unmasked_tokens(tmp_path: Path) -> None:
+    """In the first shard, few tokens are unmasked, as in a conversation with short answers."""
+    index = CacheIndex(vocabulary=8, seq_length=4, top_k=1, temperature=1.0, shards=2)
+    top = TopK(torch.zeros(1, 4, 1), torch.zeros(1, 4, 2))
+    for shard, (loss, loss_tokens) in enumerate(((1.0, 1), (3.0, 3))):
+        file = tmp_path / SHARD.format(shard)
+        write_shard(file, index, [shard], top, loss, loss_tokens)
+    assert cache_metrics(tmp_path, index) == {"teacher_loss": 2.5, "tail_mass": 1.0}

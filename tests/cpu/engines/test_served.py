@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,11 +33,11 @@ from recipes.core.run_state import InputRef, Request
 from recipes.core.stage import Input
 from recipes.core.stage_process import start_command
 from recipes.data.token_sequences import TextSequences
-from recipes.engines import served, server
+from recipes.engines import served, served_lm, server
 from recipes.engines.results import EngineResult
 from recipes.engines.server import free_port, llama_command, serving
 from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
-from recipes.evaluation import packed_lm
+from recipes.evaluation import harness_tasks, packed_lm
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.results import ServedResult
 from recipes.evaluation.text_quality import score
@@ -61,13 +62,13 @@ def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
+def llama(odd_llama: Path, gguf: Path) -> Iterator[served_lm.LlamaCppLM]:
     """lm-eval's client of a running llama.cpp server."""
     port = free_port()
     # The server refuses a prompt that fills its context, so the context has one more position.
     command = llama_command(gguf, port, context=LENGTH + 1, threads=1)
     with serving(command, port, start_seconds=120) as address:
-        yield served.LlamaCppLM(address, odd_llama, LENGTH)
+        yield served_lm.LlamaCppLM(address, odd_llama, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,13 @@ def child_processes() -> set[int]:
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
-    llama: served.LlamaCppLM, student: packed_lm.PackedLM
+    llama: served_lm.LlamaCppLM, student: packed_lm.PackedLM
 ) -> None:
     """Includes truncated contexts. Responses also say which continuations are greedy."""
-    for task in packed_lm.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
-        expected, answers = (packed_lm.answer(lm, task, LIMIT, seed=1) for lm in (student, llama))
+    for task in harness_tasks.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
+        expected, answers = (
+            harness_tasks.answer(lm, task, LIMIT, seed=1) for lm in (student, llama)
+        )
         for pair in zip(answers, expected, strict=True):
             assert len({(item.id, item.hash) for item in pair}) == 1  # both are the same item
             responses = (torch.tensor(item.response).double().flatten() for item in pair)
@@ -119,7 +122,7 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
 
 
 def test_llama_cpp_gives_the_losses_of_transformers(
-    llama: served.LlamaCppLM, student: packed_lm.PackedLM, tmp_path: Path
+    llama: served_lm.LlamaCppLM, student: packed_lm.PackedLM, tmp_path: Path
 ) -> None:
     """The text includes the token that ends documents, at which a server would stop."""
     end = student.tokenizer.eos_token_id
@@ -135,7 +138,7 @@ def test_llama_cpp_gives_the_losses_of_transformers(
 
 
 def test_llama_cpp_generates_the_text_of_transformers(
-    llama: served.LlamaCppLM, student: packed_lm.PackedLM, odd_llama: Path, tmp_path: Path
+    llama: served_lm.LlamaCppLM, student: packed_lm.PackedLM, odd_llama: Path, tmp_path: Path
 ) -> None:
     """Compares texts without, then with a repetition penalty in the student's generation config.
 
@@ -151,7 +154,7 @@ def test_llama_cpp_generates_the_text_of_transformers(
     add_generation_settings(folder, repetition_penalty=1.9)
     penalized_student = packed_model(folder)
     address = llama.base_url.removesuffix("/v1/completions")
-    penalized_texts = served.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
+    penalized_texts = served_lm.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
     assert penalized_texts == penalized_student.generate_until(instances)
     assert penalized_texts != expected
 
@@ -192,8 +195,8 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
     artifact.manifest.config["tensor_parallel_size"] = 1
     with served.served_lm(config(), artifact, odd_llama, LENGTH) as client:
         assert client.generate_until([request]) == student.generate_until([request])
-    assert isinstance(client, served.ServedLM)
-    assert client.timeout == served.REQUEST_SECONDS
+    assert isinstance(client, served_lm.ServedLM)
+    assert client.timeout == served_lm.REQUEST_SECONDS
     assert {*requested_paths} <= {*API["routes of trtllm-serve"]["routes"]}
     # The arguments are the engine, then pairs of an option and its value.
     options = (tmp_path / "arguments").read_text().split()[1::2]
@@ -362,7 +365,7 @@ def test_a_server_failure_is_reported_and_no_process_remains(
         # A GGUF file starts with these four letters; the zeros are not a valid header.
         (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
     else:
-        token_score, scored_tokens = served.LlamaCppLM.token_score, []
+        token_score, scored_tokens = served_lm.LlamaCppLM.token_score, []
 
         def kill_server_at_token_5(self: Any, context: list[int], token: int) -> tuple[float, bool]:
             scored_tokens.append(token)
@@ -371,7 +374,7 @@ def test_a_server_failure_is_reported_and_no_process_remains(
                     os.kill(pid, signal.SIGKILL)
             return token_score(self, context, token)
 
-        monkeypatch.setattr(served.LlamaCppLM, "token_score", kill_server_at_token_5)
+        monkeypatch.setattr(served_lm.LlamaCppLM, "token_score", kill_server_at_token_5)
     with pytest.raises(RecipeError, match=messages[problem]):
         evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage"))
     assert child_processes() <= children_before
@@ -398,3 +401,21 @@ def test_a_server_stops_if_its_stage_is_killed(gguf: Path) -> None:
                 return
         time.sleep(0.1)
     pytest.fail("the server still listens")
+
+
+def test_generated_text_reports_progress_after_each_request(
+    odd_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog stops a stage without progress. A fake server echoes each request's number."""
+    client = served_lm.ServedLM("http://localhost", odd_llama, 64)
+    reports: list[tuple[int, int]] = []
+    client.progress = lambda done, total: reports.append((done, total))
+    numbers = count()
+    answer = lambda messages, **options: {"choices": [{"index": 0, "text": str(next(numbers))}]}  # noqa: E731
+    monkeypatch.setattr(client, "model_call", answer)
+    requests = [
+        Instance("generate_until", {}, (f"text {number}", {"until": [], "max_gen_toks": 3}), number)
+        for number in range(3)
+    ]
+    assert client.generate_until(requests) == ["0", "1", "2"]
+    assert reports == [(1, 3), (2, 3), (3, 3)]

@@ -10,9 +10,11 @@ import datasets
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation import harness_tasks
+from recipes.evaluation.packing import group_by_context
 from tests.support.hub import fake_hub, run_with_hub
 
 
@@ -109,3 +111,47 @@ def _question(text: str) -> bytes:
     """Returns a JSON line in the format of the data set sciq."""
     choices = {"correct_answer": "yes", "distractor1": "a", "distractor2": "b", "distractor3": "c"}
     return json.dumps({"question": text, "support": "", **choices}).encode()
+
+
+def write_tasks(folder: Path) -> Path:
+    """Writes a group of two tasks on a local file: ``one`` (5-shot in the group) and ``two``.
+
+    The tasks have different metrics.
+    """
+    (folder / "data.jsonl").write_text('{"q": "a", "a": "b"}\n' * 9)
+    for name, metric in (("one", "acc"), ("two", "exact_match")):
+        output = "multiple_choice" if metric == "acc" else "generate_until"
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
+            "test_split": "test",
+            "output_type": output,
+            "doc_to_text": "{{q}}",
+            "doc_to_target": 0 if metric == "acc" else "{{a}}",
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+        } | ({"doc_to_choice": ["b", "c"]} if metric == "acc" else {})
+        (folder / f"{name}.yaml").write_text(json.dumps(task))
+    return folder
+
+
+def test_groups_with_different_metrics_or_own_settings_are_refused(tmp_path: Path) -> None:
+    manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
+    group = {"group": "both", "task": [{"task": "one", "num_fewshot": 5}, "two"]}
+    subtasks = manager.load([group])["tasks"]
+    with pytest.raises(RecipeError, match="two has no mean acc"):
+        harness_tasks._task("both", "hub", subtasks, "evaluate_tasks")
+    alone = manager.load(["one"])["tasks"]
+    with pytest.raises(ValueError, match="changes num_fewshot of one"):
+        harness_tasks._require_same_settings(subtasks, alone)
+    harness_tasks._require_same_settings(alone, manager.load(["one"])["tasks"])
+    [task] = [harness_tasks.Task("two", "exact_match", "1", "", {"two": subtasks["two"]})]
+    harness_tasks.require_room_for_text([task], 257, "evaluate_served")
+    with pytest.raises(RecipeError, match="two generates up to 256 tokens"):
+        harness_tasks.require_room_for_text([task], 256, "evaluate_served")
+
+
+def test_empty_prompts_are_refused() -> None:
+    assert len(group_by_context([(("a", "b"), [1], [2])], 8)) == 1
+    with pytest.raises(RecipeError, match="empty prompt"):
+        group_by_context([(("", "b"), [], [2])], 8)

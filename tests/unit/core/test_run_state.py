@@ -13,6 +13,7 @@ import pytest
 
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, stamp_files
 from recipes.core.metrics import METRICS, MetricsLog, read_records, result_metrics
 from recipes.core.run_state import (
@@ -125,6 +126,32 @@ def test_a_result_keeps_its_metrics_until_another_result_replaces_it(tmp_path: P
     assert steps() == [1]
     complete_stage(tmp_path, start_manifest("12:00", "12:00"))
     assert steps() == [3]
+
+
+def test_work_of_other_settings_that_cannot_be_deleted_is_refused(tmp_path: Path) -> None:
+    """Training would resume from its checkpoints."""
+    stage, disk = tmp_path / "stage", tmp_path / "disk"
+    (disk / "checkpoints").mkdir(parents=True)
+    stage.mkdir()
+    (stage / WORK).symlink_to(disk)
+    with pytest.raises(RecipeError, match="cannot be deleted: it is a link"):
+        begin_work(stage, start_manifest())
+
+
+def test_a_childs_environment_keeps_other_paths_and_hidden_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{REPO_ROOT}{os.pathsep}/site/NeMo")
+    assert stage_process._child_environment(1)["PYTHONPATH"] == os.environ["PYTHONPATH"]
+    for visible, local_rank, expected in (
+        ("4,5", "1", "5"),
+        ("0", "1", "0"),  # two ranks on a CPU
+        ("-1", "0", "-1"),
+        ("", "0", ""),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert stage_process._child_environment(1)["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_the_first_error_stays_unless_a_later_error_may_overwrite_it(tmp_path: Path) -> None:

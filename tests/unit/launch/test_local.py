@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -25,7 +26,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.processes import cores
 from recipes.core.run_state import record_failure
-from recipes.core.stage import Resources
+from recipes.core.stage import NEEDS_GPU, Resources
 from tests.support.launcher import write_program
 from tests.unit.conftest import stage_named
 
@@ -301,3 +302,26 @@ def test_every_start_has_its_own_log(
         run(f"echo {number}; exit 1")
     logs = {log.name: log.read_text() for log in (stage.directory / "logs").iterdir()}
     assert logs == {"now.log": "0\n", "now-2.log": "1\n", "now-3.log": "2\n"}
+
+
+def test_stages_that_share_imports_require_a_gpu_if_one_of_them_does(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage that the fork server can start, ``prepare_data``, uses no GPU."""
+    stages = [
+        replace(stage, action="run")
+        for stage in plan("hardware=h100", "skip_rules=[memory,disk]").stages
+        if stage.name in ("prepare_data", "distill")
+    ]
+    servers = []
+
+    @contextmanager
+    def fork_server(modules: object, env: dict[str, str], log: Path) -> Iterator[None]:
+        servers.append(env)
+        yield
+
+    monkeypatch.setattr(local, "fork_server", fork_server)
+    monkeypatch.setattr(local, "run_all", lambda *arguments: True)
+    whole_plan = replace(plan_of(stages[0]), stages=tuple(stages))
+    local.start(whole_plan, local.LocalConfig(), None, None)  # type: ignore[arg-type]
+    assert [env[NEEDS_GPU] for env in servers] == ["h100"]

@@ -159,7 +159,7 @@ CASES = {
     "hidden-range": case(f"{D}hidden_weight=1", f"{D}pipeline_model_parallel_size=2",
                          f"{D}resources.devices=2"),
     "cached-teacher": case("teacher=cached", f"{D}hidden_weight=1"),
-    "top-k": case("teacher=cached", "stages.cache_logits.top_k=49152"),
+    "top-k": case("stages.distill.top_k=49152"),
     "evaluate": case("stages.evaluate.prompt_tokens=256"),
     "tasks-harness": case("tasks=quick", prepare=harness_is_missing),
     "tasks-names": case("tasks=quick", f"{T}tasks=[sciqq]"),

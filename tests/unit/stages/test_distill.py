@@ -131,6 +131,7 @@ def test_distill_compiles_if_that_saves_time_and_a_compiler_is_installed(
         ([[3, 3]], ""),
         ([[2, 3]], "student's layers [2]"),
         ([[3, 2], [3, 4]], "teacher's layers [2]"),
+        ([[3, 3], [3, 4]], "student's layers [3] several times"),
         ([[4, 4]], "student's layers [4]"),
         ([[0, 4]], "student's layers [0]"),
         ([[3]], "[[3]]"),

@@ -47,3 +47,17 @@ def test_only_tensorrt_llm_limits_benchmarks_to_generation(
         [config] = (stage.config for stage in planned.stages if stage.name == "evaluate_served")
         is_limited = config.tasks == [*evaluate_served.GENERATION_TASKS]  # type: ignore[attr-defined]
         assert is_limited == is_generation_only
+
+
+def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[..., Plan]) -> None:
+    """``winogrande`` is a benchmark of ``evaluate_tasks`` only."""
+    planned = plan(
+        *TRTLLM,
+        "served=engine",
+        "tasks=quick",
+        "stages.evaluate_tasks.source=hub",
+        "stages.evaluate_tasks.tasks=[winogrande,gsm8k_cot]",
+        "+stages.evaluate_tasks.num_fewshot.winogrande=5",
+        "stages.evaluate_served.tasks=[gsm8k_cot]",
+    )
+    assert "evaluate_served" in {stage.name for stage in planned.stages}

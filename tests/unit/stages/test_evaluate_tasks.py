@@ -44,6 +44,7 @@ def rule_names(chain: Chain, **fields: Any) -> list[str]:
         ({"revisions": {"sciq": "abc"}}, ["tasks-names"]),  # only allowed with source=hub
         ({"num_fewshot": {"piqa": 5}}, []),  # a known task, although ``tasks`` lacks it
         ({"num_fewshot": {"piqaa": 5}}, ["tasks-fewshot"]),
+        ({"num_fewshot": {"mmlu": 6}}, ["tasks-fewshot"]),  # has 5 examples
     ],
 )
 def test_invalid_tasks_break_a_rule(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
-from recipes.core.stage import StageConfig
+from recipes.core.stage import Input, StageConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.search.results import LatencyFit, LatencyResult
 from recipes.search.settings import EnumerateShapesConfig
 from recipes.search.space import Budget, Space
 from recipes.stages import enumerate_shapes, prune
+from tests.support.folders import write_folder
 from tests.support.manifests import bare_manifest
+from tests.unit.conftest import LLAMA_CONFIG
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -91,3 +95,27 @@ def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architect
     [fix] = warning_fixes(8)
     assert "hidden_size_divisor=24" in fix
     assert not warning_fixes(24)
+
+
+@pytest.mark.parametrize("tokens_per_second", [1e-3, 1e9])
+def test_only_the_run_judges_a_budget_by_measured_latency(
+    tokens_per_second: float, teacher: Architecture, tmp_path: Path
+) -> None:
+    """The teacher meets the first limit. No shape meets the second one."""
+    folder = tmp_path / "hf"
+    write_folder(folder, LLAMA_CONFIG)
+    cfg = EnumerateShapesConfig(
+        hf_path=str(folder),
+        space=Space(hidden_size_divisor=8, ffn_hidden_size_divisor=8),
+        budget=Budget(tokens_per_second=tokens_per_second),
+        inputs={"latency": "measure_latency"},
+    )
+    assert not list(enumerate_shapes.check(cfg, Chain("t", teacher, {})))
+    cfg_without_latency = replace(cfg, inputs={})
+    assert list(enumerate_shapes.check(cfg_without_latency, Chain("t", teacher, {})))
+    fit = LatencyResult(LatencyFit(1.0, 0.1, 1.0), 1, "openvino", "fp32", [])
+    manifest = bare_manifest("measure_latency", "latency_model", None)
+    latency = Input(tmp_path, replace(manifest, metrics=asdict(fit)))
+    expected = "the teacher is within" if tokens_per_second < 1 else "no architecture fits"
+    with pytest.raises(RecipeError, match=f"{expected} the budget .* measured latency"):
+        enumerate_shapes.run(cfg, {"latency": latency}, tmp_path)
