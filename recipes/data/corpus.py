@@ -36,6 +36,8 @@ TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """Types of files that may hold conversations."""
+TABLES = (".csv", ".tab", ".tsv")
+"""Types of files that hold tables."""
 PYARROW_TYPES = (".jsonl.zst", ".parquet")
 """Types of files that are read with pyarrow."""
 CHECKED_RECORDS = 100
@@ -138,10 +140,12 @@ def first_records_problem(source: str, text_field: str, *, chat: bool) -> tuple[
         types = " or ".join(RECORD_TYPES)
         fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
-    # A login node does not have pyarrow.
-    is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
+    # Other types of files have no fields, and a file without line breaks would be read as a whole.
+    is_readable = parsed.file_type in (*RECORD_TYPES, *TABLES)
+    if parsed.file_type in PYARROW_TYPES and find_spec("pyarrow") is None:  # on a login node
+        is_readable = False
     # A wheel may not be downloaded yet. ``source_problem`` reports a missing file.
-    if parsed.wheel or not (parsed.file_type and is_readable and parsed.local_files()):
+    if parsed.wheel or not (is_readable and parsed.local_files()):
         return None
     try:
         for _ in islice(read_source(source, text_field, chat=chat), CHECKED_RECORDS):
