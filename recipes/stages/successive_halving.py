@@ -22,13 +22,14 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
-from recipes.core.manifest import MANIFEST, Outcome
+from recipes.core.manifest import MANIFEST, WORK, Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names, with_option
 from recipes.distillation.loss_checks import loss_problems, pair_problems
 from recipes.distillation.settings import DistillConfig, hidden_state_bytes
 from recipes.distillation.training import (
+    CHECKPOINTS,
     training_problems,
     training_workload,
     weight_problems,
@@ -195,9 +196,12 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
 
 
 def progress(work: Path) -> str | None:
-    """Describes unfinished work by its complete training runs; ``None`` if there are none."""
+    """Describes unfinished work by its training runs; ``None`` if none has saved anything."""
     count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))
-    return f"{count} training{'s' * (count > 1)}" if count else None
+    if count:
+        return f"{count} training{'s' * (count > 1)}"
+    has_checkpoint = any((work / CANDIDATES).glob(f"*/round-*/{WORK}/{CHECKPOINTS}/*"))
+    return "an unfinished training" if has_checkpoint else None
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
