@@ -12,8 +12,15 @@ import torch
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import ARTIFACT, Outcome, read_manifest, stamp_files, write_manifest
-from recipes.core.run_state import InputRef, Request
+from recipes.core.manifest import (
+    ARTIFACT,
+    WORK,
+    Outcome,
+    read_manifest,
+    stamp_files,
+    write_manifest,
+)
+from recipes.core.run_state import InputRef, Request, Status, stage_state
 from recipes.core.stage import NEEDS_GPU, StageConfig
 from recipes.core.stage_process import start_command
 from recipes.core.versions import installed_versions
@@ -60,6 +67,17 @@ STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 """
 
 
+def run_on_two_ranks(request: Request, stage: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the module ``a_stage`` beside a stage's directory with torchrun."""
+    return subprocess.run(
+        start_command("a_stage", request.write(stage), 2, sys.executable),
+        env={**os.environ, **env, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{stage.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) -> None:
     """The ranks are real processes. Only the duration of hashing is simulated."""
     source, stage = tmp_path / "source", tmp_path / "stage"
@@ -79,24 +97,44 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
         inputs={"data": InputRef.of(source)},
         config={"stage": "a"},
     )
-    done = subprocess.run(
-        start_command("a_stage", request.write(stage), 2, sys.executable),  # two ranks
-        # The worker must disable TensorFloat-32 even if the environment enables it.
-        env={
-            **os.environ,
-            "NVIDIA_TF32_OVERRIDE": "1",
-            "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{tmp_path}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # The worker must disable TensorFloat-32 even if the environment enables it.
+    done = run_on_two_ranks(request, stage, NVIDIA_TF32_OVERRIDE="1")
     assert done.returncode == 0, done.stderr
     result = read_manifest(stage)
     assert result is not None
     assert sorted(result.files) == ["rank-0", "rank-1"]  # each rank wrote its file
     assert done.stdout.count("(transformers 4.0 → ") == 1  # only rank 0 warns
     assert result.seconds >= 2 * HASH_SECONDS  # of the input, and of the result
+
+
+STOPPING_STAGE = """
+import time
+from types import SimpleNamespace
+
+from recipes.core.stage import StageConfig, StoppedByDeadlineError, rank
+
+
+def run(cfg, inputs, out):
+    if rank() == 0:
+        time.sleep(5)
+        (out.parent / "saved").touch()
+    raise StoppedByDeadlineError("stopped at the deadline.", "")
+
+
+STAGE = SimpleNamespace(run=run, config=StageConfig, kind="search_results")
+"""
+"""A stage without process groups, like a search. Rank 0 needs 5 s longer to save its work."""
+
+
+def test_ranks_without_process_groups_wait_until_all_have_saved(tmp_path: Path) -> None:
+    """If rank 1 ended at once, torchrun would kill rank 0."""
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    (tmp_path / "a_stage.py").write_text(STOPPING_STAGE)
+    request = Request(name="stage", fingerprint="f", code="c", inputs={}, config={"stage": "a"})
+    assert run_on_two_ranks(request, stage).returncode != 0
+    assert (stage / WORK / "saved").exists()
+    assert stage_state(stage).status is Status.STOPPED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
