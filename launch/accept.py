@@ -13,7 +13,13 @@ from pathlib import Path
 
 from launch.planned import RESUME, RUN, SKIP, PlannedStage, compare, describe_changes
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Acceptance, Manifest, read_manifest, replaced_inputs
+from recipes.core.manifest import (
+    Acceptance,
+    Manifest,
+    read_manifest,
+    replaced_inputs,
+    write_manifest,
+)
 from recipes.core.run_state import content_of
 from recipes.core.snapshot import snapshot_dir
 from recipes.planning.training_cost import hours_text
@@ -125,6 +131,15 @@ def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | N
         and (result := read_manifest(stage.directory)) is not None
         and result.accepted != stage.accepted
     }
+
+
+def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
+    """Records in a complete stage's manifest that the user keeps its stale result.
+
+    ``None`` removes the record.
+    """
+    if (manifest := read_manifest(stage_dir)) is not None:
+        write_manifest(stage_dir, replace(manifest, accepted=acceptance))
 
 
 def require_confirmed(

@@ -55,6 +55,7 @@ from yaml import YAMLError
 
 from launch import commands, lock, schema
 from launch import console as view
+from launch.accept import record_acceptance
 from launch.executors import executor_of
 from launch.hydra_errors import explain
 from launch.machine import has_own_python
@@ -79,7 +80,6 @@ from recipes.core.run_state import (
     StageState,
     discard_work,
     read_last_plan,
-    record_acceptance,
     remove_unused_snapshots,
     stage_states,
 )

@@ -25,7 +25,6 @@ from recipes.core.manifest import (
     FORMAT,
     MANIFEST,
     WORK,
-    Acceptance,
     Manifest,
     read_manifest,
     replaced_inputs,
@@ -297,15 +296,6 @@ def remove_unused_snapshots(run_dir: Path) -> None:
             shutil.rmtree(snapshot)
 
 
-def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
-    """Records in a complete stage's manifest that the user keeps its stale result.
-
-    ``None`` removes the record.
-    """
-    if (manifest := read_manifest(stage_dir)) is not None:
-        write_manifest(stage_dir, replace(manifest, accepted=acceptance))
-
-
 def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
     """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
 
@@ -316,6 +306,9 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         The manifest in ``begun.json``. Its ``seconds`` is the time that earlier starts spent on
         this work: each start counts until its last metrics record. Its ``input_content`` has only
         the inputs that an earlier start has hashed.
+
+    Raises:
+        RecipeError: Work with another fingerprint cannot be deleted.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
     if earlier is not None and (
@@ -326,8 +319,8 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         earlier = None
     if earlier is None or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
-        # Hidden files may be those that NFS keeps while another process has them open.
-        if work.is_symlink() or any(work.glob("[!.]*")):  # training would resume from it
+        # Training would resume from what remains. NFS keeps hidden files while they are open.
+        if work.is_symlink() or any(work.glob("[!.]*")):
             what = f"{work} cannot be deleted: it is a link, or has files of another user."
             raise RecipeError(what, "delete it, then repeat the command")
         metrics = stage_dir / METRICS

@@ -84,11 +84,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     # trtllm-serve returns no log-probabilities of a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
-    positions = read_json(folder / "config.json")["max_position_embeddings"]
-    length_limits = [cfg.max_length, positions - 1]  # a server needs a free position at the end
-    if server.startswith("tensorrt_llm"):
-        length_limits += engine_limits(artifact.manifest.config)
-    length = min(length_limits)
+    length = _max_length(cfg, artifact, folder)
     harness_tasks.require_room_for_text(tasks, length, cfg.name)
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length, cfg.seq_length if text else 0) as lm:
@@ -173,6 +169,15 @@ def served_lm(
         lm_class, launcher = ServedLM, tensorrt_llm.launcher()
     with serving(command, port, cfg.start_seconds, launcher) as address:
         yield lm_class(address, folder, length)
+
+
+def _max_length(cfg: EvaluateServedConfig, artifact: Input, folder: Path) -> int:
+    """Returns the maximum tokens of a prompt together with its answer."""
+    positions: int = read_json(folder / "config.json")["max_position_embeddings"]
+    limits = [cfg.max_length, positions - 1]  # a server needs a free position at the end
+    if server_of(artifact)[0].startswith("tensorrt_llm"):
+        limits += engine_limits(artifact.manifest.config)
+    return min(limits)
 
 
 def engine_limits(build: Mapping[str, Any]) -> list[int]:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +36,8 @@ from recipes.engines import served, served_lm, server
 from recipes.engines.results import EngineResult
 from recipes.engines.server import free_port, llama_command, serving
 from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
-from recipes.evaluation import harness_tasks, packed_lm
+from recipes.evaluation import packed_lm
+from recipes.evaluation.harness_tasks import answer, load_tasks
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.results import ServedResult
 from recipes.evaluation.text_quality import score
@@ -102,10 +102,8 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     llama: served_lm.LlamaCppLM, student: packed_lm.PackedLM
 ) -> None:
     """Includes truncated contexts. Responses also say which continuations are greedy."""
-    for task in harness_tasks.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
-        expected, answers = (
-            harness_tasks.answer(lm, task, LIMIT, seed=1) for lm in (student, llama)
-        )
+    for task in load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
+        expected, answers = (answer(lm, task, LIMIT, seed=1) for lm in (student, llama))
         for pair in zip(answers, expected, strict=True):
             assert len({(item.id, item.hash) for item in pair}) == 1  # both are the same item
             responses = (torch.tensor(item.response).double().flatten() for item in pair)
@@ -401,21 +399,3 @@ def test_a_server_stops_if_its_stage_is_killed(gguf: Path) -> None:
                 return
         time.sleep(0.1)
     pytest.fail("the server still listens")
-
-
-def test_generated_text_reports_progress_after_each_request(
-    odd_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The watchdog stops a stage without progress. A fake server echoes each request's number."""
-    client = served_lm.ServedLM("http://localhost", odd_llama, 64)
-    reports: list[tuple[int, int]] = []
-    client.progress = lambda done, total: reports.append((done, total))
-    numbers = count()
-    answer = lambda messages, **options: {"choices": [{"index": 0, "text": str(next(numbers))}]}  # noqa: E731
-    monkeypatch.setattr(client, "model_call", answer)
-    requests = [
-        Instance("generate_until", {}, (f"text {number}", {"until": [], "max_gen_toks": 3}), number)
-        for number in range(3)
-    ]
-    assert client.generate_until(requests) == ["0", "1", "2"]
-    assert reports == [(1, 3), (2, 3), (3, 3)]

@@ -146,37 +146,6 @@ def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: 
     assert "no best run" not in process.stdout  # a sweep says this only after real runs
 
 
-@pytest.mark.parametrize(
-    ("overrides", "name"),
-    [
-        # The run directory does not depend on the second swept field.
-        (["run_dir=x-${stages.prune.target_hidden_size}", "confirm_above=1,2"], "run_dir="),
-        (["hydra.sweep.subdir=x"], "run_dir="),
-        (["hub.push=me/${recipe_name}", "engine=null"], "hub.push=me/llama_width_prune"),
-    ],
-)
-def test_runs_of_a_sweep_do_not_overwrite_each_other(
-    launch: Launch, overrides: list[str], name: str
-) -> None:
-    sizes = "stages.prune.target_hidden_size=448,512"
-    process = launch("-m", RECIPE, "dry_run=true", sizes, *overrides)
-    assert process.returncode == 1
-    assert f"an earlier run of this sweep has {name}" in process.stderr
-
-
-def test_refused_and_empty_sweeps_leave_no_files(launch: Launch, tmp_path: Path) -> None:
-    for overrides, message in (
-        (("run_dir=x", "confirm_above=1,2"), "several runs of this sweep would have run_dir=x"),
-        (("confirm_above=-1,-2",), "runs that failed: 2"),
-        (("confirm_above=range(1,1)",), "this sweep has no run"),
-        ((f"hydra.sweep.dir={__file__}",), f"{__file__} is a file"),
-    ):
-        process = launch("-m", RECIPE, "dry_run=true", *overrides)
-        assert process.returncode == 1
-        assert message in process.stderr
-        assert not list((tmp_path / "cwd" / "runs").glob("sweeps/*"))
-
-
 def test_run_dir_may_look_like_a_number(launch: Launch, tmp_path: Path) -> None:
     assert launch(RECIPE, "dry_run=true", "run_dir=2025_01_02").returncode == 0
     assert (tmp_path / "cwd" / "2025_01_02" / "run.yaml").exists()
