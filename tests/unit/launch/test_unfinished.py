@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
-SEARCH = "recipe=llama_search"
+SEARCH, ROUND = "recipe=llama_search", "candidates/a/round-0"
 RESUME_RULE = "(it resumes only with the settings, inputs and code that it was started with)."
 """End of the message of a refused plan."""
 
@@ -251,14 +251,19 @@ def test_parallel_layout_may_change_between_interruption_and_resumption(plan: Ma
     ("stage", "file", "setting", "progress"),
     [
         ("prepare_data", "splits/train.bin", "max_documents=7", "10,000,000 tokens"),
-        ("successive_halving", "candidates/a/round-0/manifest.json", "distill.lr=1", "1 training"),
-        ("successive_halving", "candidates/a/round-0/work/checkpoints/1", "distill.lr=1", "train"),
+        ("successive_halving", f"{ROUND}/manifest.json", "distill.lr=1", "1 training"),
+        (
+            "successive_halving",
+            f"{ROUND}/work/checkpoints/1",
+            "distill.lr=1",
+            "an unfinished training",
+        ),
     ],
 )
 def test_progress_of_text_and_of_searches_is_not_lost(
     plan: MakePlan, stage: str, file: str, setting: str, progress: str
 ) -> None:
-    """Text counts as progress from ``MIN_PROGRESS_TOKENS``, a search from one complete training."""
+    """Text counts as progress from ``MIN_PROGRESS_TOKENS``, a search from one checkpoint."""
 
     def planned(*overrides: str) -> Plan:
         return plan("stages.enumerate_shapes.budget.parameters=0.9", *overrides, recipe=SEARCH)
