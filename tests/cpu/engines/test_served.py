@@ -49,8 +49,7 @@ from tests.unit.engines.test_tensorrt_llm import API
 
 LENGTH = 255
 """Maximum tokens of a prompt with its answer: the tiny model's 256 positions minus 1."""
-LIMIT = 3
-"""Number of items of a task that are evaluated."""
+LIMIT = 3  # items of a task that are evaluated
 
 
 @pytest.fixture(scope="module")

@@ -252,12 +252,7 @@ def test_parallel_layout_may_change_between_interruption_and_resumption(plan: Ma
     [
         ("prepare_data", "splits/train.bin", "max_documents=7", "10,000,000 tokens"),
         ("successive_halving", f"{ROUND}/manifest.json", "distill.lr=1", "1 training"),
-        (
-            "successive_halving",
-            f"{ROUND}/work/checkpoints/1",
-            "distill.lr=1",
-            "an unfinished training",
-        ),
+        ("successive_halving", f"{ROUND}/work/checkpoints/1", "distill.lr=1", "an unfinished"),
     ],
 )
 def test_progress_of_text_and_of_searches_is_not_lost(
