@@ -123,9 +123,11 @@ def _require_pruned_from_teacher(inputs: Inputs) -> None:
     from recipes.pruning.kept import KEPT_FILE
 
     pruned, teacher = inputs["checkpoint"], inputs["teacher"]
+    # In one run, a result of ``prune`` that the user accepts may have an earlier teacher.
+    is_same_run = pruned.directory.parent == teacher.directory.parent
+    is_of_teacher = pruned.manifest.inputs.get("checkpoint") == teacher.manifest.fingerprint
     is_pruned = (pruned.artifact / KEPT_FILE).exists()
-    origin = pruned.manifest.inputs.get("checkpoint", teacher.manifest.fingerprint)
-    if not is_pruned or origin != teacher.manifest.fingerprint:
+    if not is_pruned or not (is_same_run or is_of_teacher):
         raise RecipeError(
             f"{pruned.directory} was not pruned from {teacher.directory}.",
             "set the inputs checkpoint and teacher of this stage to a result of prune and to the "
