@@ -45,7 +45,8 @@ def test_healing_needs_the_model_that_was_pruned(tmp_path: Path) -> None:
         teacher = replace(
             bare_manifest("import_hf", "checkpoint_nemo", None), fingerprint="teacher"
         )
-        return {"checkpoint": Input(tmp_path, pruned), "teacher": Input(tmp_path, teacher)}
+        other_run = tmp_path / "other" / "import_hf"
+        return {"checkpoint": Input(tmp_path, pruned), "teacher": Input(other_run, teacher)}
 
     with pytest.raises(RecipeError, match="was not pruned from"):
         heal._require_pruned_from_teacher(inputs("teacher"))  # not a result of ``prune``
