@@ -22,6 +22,9 @@ from recipes.evaluation.results import Item
 
 Subtasks = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
+EXPECTED_DIFFERENCES = {"dataset_kwargs", "metadata", "tag", "task_alias"}
+"""Settings of a task in which ``_pinned_definitions`` or a group may differ without effect on the
+answers."""
 NEW_TOKENS = 256
 """lm-eval's default for the maximum number of generated tokens of an item."""
 HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
@@ -137,8 +140,9 @@ def _require_same_settings(subtasks: Subtasks, pinned: Subtasks) -> None:
     """
     for name, task in pinned.items():
         settings, group_settings = task.dump_config(), subtasks[name].dump_config()
-        for key in settings.keys() - {"dataset_kwargs", "metadata"}:
-            if settings[key] != group_settings.get(key):
+        # ``dump_config`` omits settings that are ``None``.
+        for key in (settings.keys() | group_settings.keys()) - EXPECTED_DIFFERENCES:
+            if settings.get(key) != group_settings.get(key):
                 raise ValueError(f"its group changes {key} of {name}, so no commit can be set")
 
 

@@ -114,10 +114,12 @@ def _question(text: str) -> bytes:
 
 
 def write_tasks(folder: Path) -> Path:
-    """Writes a group of two tasks on a local file: ``one`` (5-shot in the group) and ``two``.
+    """Writes the group ``both`` of two tasks on a local file: ``one`` and ``two``.
 
-    The tasks have different metrics.
+    The tasks have different metrics. In the group, ``one`` has five examples.
     """
+    group = {"group": "both", "task": [{"task": "one", "num_fewshot": 5}, "two"]}
+    (folder / "both.yaml").write_text(json.dumps(group))
     (folder / "data.jsonl").write_text('{"q": "a", "a": "b"}\n' * 9)
     for name, metric in (("one", "acc"), ("two", "exact_match")):
         output = "multiple_choice" if metric == "acc" else "generate_until"
@@ -137,8 +139,7 @@ def write_tasks(folder: Path) -> Path:
 
 def test_groups_with_different_metrics_or_own_settings_are_refused(tmp_path: Path) -> None:
     manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
-    group = {"group": "both", "task": [{"task": "one", "num_fewshot": 5}, "two"]}
-    subtasks = manager.load([group])["tasks"]
+    subtasks = manager.load(["both"])["tasks"]
     with pytest.raises(RecipeError, match="two has no mean acc"):
         harness_tasks._task("both", "hub", subtasks, "evaluate_tasks")
     alone = manager.load(["one"])["tasks"]
