@@ -17,16 +17,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT, read_json, sha256_of, write_json
-from recipes.core.snapshot import hash_source, source_files
-from recipes.core.wheels import cache_dir
+from recipes.core.files import REPO_ROOT, sha256_of
+from recipes.core.snapshot import source_files
 
 WORKER = "recipes.core.worker"
 """Main module of every stage's process."""
@@ -34,12 +31,6 @@ BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 """Fields of ``ast`` nodes that hold lists of statements, or of nodes with such lists."""
 MAX_HASHED_BYTES = 1 << 20
 """``external_stamp`` does not hash larger files: 140 GB of weights would take minutes per plan."""
-
-
-PARSED = "parsed_modules.json"
-"""File in the cache with the result of ``parsed_modules``."""
-ParsedModule = tuple[str, list[str]]
-"""Hash of a module's code, and the names that the module imports."""
 
 
 def digest(value: object) -> str:
@@ -141,41 +132,15 @@ def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
-def _read_module(root: Path, module: str) -> tuple[str, list[str]]:
+@cache
+def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     """Returns the hash of a module's code and the first-party modules that it imports."""
     path = _path_of(root, module)
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
-    code, imports = parsed_modules(root)[path]
-    return code, [name for name in imports if _path_of(root, name)]
-
-
-@cache
-def parsed_modules(root: Path) -> dict[str, ParsedModule]:
-    """Returns the hash of each module's code, and all names that the module imports, by path.
-
-    Parsing takes half a second, a quarter of the time of a plan. So the cache of downloads keeps
-    the result of the last parsed code.
-    """
-    sources = source_files(root)
-    code = hash_source(sources)
-    try:
-        cached = read_json(cache_dir() / PARSED)
-        if cached["code"] == code:
-            return dict(cached["modules"])
-    except (RecipeError, OSError, KeyError, TypeError, ValueError):  # missing or damaged
-        pass
-    modules = {path: _parse(path, text) for path, text in sources.items() if path.endswith(".py")}
-    with suppress(OSError):  # a cache that cannot be written is not needed
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        write_json(cache_dir() / PARSED, {"code": code, "modules": modules})
-    return modules
-
-
-def _parse(path: str, source: bytes) -> ParsedModule:
-    tree = ast.parse(source)
+    tree = ast.parse(source_files(root)[path])
     # ``_imports`` also removes docstrings from the tree, so it must be called before ``_dump``.
-    imports = sorted(set(_imports(path, tree)))
+    imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(_dump(tree).encode()).hexdigest(), imports
 
 

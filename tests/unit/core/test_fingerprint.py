@@ -21,7 +21,6 @@ from recipes.core.fingerprint import (
 from recipes.core.snapshot import source_files
 from recipes.core.stage import Resources
 from recipes.core.versions import result_versions
-from recipes.core.wheels import cache_dir
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.pruning.settings import PruneConfig
@@ -54,10 +53,9 @@ which imports stage: a cycle. shared imports types only for type checkers.
 
 
 def clear_caches() -> None:
-    """Clears the caches of source code, also the file in the cache of downloads."""
-    (cache_dir() / fingerprint.PARSED).unlink(missing_ok=True)
+    """Clears the caches of source code."""
     fingerprint.code_fingerprint.cache_clear()
-    fingerprint.parsed_modules.cache_clear()
+    fingerprint._read_module.cache_clear()
     source_files.cache_clear()
 
 
@@ -68,7 +66,6 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)
     monkeypatch.setattr(fingerprint, "REPO_ROOT", tmp_path)
-    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
     clear_caches()
     yield tmp_path
     clear_caches()
@@ -170,27 +167,6 @@ def test_comments_format_types_and_unrelated_code_do_not_change_the_fingerprint(
     before = fingerprint_of("stage")
     replace_in(repo / file, old, new)
     assert fingerprint_of("stage") == before
-
-
-def test_parsed_modules_are_read_from_the_cache_until_the_code_changes(repo: Path) -> None:
-    def parse_again() -> dict[str, fingerprint.ParsedModule]:
-        fingerprint.parsed_modules.cache_clear()
-        source_files.cache_clear()
-        return fingerprint.parsed_modules(repo)
-
-    file = cache_dir() / fingerprint.PARSED
-    modules = parse_again()
-    file.write_text(file.read_text().replace(modules["recipes/types.py"][0], "from the cache"))
-    assert parse_again()["recipes/types.py"][0] == "from the cache"
-    file.write_text(file.read_text()[:100])  # a damaged file is not used
-    assert parse_again() == modules
-    file.unlink()
-    file.mkdir()  # cannot be written
-    assert parse_again() == modules
-    file.rmdir()
-    parse_again()
-    replace_in(repo / "recipes" / "types.py", "int", "str")
-    assert parse_again()["recipes/types.py"] != modules["recipes/types.py"]
 
 
 def test_empty_fields_of_newer_pythons_do_not_change_the_fingerprint(
