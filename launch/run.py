@@ -48,7 +48,6 @@ if importlib.util.find_spec("hydra") is None:
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -66,6 +65,7 @@ from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.sweep import (
+    is_sweep,
     remove_unused_folder,
     require_new_results,
     require_separate_results,
@@ -103,10 +103,9 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     # Errors are handled here: Hydra would also print the overrides.
     try:
-        if is_sweep:
+        if is_sweep():
             require_separate_results(cfg, sys.argv[1:])
     except RecipeError as error:
         remove_unused_folder()
@@ -115,7 +114,7 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
         return run(cfg, recipe)
     except RecipeError as error:
         status = _fail(error)
-        if is_sweep:
+        if is_sweep():
             return error  # the other runs are still started
         raise SystemExit(status) from error
 
@@ -129,7 +128,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_sweep():
         require_new_results(run_dir, settings.hub.push)
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
@@ -177,10 +176,10 @@ def _follow(record_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Ite
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:
     """Returns the absolute path of the run's directory; refuses a file and a path with a colon."""
-    hydra_cfg = HydraConfig.get()
     default = os.path.join("runs", recipe)
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        default = os.path.join(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir)
+    if is_sweep():
+        sweep = HydraConfig.get().sweep
+        default = os.path.join(sweep.dir, sweep.subdir)
     directory = default if settings.run_dir is None else settings.run_dir
     path = Path(os.path.expanduser(directory)).resolve()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())

@@ -133,7 +133,8 @@ def _refuse_misplaced_groups(cfg: DictConfig) -> None:
     for group in set(groups()) - GROUPS_WITH_FIELDS:
         if group in cfg:
             raise RecipeError(
-                f"the file that {group}=… names has no effect: it sets fields of '{group}'.",
+                f"the file that {group}=… names has no effect: it sets fields of '{group}', not of "
+                "the config's root.",
                 "add this line at its start: # @package _global_",
             )
 

@@ -34,6 +34,11 @@ _results: set[str] = set()
 """Where the runs of this process's sweep write results, so far: ``run_dir=DIR``, ``hub.push=…``."""
 
 
+def is_sweep() -> bool:
+    """Returns whether Hydra runs a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Refuses a sweep whose runs would overwrite each other's results, before its first run.
 
@@ -98,8 +103,7 @@ def resuming_argument(arguments: Sequence[str]) -> str:
     hydra_cfg = HydraConfig.get()
     argument = f"hydra.sweep.dir={hydra_cfg.sweep.dir}"
     is_started = any(Path(hydra_cfg.sweep.dir).glob(f"*/{RUN_FILE}"))
-    is_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    return argument if is_sweep and is_started and argument not in arguments else ""
+    return argument if is_sweep() and is_started and argument not in arguments else ""
 
 
 class Best(Callback):

@@ -333,7 +333,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier)
         begun = replace(begun, seconds=seconds, input_content=earlier.input_content)
     shutil.rmtree(work / ARTIFACT, ignore_errors=True)
-    (work / ARTIFACT).mkdir(parents=True, exist_ok=True)
+    (work / ARTIFACT).mkdir(parents=True)
     write_manifest(work, begun, BEGUN)
     forget_outcome(stage_dir)
     return begun

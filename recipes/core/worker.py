@@ -309,9 +309,9 @@ def _wait_for_other_ranks() -> None:
     at the same deadline but need different times to save their checkpoints. When one rank exits,
     torchrun kills the others.
     """
-    torch, store = sys.modules.get("torch"), shared_store()
+    torch = sys.modules.get("torch")
     has_groups = torch is not None and torch.distributed.is_initialized()
-    if world_size() == 1 or has_groups or store is None:
+    if has_groups or (store := shared_store()) is None:
         return
     end = time.monotonic() + STOP_SECONDS
     store.add("stopped", 1)

@@ -19,6 +19,7 @@ import ijson
 
 from recipes.core.errors import RecipeError
 from recipes.data.records import (
+    FILES_WITH_FIELDS,
     MESSAGES,
     READERS,
     TOOLS,
@@ -36,8 +37,6 @@ TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """Types of files that may hold conversations."""
-TABLES = (".csv", ".tab", ".tsv")
-"""Types of files that hold tables."""
 PYARROW_TYPES = (".jsonl.zst", ".parquet")
 """Types of files that are read with pyarrow."""
 CHECKED_RECORDS = 100
@@ -140,12 +139,12 @@ def first_records_problem(source: str, text_field: str, *, chat: bool) -> tuple[
         types = " or ".join(RECORD_TYPES)
         fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
-    # Other types of files have no fields, and a file without line breaks would be read as a whole.
-    is_readable = parsed.file_type in (*RECORD_TYPES, *TABLES)
-    if parsed.file_type in PYARROW_TYPES and find_spec("pyarrow") is None:  # on a login node
-        is_readable = False
-    # A wheel may not be downloaded yet. ``source_problem`` reports a missing file.
-    if parsed.wheel or not (is_readable and parsed.local_files()):
+    # Other files have nothing to check. One without line breaks would be read as a whole.
+    has_fields = parsed.file_type in FILES_WITH_FIELDS
+    # A login node does not have pyarrow.
+    is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
+    # A wheel, which may not be downloaded yet, has no local files.
+    if not (has_fields and is_readable and parsed.local_files()):
         return None
     try:
         for _ in islice(read_source(source, text_field, chat=chat), CHECKED_RECORDS):

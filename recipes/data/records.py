@@ -163,6 +163,10 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
 """Function that yields the records of an open file, by the suffix of the file's name."""
 ONE_DOCUMENT_FILES = tuple(suffix for suffix, read in READERS.items() if read is _whole_file)
 """Suffixes of files with one document each."""
+FILES_WITH_FIELDS = tuple(
+    suffix for suffix, read in READERS.items() if read not in (_paragraphs, _whole_file)
+)
+"""Suffixes of files whose records can have fields."""
 
 
 def text_of_fields(fields: str, record: object) -> str | None:

@@ -26,11 +26,10 @@ def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
 def pair_problems(
     cfg: DistillConfig, student: Architecture, teacher: Architecture, cost: str = ""
 ) -> Iterator[Problem]:
-    """Checks that paired layers differ, and are on the last pipeline stage.
+    """Checks that no layer is in two pairs, and that all are on the last pipeline stage.
 
-    The last stage computes the loss.
-
-    ``cost`` says how long training takes without pipeline parallelism; "" omits this.
+    That stage computes the loss. ``cost`` says how long training takes without pipeline
+    parallelism; "" omits this.
     """
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(

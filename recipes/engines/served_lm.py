@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import GenerationConfig
@@ -33,12 +34,21 @@ SLICE = 32
 AnswerT = TypeVar("AnswerT")
 
 
-class ServedLM(LocalCompletionsAPI):
-    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
+class ProgressLM(LM):
+    """Reports progress after each generated text. lm-eval's classes generate all texts at once."""
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
     """Receives the numbers of finished and of all requests or sequences. The default does nothing.
     """
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Returns generated text, one request at a time."""
+        generate = partial(super().generate_until, disable_tqdm=True)
+        return _answer_in_slices(generate, requests, 1, self.progress)
+
+
+class ServedLM(ProgressLM, LocalCompletionsAPI):
+    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -72,22 +82,9 @@ class ServedLM(LocalCompletionsAPI):
             return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
         return [self.tok_encode(text) for text in string]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns generated text, one request at a time."""
-        generate = partial(super().generate_until, disable_tqdm=True)
-        return _answer_in_slices(generate, requests, 1, self.progress)
 
-
-class EngineLM(HFLM):
+class EngineLM(ProgressLM, HFLM):
     """Evaluates an engine in this process."""
-
-    progress: ProgressCallback = staticmethod(lambda done, total: None)
-    """As in ``ServedLM``."""
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns generated text, one request at a time."""
-        generate = partial(super().generate_until, disable_tqdm=True)
-        return _answer_in_slices(generate, requests, 1, self.progress)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
@@ -103,7 +100,7 @@ def _answer_in_slices(
     size: int,
     progress: ProgressCallback,
 ) -> list[AnswerT]:
-    """Answers ``size`` requests at a time, and reports progress. lm-eval answers all at once."""
+    """Answers ``size`` requests at a time, and reports progress after each slice."""
     answers: list[AnswerT] = []
     for start in range(0, len(requests), size):
         answers += answer(requests[start : start + size])

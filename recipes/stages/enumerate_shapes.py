@@ -64,9 +64,8 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
         return
     budget = cfg.budget.limits()
-    estimated = dict(budget)  # limits that the plan can estimate
-    if "latency" in cfg.inputs:  # only the run measures the latency
-        estimated = {name: limit for name, limit in budget.items() if name not in SPEED_LIMITS}
+    measured = SPEED_LIMITS if "latency" in cfg.inputs else ()  # only the run can check these
+    estimated = {name: limit for name, limit in budget.items() if name not in measured}
     if not budget:
         names = ", ".join(f"budget.{name}" for name in SHAPE_COSTS)
         yield Problem(rules.BUDGET, "a search needs a budget", f"set one of {names}")

@@ -127,7 +127,7 @@ def _require_pruned_from_teacher(inputs: Inputs) -> None:
     is_same_run = pruned.directory.parent == teacher.directory.parent
     is_of_teacher = pruned.manifest.inputs.get("checkpoint") == teacher.manifest.fingerprint
     is_pruned = (pruned.artifact / KEPT_FILE).exists()
-    if not is_pruned or not (is_same_run or is_of_teacher):
+    if not (is_pruned and (is_same_run or is_of_teacher)):
         raise RecipeError(
             f"{pruned.directory} was not pruned from {teacher.directory}.",
             "set the inputs checkpoint and teacher of this stage to a result of prune and to the "

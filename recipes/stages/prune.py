@@ -44,6 +44,16 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
     return pruned_shape(input_shape, cfg.targets(chain.teacher))
 
 
+SCORED_AXES = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "layers.1.ffn_hidden_size",
+    "num_attention_heads": "layers.1.num_attention_heads",
+    "num_moe_experts": "layers.1.num_moe_experts",
+    "moe_ffn_hidden_size": "layers.1.experts.0.moe_ffn_hidden_size",
+}
+"""By axis: a key of ``Importance.widths`` with one score for each index of the axis."""
+
+
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the targets or the search, of missing scores and of a large reduction."""
     teacher, input_shape = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
@@ -252,15 +262,6 @@ def _require_scores_of(model: Architecture, importance: Importance, directory: P
                 "score the model that is pruned: set inputs.checkpoint of the score stage to it",
             )
 
-
-SCORED_AXES = {
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "layers.1.ffn_hidden_size",
-    "num_attention_heads": "layers.1.num_attention_heads",
-    "num_moe_experts": "layers.1.num_moe_experts",
-    "moe_ffn_hidden_size": "layers.1.experts.0.moe_ffn_hidden_size",
-}
-"""A key of ``Importance.widths`` for each axis; its scores are as many as the axis's size."""
 
 STAGE = Stage(
     config=PruneConfig,
