@@ -237,18 +237,6 @@ def has_chat_template(hf_path: str) -> bool | None:
     return is_in_config or any(any(folder.glob(pattern)) for pattern in files)
 
 
-def has_token(hf_path: str, token: str) -> bool | None:
-    """Returns whether a tokenizer has a token; ``None`` without a local ``tokenizer.json``."""
-    folder = local_folder(hf_path)
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    tokenizer = read_json(folder / "tokenizer.json")
-    # ``vocab`` maps tokens to ids. A Unigram model has a list of (token, score) instead.
-    added = (token_entry["content"] for token_entry in tokenizer.get("added_tokens", ()))
-    model = tokenizer.get("model") or {}  # the check of the model reports a damaged file
-    return token in dict(model.get("vocab", ())) or token in added
-
-
 def _hub_file(hf_path: str, name: str) -> Path:
     """Returns the cached file of a hub model; downloads it if necessary."""
     from huggingface_hub import hf_hub_download

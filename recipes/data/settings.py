@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,10 @@ SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as
 BYTES_PER_TOKEN, BYTES_PER_PARAGRAPH = 4.0, 400.0
 """Estimated average bytes of a token and of a paragraph of English text. The vocabulary is assumed
 to have at least 50,000 tokens."""
+
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""Common names of the token that separates documents in pretraining. They are tried before
+``eos_token``, which in an instruct model often ends a turn instead."""
 
 Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and letters from a to f")]
 
@@ -147,3 +152,9 @@ class PrepareDataConfig(StageConfig):
         """Returns the fraction of each split except ``train``, which gets the remainder."""
         splits = (split for split in corpus.SPLITS if split != "train")
         return {split: getattr(self, f"{split}_fraction") for split in splits}
+
+
+def default_document_end(vocabulary: Container[str], eos_token: str | None) -> str | None:
+    """Returns the token that separates documents by default; ``None`` if there is none."""
+    candidates = (*ENDS_OF_TEXT, eos_token or "")
+    return next((token for token in candidates if token in vocabulary), None)

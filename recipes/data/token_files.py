@@ -3,12 +3,14 @@
 The text is a pair of Megatron's files: tokens in ``.bin``, and an index in ``.idx``. Each split is
 a range of documents, as with Megatron's setting ``split``, and gets its own index. The ``.bin`` of
 a split is a link to the whole ``.bin``, so no token is copied. Planning calls
-``require_token_files`` and must start fast, so NumPy is imported inside functions.
+``require_token_files``, ``require_first_tokens`` and ``require_document_end`` on login nodes, which
+do not have NumPy, so NumPy is imported inside functions.
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,15 @@ _HEADER = struct.Struct("<9sQBQQ")
 """Header of an index: ``MAGIC``, version, code of the tokens' data type, and the numbers of
 sequences and of document boundaries. The arrays ``lengths``, ``pointers`` and ``documents`` of
 ``TokenFiles`` follow it."""
-DTYPES = {4: ("int32", 4), 5: ("int64", 8), 8: ("uint16", 2)}
-"""Supported data types of tokens: NumPy name and size in bytes, by Megatron's code."""
+DTYPES = {4: "i", 5: "q", 8: "H"}
+"""Supported data types of tokens, by Megatron's code: int32, int64 and uint16, as ``array``,
+``struct`` and NumPy name them."""
 BLOCK = 1 << 24
 """Tokens that ``require_valid`` checks at once: 32 to 128 MiB of memory."""
 SAMPLED_TOKENS = 200
 """Tokens from the start of the text that are decoded to show that the tokenizer fits."""
+FIRST_TOKENS = 1 << 16
+"""Tokens from the start of the text that planning compares with the vocabulary."""
 CHECKED_ENDS = 1000
 """Number of documents, from the first, whose last token is compared with the tokenizer's end of
 text."""
@@ -110,7 +115,7 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
         [last_length] = struct.unpack("<i", file.read(4))
         file.seek(_HEADER.size + 12 * sequences - 8)
         [last_pointer] = struct.unpack("<q", file.read(8))
-    itemsize = DTYPES[code][1]
+    itemsize = struct.calcsize(DTYPES[code])
     data_bytes = last_pointer + last_length * itemsize
     if data.stat().st_size != data_bytes:
         raise _problem(
@@ -131,7 +136,7 @@ def open_token_files(prefix: Path) -> TokenFiles:
     pointers: np.ndarray = np.memmap(index, np.int64, "r", offset, (sequences,))
     offset += 8 * sequences
     documents: np.ndarray = np.memmap(index, np.int64, "r", offset, (boundaries,))
-    tokens: np.ndarray = np.memmap(data, DTYPES[code][0], "r")
+    tokens: np.ndarray = np.memmap(data, DTYPES[code], "r")
     return TokenFiles(prefix, code, lengths, pointers, documents, tokens)
 
 
@@ -167,40 +172,93 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         and bool(np.all(np.diff(files.documents) >= 0))
     )
     if not is_consistent:
-        raise _problem(f"{files.prefix}.idx is damaged: its arrays do not fit together")
+        raise _damaged_index(files.prefix)
     for start in range(0, len(files.tokens), BLOCK):
         block = files.tokens[start : start + BLOCK]
-        lowest, largest = int(block.min()), int(block.max())
-        if lowest < 0 or largest >= vocabulary:
-            raise _problem(
-                f"{files.prefix}.bin has token {largest if lowest >= 0 else lowest}, "
-                f"but the model's tokenizer has {vocabulary:,} ids",
-                "tokenize the text with this model's tokenizer, or set data.sources instead",
-            )
+        _require_range(files.prefix, int(block.min()), int(block.max()), vocabulary)
         progress(min(start + BLOCK, len(files.tokens)), len(files.tokens))
 
 
-def require_document_end(files: TokenFiles, end: int, name_of: Callable[[int], str]) -> bool:
+def require_first_tokens(prefix: Path, vocabulary: int) -> None:
+    """Checks that the first ``FIRST_TOKENS`` tokens are in the vocabulary.
+
+    Args:
+        prefix: Path of both files without the suffix.
+        vocabulary: The tokenizer's largest id plus 1.
+
+    Raises:
+        RecipeError: A token is not in the vocabulary, or ``require_token_files`` raises an error.
+    """
+    code, _, _, total = require_token_files(prefix)
+    tokens = array(DTYPES[code])
+    with paths_of(prefix)[".bin"].open("rb") as file:
+        tokens.fromfile(file, min(total, FIRST_TOKENS))
+    _require_range(prefix, min(tokens), max(tokens), vocabulary)
+
+
+def _require_range(prefix: Path, lowest: int, largest: int, vocabulary: int) -> None:
+    if lowest < 0 or largest >= vocabulary:
+        raise _problem(
+            f"{prefix}.bin has token {largest if lowest >= 0 else lowest}, "
+            f"but the model's tokenizer has {vocabulary:,} ids",
+            "tokenize the text with this model's tokenizer, or set data.sources instead",
+        )
+
+
+def _damaged_index(prefix: Path) -> RecipeError:
+    return _problem(f"{prefix}.idx is damaged: its arrays do not fit together")
+
+
+def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) -> bool:
     """Returns whether the first ``CHECKED_ENDS`` documents all end with the token ``end``.
 
     Args:
-        files: The files.
+        prefix: Path of both files without the suffix.
         end: The tokenizer's end of text.
         name_of: Returns the text of a token, for the error message.
 
     Raises:
-        RecipeError: At least two documents were checked, and all end with the same other token.
+        RecipeError: At least two documents were checked, and all end with the same other token. Or
+            the index is damaged, or ``require_token_files`` raises an error.
     """
-    # A document stops where the next one starts. Stop 0 belongs to an empty first document.
-    stops = [files.start(n) for n in range(1, min(CHECKED_ENDS + 1, len(files.documents)))]
-    last_tokens = {int(files.tokens[stop - 1]) for stop in stops if stop}
-    if len(last_tokens) == 1 and end not in last_tokens and len(stops) > 1:
-        [last] = last_tokens
+    last_tokens = _last_tokens(prefix)
+    if len(set(last_tokens)) == 1 and end not in last_tokens and len(last_tokens) > 1:
+        last = last_tokens[0]
         raise _problem(
             f"documents end with token {last} ({name_of(last)}), not with {end} ({name_of(end)})",
             f"data.document_end='{name_of(last)}'",
         )
-    return last_tokens == {end}
+    return set(last_tokens) == {end}
+
+
+def _last_tokens(prefix: Path) -> list[int]:
+    """Returns the last token of each of the first ``CHECKED_ENDS`` documents that have tokens."""
+    code, sequences, boundaries, total = require_token_files(prefix)
+    index, data = paths_of(prefix).values()
+    itemsize, last_tokens = struct.calcsize(DTYPES[code]), {}
+    with index.open("rb") as index_file, data.open("rb") as data_file:
+
+        def read_pointers(position: int, count: int) -> array[int]:
+            """Returns int64 numbers that start ``position`` bytes after the lengths."""
+            index_file.seek(_HEADER.size + 4 * sequences + position)
+            numbers = array("q")
+            numbers.fromfile(index_file, count)
+            return numbers
+
+        # A document stops before the first sequence of the next one. Documents without tokens stop
+        # where the previous document does.
+        checked = min(CHECKED_ENDS, boundaries - 1)
+        for sequence in read_pointers(8 * (sequences + 1), checked):
+            if not 0 <= sequence <= sequences:
+                raise _damaged_index(prefix)
+            is_end = sequence == sequences
+            stop = total * itemsize if is_end else read_pointers(8 * sequence, 1)[0]
+            if not 0 <= stop <= total * itemsize:
+                raise _damaged_index(prefix)
+            if stop:
+                data_file.seek(stop - itemsize)
+                [last_tokens[stop]] = struct.unpack(f"={DTYPES[code]}", data_file.read(itemsize))
+    return list(last_tokens.values())
 
 
 def split_ranges(

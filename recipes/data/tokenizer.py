@@ -22,10 +22,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.processes import death_message, die_with_parent
 from recipes.core.stage import rank, world_size
 from recipes.core.watchdog import report_progress
+from recipes.data.settings import default_document_end
 
-ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-"""Common names of the token that separates documents in pretraining. They are tried before
-``eos_token``, which in an instruct model often ends a turn instead."""
 AHEAD = 4
 """Batches queued per worker process, so that no worker waits for text."""
 LONGEST_WAIT = timedelta(days=1)
@@ -224,8 +222,8 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
 
     Args:
         folder: The folder.
-        document_end: Name of the token after every document. By default, it is the first of
-            ``ENDS_OF_TEXT`` that the vocabulary has, or else ``eos_token``.
+        document_end: Name of the token after every document; see
+            ``default_document_end`` for the default.
 
     Raises:
         RecipeError: The vocabulary does not have the token, or there is no ``tokenizer.json``.
@@ -239,14 +237,13 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             "save it with transformers' fast tokenizer first",
         )
     vocabulary = tokenizer.get_vocab()
-    candidates = [document_end] if document_end else [*ENDS_OF_TEXT, tokenizer.eos_token]
-    ends = [vocabulary[token] for token in candidates if token in vocabulary]
-    if not ends:
+    end = document_end or default_document_end(vocabulary, tokenizer.eos_token)
+    if end not in vocabulary:
         raise RecipeError(
-            f"the tokenizer in {folder} has no token {candidates[-1] or 'eos_token'}.",
+            f"the tokenizer in {folder} has no token {end or tokenizer.eos_token or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
     # A tokenizer may define ``bos_token`` but not add it to texts, so this tokenizes a short text.
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
-    return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, ends[0])
+    return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, vocabulary[end])

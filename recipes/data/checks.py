@@ -1,0 +1,98 @@
+"""Finds problems in the settings of ``prepare_data`` without reading whole files.
+
+Does not import torch or NumPy, because login nodes do not have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from recipes.core.errors import RecipeError
+from recipes.data.corpus import first_records_problem
+from recipes.data.settings import PrepareDataConfig, default_document_end
+from recipes.data.sources import Source, parse_source, source_problem, with_option
+from recipes.data.token_files import (
+    require_document_end,
+    require_first_tokens,
+    require_token_files,
+)
+
+
+def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the sources, each with a fix."""
+    if not cfg.sources and not cfg.prefix:
+        yield "data.sources is empty", "set data.sources"
+    for source in cfg.all_sources():
+        yield from _text_problems(cfg, source)
+    yield from _weight_problems(cfg)
+    for source in cfg.teacher_sources():
+        if not (parse_source(source).tokens or cfg.max_tokens):
+            fix = f"for example {with_option(source, 'tokens', 100000)}"
+            yield f"'{source}' sets no number of tokens", fix
+    # Sources that differ only in the options below contain the same text.
+    seen: set[Source] = set()
+    for source in cfg.all_sources():
+        text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
+        if text in seen:
+            what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
+            yield what, "remove one of the two entries"
+        seen.add(text)
+
+
+def _text_problems(cfg: PrepareDataConfig, source: str) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with a source's options, files or first records, with a fix."""
+    chat = cfg.is_chat(source)
+    if problem := source_problem(source):
+        yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
+    elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
+        yield records_problem
+
+
+def prefix_problems(
+    cfg: PrepareDataConfig, vocabulary: Mapping[str, int], eos_token: str | None
+) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with ``data.prefix``, each with a fix.
+
+    Reads the sizes of the files, and compares their first tokens and documents with the tokenizer.
+
+    Args:
+        cfg: The settings.
+        vocabulary: Ids of the tokenizer's tokens; empty if the tokenizer is not known.
+        eos_token: The tokenizer's ``eos_token``.
+    """
+    if not cfg.prefix:
+        return
+    # By fix: sources that cannot be combined with a prefix.
+    unsupported = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
+    if any(unsupported.values()):
+        what = "data.prefix cannot be combined with sources or conversations"
+        yield what, " ".join(fix for fix, sources in unsupported.items() if sources)
+    source = parse_source(cfg.prefix)
+    if source != Source(source.path, licence=source.licence):
+        yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"
+    try:
+        require_token_files(cfg.prefix_path)
+        if not vocabulary:
+            return
+        require_first_tokens(cfg.prefix_path, 1 + max(vocabulary.values()))
+        end = vocabulary.get(cfg.document_end or default_document_end(vocabulary, eos_token) or "")
+        if end is not None:
+            names = {token_id: token for token, token_id in vocabulary.items()}
+            require_document_end(cfg.prefix_path, end, lambda token: names.get(token, "unknown"))
+    except RecipeError as error:
+        yield error.what, error.fix
+
+
+def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the sources' weights as a whole, each with a fix."""
+    weighted = [source for source in cfg.sources if parse_source(source).weight]
+    unweighted = [source for source in cfg.sources if source not in weighted]
+    for source in cfg.heldout_sources:
+        if parse_source(source).weight:
+            yield f"held-out source '{source}' has a weight, but is not trained on", "remove it"
+    if not weighted:
+        return
+    for source in unweighted:
+        what = f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do"
+        yield what, "give every training source a weight, or give none a weight"
