@@ -126,9 +126,16 @@ def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -
     if missing and "held_out" not in cfg.inputs:
         raise RecipeError(
             f"no whole sequence of seq_length={cfg.seq_length} in heldout: {', '.join(missing)}",
-            "give each of these sources more text, or lower data.seq_length. Sequences start "
-            f"at multiples of seq_length, so {2 * cfg.seq_length - 1} tokens always suffice",
+            f"give each of these sources more text, or {_shorter_sequences(cfg.seq_length)}",
         )
+
+
+def _shorter_sequences(seq_length: int) -> str:
+    """Returns the second half of the fix for sources without a whole sequence."""
+    return (
+        "lower data.seq_length. Sequences start at multiples of seq_length, so "
+        f"{2 * seq_length - 1} tokens always suffice"
+    )
 
 
 def warn_of_short_sources(
@@ -174,6 +181,10 @@ def read_sequences(
         seq_length: Tokens of a sequence.
         count: Number of sequences, rounded up to the same number for each source; ``None`` reads
             all.
+
+    Raises:
+        RecipeError: No source has a whole sequence, or the text has conversations packed for
+            another length.
     """
     require_seq_length(data, seq_length)
     text = data.manifest.result(DatasetResult)
@@ -183,6 +194,11 @@ def read_sequences(
     for name, source_numbers in by_source.items():
         spans[name] = slice(len(numbers), len(numbers) + len(source_numbers))
         numbers += source_numbers
+    if not numbers:
+        raise RecipeError(
+            f"no source of {data.directory} has a whole sequence of {seq_length} tokens in {split}",
+            f"give one of the sources more text, or {_shorter_sequences(seq_length)}",
+        )
     tokens = _select(read_tokens(data.artifact, split), seq_length, numbers).long()
     whole_mask = read_loss_mask(data.artifact, split)
     loss_mask = None if whole_mask is None else _select(whole_mask, seq_length, numbers)

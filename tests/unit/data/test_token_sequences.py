@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from recipes.core.errors import RecipeError
-from recipes.data.results import SourceTokens
+from recipes.core.stage import Input
+from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import (
     TextSequences,
     count_sequences,
+    read_sequences,
     require_heldout_sources,
     sequence_order,
     sequence_tokens,
     sequences_by_source,
     warn_of_short_sources,
 )
+from tests.support.manifests import bare_manifest
 
 
 def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
@@ -78,6 +82,16 @@ def test_each_source_has_the_sequences_that_are_completely_in_it() -> None:
     assert sequences_by_source(sources, 4, 2) == {"a": range(1), "b": range(3, 4)}
     assert sequences_by_source(sources[:1], 4, 2) == {"a": range(2)}
     assert sequences_by_source(sources[1:2], 4, 2) == {}
+
+
+def test_text_of_short_sources_without_a_whole_sequence_is_refused(tmp_path: Path) -> None:
+    """Together the sources have 24 tokens, but each is shorter than a sequence."""
+    entries = {"calibration": [SourceTokens("a", 12), SourceTokens("b", 12)]}
+    result = DatasetResult({}, {}, [], entries, document_end=0)
+    data = Input(tmp_path, bare_manifest("prepare_data", "dataset", result))
+    with pytest.raises(RecipeError, match="a whole sequence of 16 tokens in calibration") as error:
+        read_sequences(data, "calibration", 16)
+    assert "so 31 tokens always suffice" in error.value.fix
 
 
 def test_a_warning_names_sources_without_a_whole_sequence(
