@@ -45,7 +45,7 @@ from recipes.report.plots import (
 from recipes.report.sections import sections
 from recipes.report.serving import run_servers
 from recipes.report.settings import ReportConfig
-from recipes.report.upstream import upstream
+from recipes.report.upstream import phases_of, upstream
 
 CONTENTS = {
     "gates": "Gates",
@@ -126,8 +126,9 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     final = manifests.get("sizes", manifests["distilled"])  # with added layers, if there are any
     teacher_size, student_size = manifests["teacher"].parameters, final.parameters
     distilled = inputs["distilled"]
-    # The stage that made the student before the distillation, such as ``prune`` or ``heal``.
-    student_fingerprint = distilled.manifest.inputs.get("student")
+    # The stage that made the student before the first distillation, such as ``prune`` or ``heal``.
+    [first, *_] = [*phases_of(distilled.manifest, earlier.values()), distilled.manifest]
+    student_fingerprint = first.inputs.get("student")
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
     phases = distillations({**earlier, distilled.directory.name: distilled.manifest})
     texts = datasets([*earlier.values(), manifests["data"]])

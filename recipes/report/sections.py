@@ -26,6 +26,7 @@ from recipes.report.plots import (
     line_plot,
     trade_off_plot,
 )
+from recipes.report.upstream import phases_of
 from recipes.search.results import LatencyResult, SearchResult
 
 PARAMETERS = Dimension("parameters", lambda v: with_prefix(v, "KMBT").replace(".0 ", " "))
@@ -61,7 +62,8 @@ def sections(
     }
     if "tasks" in manifests:
         tasks = manifests["tasks"].result(TaskResults)
-        content |= tasks_section(tasks, manifests.get("distilled"))
+        model = manifests.get("distilled")
+        content |= tasks_section(tasks, phases_of(model, earlier.values()) if model else [])
     if "speed" in manifests:
         results = manifests["speed"].result(BenchmarkResults)
         content |= speed_section(results)
@@ -81,11 +83,11 @@ def sections(
     return content
 
 
-def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str, object]:
+def tasks_section(results: TaskResults, phases: Sequence[Manifest]) -> dict[str, object]:
     """Returns the tasks, a plot of their scores, and plots of scores during the training.
 
-    ``distilled`` is the manifest of the distilled model. Without a training there are no plots of
-    scores during it.
+    ``phases`` are the distillations that made the model, from first to last. Without one there are
+    no plots of scores during the training.
     """
     rows = {
         name: [
@@ -97,21 +99,31 @@ def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str,
     }
     title = "Score by task and model"
     plot = interval_plot("plot-tasks", title, rows, "{:.1%}".format) if rows else None
-    training = distilled.result_if("distill", DistillationResult) if distilled else None
-    curves = dict(task_curves(results, training)) if training else {}
+    trainings = [manifest.result(DistillationResult) for manifest in phases]
+    curves = dict(task_curves(results, trainings)) if trainings else {}
     return {"tasks": results, "tasks_plot": plot, "task_curves": curves}
 
 
-def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[tuple[str, Markup]]:
-    """Yields the name of each task scored during the training, and a plot of score by tokens."""
-    step_tokens = training.tokens / training.steps
+def task_curves(
+    results: TaskResults, phases: Sequence[DistillationResult]
+) -> Iterator[tuple[str, Markup]]:
+    """Yields the name of each task scored during the training, and a plot of score by tokens.
+
+    Args:
+        results: The scores. Those during the training are by steps of the last phase.
+        phases: Results of the distillations that made the model, from first to last.
+    """
+    *_, last = phases
+    total = sum(phase.tokens for phase in phases)
+    start, step_tokens = total - last.tokens, last.tokens / last.steps
     for number, (name, task) in enumerate(results.tasks.items()):
         if not task.steps:
             continue
-        scores = {0: task.pruned, **task.steps, training.steps: task.distilled}  # by training step
-        student = [(step * step_tokens, score.value) for step, score in scores.items()]
+        scores = {start + step * step_tokens: score for step, score in task.steps.items()}
+        scores = {0: task.pruned, **scores, total: task.distilled}  # by training tokens
+        student = [(tokens, score.value) for tokens, score in scores.items()]
         # The teacher's score does not change: a horizontal line.
-        teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(training.tokens))]
+        teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(total))]
         lines = [
             Series("student", "distilled", student, noisy=False),
             Series("teacher", "teacher", teacher, noisy=False),

@@ -13,6 +13,7 @@ from recipes.core.manifest import Manifest, manifest_of, read_manifest
 from recipes.core.run_state import REQUEST, read_request
 from recipes.core.stage import Input, Inputs, StageConfig
 from recipes.data.results import DatasetResult
+from recipes.distillation.results import DistillationResult
 
 
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
@@ -60,6 +61,24 @@ def _run_directories(runs: Iterable[Path]) -> list[Path]:
             inputs = read_request(file.parent).inputs.values()
             queue += [reference.directory.parent for reference in inputs]
     return list(visited)
+
+
+def phases_of(model: Manifest, earlier: Iterable[Manifest]) -> list[Manifest]:
+    """Returns the distillations that made a model one after the other, from first to last.
+
+    The list is empty if no distillation made the model.
+
+    Args:
+        model: Manifest of the model.
+        earlier: Manifests of the stages upstream of the model.
+    """
+    by_fingerprint = {manifest.fingerprint: manifest for manifest in earlier}
+    phases: list[Manifest] = []
+    manifest: Manifest | None = model
+    while manifest and manifest.result_if("distill", DistillationResult):
+        phases.insert(0, manifest)
+        manifest = by_fingerprint.get(manifest.inputs.get("student", ""))
+    return phases
 
 
 def inputs_from_other_runs(stages: Mapping[str, StageConfig]) -> dict[str, Input]:

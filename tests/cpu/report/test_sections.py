@@ -20,12 +20,13 @@ from recipes.planning.inference_cost import ABLATED_FRACTION
 from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
 from recipes.pruning.results import ScoreResult
-from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.settings import HealConfig, ScoreConfig
 from recipes.report.plots import Mark, trade_off_plot
 from recipes.report.sections import PARAMETERS, PERPLEXITY
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
+from tests.support.manifests import edit_manifest
 from tests.support.pages import OPTIONAL_PLOTS, Page, all_numbers, section
 from tests.support.reports import (
     CONFIG,
@@ -153,13 +154,30 @@ def test_a_second_phase_has_its_own_plan_and_adds_its_tokens(tmp_path: Path) -> 
         second.manifest, fingerprint="2" * 64, inputs={"student": first.manifest.fingerprint}
     )
     second = Input(run / "distill_long", manifest)
+    healed = write_stage(
+        run, HealConfig("heal"), "checkpoint_nemo", {"a": 1}, RESULTS["heal"], STUDENT
+    )
+    edit_manifest(first.directory, inputs={"student": healed.manifest.fingerprint})
     plan = replace(RESULTS["plan"], tokens_per_second={"distill": 1650.0, "distill_long": 160.0})
-    changed = {"distilled": second, "plan": with_result(inputs["plan"], plan)}
+    sciq = RESULTS["evaluate_tasks"].tasks["sciq"]
+    # The benchmark was also evaluated halfway through the second phase.
+    tasks = {"sciq": replace(sciq, steps={STEPS // 2: replace(sciq.pruned, value=0.625)})}
+    changed = {
+        "distilled": second,
+        "plan": with_result(inputs["plan"], plan),
+        "tasks": with_result(inputs["tasks"], replace(RESULTS["evaluate_tasks"], tasks=tasks)),
+    }
     text = render_page({**inputs, **changed}, tmp_path)
+    # The curve of scores starts at the pruned model, before both phases. The first phase has
+    # 409,600 tokens, and half of the second has 250 million.
+    plots = section(text, "tasks")
+    for tokens, score in (("0", "0.415"), ("250.4 M", "0.625")):
+        assert f"tokens {tokens}: student {score}" in plots
     # The planned and the measured tokens/s of ``distill_long``.
     assert {160.0, 150.0} <= Page(section(text, "plan")).numbers()
     summary = text.partition('<p class="summary">')[2].partition("</p>")[0]
     assert result.tokens + 500_000_000 in Page(summary).numbers()
+    assert {0.68, 0.4154} <= Page(summary).numbers()  # KL before and after healing
 
 
 def test_the_precision_of_the_teacher_is_named_if_the_student_is_quantized(
