@@ -231,7 +231,7 @@ def start_of(stage_dir: Path) -> str | None:
 
 
 def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> None:
-    """Refuses to start a stage anew if that would delete the progress of an earlier start.
+    """Refuses to start a stage if it would delete, or could not use, an earlier start's progress.
 
     Args:
         stage: The stage.
@@ -239,7 +239,11 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     """
     begun = stage.state().begun
     progress = stage.definition.progress(stage.directory / WORK)
-    if stage.action != RUN or begun is None or progress is None:
+    if begun is None or progress is None:
+        return
+    if stage.action == RESUME:
+        _require_same_optimizers(stage, begun)
+    if stage.action != RUN:
         return
     changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
     holder = lock.read_holder(run_dir)
@@ -265,6 +269,23 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
         "(it resumes only with the settings, inputs and code that it was started with).",
         f"{' and '.join(fixes)} to resume, or force=[{stage.name}] to start over",
     )
+
+
+def _require_same_optimizers(stage: PlannedStage, begun: Manifest) -> None:
+    """Refuses to resume a training if only one of both layouts splits experts over ranks.
+
+    With such a layout, Megatron-Core has a second optimizer for the experts. It cannot load the
+    state of one optimizer into two, or of two into one.
+    """
+    setting = "expert_model_parallel_size"
+    old, new = (settings.get(setting, 1) for settings in (begun.config, vars(stage.config)))
+    trains = stage.workload is not None and stage.workload.trained is not None
+    if trains and (old > 1) != (new > 1):
+        raise RecipeError(
+            f"{stage.name} was interrupted with {setting}={old}, and cannot resume with {new}: "
+            "Megatron-Core has a second optimizer for experts only if the size is above 1.",
+            f"set stages.{stage.name}.{setting}={old}, or force=[{stage.name}] to start over",
+        )
 
 
 def _stale_results(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> list[str]:

@@ -130,6 +130,18 @@ def _name_cuda_types(original: Any) -> Any:
     return __init__
 
 
+def _array_from_cpu(
+    original: Any, tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> Any:
+    """Converts a tensor to an array if ``as_numpy``. There is nothing to move."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _allocate_shard_on_cpu(original: Any, self: Any, device: Any, *args: Any) -> None:
+    """Allocates a shard of a checkpoint on the CPU instead of a GPU."""
+    original(self, CPU if device == "cuda" else device, *args)
+
+
 CUDA_NAMES = Patch(
     "torch:Tensor.type",
     "Megatron compares the names of types",
@@ -220,6 +232,18 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
             "accepts only parameters whose type is named torch.cuda.*",
             "3275f640fc1b",
             _name_cuda_types,
+        ),
+        (
+            "transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+            "returns arrays only from a GPU; collectives do not accept tensors as split sizes",
+            "03806fe3e9bb",
+            wrap(_array_from_cpu),
+        ),
+        (
+            "dist_checkpointing.mapping:ShardedTensor.init_data",
+            "allocates on a GPU what other ranks read from a checkpoint",
+            "b12fc9618527",
+            wrap(_allocate_shard_on_cpu),
         ),
     ),
     "nemo": patches(

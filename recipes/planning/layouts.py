@@ -51,6 +51,13 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
             f"seq_length={workload.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
+    if not hardware.on_gpu and layout.tensor > 1 and layout.expert > 1:
+        yield Problem(
+            rules.EXPERT_PARALLEL,
+            f"TP={layout.tensor} with EP={layout.expert} needs a GPU, but hardware="
+            f"{hardware.name}: gloo cannot gather different numbers of tokens from ranks",
+            "set one of the two to 1, or set hardware to your GPU's profile",
+        )
     # A training of the teacher itself has the same model twice, which is checked once.
     models = {"teacher": workload.teacher, "student": workload.trained}
     if workload.trained == workload.teacher:

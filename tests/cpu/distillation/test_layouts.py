@@ -1,46 +1,33 @@
-"""Tests that a distillation has the same losses in each parallel layout, and resumes in another.
-
-The tested distillation has everything that layouts could get wrong: all terms of the loss; a
-student narrower than the teacher, so that a projection is learned; uneven pipeline stages; micro
-batches with different numbers of masked tokens.
-"""
+"""Tests that a distillation has the same losses in each parallel layout, and resumes in another."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
-import torch
 
-from nemo_convert.convert import hf_weights
-from nemo_convert.nemo import find_checkpoint
-from recipes.core.manifest import ARTIFACT, WORK
+from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.run_state import REQUEST
-from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
+from tests.support.layouts import (
+    CHECKPOINT_INTERVAL,
+    STEPS,
+    layout_overrides,
+    overrides,
+    perturbed_logits,
+    require_same_training,
+)
 from tests.support.ranks import run_ranks
-from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_difference
-from tests.support.runs import copy_without, manifest_of, settings, tiny
+from tests.support.runs import copy_without, manifest_of
 
-MULTIPLE = 100
-"""The tolerance is this multiple of the effect of changing the student's logits by one unit in the
-last place (ulp). Each operation of another layout may round differently. The largest measured
-multiple was 12."""
 BFLOAT16_MULTIPLE = 5
 """``MULTIPLE`` in bfloat16 on one rank. The largest measured multiple was 2.3, for a weight."""
-STEPS, CHECKPOINT_INTERVAL = 21, 4
-"""The only validation follows step ``STEPS - 1``, so that none follows the last step. Data-parallel
-ranks update the weights in shards, which a validation gathers. A validation after the last step
-would hide it if saving did not gather the weights."""
 LAYOUTS = {
     "TP=2": (2, "tensor_model_parallel_size=2"),
     "TP=2, sequence, early stop": (
@@ -60,41 +47,6 @@ LAYOUTS = {
 """Number of ranks, and settings of ``distill``, by name of the layout."""
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
-    """Returns overrides of a run that prunes 4 layers to 3 and the width 64 to 48, and distils."""
-    distill = {
-        "precision": 32,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "hidden_weight": 0.5,
-        "intermediate_layer_pairs": "[[3,4]]",
-        "lm_weight": 0.5,
-        "loss_balancer": "dynamic",
-        "lr": 1e-3,
-        "min_lr": 3e-4,
-        "max_steps": STEPS,
-        "warmup_steps": 2,
-        "val_check_interval": STEPS - 1,
-        "checkpoint_interval": CHECKPOINT_INTERVAL,
-        "profile_steps": "[2,3]",
-    }
-    return [
-        "recipe=llama_depth_prune",
-        *tiny(model, text_file, run_dir),
-        "only=[import_hf,prepare_data,score,prune,distill]",
-        "stages.prune.target_num_layers=3",
-        "stages.prune.target_hidden_size=48",
-        "stages.prune.hidden_size_divisor=8",
-        *settings("distill", **distill),
-    ]
-
-
-def layout_overrides(name: str) -> list[str]:
-    """Returns the overrides for one of ``LAYOUTS``."""
-    ranks, fields = LAYOUTS[name]
-    return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields.split())]
-
-
 @pytest.fixture(scope="module")
 def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference: the run on one rank."""
@@ -112,65 +64,6 @@ def perturbed(
     with perturbed_logits():
         run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
-
-
-@contextmanager
-def perturbed_logits() -> Iterator[None]:
-    """Changes the student's logits by one ulp of their type in each step."""
-    loss = model.combined_loss
-
-    def perturbed_loss(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return loss(perturb_by_one_ulp(logits), *args, **kwargs)
-
-    with mock.patch.object(model, "combined_loss", perturbed_loss):
-        yield
-
-
-def require_same_training(
-    expected: Path, perturbed: Path, actual: Path, last: int = STEPS, multiple: int = MULTIPLE
-) -> None:
-    """Asserts that the run ``actual`` has the losses and the final weights of ``expected``.
-
-    Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
-
-    Args:
-        expected: Directory of the reference run.
-        perturbed: Directory of a run like ``expected``, but with ``perturbed_logits``.
-        actual: Directory of the tested run.
-        last: Last step of ``actual``. Before ``STEPS``, final weights are not compared.
-        multiple: Factor of the tolerances.
-    """
-    expected_steps, perturbed_steps, actual_steps = (
-        steps_of(run / "distill" / METRICS, "distill") for run in (expected, perturbed, actual)
-    )
-    assert [step["done"] for step in actual_steps] == [*range(1, last + 1)]
-    terms = ("loss", "kd", "hidden", "lm", "grad_norm")
-    effects = []  # for each term, the relative effect of ``perturbed_logits`` by step
-    for term in terms:
-        values, perturbed_values = (
-            [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
-        )
-        differences = zip(values, running_max_difference(values, perturbed_values), strict=True)
-        effects.append([difference / abs(value) for value, difference in differences])
-    # In the first steps, perturbed logits affect only some terms, but the rounding of another
-    # layout affects all. So the largest effect in a step determines the tolerance of all its terms.
-    # ``expected`` may have more steps than ``actual``, so the lengths are not compared.
-    for step, actual_step, *step_effects in zip(
-        expected_steps, actual_steps, *effects, strict=False
-    ):
-        for term in terms:
-            tolerance = multiple * max(step_effects)
-            assert actual_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
-    if last < STEPS:
-        return  # the weights of ``expected`` are of a later step
-    weights, perturbed_weights, actual_weights = (
-        dict(hf_weights(find_checkpoint(run / "distill" / ARTIFACT)))
-        for run in (expected, perturbed, actual)
-    )
-    assert weights.keys() == actual_weights.keys()
-    for name, tensor in weights.items():
-        effect = max((perturbed_weights[name] - tensor).abs().max().item(), ULP)
-        assert (actual_weights[name] - tensor).abs().max() <= multiple * effect, name
 
 
 def test_losses_against_the_teacher_fall(one_rank: Path) -> None:
@@ -194,7 +87,7 @@ def test_every_layout_has_the_losses_of_one_rank(
     one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
-    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides(name)]
+    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides(*LAYOUTS[name])]
     run_successfully(*command, cwd=tmp_path)
     # Early stopping ends the run at the validation after step STEPS - 1.
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]
@@ -243,13 +136,13 @@ def test_a_killed_run_resumes_in_another_layout(
     metrics = run_dir / "distill" / METRICS
     run_and_kill(
         *command,
-        *layout_overrides(first),
+        *layout_overrides(*LAYOUTS[first]),
         cwd=tmp_path,
         metrics=metrics,
         records=CHECKPOINT_INTERVAL + 2,
         ready=lambda: complete_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
-    result = run_successfully(*command, *layout_overrides(second), cwd=tmp_path)
+    result = run_successfully(*command, *layout_overrides(*LAYOUTS[second]), cwd=tmp_path)
     assert "resume" in result.output
     # Step 1 is recorded once, so the second command did not start again.
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -309,7 +202,7 @@ def test_shards_of_weights_are_gathered_before_lightning_moves_the_weights(
     DP=2, half of the weights would stay as they were before the last step.
     """
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
-    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides("DP=2")]
+    command = [*overrides(even_llama, text_file, run_dir), *layout_overrides(*LAYOUTS["DP=2"])]
     run_successfully(*command, "dry_run=true", cwd=tmp_path)
     script = tmp_path / "ranks.py"
     script.write_text(MOVED_WEIGHTS)

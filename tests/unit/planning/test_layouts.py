@@ -123,6 +123,15 @@ def test_experts_with_tensor_parallelism_need_sequence_parallelism(chain: Chain)
     assert "sequence_parallel=true" in problem.fix
     sequence_parallel = config(devices=2, tp=2, sequence_parallel=True)
     assert problems(sequence_parallel, moe) == []
+    four_ranks = replace(
+        sequence_parallel,
+        resources=Resources(devices=4),
+        micro_batch_size=1,
+        expert_model_parallel_size=2,
+    )
+    [problem] = problems(four_ranks, moe)
+    assert "TP=2 with EP=2 needs a GPU" in problem.what
+    assert problems(four_ranks, replace(moe, hardware=H100)) == []
     odd_width = replace(experts, moe_ffn_hidden_size=65)
     [problem] = problems(sequence_parallel, replace(moe, teacher=odd_width))
     assert "moe_ffn_hidden_size=65" in problem.what
