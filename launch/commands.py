@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
@@ -22,7 +21,7 @@ from launch.run_status import StageStatus, read_statuses, time_left
 from launch.slurm_queue import active_jobs, cancel_jobs
 from launch.sweep import SWEEP_FILE
 from recipes.core.errors import RecipeError, did_you_mean, require_known
-from recipes.core.files import folder_bytes
+from recipes.core.files import folder_bytes, read_yaml
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import REQUEST, RUN_FILE, Status
 from recipes.core.screen import plain_table
@@ -343,9 +342,9 @@ def _needed_folders(run: Path) -> Iterator[Path]:
     Also yields all parents of these folders, because a needed folder may be inside a stage.
     """
     for file in run.glob(f"*/{REQUEST}"):
-        request = OmegaConf.load(file)  # not as a ``Request``, which refuses other formats
-        paths = [run, *(ref.directory for ref in request.inputs.values())]
-        model_and_text = (request.config.get(name) for name in ("hf_path", "prefix"))
+        request = read_yaml(file)  # not as a ``Request``, which refuses other formats
+        paths = [run, *(ref["directory"] for ref in request["inputs"].values())]
+        model_and_text = (request["config"].get(name) for name in ("hf_path", "prefix"))
         paths += filter(None, model_and_text)  # not every stage has these settings
         for path in paths:
             resolved = Path(path).resolve()

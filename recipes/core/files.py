@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recipes.core.errors import RecipeError
 from recipes.core.processes import cores
 
@@ -156,6 +158,15 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
     write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
 
 
+def write_yaml(path: Path, value: object) -> None:
+    """Writes a value as YAML, atomically.
+
+    OmegaConf would be slower, and would later read "${" in a value as an interpolation.
+    """
+    text = yaml.dump(value, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
+    write_text_atomically(path, text)
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Makes a hard link to a file, or a copy if that fails, for example across file systems."""
     try:
@@ -221,3 +232,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{path} does not contain a JSON object.", JSON_FIX)
     return data
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a file that ``write_yaml`` wrote.
+
+    Raises:
+        yaml.YAMLError: The file is not YAML.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)

@@ -14,11 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, sync, write_json, write_text_atomically
+from recipes.core.files import read_json, read_yaml, sync, write_json, write_yaml
 from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import (
     ARTIFACT,
@@ -104,9 +103,9 @@ class Request:
             name: {**vars(ref), "directory": str(ref.directory)}  # YAML has no type for paths
             for name, ref in self.inputs.items()
         }
-        text = OmegaConf.to_yaml({"format": FORMAT, **vars(self), "inputs": inputs})
-        write_text_atomically(stage_dir / REQUEST, text)
-        return stage_dir / REQUEST
+        file = stage_dir / REQUEST
+        write_yaml(file, {"format": FORMAT, **vars(self), "inputs": inputs})
+        return file
 
 
 def request_of(
@@ -143,7 +142,7 @@ def read_request(stage_dir: Path) -> Request:
         RecipeError: Another version of this repository wrote it.
     """
     file = stage_dir / REQUEST
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
+    plain = read_yaml(file)
     require_format(plain.pop("format", None), file)
     inputs = plain.pop("inputs")
     for ref in inputs.values():
@@ -164,8 +163,7 @@ class LastPlan:
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
-        text = OmegaConf.to_yaml({"format": FORMAT, **vars(self)})
-        write_text_atomically(run_dir / RUN_FILE, text)
+        write_yaml(run_dir / RUN_FILE, {"format": FORMAT, **vars(self)})
 
 
 def read_last_plan(run_dir: Path) -> LastPlan | None:
@@ -178,7 +176,7 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
     if not file.is_file():
         return None
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        plain = read_yaml(file)
         require_format(plain.get("format"), file)
         return LastPlan(str(plain["recipe"]), dict(plain["stages"]), dict(plain["replaces"]))
     except (AttributeError, KeyError, TypeError, ValueError, YAMLError) as error:

@@ -15,12 +15,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
@@ -191,8 +191,11 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
     _require_gpu()
     started = time.monotonic()
     request = read_request(stage_dir)
-    merged = OmegaConf.merge(OmegaConf.structured(config_class), request.config)
-    cfg: StageConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    # Pydantic would ignore unknown settings.
+    if unknown := request.config.keys() - {setting.name for setting in fields(config_class)}:
+        names = ", ".join(sorted(unknown))
+        raise RecipeError(f"{request.name} has unknown settings: {names}.", "start a new run_dir")
+    cfg: StageConfig = TypeAdapter(config_class).validate_python(request.config)
     cfg.name = request.name
     manifest = Manifest(
         stage=cfg.stage,

@@ -294,8 +294,9 @@ def test_a_run_file_that_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> 
 
 def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     ref = InputRef(tmp_path / "source", "dataset", "0123")
-    # YAML must not read the fingerprint 1e5 as a number.
-    request = Request("b", "1e5", "c", {"data": ref}, {"stage": "a", "sizes": [1, 2], "to": None})
+    # YAML must not read the fingerprint 1e5 as a number, nor "${" as the start of an interpolation.
+    settings = {"stage": "a", "sizes": [1, 2.5e-7], "to": None, "env": {"HOME": "${HOME} é 1.0"}}
+    request = Request("b", "1e5", "c", {"data": ref}, settings)
     request.write(tmp_path / "run" / "b")
     assert read_request(tmp_path / "run" / "b") == request
     file = tmp_path / "run" / "b" / REQUEST
