@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -30,7 +30,10 @@ from recipes.core.stage_process import (
     start_command,
     start_process,
 )
+from recipes.planning import rules
+from recipes.planning.hardware import counted_gpus, physical_memory
 from recipes.planning.rules import Problem
+from recipes.planning.training_cost import gathering_bytes
 
 SCRIPT = "run.sh"
 PRELOADED = (
@@ -68,9 +71,29 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
     return plan
 
 
-def problems(plan: Plan, cluster: Cluster) -> Iterable[Problem]:
-    """Returns no problems, because only a scheduler has limits to check."""
-    return ()
+def problems(plan: Plan, cluster: Cluster) -> Iterator[Problem]:
+    """Compares GPUs and host memory of this machine with what stages on GPUs need."""
+    gpus, memory = counted_gpus(), physical_memory()
+    for stage in plan.todo():
+        if not stage.uses_gpu:
+            continue
+        if 0 < gpus < stage.devices:
+            yield Problem(
+                rules.GPUS,
+                f"{stage.name} needs {stage.devices} GPUs, but this machine has {gpus}",
+                f"set stages.{stage.name}.resources.devices={gpus}, with parallel sizes that fit, "
+                "or use cluster=slurm",
+            )
+        workload = stage.workload
+        needed = workload.layout.devices * gathering_bytes(workload) if workload else 0
+        if needed > memory:
+            yield Problem(
+                rules.HOST_MEMORY,
+                f"{stage.name} takes {needed / 1e9:.0f} GB of host memory to save a checkpoint, "
+                f"but this machine has {memory / 1e9:.0f} GB",
+                "split the model over more ranks, such as "
+                f"stages.{stage.name}.tensor_model_parallel_size=2",
+            )
 
 
 def dry_run(plan: Plan, console: Console) -> None:

@@ -42,7 +42,7 @@ from recipes.core.stage import SbatchOption
 from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
 from recipes.engines.tensorrt_llm import LAUNCHER
-from recipes.planning.limits import margin_seconds, slurm_seconds
+from recipes.planning.limits import margin_seconds, slurm_seconds, stops_at_deadline
 from recipes.planning.rules import Problem
 
 SCRIPT = "job.sbatch"
@@ -184,7 +184,7 @@ def _settings_problems(stages: Sequence[PlannedStage], cluster: SlurmConfig) -> 
         key = f"stages.{stage.name}.resources.time" if stage_limit else "cluster.time"
         limit = stage_limit or cluster.time
         margin = margin_seconds(stage.name, stage.chain)
-        if slurm_seconds(limit) <= margin:
+        if stops_at_deadline(stage.name, stage.chain) and slurm_seconds(limit) <= margin:
             yield (
                 f"{key}={limit} is too short: {stage.name} stops {margin} s before the limit\n"
                 "  fix: raise it, or set cluster.margin_seconds"

@@ -163,9 +163,9 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
 
 
 def _require_gpu() -> None:
-    """Raises ``RecipeError`` if the stage was planned for a GPU and PyTorch finds none.
+    """Raises ``RecipeError`` if the stage was planned for GPUs and a rank on this node has none.
 
-    Without this check, it would run on the CPU.
+    Without a GPU, the stage would run on the CPU.
     """
     if (profile := os.environ.get(NEEDS_GPU)) is None:
         return
@@ -176,6 +176,12 @@ def _require_gpu() -> None:
             f"{platform.node()}: hardware={profile}, but PyTorch finds no GPU",
             "check nvidia-smi on this machine, the driver that the image needs, and cluster.gpus; "
             "or set hardware=cpu",
+        )
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus < ranks:
+        raise RecipeError(
+            f"{platform.node()}: {ranks} ranks, but PyTorch finds {gpus} GPU(s)",
+            "lower the stage's resources.devices, or check CUDA_VISIBLE_DEVICES and cluster.gpus",
         )
 
 

@@ -251,6 +251,8 @@ def training_workload(
         global_batch_size=cfg.global_batch_size,
         steps=cfg.max_steps,
         bf16=bf16,
+        # A row-wise and a column-wise copy (``_fp8_workspaces`` in TransformerEngine's modules).
+        weight_copy_bytes=2 if cfg.fp8 else 0,
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 or not bf16 else 2,
         validation_batches=cfg.limit_val_batches,
         # A round of successive halving may have 0 steps here; the stage's check refuses this.

@@ -160,6 +160,10 @@ def cpuinfo() -> str:
 
 def gpus_here() -> int:
     """Returns the number of this machine's NVIDIA GPUs; on WSL2, 1 for any number above 0."""
-    if DRIVER.is_dir():
-        return len(list(DRIVER.iterdir()))
-    return int(WSL_DEVICE.exists() and shutil.which("nvidia-smi") is not None)
+    is_wsl_with_gpu = WSL_DEVICE.exists() and shutil.which("nvidia-smi") is not None
+    return counted_gpus() or int(is_wsl_with_gpu)
+
+
+def counted_gpus() -> int:
+    """Returns the number of this machine's NVIDIA GPUs; 0 if it is not known, as on WSL2."""
+    return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0

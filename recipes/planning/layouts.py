@@ -45,10 +45,12 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
     layout = workload.layout
     yield from _rank_problems(workload)
     yield from _context_problems(workload, hardware)
-    if layout.sequence_parallel and workload.seq_length % layout.tensor:
+    if layout.sequence_parallel and workload.seq_length % (layout.tensor * layout.context):
+        sizes = f"TP={layout.tensor}"
+        sizes += f" x CP={layout.context}" if layout.context > 1 else ""
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"seq_length={workload.seq_length} is not divisible by TP={layout.tensor}",
+            f"seq_length={workload.seq_length} is not divisible by {sizes}",
             "set sequence_parallel=false, or another seq_length",
         )
     if not hardware.on_gpu and layout.tensor > 1 and layout.expert > 1:
@@ -238,25 +240,27 @@ def workloads_on_all_layouts(
     expert_sizes = PARALLEL_SIZES if is_moe else (1,)
     tensor_sizes = [size for size in PARALLEL_SIZES if size <= per_node]
     pipeline_sizes: tuple[int, ...] = PARALLEL_SIZES
-    granularities: tuple[str, ...] = ("none", "full")
+    # Granularity, and whether the feed-forward network is recomputed.
+    recomputations = [("none", False), ("selective", True), ("full", False)]
     if workload.compares_hidden_states:
         # A loss on hidden states forbids full recomputation. The layers that it compares were
         # checked only for the configured pipeline size.
-        pipeline_sizes, granularities = (workload.layout.pipeline,), ("none",)
+        pipeline_sizes, recomputations = (workload.layout.pipeline,), recomputations[:2]
     micro_batch_sizes = PARALLEL_SIZES
     if workload.trained is None:
         # A teacher's forward pass can only have tensor parallelism, without sequence parallelism.
-        pipeline_sizes, context_sizes, granularities = (1,), (1,), ("none",)
+        pipeline_sizes, context_sizes, recomputations = (1,), (1,), recomputations[:1]
         # Of equally cheap layouts, the first is proposed: that with the largest micro batch.
         micro_batch_sizes = PARALLEL_SIZES[::-1]
-    for tensor, pipeline, context, expert, micro_batch_size, granularity in product(
+    for tensor, pipeline, context, expert, micro_batch_size, recomputation in product(
         tensor_sizes,
         pipeline_sizes,
         context_sizes,
         expert_sizes,
         micro_batch_sizes,
-        granularities,
+        recomputations,
     ):
+        granularity, recompute_feed_forward = recomputation
         layout = Layout(
             nodes=devices // per_node,
             devices=per_node,
@@ -268,6 +272,7 @@ def workloads_on_all_layouts(
             micro_batch_size=micro_batch_size,
             sequence_parallel=tensor > 1 and workload.trained is not None,
             recompute_granularity=granularity,
+            recompute_feed_forward=recompute_feed_forward,
         )
         yield replace(workload, layout=layout)
 

@@ -22,7 +22,7 @@ from recipes.planning.training_cost import (
     stopping_seconds,
     training_cost,
 )
-from recipes.planning.workload import Layout, Workload, workloads_of_shapes
+from recipes.planning.workload import Workload, workloads_of_shapes
 
 TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
@@ -181,16 +181,17 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
     fitting = proposals(workload, hardware)  # the cheapest first
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
     if suggestions := same_ranks or fitting:
-        overrides = layout_overrides(chain.stages[name], suggestions[0].workload.layout)
+        overrides = layout_overrides(chain.stages[name], suggestions[0].workload)
         fix = f"for example {' '.join(overrides)}"
     yield memory_problem(name, needed, available, hardware.name, fix)
 
 
-def layout_overrides(config: StageConfig, layout: Layout) -> list[str]:
-    """Returns a layout as command-line overrides of a stage.
+def layout_overrides(config: StageConfig, workload: Workload) -> list[str]:
+    """Returns a workload's layout as command-line overrides of a stage.
 
     Leaves out the settings that the stage does not have.
     """
+    layout = workload.layout
     values = {
         "resources.nodes": layout.nodes,
         "resources.devices": layout.devices,
@@ -202,6 +203,8 @@ def layout_overrides(config: StageConfig, layout: Layout) -> list[str]:
         "sequence_parallel": str(layout.sequence_parallel).lower(),
         "recompute_granularity": layout.recompute_granularity,
     }
+    if layout.recompute_feed_forward and workload.trained is not None:
+        values["recompute_modules"] = "[moe]" if workload.trained.num_moe_experts else "[mlp]"
     return [
         f"stages.{config.name}.{name}={value}"
         for name, value in values.items()
@@ -214,6 +217,14 @@ def slurm_seconds(limit: str) -> int:
     days, _, clock = limit.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def stops_at_deadline(name: str, chain: Chain) -> bool:
+    """Returns whether a stage stops before its job's time limit, and a later job resumes it."""
+    if name in chain.workloads or isinstance(chain.stages[name], PrepareDataConfig):
+        return True
+    cost = chain.inference_costs.get(name)
+    return cost is not None and cost.stopping_seconds is not None
 
 
 def margin_seconds(name: str, chain: Chain) -> int:
@@ -234,8 +245,7 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     """
     limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
     cost = chain.inference_costs.get(name)
-    # Stages without an inference cost train, cache logits or tokenize text. All of them can resume.
-    can_resume = cost is None or cost.stopping_seconds is not None
+    can_resume = stops_at_deadline(name, chain)
     margin = margin_seconds(name, chain) if can_resume else 0
     if can_resume and slurm_seconds(limit) <= margin:  # the executor for Slurm reports this error
         return

@@ -102,6 +102,12 @@ MPI = _warning("mpi", "in a Slurm job, only mpirun can start TensorRT-LLM's MPI 
 JOB = Rule("job", "a job must request the cores and GPUs that its processes use")
 JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it requested")
 PARTITION = Rule("partition", "Slurm never starts a job that exceeds the limits of its partition")
+GPUS = Rule("gpus", "each process of a stage on GPUs needs a GPU of its own")
+HOST_MEMORY = _warning(
+    "host-memory",
+    "saving a checkpoint gathers a rank's optimizer state in the machine's memory; without enough "
+    "memory, the kernel kills the run",
+)
 CLUSTER_HARDWARE = Rule(
     "cluster-hardware",
     "with a CPU's profile, jobs on GPUs would use a CPU's precision, and estimates would be wrong",

@@ -127,13 +127,15 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
     tokens = layout.micro_batch_size * workload.seq_length / layout.context  # of a micro batch
     memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
     if workload.trained is not None:
-        dense, experts = rank_parameters(workload.trained, layout, stage)
+        embeddings, layers, experts = rank_parameters(workload.trained, layout, stage)
+        dense = embeddings + layers
         # Expert parallelism has already split the experts over replicas.
         expert_shards = max(1, layout.optimizer_shards // layout.expert)
         # Bytes of Adam's two float32 moments, and with bfloat16 also of float32 main weights.
         state_bytes = 12 if workload.bf16 else 8
         memory |= {
-            "weights": dtype_bytes * (dense + experts),
+            "weights": dtype_bytes * (dense + experts)
+            + workload.weight_copy_bytes * (layers + experts),
             "gradients": _gradient_bytes(workload, hardware) * (dense + experts),
             "optimizer": state_bytes * (dense / layout.optimizer_shards + experts / expert_shards),
             # ``peak_activation_bytes`` counts 2 bytes for each value, as in bfloat16.

@@ -28,8 +28,8 @@ ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
 """FLOPs per score and channel of a head: 2 per GEMM. One of 5 backward GEMMs recomputes scores."""
 FRAGMENTATION = 1.05
 """Memory that the allocator holds, divided by the memory of tensors. Assumed, not measured."""
-TWO_MODEL_BUFFERS, ONE_MODEL_BUFFERS = 3, 2
-"""Buffers of the loss that exist at once: with a live teacher, and without one."""
+ONE_MODEL_BUFFERS = 2
+"""Buffers of the loss that exist at once without a live teacher."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,10 @@ def expert_parameters(arch: Architecture) -> int:
     return arch.num_layers * arch.num_moe_experts * per_expert
 
 
-def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
-    """Returns how many dense parameters and expert parameters a rank of a pipeline stage has.
+def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float, float]:
+    """Returns how many parameters of embeddings, layers and experts a rank of a pipeline stage has.
 
+    The output layer counts as an embedding. The parameters of layers exclude those of experts.
     Megatron holds tied embeddings on both the first and the last stage.
     """
     embedding = arch.vocab_size * arch.hidden_size
@@ -232,8 +233,11 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     first, last = stage == 0, stage == layout.pipeline - 1
     embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: one for both
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
-    dense = (layers * fraction + embedding * embeddings) / layout.tensor
-    return dense, experts * fraction / (layout.tensor * layout.expert)
+    return (
+        embedding * embeddings / layout.tensor,
+        layers * fraction / layout.tensor,
+        experts * fraction / (layout.tensor * layout.expert),
+    )
 
 
 def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
@@ -306,7 +310,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
         return max(2 * logits, logits + ONE_MODEL_BUFFERS * chunk)
     if workload.teacher is None:
         return logits + (ONE_MODEL_BUFFERS + workload.terms - 1) * chunk
-    return 2 * logits + (TWO_MODEL_BUFFERS + workload.terms - 1) * chunk
+    return 2 * logits + (workload.loss_buffers + workload.terms - 1) * chunk
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:

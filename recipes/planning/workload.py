@@ -58,6 +58,10 @@ def split_axes(arch: Architecture) -> tuple[str, str, str]:
     return "num_attention_heads", "num_query_groups", feed_forward
 
 
+LOSS_BUFFERS = {"forward_kl": 3, "reverse_kl": 4, "jsd": 6}
+"""Float32 buffers of a loss on logits that exist at once with a live teacher, by divergence."""
+TOP_K_LOSS_BUFFERS = 3
+"""The same for any divergence over only the teacher's largest probabilities."""
 CHECKPOINT_BYTES = 14
 """Bytes per parameter of a training checkpoint: a bfloat16 weight, a float32 main weight, and
 Adam's two float32 moments."""
@@ -79,6 +83,11 @@ class Workload:
     """Whether weights and activations are in bfloat16; otherwise in float32."""
     gradient_bytes: int = 4
     """Bytes per parameter of the gradients of a bfloat16 run."""
+    weight_copy_bytes: int = 0
+    """Bytes per parameter of the copies of the layers' weights that TransformerEngine keeps for
+    FP8."""
+    loss_buffers: int = LOSS_BUFFERS["forward_kl"]
+    """Float32 buffers of the loss on logits that exist at once with a live teacher."""
     validation_batches: int = 0
     """Number of global batches in one validation."""
     validations: int = 0

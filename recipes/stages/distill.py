@@ -44,7 +44,7 @@ from recipes.planning.chain import Chain, tokenizer_problems
 from recipes.planning.layouts import fits, workloads_on_all_layouts
 from recipes.planning.rules import Problem
 from recipes.planning.training_cost import hours_text, training_cost
-from recipes.planning.workload import Workload
+from recipes.planning.workload import LOSS_BUFFERS, TOP_K_LOSS_BUFFERS, Workload
 from recipes.pruning.results import HealResult
 from recipes.stages.contract import Stage, checkpoint_outcome
 
@@ -120,8 +120,8 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     stages = cfg.pipeline_model_parallel_size
     student = chain.shape_of(cfg.inputs.get("student"))
     layers = student.num_layers
-    # ``layout_problems`` reports more pipeline stages than layers.
-    is_pipelined = 1 < stages <= layers
+    # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
+    is_pipelined = 1 < stages <= layers and workload(cfg, chain).layout.data > 0
     if not cfg.hidden_weight or not is_pipelined:
         yield from pair_problems(cfg, student, chain.teacher)
         return
@@ -220,6 +220,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     may_stop_early = cfg.stop_at_recovered is not None
     return replace(
         training,
+        loss_buffers=TOP_K_LOSS_BUFFERS if cfg.top_k else LOSS_BUFFERS[cfg.logits_loss],
         # An early stop needs one more validation, before the first step.
         validations=training.validations + may_stop_early,
         teacher_in_validation=may_stop_early,

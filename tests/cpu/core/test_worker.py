@@ -137,6 +137,17 @@ def test_ranks_without_process_groups_wait_until_all_have_saved(tmp_path: Path) 
     assert stage_state(stage).status is Status.STOPPED
 
 
+def test_a_stage_with_more_ranks_than_gpus_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NEEDS_GPU, "h100")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(RecipeError, match=r"8 ranks, but PyTorch finds 4 GPU\(s\)"):
+        run_stage(lambda *_: Outcome(), StageConfig, "dataset", tmp_path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
 def test_a_stage_that_needs_a_gpu_does_not_run_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

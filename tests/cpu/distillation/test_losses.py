@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,12 +17,14 @@ from recipes.core.errors import RecipeError
 from recipes.distillation.losses import (
     LogitsLoss,
     LossTargets,
+    _chunk_losses,
     combined_loss,
     distillation_loss,
     token_cross_entropy,
 )
 from recipes.distillation.settings import LOGITS_LOSSES
 from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
+from recipes.planning.workload import LOSS_BUFFERS, TOP_K_LOSS_BUFFERS
 from tests.support.losses import loss_by_definition
 from tests.support.ranks import run_ranks
 
@@ -368,3 +371,26 @@ def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
     (losses, gradient), (losses_with_reuse, gradient_with_reuse) = results
     assert torch.equal(losses, losses_with_reuse)
     assert torch.equal(gradient, gradient_with_reuse)
+
+
+@EACH_LOSS
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_planned_buffers_are_those_that_a_chunk_allocates(
+    divergence: str, with_labels: bool
+) -> None:
+    """The loss on labels has one more buffer. The divergence of the largest 7 has smaller ones."""
+    labels = torch.randint(VOCABULARY, (TOKENS,)) if with_labels else None
+    targets = LossTargets(make_logits(0).float(), labels, (1.0, 0.5))
+    for top, buffers in ((None, LOSS_BUFFERS[divergence]), (7, TOP_K_LOSS_BUFFERS)):
+        student, loss = make_logits(1).float(), LogitsLoss(divergence, top_k=top)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            _chunk_losses(student, targets, loss, None, True)
+        allocated = peak = 0  # bytes
+        for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                allocated += event.nbytes()
+                peak = max(peak, allocated)
+        measured = peak / student.nbytes
+        # Values per row, such as the losses, take a few percent of a buffer.
+        assert measured <= 1.15 * (buffers + with_labels)
+        assert top or measured >= buffers + with_labels

@@ -208,6 +208,12 @@ def run_job(
     assert subprocess.run(["bash", "-c", script], check=False).returncode == 7
 
 
+def test_only_stages_that_stop_before_the_limit_need_a_longer_one(prepare: Prepare) -> None:
+    prepare(*SLURM, "stages.report.resources.time=00:05:00")
+    with pytest.raises(RecipeError, match="00:05:00 is too short: distill stops 300 s before"):
+        prepare(*SLURM, "stages.distill.resources.time=00:05:00")
+
+
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepare) -> None:
     """A stage stops ``margin_seconds`` before the limit.
 

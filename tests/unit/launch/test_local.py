@@ -325,3 +325,27 @@ def test_stages_that_share_imports_require_a_gpu_if_one_of_them_does(
     whole_plan = replace(plan_of(stages[0]), stages=tuple(stages))
     local.start(whole_plan, local.LocalConfig(), None, None)  # type: ignore[arg-type]
     assert [env[NEEDS_GPU] for env in servers] == ["h100"]
+
+
+def test_gpus_and_host_memory_of_this_machine_are_compared_with_what_stages_need(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's stages with GPUs have 8 ranks. Its training has 12 bytes of state per weight."""
+    planned = plan("hardware=h100", "engine=null", recipe="recipe=qwen3_8b_depth_2.5b")
+
+    def problems(gpus: int, memory: float) -> dict[str, list[str]]:
+        monkeypatch.setattr(local, "counted_gpus", lambda: gpus)
+        monkeypatch.setattr(local, "physical_memory", lambda: memory)
+        found: dict[str, list[str]] = {}
+        for problem in local.problems(planned, local.LocalConfig()):
+            found.setdefault(problem.rule.name, []).append(problem.what)
+        return found
+
+    assert problems(gpus=0, memory=1e13) == {}  # the number of GPUs is not known
+    assert problems(gpus=8, memory=1e13) == {}
+    too_few = problems(gpus=4, memory=1e13)
+    assert too_few.keys() == {"gpus"}
+    assert "score needs 8 GPUs, but this machine has 4" in too_few["gpus"]
+    [message] = problems(gpus=8, memory=1e11)["host-memory"]
+    assert message.startswith("distill takes ")
+    assert message.endswith("GB of host memory to save a checkpoint, but this machine has 100 GB")

@@ -178,6 +178,7 @@ ELSEWHERE = {
         ("alignment", "length", "engine-limits", "engine-pair"), "engines/test_bench.py"
     ),
     **dict.fromkeys(("job", "job-memory", "partition"), "launch/test_slurm_limits.py"),
+    **dict.fromkeys(("gpus", "host-memory"), "launch/test_local.py"),
 }
 """Rules that the width recipe cannot break, and the tests in ``tests/unit`` that break them."""
 

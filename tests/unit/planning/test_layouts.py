@@ -13,7 +13,14 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.planning.chain import Chain, read_chain
-from recipes.planning.layouts import cheapest_proposal, fits, layout_problems, proposals
+from recipes.planning.layouts import (
+    cheapest_proposal,
+    fits,
+    layout_problems,
+    proposals,
+    workloads_on_all_layouts,
+)
+from recipes.planning.limits import layout_overrides
 from recipes.planning.rules import Problem, Rule, refuse_errors
 from recipes.planning.workload import Layout
 from recipes.pruning.settings import PruneConfig
@@ -206,21 +213,35 @@ def test_a_layout_must_split_the_width_of_the_experts() -> None:
 
 
 def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
-    """A loss on hidden states forbids full recomputation, so it is not proposed.
+    """A loss on hidden states forbids full recomputation, so only selective one is proposed.
 
-    With 22 GB per GPU, the cheapest layout needs full recomputation. With 80 GB, some layouts do
-    not need it.
+    With 22 GB per GPU, all layouts need recomputation. With 80 GB, some layouts do not need it.
     """
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
     workload = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
-    small_gpu = replace(H100, memory_bytes=22e9)
-    cheapest = cheapest_proposal(workload, small_gpu, 8, 8)
-    assert cheapest is not None
-    assert cheapest.workload.layout.recompute_granularity == "full"
     with_hidden_loss = replace(workload, hidden_state_bytes=8)
-    assert cheapest_proposal(with_hidden_loss, small_gpu, 8, 8) is None
+    for tried, expected in (
+        (workload, {"none", "selective", "full"}),
+        (with_hidden_loss, {"none", "selective"}),
+    ):
+        candidates = workloads_on_all_layouts(tried, 8, 8)
+        assert {each.layout.recompute_granularity for each in candidates} == expected
+    cheapest = cheapest_proposal(with_hidden_loss, replace(H100, memory_bytes=22e9), 8, 8)
+    assert cheapest is not None
+    settings = layout_overrides(config(), cheapest.workload)
+    assert "stages.distill.recompute_granularity=selective" in settings
+    assert "stages.distill.recompute_modules=[mlp]" in settings
     layouts = [p.workload.layout for p in proposals(with_hidden_loss, H100)]
     assert layouts
     # The layers that the loss compares depend on the pipeline size, so it stays as configured: 1.
     granularities_and_pipelines = {(each.recompute_granularity, each.pipeline) for each in layouts}
     assert granularities_and_pipelines == {("none", 1)}
+
+
+def test_sequence_parallelism_splits_what_context_parallelism_leaves() -> None:
+    """At CP=4, a rank has 2002 of 8008 tokens, which 4 tensor-parallel ranks cannot share."""
+    layout = Layout(nodes=2, devices=8, tensor=4, context=4, sequence_parallel=True)
+    workload = distillation(LLAMA, LLAMA, layout=layout, seq_length=8008, global_batch_size=16)
+    [problem] = layout_problems(workload, H100)
+    assert "seq_length=8008 is not divisible by TP=4 x CP=4" in problem.what
+    assert not list(layout_problems(replace(workload, seq_length=8000), H100))

@@ -236,6 +236,10 @@ def test_a_parameter_takes_18_bytes_on_one_gpu_and_fewer_on_several() -> None:
     assert one_gpu.weights + one_gpu.gradients + one_gpu.optimizer == 18 * LLAMA.parameters()
     sixteen_gpus = peak_memory(replace(workload, layout=Layout(nodes=2, devices=8)), H100)
     assert sixteen_gpus.optimizer == 12 * LLAMA.parameters() / 16
+    # FP8 adds copies of the layers' weights, but not of embedding and output layer.
+    fp8 = peak_memory(replace(workload, weight_copy_bytes=2), H100)
+    embeddings = 2 * LLAMA.vocab_size * LLAMA.hidden_size
+    assert fp8.weights == one_gpu.weights + 2 * (LLAMA.parameters() - embeddings)
     float32 = peak_memory(replace(workload, bf16=False), CPU)  # no separate main weight
     assert float32.weights + float32.gradients + float32.optimizer == 16 * LLAMA.parameters()
     with_teacher = replace(workload, teacher=LLAMA, layout=Layout(devices=4, tensor=4))

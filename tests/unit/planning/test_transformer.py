@@ -149,7 +149,7 @@ def test_experts_are_split_and_two_of_them_are_active_for_a_token() -> None:
     arch = with_experts(SMOLLM2)
     # 30 layers of 8 experts, each with three matrices.
     assert expert_parameters(arch) == 30 * 8 * 3 * 576 * 128
-    _, experts = rank_parameters(arch, Layout(devices=8, expert=4), 0)
+    _, _, experts = rank_parameters(arch, Layout(devices=8, expert=4), 0)
     assert experts == expert_parameters(arch) / 4
     # Norms, inputs of two experts, 9 and 3 heads of 64, and four tensors in each expert.
     values = 4 * 576 + 2 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128

@@ -86,6 +86,8 @@ def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
         ({**EARLY_STOP, **NO_TEACHER}, ["stop"]),
         ({**EARLY_STOP, "inputs": {"teacher": "cache_logits"}}, ["stop"]),
         ({**EARLY_STOP, "pipeline_model_parallel_size": 2}, ["stop"]),
+        # One rank cannot be split into two pipeline stages. The rule of layouts reports it.
+        ({"hidden_weight": 1.0, "pipeline_model_parallel_size": 2}, []),
     ],
 )
 def test_losses_and_early_stops_that_cannot_work_are_refused(
