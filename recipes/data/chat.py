@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from recipes.core.errors import RecipeError
+from recipes.data.corpus import LEFT_OUT
 from recipes.data.tokenizer import Encoded
 
 ASSISTANT = "assistant"
@@ -71,8 +72,17 @@ class ChatTokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes conversations; each text is the JSON of a conversation's messages."""
-        return [self._encode_conversation(json.loads(text)) for text in texts]
+        """Tokenizes conversations.
+
+        Each text is the JSON of a conversation's messages, or of a mapping with the reason to leave
+        the conversation out (``corpus.LEFT_OUT``).
+        """
+        return [
+            Encoded.left_out_because(content[LEFT_OUT])
+            if isinstance(content := json.loads(text), dict)
+            else self._encode_conversation(content)
+            for text in texts
+        ]
 
     def _encode_conversation(self, messages: list[dict[str, Any]]) -> Encoded:
         from jinja2 import TemplateError

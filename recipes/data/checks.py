@@ -5,18 +5,30 @@ Does not import torch or NumPy, because login nodes do not have them.
 
 from __future__ import annotations
 
+import codecs
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
+from itertools import islice
 
 from recipes.core.errors import RecipeError
-from recipes.data.corpus import first_records_problem
+from recipes.data.corpus import RECORD_TYPES, read_source
+from recipes.data.records import FILES_WITH_FIELDS
 from recipes.data.settings import PrepareDataConfig, default_document_end
-from recipes.data.sources import Source, parse_source, source_problem, with_option
+from recipes.data.sources import DIALOGUE, Source, parse_source, source_problem, with_option
 from recipes.data.token_files import (
     require_document_end,
     require_first_tokens,
     require_token_files,
 )
+
+CHECKED_RECORDS = 100
+"""Number of documents at the start of a source that ``first_records_problem`` reads."""
+CHECKED_BYTES = 1 << 16
+"""Bytes at the start of a text file whose encoding ``first_records_problem`` checks."""
+PYARROW_TYPES = (".jsonl.zst", ".parquet")
+"""Types of files that are read with pyarrow."""
 
 
 def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -47,6 +59,64 @@ def _text_problems(cfg: PrepareDataConfig, source: str) -> Iterator[tuple[str, s
         yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
     elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
         yield records_problem
+
+
+def first_records_problem(
+    source: str, text_field: str, *, chat: bool, strict: bool = False
+) -> tuple[str, str] | None:
+    """Returns what is wrong with the first records of a source, and the fix.
+
+    Checks the file type of conversations and, if the file is on this machine, its first records. At
+    least one of the conversations must be usable; the others are left out. Of a source that the
+    teacher writes, the file with prompts is checked.
+
+    Args:
+        source: A source with its options.
+        text_field: Field with the text of a mapping; see ``read_source``.
+        chat: Whether the records must be conversations.
+        strict: Whether all conversations must be usable.
+    """
+    parsed = parse_source(source)
+    if parsed.prompts:  # this file holds conversations, too
+        return first_records_problem(parsed.prompts, text_field, chat=True, strict=True)
+    if parsed.hub or parsed.by_teacher:
+        return None
+    if (chat or parsed.format == DIALOGUE) and parsed.file_type not in RECORD_TYPES:
+        types = " or ".join(RECORD_TYPES)
+        fix = f"give {types}; for plain text, leave out #format and set data.format=text"
+        return f"'{parsed.path}' has no conversations", fix
+    has_fields = parsed.file_type in FILES_WITH_FIELDS
+    if not has_fields:  # a file without line breaks would be read as a whole
+        return _encoding_problem(parsed)
+    # A login node does not have pyarrow.
+    is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
+    # A wheel, which may not be downloaded yet, has no local files.
+    if not (is_readable and parsed.local_files()):
+        return None
+    try:
+        reader = read_source(source, text_field, chat=chat, leave_out=not strict)
+        texts = [document.text for document in islice(reader, CHECKED_RECORDS)]
+        if chat and texts and all(isinstance(json.loads(text), dict) for text in texts):
+            # None is usable. A strict reader raises an error about the first.
+            next(iter(read_source(source, text_field, chat=True)))
+    except RecipeError as error:
+        return error.what, error.fix
+    return None
+
+
+def _encoding_problem(source: Source) -> tuple[str, str] | None:
+    """Returns what is wrong with the encoding of the first text files, and the fix."""
+    for path in source.local_files()[:CHECKED_RECORDS]:
+        with path.open("rb") as file:
+            start = file.read(CHECKED_BYTES)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(start)
+        except UnicodeDecodeError as error:
+            is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "UTF-16" if is_utf_16 else "not in UTF-8"
+            what = f"{path} is {encoding}: byte {error.start:,} is {start[error.start]:#04x}"
+            return what, "convert it to UTF-8, for example with iconv"
+    return None
 
 
 def prefix_problems(

@@ -11,18 +11,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from itertools import islice
 from typing import IO, Any, Protocol
 
 import ijson
 
 from recipes.core.errors import RecipeError
 from recipes.data.records import (
-    FILES_WITH_FIELDS,
     MESSAGES,
     READERS,
     TOOLS,
+    HasToolsError,
     Record,
     dialogue_text,
     messages_of,
@@ -37,10 +35,6 @@ TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """Types of files that may hold conversations."""
-PYARROW_TYPES = (".jsonl.zst", ".parquet")
-"""Types of files that are read with pyarrow."""
-CHECKED_RECORDS = 100
-"""Number of documents at the start of a source that ``first_records_problem`` reads."""
 STRETCH_BYTES = 4 << 20
 """Approximate size of a stretch in bytes. A stretch is a contiguous section of a source's text.
 Within each stretch, every split is one contiguous range of paragraphs. So every split has text from
@@ -50,8 +44,15 @@ LIMITED_STRETCHES = 8
 training split is last in each stretch, so the start of a single stretch might not have any."""
 _JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
 """Last words of the fix in an error about a ``.json`` file."""
+LEFT_OUT = "left out"
+"""Key of the JSON of a conversation that cannot be used. Its value is the reason, for reports."""
+NOT_A_CONVERSATION, HAS_TOOLS = "not a conversation", "has tools"
+"""Reasons to leave a record out of conversations."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
+_HUB_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors of ``datasets``: of the network, of access, of names and of damaged files."""
+_HUB_FIX = "correct the split or config of the source, or check the network and HF_TOKEN"
 _ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError)
 """Errors of a damaged or encrypted wheel, or of an unknown compression method."""
 _UNREADABLE_FILE_ERRORS = (
@@ -90,6 +91,7 @@ def read_source(
     state: Any = None,
     *,
     chat: bool = False,
+    leave_out: bool = False,
     limit_bytes: float = math.inf,
 ) -> Reader:
     """Opens a source of ``data.sources``.
@@ -104,6 +106,8 @@ def read_source(
         text_field: Field with the text of a mapping, unless the source has the option ``text``.
         state: State of an earlier reader, to resume after its last document.
         chat: Whether all records must be conversations.
+        leave_out: Whether records that are no usable conversations become documents that say so
+            (``LEFT_OUT``). If not, they are errors.
         limit_bytes: Approximate number of bytes that the caller will read; see
             ``LIMITED_STRETCHES``.
     """
@@ -112,46 +116,13 @@ def read_source(
     text_of: TextOf = partial(_text, fields)
     columns = _columns(fields)
     if chat or parsed.format == DIALOGUE:
-        text_of = _conversation if chat else _dialogue
+        text_of = _dialogue
+        if chat:
+            text_of = _conversation_or_reason if leave_out else _conversation
         columns = {MESSAGES, TOOLS}
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
     return _FileReader(parsed, columns, text_of, state, limit_bytes)
-
-
-def first_records_problem(source: str, text_field: str, *, chat: bool) -> tuple[str, str] | None:
-    """Returns what is wrong with the first records of a source, and the fix.
-
-    Checks the file type of conversations and, if the file is on this machine, its first records. Of
-    a source that the teacher writes, the file with prompts is checked.
-
-    Args:
-        source: A source with its options.
-        text_field: Field with the text of a mapping; see ``read_source``.
-        chat: Whether all records must be conversations.
-    """
-    parsed = parse_source(source)
-    if parsed.prompts:  # this file holds conversations, too
-        return first_records_problem(parsed.prompts, text_field, chat=True)
-    if parsed.hub or parsed.by_teacher:
-        return None
-    if (chat or parsed.format == DIALOGUE) and parsed.file_type not in RECORD_TYPES:
-        types = " or ".join(RECORD_TYPES)
-        fix = f"give {types}; for plain text, leave out #format and set data.format=text"
-        return f"'{parsed.path}' has no conversations", fix
-    # Other files have nothing to check. One without line breaks would be read as a whole.
-    has_fields = parsed.file_type in FILES_WITH_FIELDS
-    # A login node does not have pyarrow.
-    is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
-    # A wheel, which may not be downloaded yet, has no local files.
-    if not (has_fields and is_readable and parsed.local_files()):
-        return None
-    try:
-        for _ in islice(read_source(source, text_field, chat=chat), CHECKED_RECORDS):
-            pass
-    except RecipeError as error:
-        return error.what, error.fix
-    return None
 
 
 class _FileReader:
@@ -249,13 +220,23 @@ class _FileReader:
 
 def _conversation(record: object, where: str) -> str:
     try:
-        return json.dumps(messages_of(record), ensure_ascii=False)
+        # Messages may have other keys, with any values, such as times.
+        return json.dumps(messages_of(record), ensure_ascii=False, default=str)
     except ValueError as error:
         raise RecipeError(
             f"{where}: {error}.",
             'a conversation is {"messages": [{"role": "user", "content": "…"}, …]}; '
             "for plain text, set data.format=text",
         ) from error
+
+
+def _conversation_or_reason(record: object, where: str) -> str:
+    """Returns a conversation, or the reason to leave the record out, as JSON."""
+    try:
+        return _conversation(record, where)
+    except RecipeError as error:
+        has_tools = isinstance(error.__cause__, HasToolsError)
+        return json.dumps({LEFT_OUT: HAS_TOOLS if has_tools else NOT_A_CONVERSATION})
 
 
 def _dialogue(record: object, where: str) -> str:
@@ -302,10 +283,9 @@ class _HubReader:
             self._rows = load_dataset(
                 hub.name, hub.config, split=hub.split, revision=revision, streaming=True
             )
-        except ValueError as error:  # it lists the available splits or configs
+        except _HUB_ERRORS as error:  # a ValueError lists the available splits or configs
             raise RecipeError(
-                f"split {hub.split} of dataset {hub.name} cannot be read: {error}",
-                "correct the split or the config of the source",
+                f"split {hub.split} of dataset {hub.name} cannot be read: {error}", _HUB_FIX
             ) from error
         # Reading fewer columns is faster. ``column_names`` is known for Parquet files, the usual
         # format on the hub, and may be ``None`` for others.
@@ -316,9 +296,13 @@ class _HubReader:
             self._rows.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Document]:
-        for row in self._rows:
-            if text := self._text_of(row, f"dataset {self._name}").strip():
-                yield Document(text)
+        try:
+            for row in self._rows:
+                if text := self._text_of(row, f"dataset {self._name}").strip():
+                    yield Document(text)
+        except _HUB_ERRORS as error:
+            what = f"dataset {self._name} cannot be read: {error}"
+            raise RecipeError(what, f"{_HUB_FIX}; the same command resumes") from error
 
     def state(self) -> Any:
         return self._rows.state_dict()
@@ -340,12 +324,28 @@ def digest(text: str, *, chat: bool = False) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
+def split_digest(text: str, *, chat: bool = False) -> bytes:
+    """Returns the digest that decides a document's split, and under which it is held out.
+
+    Conversations with the same question have the same digest, whatever the answers, so a question
+    of held-out text is never trained on. The question is all that precedes the first answer.
+    """
+    if chat:
+        messages = json.loads(text)
+        roles = [message["role"] for message in messages]
+        question = messages[: roles.index("assistant")] if "assistant" in roles else messages
+        if any(message["role"] == "user" for message in question):
+            text = json.dumps(question)
+    return digest(text, chat=chat)
+
+
 def split_number(document: Document, document_digest: bytes) -> float:
     """Returns a number in [0, 1) that decides a document's split.
 
     For a paragraph, the number is its position in its stretch. So consecutive paragraphs are mostly
     in the same split, and evaluation text is not scattered among training text. For other records,
-    the number is derived from the digest, so it does not depend on their order or a seed.
+    the number is derived from the digest (see ``split_digest``), so it does not depend on their
+    order or a seed.
     """
     if document.position_in_stretch is not None:
         return document.position_in_stretch

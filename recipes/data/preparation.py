@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +24,13 @@ from recipes.data.corpus import (
     Reader,
     digest,
     read_source,
+    split_digest,
     split_number,
     split_of,
 )
+from recipes.data.ledger import Ledger
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import fetch_wheels, source_names
+from recipes.data.sources import fetch_wheels, parse_source, source_names
 from recipes.data.split_writer import SplitWriter
 from recipes.data.token_sequences import require_heldout_sources
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode_on_ranks
@@ -41,8 +41,6 @@ HELD_OUT = "heldout.digests"
 """File with the digests of all held-out documents, sorted."""
 EARLIER = "earlier.digests"
 """``HELD_OUT`` of an earlier ``prepare_data``, if one is an input. It is held out here, too."""
-DIGEST_BYTES = 16
-"""Bytes of a digest: see ``corpus.digest``."""
 SAVE_SECONDS = 10.0
 """Minimum time between two saves. A killed process loses the work since the last save."""
 
@@ -58,92 +56,6 @@ class _Batch:
 
 EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 """A source's batches, in order: the encoded documents of each batch, and the batch."""
-
-
-class Ledger:
-    """Stores the digests of all documents and, in the same transaction, the ``PreparationState``.
-
-    The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
-
-    Args:
-        path: SQLite file. SQLite does not lock the file, because some file systems have no locks.
-            The lock of the run directory protects it.
-
-    Raises:
-        RecipeError: The file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        uri = f"{path.absolute().as_uri()}?nolock=1"
-        self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
-        try:
-            [result] = self._database.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.DatabaseError as error:
-            result = str(error)
-        if result != "ok":
-            raise RecipeError(
-                f"{path} is damaged ({result}). Only it records the documents written so far.",
-                f"delete {path.parent} to prepare the text again",
-            )
-        self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID"
-        )
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS held_out (digest BLOB PRIMARY KEY) WITHOUT ROWID"
-        )
-        self._database.execute("BEGIN")
-
-    def add_if_new(self, digest: bytes) -> bool:
-        """Stores a document's digest; returns whether the document is new."""
-        cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
-        return cursor.rowcount == 1
-
-    def exclude(self, digests: Iterable[str]) -> None:
-        """Stores digests, given in hexadecimal, so that their documents count as duplicates."""
-        for hexadecimal in digests:
-            self.add_if_new(bytes.fromhex(hexadecimal))
-
-    def hold_out(self, digest: bytes) -> None:
-        """Stores that a document is held out."""
-        self._database.execute("INSERT OR IGNORE INTO held_out VALUES (?)", (digest,))
-
-    def is_held_out(self, digest: bytes) -> bool:
-        """Returns whether a document is held out."""
-        rows = self._database.execute("SELECT 1 FROM held_out WHERE digest = ?", (digest,))
-        return rows.fetchone() is not None
-
-    def read_held_out(self, file: Path) -> None:
-        """Holds out the documents of a file from ``write_held_out``, if the file exists."""
-        if not file.exists():
-            return
-        with file.open("rb") as digests:
-            while digest := digests.read(DIGEST_BYTES):
-                self.hold_out(digest)
-
-    def write_held_out(self, file: Path) -> None:
-        """Writes the digests of all held-out documents to a file, sorted."""
-        with file.open("wb") as digests:
-            rows = self._database.execute("SELECT digest FROM held_out ORDER BY digest")
-            digests.writelines(digest for (digest,) in rows)
-
-    def progress(self) -> dict[str, Any] | None:
-        """Returns the fields of the last saved state; ``None`` if no state was saved."""
-        row = self._database.execute("SELECT state FROM progress").fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def save(self, progress: dict[str, Any]) -> None:
-        """Commits the digests stored so far together with this state."""
-        self._database.execute("DELETE FROM progress")
-        self._database.execute("INSERT INTO progress VALUES (?)", (json.dumps(progress),))
-        self._database.execute("COMMIT")
-        self._database.execute("BEGIN")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.close()
 
 
 @dataclass
@@ -163,6 +75,46 @@ class PreparationState:
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts by source name: conversations used, shortened, and left out by reason; tokens."""
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Opens and encodes the sources of a config."""
+
+    cfg: PrepareDataConfig
+    tokenizer: DocumentTokenizer
+    chat: ChatTokenizer | None
+    paths: Mapping[str, str]
+    """Source or file to read instead of a source."""
+
+    def open(self, source: str, reader_state: Any) -> Reader:
+        """Opens a source after the document at which an earlier reader had this state."""
+        return read_source(
+            self.paths.get(source, source),
+            self.cfg.text_field,
+            reader_state,
+            chat=self.cfg.is_chat(source),
+            leave_out=True,
+            limit_bytes=self.cfg.limit_bytes(source),
+        )
+
+    def encode(self, source: str, reader_state: Any, documents_read: int) -> EncodedBatches:
+        """Encodes the documents of a source that follow the first ``documents_read``."""
+        encoder = self.chat if self.chat and self.cfg.is_chat(source) else self.tokenizer
+        limit = self.cfg.max_documents if source in self.cfg.sources else None
+        remaining = limit - documents_read if limit else None
+        batches = _batches(self.open(source, reader_state), remaining)
+        return closing(encode_on_ranks(encoder, batches, self.cfg.processes))
+
+    def require_readable(self) -> None:
+        """Reads a document of each data set of the hub, before hours of work on earlier sources.
+
+        Raises:
+            RecipeError: A data set cannot be read.
+        """
+        for source in self.cfg.all_sources():
+            if parse_source(source).hub:
+                next(iter(self.open(source, None)), None)
 
 
 def prepare(
@@ -188,23 +140,14 @@ def prepare(
         paths: Source or file to read instead of a source, by the source as written in the config.
     """
     named_sources = list(source_names(cfg.all_sources()).items())
-    encoders: dict[str, DocumentTokenizer | ChatTokenizer] = {
-        source: chat if chat and cfg.is_chat(source) else tokenizer for _, source in named_sources
-    }
-
-    def encode(source: str, reader_state: Any, documents_read: int) -> EncodedBatches:
-        """Encodes the documents of a source that follow the first ``documents_read``."""
-        path, encoder = (paths or {}).get(source, source), encoders[source]
-        reader = _open_reader(cfg, source, path, reader_state, chat=encoder is chat)
-        limit = cfg.max_documents if source in cfg.sources else None
-        remaining = limit - documents_read if limit else None
-        return closing(encode_on_ranks(encoder, _batches(reader, remaining), cfg.processes))
-
+    sources = _Sources(cfg, tokenizer, chat, paths or {})
     if rank() != 0:
-        return _encode_for_rank_0([source for _, source in named_sources], encode)
+        return _encode_for_rank_0(sources)
     fetch_wheels(cfg.all_sources(), log)
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
+        if state == PreparationState():
+            sources.require_readable()
         ledger.exclude(cfg.excluded_documents)
         ledger.read_held_out(folder / EARLIER)
         with SplitWriter(folder, SPLITS, state.sizes, masked=chat is not None) as writer:
@@ -214,7 +157,7 @@ def prepare(
                 for name, source in named_sources[state.finished_sources :]:
                     broadcast((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
-                    with encode(source, state.reader_state, state.documents) as encoded:
+                    with sources.encode(source, state.reader_state, state.documents) as encoded:
                         for fraction in _write_source(cfg, name, source, encoded, chat, store):
                             total = (state.finished_sources + fraction) / len(named_sources)
                             log.progress("tokenize", round(100 * total), 100, source=source)
@@ -227,16 +170,7 @@ def prepare(
     return state
 
 
-def _open_reader(
-    cfg: PrepareDataConfig, source: str, path: str, state: Any, *, chat: bool
-) -> Reader:
-    limit = cfg.limit_bytes(source)
-    return read_source(path, cfg.text_field, state, chat=chat, limit_bytes=limit)
-
-
-def _encode_for_rank_0(
-    sources: list[str], encode: Callable[[str, Any, int], EncodedBatches]
-) -> PreparationState:
+def _encode_for_rank_0(sources: _Sources) -> PreparationState:
     """Encodes this rank's batches of the sources that rank 0 writes. Returns an empty state.
 
     Raises:
@@ -246,7 +180,8 @@ def _encode_for_rank_0(
         if isinstance(message, RecipeError):
             raise message
         source_number, reader_state, documents = message
-        with encode(sources[source_number], reader_state, documents) as encoded:
+        source = sources.cfg.all_sources()[source_number]
+        with sources.encode(source, reader_state, documents) as encoded:
             for _ in encoded:  # encodes, but yields nothing, because only rank 0 gets batches
                 pass
     return PreparationState()
@@ -263,9 +198,10 @@ class _Store:
     """Monotonic time of the last save."""
 
     def assign_split(
-        self, document: Document, document_digest: bytes, fractions: Mapping[str, float]
+        self, document: Document, fractions: Mapping[str, float], *, chat: bool
     ) -> str:
         """Returns a document's split. Records a held-out document, so that it stays held out."""
+        document_digest = split_digest(document.text, chat=chat)
         split = split_of(split_number(document, document_digest), fractions)
         if self.ledger.is_held_out(document_digest):
             return "heldout"
@@ -336,9 +272,12 @@ def _write_source(
     for encoded_documents, batch in batches:
         new_documents: list[tuple[str, Encoded]] = []  # with their splits
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
-            document_digest = digest(document.text, chat=packer is not None)
-            if store.ledger.add_if_new(document_digest):
-                split = store.assign_split(document, document_digest, fractions)
+            if encoded.left_out_reason:
+                new_documents.append(("train", encoded))  # only counted, in no split
+                continue
+            is_chat = packer is not None
+            if store.ledger.add_if_new(digest(document.text, chat=is_chat)):
+                split = store.assign_split(document, fractions, chat=is_chat)
                 new_documents.append((split, encoded))
                 state.tokens += len(encoded.ids)
             if state.tokens >= max_tokens:

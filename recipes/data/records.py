@@ -15,8 +15,9 @@ from typing import IO, Any
 
 import ijson
 
-LONGEST_PARAGRAPH = 1 << 20
-"""Bytes after which text without blank lines is split at the end of a line."""
+LONGEST_PARAGRAPH = 1 << 14
+"""Bytes after which text without blank lines is split at the end of a line. It is small compared to
+``corpus.STRETCH_BYTES``, so that every split of a stretch gets some of the text."""
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
 BUFFER_BYTES = 1 << 20
@@ -29,6 +30,10 @@ TOOLS = "tools"
 """Field of a conversation with the definitions of tools, which are not supported."""
 SPEAKERS = {"user": "A", "assistant": "B"}
 """Labels of the two people of a dialogue in plain text, by their roles in a conversation."""
+
+
+class HasToolsError(ValueError):
+    """A conversation has tools or tool calls, which are not supported."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,9 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     of messages may contain lists of messages.
 
     Raises:
-        ValueError: There are no messages; a message has no role, sender or text; more than two
-            people speak; or the record has tools or tool calls.
+        HasToolsError: The record has tools or tool calls.
+        ValueError: There are no messages; a message has no role, sender or text; or more than two
+            people speak.
     """
     record = record if isinstance(record, dict) else {}
     messages = record.get(MESSAGES)
@@ -228,7 +234,7 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # may be JSON in a string
     has_tool_calls = any(isinstance(m, dict) and m.get("tool_calls") for m in messages)
     if has_tools or has_tool_calls:
-        raise ValueError("it has tools or tool calls, which are not supported; leave it out")
+        raise HasToolsError("it has tools or tool calls, which are not supported; leave it out")
     for number, message in enumerate(messages, 1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):

@@ -10,17 +10,25 @@ from pathlib import Path
 import pytest
 
 from recipes.core.metrics import MetricsLog
+from recipes.data.chat import ChatTokenizer
 from recipes.data.corpus import SPLITS
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
 
 LOG = MetricsLog(None)
 """A log that writes nothing."""
+LENGTH = 64
+"""Tokens of a sequence of conversations."""
 
 
 @pytest.fixture(scope="module")
 def tokenizer(odd_llama: Path) -> DocumentTokenizer:
     return load_tokenizer(odd_llama)
+
+
+@pytest.fixture(scope="module")
+def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
+    return ChatTokenizer(odd_llama, tokenizer.end, LENGTH)
 
 
 def read_texts(text_file: Path) -> list[str]:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from recipes.core.errors import RecipeError
-from recipes.data import preparation
 from recipes.data.corpus import digest
+from recipes.data.ledger import Ledger
 from recipes.data.split_writer import SplitWriter
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten"])
 def test_the_error_for_a_damaged_ledger_says_what_to_delete(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "ledger.sqlite"
-    with preparation.Ledger(path) as ledger:
+    with Ledger(path) as ledger:
         for number in range(2000):  # several pages of the SQLite file
             ledger.add_if_new(digest(str(number)))
         ledger.save({})
@@ -25,7 +25,7 @@ def test_the_error_for_a_damaged_ledger_says_what_to_delete(tmp_path: Path, dama
     else:
         path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged") as caught:
-        preparation.Ledger(path)
+        Ledger(path)
     assert f"delete {tmp_path} " in str(caught.value)
 
 

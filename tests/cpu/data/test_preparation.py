@@ -25,15 +25,13 @@ from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import preparation, split_writer
 from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import SPLITS, TOKEN_BYTES, digest
+from recipes.data.ledger import Ledger
 from recipes.data.preparation import EARLIER, HELD_OUT, PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all
-from tests.cpu.data.conftest import LOG, file_hashes, read_texts
+from tests.cpu.data.conftest import LENGTH, LOG, file_hashes, read_texts
 from tests.support.text import write_chats
-
-LENGTH = 64
-"""Tokens of a sequence."""
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +140,6 @@ def test_a_killed_tokenizer_process_is_reported(tokenizer: DocumentTokenizer) ->
     with pytest.raises(RecipeError, match="a tokenizer process was killed by SIGKILL") as caught:
         list(encoded)
     assert "fewer processes take less memory" in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
-    return ChatTokenizer(odd_llama, tokenizer.end, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +307,7 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert process.exitcode == -signal.SIGKILL, "the process ended before it could be killed"
-    with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
         saved = ledger.progress()
     assert saved is not None
     assert saved["finished_sources"] < 3  # both configs have three sources

@@ -14,11 +14,11 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.data import corpus, records
+from recipes.data.checks import first_records_problem
 from recipes.data.corpus import (
     SPLITS,
     Document,
     digest,
-    first_records_problem,
     read_source,
     split_number,
     split_of,
@@ -108,7 +108,7 @@ def test_the_field_of_the_text_is_checked(tmp_path: Path) -> None:
     assert "data.text_field" in fix
 
 
-def test_only_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
+def test_only_the_first_records_of_a_file_with_conversations_are_checked(tmp_path: Path) -> None:
     def conversation_problem(source: str, chat: bool = True) -> tuple[str, str] | None:
         return first_records_problem(source, "text", chat=chat)
 
@@ -123,7 +123,7 @@ def test_only_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> N
         ('{"messages": [{"role": "user"}]}', "message 1 has no text as its 'content'", example),
         ("{oops", "Expecting property name", "correct the file"),
     ):
-        source = write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n")
+        source = write(tmp_path, "a.jsonl", f"\n\n{line}\n")
         problem, fix = conversation_problem(source) or ("", "")
         assert f"line 3: {expected_problem}" in problem
         assert "a.jsonl" in problem
