@@ -26,7 +26,8 @@ def test_unusable_conversations_are_counted_and_left_out(
     tokenizer: DocumentTokenizer, chat: ChatTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
     """The first and the last records have tools or no text, in a file and in a hub's data set."""
-    chats = tmp_path / "chats.jsonl"
+    chats = tmp_path / "data" / "train.jsonl"
+    chats.parent.mkdir()
     write_chats(chats, text_file, 200)
     good = chats.read_text()
     question = {"role": "user", "content": "Why?"}
@@ -34,10 +35,11 @@ def test_unusable_conversations_are_counted_and_left_out(
     unusable = [with_tools, with_tools, json.dumps({"messages": [{**question, "content": None}]})]
     lines = [*unusable, *good.splitlines(), '{"messages": []}']
     chats.write_text("\n".join(lines))
-    for source in (f"{chats}#format=chat", f"hf://{tmp_path}:train#format=chat"):
+    sources = {"file": f"{chats}#format=chat", "hub": f"hf://{chats.parent}:train#format=chat"}
+    for name, source in sources.items():
         cfg = PrepareDataConfig(sources=[source], seq_length=LENGTH)
         assert first_records_problem(source, "text", chat=True) is None
-        folder = tmp_path / source.partition(":")[0].replace("/", "-")
+        folder = tmp_path / name
         folder.mkdir()
         [counts] = prepare(cfg, tokenizer, folder, LOG, chat).conversations.values()
         assert counts[HAS_TOOLS] == 2
