@@ -24,9 +24,31 @@ from nemo_convert.hf_config import (
 )
 from nemo_convert.preflight import model_dtype, require_convertible
 from nemo_convert.tokenizer_conversion import convert_tokenizer
-from nemo_convert.trust import MODEL_NAMES, read_metadata
+from nemo_convert.trust import MODEL_NAMES, read_metadata, require_tensors
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
+
+NEMO_VALUES: dict[str, Any] = {
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "layernorm_zero_centered_gamma": False,
+    "moe_router_topk_scaling_factor": None,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "seq_len_interpolation_factor": None,
+    "softmax_scale": None,
+    "window_size": None,
+}
+"""Fields of NeMo's model config that affect logits, with the only values that a conversion gives
+them."""
+ROPE_FIELDS = {
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+"""Fields of NeMo's model config, with their keys in ``rope_scaling`` of ``config.json``."""
 
 
 class WeightReader(Protocol):
@@ -128,13 +150,27 @@ def require_matching_config(checkpoint: Path) -> None:
     arch, config = nemo.architecture_of(checkpoint), nemo.read_config(checkpoint)
     family = FAMILIES[arch.hf_architecture]
     known = {f"module.{weight.checkpoint_key}" for weight, _ in family.weights_of(arch)}
-    stored = read_metadata(checkpoint / nemo.WEIGHTS).state_dict_metadata
+    metadata = read_metadata(checkpoint / nemo.WEIGHTS)
+    require_tensors(metadata, known, checkpoint / nemo.WEIGHTS)
+    stored = metadata.state_dict_metadata
     names = (key for key in stored if key.startswith("module.") and nemo.EXTRA_STATE not in key)
     differences = [f"the weight {name}" for name in sorted(set(names) - known)]
+    for weight in family.weights:
+        tensor = stored.get(f"module.{weight.checkpoint_key}")
+        # Without the leading axes, which are layer and expert.
+        shape = tuple(tensor.size[len(weight.stack_sizes(arch)) :]) if tensor else None
+        if shape not in (None, weight.shape(arch)):
+            differences.append(
+                f"{weight.megatron} of shape {shape} instead of {weight.shape(arch)}"
+            )
     # Fields of NeMo's model config, with their values according to config.json.
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
-    expected["scale_factor"] = (config.get("rope_scaling") or {}).get("factor", "none")
+    scaling = config.get("rope_scaling") or {}
+    expected["scale_factor"] = scaling.get("factor", "none")
+    expected |= NEMO_VALUES | {
+        field_name: scaling[key] for field_name, key in ROPE_FIELDS.items() if key in scaling
+    }
     if arch.num_moe_experts:
         expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
     actual = _context_settings(checkpoint)
@@ -157,7 +193,9 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
     Reads ``io.json`` as plain JSON, because NeMo's own reader may run code. In this file, ``items``
     is a list of (label, value) pairs, and ``Attr(name='FIELD')`` is the label of a field.
     """
-    objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"]
+    file = checkpoint / nemo.CONTEXT / "io.json"
+    if not (objects := read_json(file).get("objects")):
+        raise RecipeError(f"{file} has no objects.", "copy or convert the checkpoint again")
     settings: dict[str, Any] = {}
     for item in objects.values():
         if "<root>.model.config" in item.get("paths", ()):

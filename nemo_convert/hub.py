@@ -27,7 +27,12 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
+# Licences require that these files are passed on: Apache-2.0 and Llama's licence have a notice.
+LICENCE_FILES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
+SIDE_FILES = (
+    *(*TOKENIZER_FILES, *LICENCE_FILES),
+    *("config.json", "generation_config.json", "README.md"),
+)
 """Patterns of a model's side files: the files that a conversion copies. They match no weights."""
 ADAPTER = "adapter_config.json"
 """Config file of a PEFT adapter. If a folder has this file, transformers loads the base model that

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_convert.trust import read_metadata
+from nemo_convert.trust import read_metadata, require_tensors
 from recipes.core.errors import RecipeError
 
 Index = tuple[int, ...]
@@ -153,19 +154,38 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
     """Yields (key, index, weight) for each key of ``leading_axes`` that a checkpoint has."""
     reader = FileSystemReader(folder)
     metadata = read_metadata(folder)
+    require_tensors(metadata, leading_axes, folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     for key, axes in leading_axes.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
+        shards_by_index = _shards_by_index(stored, axes)
         # All (layer, expert) of the stack; one empty index if the tensor is not a stack.
         for index in product(*map(range, stored.size[:axes])):
-            yield key, index, _read_slice(reader, key, stored, index)
+            shards = replace(stored, chunks=shards_by_index.get(index, []))
+            yield key, index, _read_slice(reader, key, shards, index)
+
+
+def _shards_by_index(
+    stored: TensorStorageMetadata, axes: int
+) -> dict[Index, list[ChunkStorageMetadata]]:
+    """Maps each (layer, expert) of a stack to the shards that have values of it.
+
+    Without this, PyTorch would search all shards for each weight, which takes minutes for a model
+    with thousands of experts.
+    """
+    shards: dict[Index, list[ChunkStorageMetadata]] = {}
+    for chunk in stored.chunks:
+        ranges = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+        for index in product(*(range(start, start + size) for start, size in ranges)):
+            shards.setdefault(index, []).append(chunk)
+    return shards
 
 
 def _read_slice(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
-    """Reads the weight at ``index`` from all shards that have a block of this weight."""
+    """Reads the weight at ``index`` from the shards ``stored.chunks``."""
     inner_shape = stored.size[len(index) :]
     # The chunk is the region of the stacked tensor that this weight takes.
     sizes = torch.Size([1] * len(index) + list(inner_shape))
@@ -192,9 +212,13 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
-    with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
-        shard = torch.load(reader._slice_file(file, location), weights_only=True)
-        block = _block(shard, item.storage_offsets, item.lengths)
+    try:
+        with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
+            shard = torch.load(reader._slice_file(file, location), weights_only=True)
+    except (OSError, EOFError, RuntimeError) as error:
+        what = f"{path} is missing or damaged: {str(error).splitlines()[0]}"
+        raise RecipeError(what, "copy or convert the checkpoint again") from error
+    block = _block(shard, item.storage_offsets, item.lengths)
     # Number of elements from the block's first to its last in the file. The elements between its
     # rows count too: they are read, and as_strided skips them.
     steps = zip(block.shape, block.stride(), strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import EnumType
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,41 @@ def read_metadata(weights: Path) -> Any:
     """Reads ``.metadata`` in the folder ``weights`` of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: The metadata names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: There is no metadata, or it is damaged. Or it names an unknown object, and
+            ``TRUST_CHECKPOINTS`` is not 1.
     """
-    with (weights / ".metadata").open("rb") as file:
-        return _MetadataUnpickler(file, weights / ".metadata").load()
+    path = weights / ".metadata"
+    try:
+        with path.open("rb") as file:
+            return _MetadataUnpickler(file, path).load()
+    except (FileNotFoundError, EOFError, pickle.UnpicklingError) as error:
+        what = f"{path} is missing or damaged, so {weights} is incomplete: {error}"
+        raise RecipeError(what, "copy or convert the checkpoint again") from error
+
+
+def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
+    """Refuses a checkpoint that stores a Python object under the key of a weight.
+
+    PyTorch's reader unpickles such an object without restrictions, so it could run any code.
+
+    Args:
+        metadata: Result of ``read_metadata``.
+        keys: Keys of the weights that will be read. Keys that are not stored are ignored.
+        weights: Folder of the checkpoint's weights, for the message.
+
+    Raises:
+        RecipeError: A key has no tensor, and ``TRUST_CHECKPOINTS`` is not 1.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for key in keys:
+        stored = metadata.state_dict_metadata.get(key)
+        is_tensor = stored is None or type(stored) is TensorStorageMetadata
+        if not is_tensor and os.environ.get(TRUST) != "1":
+            raise RecipeError(
+                f"{weights} stores {key} as a Python object: opening it could run code.",
+                f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1",
+            )
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -17,6 +17,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_convert import hf, nemo, trust
@@ -200,3 +203,42 @@ def test_metadata_that_would_run_code_is_refused(
     with pytest.raises(RecipeError, match=r"posix\.system"):
         nemo.read_sharded({}, hostile / nemo.WEIGHTS)
     assert not created_by_call.exists()
+
+
+def test_an_object_under_the_key_of_a_weight_is_refused(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch unpickles objects in shards without restrictions.
+
+    The planted entry has the attributes of a tensor, which pass Megatron's check of shapes, and
+    leads to a pickle at the end of a shard.
+    """
+    hostile, created = tmp_path / "hostile.nemo", tmp_path / "ran"
+    shutil.copytree(odd_nemo, hostile)
+    weights, key = hostile / nemo.WEIGHTS, "module.decoder.final_layernorm.weight"
+    metadata = trust.read_metadata(weights)
+    planted = BytesStorageMetadata()
+    vars(planted).update(vars(metadata.state_dict_metadata[key]))
+    metadata.state_dict_metadata[key] = planted
+
+    class Planted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {created}",)
+
+    pickled = io.BytesIO()
+    torch.save(Planted(), pickled)
+    shard = weights / "__0_0.distcp"
+    start, size = shard.stat().st_size, len(pickled.getvalue())
+    with shard.open("ab") as file:
+        file.write(pickled.getvalue())
+    metadata.storage_data[MetadataIndex(key)] = _StorageInfo(shard.name, start, size)
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    for arguments in (("to-hf", hostile, tmp_path / "back"), ("verify", odd_llama, hostile)):
+        assert convert_by_command(*arguments) == 1
+        assert f"stores {key} as a Python object" in capsys.readouterr().err
+    nemo.initialize(nemo.Parallelism())
+    core = nemo.build_core(nemo.restore_model(odd_nemo), nemo.Parallelism())
+    with pytest.raises(RecipeError, match="as a Python object"):
+        nemo.load_weights(core, hostile)
+    assert not created.exists()

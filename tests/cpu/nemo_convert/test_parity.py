@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,59 @@ def test_a_checkpoint_with_the_config_json_of_another_model_is_refused(
         assert convert_by_command(*arguments) == 1
         assert difference in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def change_settings(checkpoint: Path, **values: object) -> None:
+    """Sets fields of NeMo's model config in ``io.json``."""
+    context = checkpoint / nemo.CONTEXT
+    objects = read_json(context / "io.json")["objects"]
+    for item in objects.values():
+        if "<root>.model.config" in item.get("paths", ()):
+            for name, value in values.items():
+                leaf = {"type": "leaf", "value": value, "paths": []}
+                items = [pair for pair in item["items"] if pair[0] != f"Attr(name='{name}')"]
+                item["items"] = [*items, [f"Attr(name='{name}')", leaf]]
+    edit_json("io.json", objects=objects)(context)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Other values of NeMo's config that change logits.
+        (partial(change_settings, seq_len_interpolation_factor=2.0), "seq_len_interpolation_facto"),
+        (partial(change_settings, rotary_percent=0.5), "rotary_percent=0.5"),
+        (partial(change_settings, layernorm_zero_centered_gamma=True), "zero_centered_gamma=True"),
+        (lambda nemo2: truncate(nemo2 / "weights" / "__0_0.distcp"), "missing or damaged"),
+        (lambda nemo2: (nemo2 / "weights" / "__0_0.distcp").unlink(), "missing or damaged"),
+        (lambda nemo2: (nemo2 / "weights" / ".metadata").write_bytes(b""), "missing or damaged"),
+        (lambda nemo2: (nemo2 / "context" / "io.json").write_text("{}"), "has no objects"),
+    ],
+)
+def test_changed_and_damaged_checkpoints_are_refused(
+    odd_nemo: Path,
+    tmp_path: Path,
+    change: Callable[[Path], object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = tmp_path / "m.nemo"
+    shutil.copytree(odd_nemo, checkpoint)
+    change(checkpoint)
+    assert convert_by_command("to-hf", checkpoint, tmp_path / "back") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_checkpoint_with_a_padded_vocabulary_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+    """``config.json`` says that the vocabulary is 3 tokens smaller than the embedding."""
+    shutil.copytree(odd_nemo, tmp_path / "m.nemo")
+    side = nemo.side_folder(tmp_path / "m.nemo")
+    edit_json("config.json", vocab_size=290)(side)
+    with pytest.raises(RecipeError, match=r"word_embeddings\.weight of shape \(293, "):
+        convert.require_matching_config(tmp_path / "m.nemo")

@@ -11,9 +11,20 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from nemo_convert import hf
-from nemo_convert.streaming import Index, _prefetch, _SourcePlanner, _without_checksums
+from nemo_convert.streaming import (
+    Index,
+    _prefetch,
+    _shards_by_index,
+    _SourcePlanner,
+    _without_checksums,
+)
 from recipes.core.errors import RecipeError
 
 KEYS: list[tuple[str, Index]] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
@@ -117,3 +128,19 @@ def test_read_weight_is_independent_of_its_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))  # overwrites the file with zeros
     assert ones.sum() == 1000
+
+
+def test_shards_are_found_by_layer_and_expert() -> None:
+    """A stack of 2 layers and 3 experts has weights [4, 5], each in two shards of 2 rows.
+
+    The shards of layer 1 have all of its experts.
+    """
+    sizes = {0: [1, 1, 2, 5], 1: [1, 3, 2, 5]}
+    offsets = [[0, e, row, 0] for e in range(3) for row in (0, 2)] + [[1, 0, r, 0] for r in (0, 2)]
+    chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(sizes[o[0]])) for o in offsets]
+    stored = TensorStorageMetadata(TensorProperties(), torch.Size([2, 3, 4, 5]), chunks)
+    shards = _shards_by_index(stored, 2)
+    assert shards.keys() == {(layer, expert) for layer in range(2) for expert in range(3)}
+    assert shards[0, 1] == chunks[2:4]
+    assert shards[1, 0] == shards[1, 2] == chunks[6:]
+    assert _shards_by_index(stored, 0) == {(): chunks}
