@@ -76,7 +76,8 @@ class CpuWorker(Worker):
             raise RecipeError(
                 f"the process that measures the {self._name} ended with status {status}; its "
                 "messages are in the stage's log",
-                "if it ran out of memory, use smaller batch_sizes or baseline=false",
+                "if it ran out of memory, use smaller batches, an engine of lower precision, or in "
+                "measure_speed baseline=false",
             )
         answer: dict[str, Any] = json.loads(line)
         return answer

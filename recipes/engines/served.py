@@ -189,8 +189,8 @@ def engine_limits(build: Mapping[str, Any]) -> list[int]:
     limits: list[int] = []
     if build["max_seq_len"]:
         limits.append(build["max_seq_len"] - 1)  # a server needs a free position at the end
-    if build["max_input_len"]:
-        limits.append(build["max_input_len"])
+    # Without chunked prefill, a prompt must fit into the tokens of a forward pass, too.
+    limits += filter(None, (build["max_input_len"], build["max_num_tokens"]))
     return limits
 
 

@@ -80,6 +80,21 @@ def problems(
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
+    if isinstance(source, QuantizeConfig) and source.kv_cache_dtype != cfg.kv_cache_dtype == "auto":
+        yield Problem(
+            rules.KV_CACHE,
+            f"the quantize stage declares a KV cache in {source.kv_cache_dtype}, which the engine "
+            "would use, but its memory and speed are planned for kv_cache_dtype=auto",
+            f"set kv_cache_dtype={source.kv_cache_dtype} in both stages, or auto in both",
+        )
+    if cfg.backend == "tensorrt_llm" and arch.num_moe_experts:
+        # Its tensorrt_llm/models/qwen/config.py never normalizes the router's probabilities.
+        yield Problem(
+            rules.ENGINE_MODEL,
+            "TensorRT-LLM's engine builder ignores norm_topk_prob of mixtures of experts, so the "
+            "engine's answers would be wrong",
+            f"set stages.{cfg.name}.backend=tensorrt_llm_pytorch",
+        )
     if arch.kv_channels not in HEAD_SIZES:
         yield Problem(
             rules.HEAD_SIZE,
@@ -90,12 +105,7 @@ def problems(
     ranks = cfg.tensor_parallel_size
     yield from _parallel_problems(ranks, arch)
     multiple = SIZE_MULTIPLES.get(cfg.precision, 1)
-    sizes = (
-        ("hidden_size", arch.hidden_size, 1),  # tensor parallelism does not split it
-        ("ffn_hidden_size", arch.ffn_hidden_size, ranks),
-        ("num_attention_heads * kv_channels", arch.num_attention_heads * arch.kv_channels, ranks),
-    )
-    for name, size, shards in sizes:
+    for name, size, shards in matrix_sizes(arch, ranks):
         if size // shards % multiple:
             yield Problem(
                 rules.ALIGNMENT,
@@ -103,6 +113,21 @@ def problems(
                 f"{size // shards} on each rank",
                 f"prune to a multiple of {multiple * shards}, or use precision=bf16",
             )
+
+
+def matrix_sizes(arch: Architecture, ranks: int) -> tuple[tuple[str, int, int], ...]:
+    """Returns name, size and number of shards of each dimension of quantized matrices."""
+    feed_forward = _feed_forward(arch)
+    return (
+        ("hidden_size", arch.hidden_size, 1),  # tensor parallelism does not split it
+        (feed_forward, getattr(arch, feed_forward), ranks),
+        ("num_attention_heads * kv_channels", arch.num_attention_heads * arch.kv_channels, ranks),
+    )
+
+
+def _feed_forward(arch: Architecture) -> str:
+    """Returns the name of the feed-forward size that a model's weights have."""
+    return "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
 
 
 def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Problem]:
@@ -125,7 +150,7 @@ def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Prob
 
 def _parallel_problems(ranks: int, arch: Architecture) -> Iterator[Problem]:
     """Yields a problem for each size that cannot be distributed evenly over the ranks."""
-    for name in ("num_attention_heads", "ffn_hidden_size"):
+    for name in ("num_attention_heads", _feed_forward(arch)):
         if getattr(arch, name) % ranks:
             yield Problem(
                 rules.TENSOR_PARALLEL,

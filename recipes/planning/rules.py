@@ -261,6 +261,9 @@ FORMAT = Rule("format", "each backend supports only some formats of weights")
 KV_CACHE = Rule("kv-cache", "engines support few types of KV cache; FP8 needs calibrated scales")
 MAX_SEQ_LEN = Rule("max-seq-len", "an engine cannot serve more positions than the model has")
 MAX_INPUT_LEN = Rule("max-input-len", "a prompt must be shorter than the engine's max_seq_len")
+ENGINE_MODEL = Rule(
+    "engine-model", "an engine that computes another model than its checkpoint fails silently"
+)
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "kernels of a precision need aligned sizes")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")

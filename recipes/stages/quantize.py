@@ -13,7 +13,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import FP8_REQUIREMENT, SIZE_MULTIPLES
+from recipes.engines.tensorrt_llm import FP8_REQUIREMENT, SIZE_MULTIPLES, matrix_sizes
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, quantization_cost
@@ -29,12 +29,11 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
         yield from fp8_problems(chain.hardware, *FP8_REQUIREMENT)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     multiple = SIZE_MULTIPLES[cfg.format]
-    for axis in ("hidden_size", "ffn_hidden_size"):
-        size = getattr(arch, axis)
+    for name, size, _ in matrix_sizes(arch, ranks=1):
         if size % multiple:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{axis}={size} must be a multiple of {multiple} for format={cfg.format}",
+                f"{name}={size} must be a multiple of {multiple} for format={cfg.format}",
                 f"prune to a multiple of {multiple}, or use another format",
             )
 

@@ -209,10 +209,12 @@ def test_prompt_limits_come_from_the_build_settings_of_an_engine() -> None:
 
     TensorRT-LLM's PyTorch backend would shorten answers instead.
     """
-    unlimited: dict[str, Any] = {"max_seq_len": None, "max_input_len": None}
+    limits = ("max_seq_len", "max_input_len", "max_num_tokens")
+    unlimited: dict[str, Any] = dict.fromkeys(limits)
     assert served.engine_limits(unlimited) == []
     assert served.engine_limits(unlimited | {"max_seq_len": 2048}) == [2047]
-    assert served.engine_limits({"max_seq_len": 2048, "max_input_len": 1024}) == [2047, 1024]
+    all_set = dict(zip(limits, (2048, 1024, 512), strict=True))
+    assert served.engine_limits(all_set) == [2047, 1024, 512]
 
 
 def add_generation_settings(folder: Path, **settings: Any) -> None:

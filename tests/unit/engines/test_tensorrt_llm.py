@@ -27,6 +27,7 @@ from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
+from recipes.stages import quantize
 from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
@@ -339,6 +340,29 @@ def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(teacher: Architecture)
             stage="quantize", kv_cache_dtype=calibrated_dtype, inputs={"checkpoint": "import_hf"}
         )
         assert rules(cfg, replace(chain, stages={"quantize": source})) == broken
+        # An engine with ``auto`` takes the KV cache that the checkpoint declares.
+        automatic = replace(cfg, kv_cache_dtype="auto")
+        opposite = [] if broken else ["kv-cache"]
+        assert rules(automatic, replace(chain, stages={"quantize": source})) == opposite
+
+
+def test_experts_are_checked_by_their_own_width_and_need_the_pytorch_backend(
+    teacher: Architecture,
+) -> None:
+    """The feed-forward size of a dense layer has no weights in a mixture of experts."""
+    moe = replace(
+        teacher, kv_channels=64, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=256,
+        ffn_hidden_size=6001,
+    )  # fmt: skip
+    assert rules(config(), Chain("teacher", moe, {})) == ["engine-model"]
+    awq = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
+    assert rules(awq, Chain("teacher", moe, {})) == []
+    narrow = replace(moe, moe_ffn_hidden_size=200)  # no multiple of 128
+    assert rules(awq, Chain("teacher", narrow, {})) == ["alignment"]
+    cfg = QuantizeConfig(stage="quantize", format="int4_awq", inputs={})
+    for arch, broken in ((moe, []), (narrow, ["alignment"])):
+        problems = quantize.check(cfg, Chain("teacher", arch, {}))
+        assert [problem.rule.name for problem in problems] == broken
 
 
 def checkpoint_folder(folder: Path, algorithm: str | None) -> Path:

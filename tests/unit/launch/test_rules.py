@@ -173,7 +173,7 @@ ELSEWHERE = {
     "tokenizer": "planning/test_vocabularies.py",
     "source-weights": "planning/test_limits.py",
     **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
-    **dict.fromkeys(("format", "kv-cache"), "engines/test_tensorrt_llm.py"),
+    **dict.fromkeys(("format", "kv-cache", "engine-model"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(
         ("alignment", "length", "engine-limits", "engine-pair"), "engines/test_bench.py"
     ),
