@@ -23,11 +23,10 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
+from nemo_convert.sharded import read_sharded
 from nemo_convert.trust import (
-    read_metadata,
     require_known_context,
     require_no_remote_code,
-    require_tensors,
 )
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.local_layers import adapt_config
@@ -297,35 +296,6 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     state = read_sharded(weights, checkpoint / WEIGHTS)
     # strict=False allows the skipped FP8 states. read_sharded has already refused missing weights.
     core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
-
-
-def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Reads the tensors of a sharded state dict from the directory ``weights``.
-
-    As in NeMo's trainer, each data-parallel rank reads a fraction of the tensors, and the ranks
-    exchange them. So each tensor is read once from the file system, not once per replica.
-    """
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-        FullyParallelLoadStrategyWrapper,
-    )
-
-    # Refuses harmful pickles, which Megatron would load.
-    built = {
-        name: item.build() if isinstance(item, ShardedTensorFactory) else item
-        for name, item in state.items()
-    }
-    keys = {item.key for item in nested_values(built)}
-    require_tensors(read_metadata(weights), keys, weights)
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(weights)),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    tensors: dict[str, Any] = dist_checkpointing.load(state, str(weights), strategy)
-    return tensors
 
 
 def save_checkpoint(

@@ -44,6 +44,7 @@ from recipes.core.run_state import (
     BEGUN,
     TRACKER,
     InputRef,
+    Request,
     begin_work,
     complete_stage,
     content_of,
@@ -185,6 +186,16 @@ def _require_gpu() -> None:
         )
 
 
+def _settings_of(request: Request, config_class: type[StageConfig]) -> StageConfig:
+    """Returns the settings of a request; refuses unknown ones, which Pydantic would ignore."""
+    if unknown := request.config.keys() - {setting.name for setting in fields(config_class)}:
+        names = ", ".join(sorted(unknown))
+        raise RecipeError(f"{request.name} has unknown settings: {names}.", "start a new run_dir")
+    cfg: StageConfig = TypeAdapter(config_class).validate_python(request.config)
+    cfg.name = request.name
+    return cfg
+
+
 def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: Path) -> None:
     """Runs a stage on this rank and publishes its result.
 
@@ -197,12 +208,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
     _require_gpu()
     started = time.monotonic()
     request = read_request(stage_dir)
-    # Pydantic would ignore unknown settings.
-    if unknown := request.config.keys() - {setting.name for setting in fields(config_class)}:
-        names = ", ".join(sorted(unknown))
-        raise RecipeError(f"{request.name} has unknown settings: {names}.", "start a new run_dir")
-    cfg: StageConfig = TypeAdapter(config_class).validate_python(request.config)
-    cfg.name = request.name
+    cfg = _settings_of(request, config_class)
     manifest = Manifest(
         stage=cfg.stage,
         kind=kind,

@@ -19,6 +19,7 @@ from nemo.collections import llm
 
 from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
+from nemo_convert.sharded import read_sharded
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.megatron_faults import mend
@@ -228,7 +229,7 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
             if isinstance(item, ShardedTensor):
                 item.dtype = torch.float32
             to_read[name] = item
-    exact = nemo.read_sharded(to_read, weights) if to_read else {}
+    exact = read_sharded(to_read, weights) if to_read else {}
     names = {weight: f"module.{name}" for name, weight in core.named_parameters()}
     for opt in optimizer.chained_optimizers:  # one for dense weights, one for experts
         groups = zip(opt.model_float16_groups, opt.shard_fp32_from_float16_groups, strict=True)

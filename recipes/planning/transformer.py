@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
 from recipes.backend.device import QUERIES_AT_ONCE
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import ONE_MODEL_LOSS_BUFFERS, Layout, Workload
 
 LOSS_CHUNK_BYTES = 512 << 20
 """Largest float32 buffer of the loss on a GPU, in bytes: large enough to keep the GPU busy."""
@@ -28,8 +28,6 @@ ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
 """FLOPs per score and channel of a head: 2 per GEMM. One of 5 backward GEMMs recomputes scores."""
 FRAGMENTATION = 1.05
 """Memory that the allocator holds, divided by the memory of tensors. Assumed, not measured."""
-ONE_MODEL_BUFFERS = 2
-"""Buffers of the loss that exist at once without a live teacher."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +231,8 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     first, last = stage == 0, stage == layout.pipeline - 1
     embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: one for both
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
-    return (
-        embedding * embeddings / layout.tensor,
-        layers * fraction / layout.tensor,
-        experts * fraction / (layout.tensor * layout.expert),
-    )
+    tensor, split_experts = layout.tensor, experts * fraction / (layout.tensor * layout.expert)
+    return embedding * embeddings / tensor, layers * fraction / tensor, split_experts
 
 
 def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
@@ -307,9 +302,9 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
     chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0  # a CPU's chunks are small
     logits = values * workload.dtype_bytes
     if workload.trained is None:
-        return max(2 * logits, logits + ONE_MODEL_BUFFERS * chunk)
+        return max(2 * logits, logits + ONE_MODEL_LOSS_BUFFERS * chunk)
     if workload.teacher is None:
-        return logits + (ONE_MODEL_BUFFERS + workload.terms - 1) * chunk
+        return logits + (ONE_MODEL_LOSS_BUFFERS + workload.terms - 1) * chunk
     return 2 * logits + (workload.loss_buffers + workload.terms - 1) * chunk
 
 

@@ -62,6 +62,8 @@ LOSS_BUFFERS = {"forward_kl": 3, "reverse_kl": 4, "jsd": 6}
 """Float32 buffers of a loss on logits that exist at once with a live teacher, by divergence."""
 TOP_K_LOSS_BUFFERS = 3
 """The same for any divergence over only the teacher's largest probabilities."""
+ONE_MODEL_LOSS_BUFFERS = 2
+"""The same without a live teacher."""
 CHECKPOINT_BYTES = 14
 """Bytes per parameter of a training checkpoint: a bfloat16 weight, a float32 main weight, and
 Adam's two float32 moments."""

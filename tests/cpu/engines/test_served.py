@@ -205,10 +205,7 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
 
 
 def test_prompt_limits_come_from_the_build_settings_of_an_engine() -> None:
-    """Without these limits, an engine would refuse a long prompt after hours of evaluation.
-
-    TensorRT-LLM's PyTorch backend would shorten answers instead.
-    """
+    """Without them, an engine would refuse a long prompt or shorten answers, after hours."""
     limits = ("max_seq_len", "max_input_len", "max_num_tokens")
     unlimited: dict[str, Any] = dict.fromkeys(limits)
     assert served.engine_limits(unlimited) == []

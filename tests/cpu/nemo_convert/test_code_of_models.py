@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_convert import hf, nemo, trust
+from nemo_convert.sharded import read_sharded
 from nemo_convert.tokenizer_files import load_tokenizer
 from recipes.core.errors import RecipeError
 from tests.support.conversion import assert_same_weights, convert_by_command
@@ -201,7 +202,7 @@ def test_metadata_that_would_run_code_is_refused(
     assert convert_by_command("to-hf", hostile, tmp_path / "back") == 1
     assert ".metadata names posix.system: opening it" in capsys.readouterr().err
     with pytest.raises(RecipeError, match=r"posix\.system"):
-        nemo.read_sharded({}, hostile / nemo.WEIGHTS)
+        read_sharded({}, hostile / nemo.WEIGHTS)
     assert not created_by_call.exists()
 
 

@@ -22,13 +22,11 @@ from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.engines import bench, server, tensorrt_llm, trtllm_build_worker
-from recipes.engines.backends import engine_problems
-from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
-from recipes.stages import quantize
 from tests.unit.conftest import stage_named
+from tests.unit.engines.configs import config, rules
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Compose, MakePlan
@@ -44,17 +42,6 @@ REPORT: dict[str, Any] = {
 REPORT["request_info"] |= {"num_requests": 4, "avg_input_length": 128.0, "avg_output_length": 32.0}
 REPORT["performance"] |= {"total_latency_ms": 250.0, "system_total_throughput_tok_s": 2560.0}
 REPORT["streaming_metrics"]["avg_ttft_ms"] = 26.0
-
-
-def config(**settings: Any) -> BuildEngineConfig:
-    """Returns the config of an engine; by default a bfloat16 TensorRT engine."""
-    defaults: dict[str, Any] = {"backend": "tensorrt_llm", "precision": "bf16"}
-    return BuildEngineConfig(stage="build_engine", **(defaults | settings))
-
-
-def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
-    """Returns the names of the rules that a config breaks if stages run on this machine."""
-    return [p.rule.name for p in engine_problems(cfg, replace(chain, runs_here=True))]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
@@ -291,78 +278,6 @@ def test_stages_that_run_an_engine_get_a_device_per_tensor_parallel_rank(
         assert stage.devices == stage.request().devices == number
         assert stage.config.resources.devices == 1
         assert f"--gpus-per-node={number}\n" in slurm.job_script(stage, cluster)
-
-
-@pytest.mark.parametrize(
-    ("settings", "rule"),
-    [
-        ({"precision": "fp32"}, "format"),
-        ({"backend": "openvino", "precision": "fp8"}, "format"),
-        ({"precision": "int8_sq"}, "format"),
-        ({"precision": "int4_awq"}, "format"),
-        ({"kv_cache_dtype": "u8"}, "format"),
-        ({"kv_cache_dtype": "int8"}, "format"),
-        ({"kv_cache_dtype": "fp8"}, "kv-cache"),
-        ({"kv_cache_dtype": "fp8", "precision": "int4"}, "kv-cache"),
-        ({"max_seq_len": 2048}, "max-seq-len"),
-        ({"max_seq_len": 512, "max_input_len": 512}, "max-input-len"),
-        (
-            {"backend": "openvino", "precision": "fp32", "tensor_parallel_size": 2},
-            "tensor-parallel",
-        ),
-    ],
-)
-def test_invalid_settings_break_a_rule(
-    settings: dict[str, Any], rule: str, teacher: Architecture
-) -> None:
-    # The model has 1024 positions, and a head size with a kernel.
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
-    assert rules(config(**settings), chain) == [rule]
-
-
-def test_a_backend_that_supports_the_precision_is_suggested(teacher: Architecture) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
-    [awq] = engine_problems(config(precision="int4_awq"), replace(chain, runs_here=True))
-    assert "or backend=tensorrt_llm_pytorch" in awq.fix
-
-
-def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(teacher: Architecture) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
-    for settings in (
-        {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},
-        {"precision": "fp8", "kv_cache_dtype": "fp8"},  # an FP8 checkpoint has the scales
-    ):
-        assert rules(config(**settings), chain) == []
-    # With ``auto``, the quantize stage calibrates no scales of the KV cache.
-    cfg = config(precision="fp8", kv_cache_dtype="fp8", inputs={"checkpoint": "quantize"})
-    for calibrated_dtype, broken in (("fp8", []), ("auto", ["kv-cache"])):
-        source = QuantizeConfig(
-            stage="quantize", kv_cache_dtype=calibrated_dtype, inputs={"checkpoint": "import_hf"}
-        )
-        assert rules(cfg, replace(chain, stages={"quantize": source})) == broken
-        # An engine with ``auto`` takes the KV cache that the checkpoint declares.
-        automatic = replace(cfg, kv_cache_dtype="auto")
-        opposite = [] if broken else ["kv-cache"]
-        assert rules(automatic, replace(chain, stages={"quantize": source})) == opposite
-
-
-def test_experts_are_checked_by_their_own_width_and_need_the_pytorch_backend(
-    teacher: Architecture,
-) -> None:
-    """The feed-forward size of a dense layer has no weights in a mixture of experts."""
-    moe = replace(
-        teacher, kv_channels=64, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=256,
-        ffn_hidden_size=6001,
-    )  # fmt: skip
-    assert rules(config(), Chain("teacher", moe, {})) == ["engine-model"]
-    awq = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
-    assert rules(awq, Chain("teacher", moe, {})) == []
-    narrow = replace(moe, moe_ffn_hidden_size=200)  # no multiple of 128
-    assert rules(awq, Chain("teacher", narrow, {})) == ["alignment"]
-    cfg = QuantizeConfig(stage="quantize", format="int4_awq", inputs={})
-    for arch, broken in ((moe, []), (narrow, ["alignment"])):
-        problems = quantize.check(cfg, Chain("teacher", arch, {}))
-        assert [problem.rule.name for problem in problems] == broken
 
 
 def checkpoint_folder(folder: Path, algorithm: str | None) -> Path:

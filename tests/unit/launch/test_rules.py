@@ -172,8 +172,9 @@ ELSEWHERE = {
     **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
     "tokenizer": "planning/test_vocabularies.py",
     "source-weights": "planning/test_limits.py",
-    **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
-    **dict.fromkeys(("format", "kv-cache", "engine-model"), "engines/test_tensorrt_llm.py"),
+    **dict.fromkeys(("max-seq-len", "max-input-len"), "engines/test_engine_rules.py"),
+    **dict.fromkeys(("format", "kv-cache", "engine-model"), "engines/test_engine_rules.py"),
+    "head-size": "engines/test_tensorrt_llm.py",
     **dict.fromkeys(
         ("alignment", "length", "engine-limits", "engine-pair"), "engines/test_bench.py"
     ),

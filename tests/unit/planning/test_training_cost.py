@@ -234,17 +234,15 @@ def test_a_parameter_takes_18_bytes_on_one_gpu_and_fewer_on_several() -> None:
     workload = distillation(LLAMA, None, layout=Layout())
     one_gpu = peak_memory(workload, H100)
     assert one_gpu.weights + one_gpu.gradients + one_gpu.optimizer == 18 * LLAMA.parameters()
-    sixteen_gpus = peak_memory(replace(workload, layout=Layout(nodes=2, devices=8)), H100)
-    assert sixteen_gpus.optimizer == 12 * LLAMA.parameters() / 16
-    # FP8 adds copies of the layers' weights, but not of embedding and output layer.
+    sixteen = peak_memory(replace(workload, layout=Layout(nodes=2, devices=8)), H100)
+    assert sixteen.optimizer == 12 * LLAMA.parameters() / 16
     fp8 = peak_memory(replace(workload, weight_copy_bytes=2), H100)
-    embeddings = 2 * LLAMA.vocab_size * LLAMA.hidden_size
-    assert fp8.weights == one_gpu.weights + 2 * (LLAMA.parameters() - embeddings)
+    layers = LLAMA.parameters() - 2 * LLAMA.vocab_size * LLAMA.hidden_size
+    assert fp8.weights - one_gpu.weights == 2 * layers
     float32 = peak_memory(replace(workload, bf16=False), CPU)  # no separate main weight
     assert float32.weights + float32.gradients + float32.optimizer == 16 * LLAMA.parameters()
-    with_teacher = replace(workload, teacher=LLAMA, layout=Layout(devices=4, tensor=4))
-    four_gpus = peak_memory(with_teacher, H100)
-    assert four_gpus.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
+    four = peak_memory(replace(workload, teacher=LLAMA, layout=Layout(devices=4, tensor=4)), H100)
+    assert four.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
     # A teacher that caches its logits has only bfloat16 weights.
     cache = training_cost(replace(workload, trained=None, teacher=LLAMA), H100)
     assert cache.memory.optimizer == cache.memory.weights == cache.step.optimizer == 0
