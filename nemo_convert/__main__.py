@@ -91,7 +91,7 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise RecipeError(f"{target} exists already.", "choose another target")
     source = hf.resolve(arguments.source)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    convert.make_parent(target)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         checkpoint = Path(temporary) / target.name
         convert.to_nemo(source, checkpoint)
@@ -109,7 +109,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     prepare_imports()
     target: Path = arguments.target
     convert.require_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    convert.make_parent(target)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         scratch = Path(temporary)
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")

@@ -232,7 +232,7 @@ def to_hf(checkpoint: Path, hf_folder: Path) -> None:
         RecipeError: The folder is not empty, or ``require_matching_config`` refuses the checkpoint.
     """
     require_new(hf_folder)
-    hf_folder.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(hf_folder)
     with tempfile.TemporaryDirectory(dir=hf_folder.parent) as temporary:
         partial = Path(temporary) / hf_folder.name
         _write_hf(checkpoint, partial)
@@ -240,9 +240,19 @@ def to_hf(checkpoint: Path, hf_folder: Path) -> None:
 
 
 def require_new(folder: Path) -> None:
-    """Raises ``RecipeError`` if a folder exists and is not empty."""
-    if folder.exists() and any(folder.iterdir()):
+    """Raises ``RecipeError`` if a folder exists and is not empty, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists and is not empty.", "choose another directory")
+
+
+def make_parent(target: Path) -> None:
+    """Creates the folder of a target; raises ``RecipeError`` if that is not possible."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"{target.parent} cannot be created: {error.strerror}.", "choose another target"
+        ) from error
 
 
 def _write_hf(checkpoint: Path, folder: Path) -> None:

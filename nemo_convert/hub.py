@@ -256,5 +256,5 @@ def unreachable_error(hf_path: str, name: str, error: Exception) -> RecipeError:
     """Returns the error to raise if the file (or files) ``name`` of a hub model cannot be read."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
-        "check the id, the network, and HF_TOKEN for a gated model",
+        "check the id, the network, and HF_TOKEN for a gated model; or the path of the folder",
     )

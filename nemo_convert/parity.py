@@ -227,6 +227,9 @@ def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
 
 def verify(first: Path, second: Path) -> Parity:
     """Compares a Hugging Face folder and a NeMo checkpoint (directory or file), in either order."""
+    for path in (first, second):
+        if not path.exists():
+            raise RecipeError(f"{path} does not exist.", "correct the path")
     # A NeMo checkpoint is a .nemo file, or a directory with context/.
     is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
     if is_nemo[0] == is_nemo[1]:

@@ -76,7 +76,8 @@ def check_model(hf_path: str) -> Iterator[Finding]:
             yield Finding(
                 f"the weights of {hf_path} are not checked: HF_HUB_OFFLINE is set, and they are "
                 "not in the cache.",
-                f"download the model first ({command}), or allow requests to the hub",
+                f"download the model first ({command}), or allow requests to the hub; or, if it is "
+                "a folder, correct its path",
                 is_error=False,
             )
             return

@@ -261,3 +261,21 @@ def test_a_checkpoint_with_a_padded_vocabulary_is_refused(odd_nemo: Path, tmp_pa
     edit_json("config.json", vocab_size=290)(side)
     with pytest.raises(RecipeError, match=r"word_embeddings\.weight of shape \(293, "):
         convert.require_matching_config(tmp_path / "m.nemo")
+
+
+def test_wrong_paths_of_commands_give_one_message(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("a file")
+    for arguments, message in (
+        (("verify", odd_llama, tmp_path / "missing"), "missing does not exist"),
+        (("verify", tmp_path / "missing", odd_nemo), "missing does not exist"),
+        (("to-hf", odd_nemo, file), "exists and is not empty"),
+        (("to-nemo", odd_llama, file / "x"), "cannot be created: "),
+        (("to-hf", odd_nemo, file / "a" / "x"), "cannot be created: "),
+    ):
+        assert convert_by_command(*arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
