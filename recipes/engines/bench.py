@@ -88,7 +88,9 @@ class CpuWorker(Worker):
 
 
 class TensorRtLlmWorker(Worker):
-    """Starts ``trtllm-bench`` for every batch. Each start loads the engine again."""
+    """Starts ``trtllm-bench`` for every batch. Each start loads the engine again, and warms up."""
+
+    warm_up = False
 
     def __init__(self, model: TimedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch / model.role
@@ -240,7 +242,8 @@ def measure(
     Args:
         models: The models. In each turn, each of them gets one request.
         shapes: Batch sizes and lengths of the requests.
-        repetitions: Turns that are measured for each shape, after one turn of warm-up.
+        repetitions: Turns that are measured for each shape. One turn before them warms up the
+            workers that need it.
         start: Starts a model's worker.
         log: Metrics file.
 
@@ -252,19 +255,21 @@ def measure(
     with ExitStack() as stack:
         pairs = [(model, stack.enter_context(start(model))) for model in models]
         for shape in shapes:
-            for _ in range(repetitions + 1):
+            for turn in range(repetitions + 1):
                 for index, (model, worker) in enumerate(pairs):
+                    if turn == 0 and not worker.warm_up:
+                        continue
                     # The seed is the same for all models of a turn, so they get the same prompts.
                     prompts = random_prompts(shape, model.architecture.vocab_size, seed=turns)
                     timing = worker.generate(prompts, shape.new_tokens)
-                    timings.setdefault((shape, index), []).append(timing)
+                    if turn:
+                        timings.setdefault((shape, index), []).append(timing)
                 turns += 1
                 log.progress("measure", turns, total_turns)
-    # Rows are made last, because a worker's peak memory is known only after its last request. The
-    # first timing is the warm-up.
+    # Rows are made last, because a worker's peak memory is known only after its last request.
     return [
-        _row(*pairs[index], shape, all_timings[1:])
-        for (shape, index), all_timings in timings.items()
+        _row(*pairs[index], shape, shape_timings)
+        for (shape, index), shape_timings in timings.items()
     ]
 
 

@@ -15,6 +15,7 @@ from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.distillation.settings import DistillConfig
+from recipes.engines import bench
 from recipes.engines.bench import measure, speedups
 from recipes.engines.results import Spread
 from recipes.engines.settings import BuildEngineConfig as EngineConfig
@@ -210,6 +211,12 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
     ]
     assert rows[0].disk_bytes == 5  # the size of engine.bin
     assert rows[0].time_to_first_token_ms == Spread(400, 400, 400)  # 0.4 s, without the warm-up
+
+    ScriptedWorker.requests.clear()
+    with pytest.MonkeyPatch.context() as patch:  # trtllm-bench warms up itself
+        patch.setattr(ScriptedWorker, "warm_up", bench.TensorRtLlmWorker.warm_up)
+        measure(pair, shapes, 2, lambda m: ScriptedWorker(m, 1.0), MetricsLog(None))
+    assert len([role for role, batch_size, _ in ScriptedWorker.requests if batch_size]) == 8
 
     results = speedups(rows, pair, lambda _: Roofline(1e15, 1e9))
     assert [r.batch_size for r in results] == [1, 2]
