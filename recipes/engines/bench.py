@@ -193,19 +193,28 @@ def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
 
 @contextmanager
 def gpu_memory_samples() -> Iterator[list[int]]:
-    """Samples the bytes in use on all GPUs together, in a thread, until the context ends.
+    """Samples the bytes in use on all visible GPUs together, in a thread, until the context ends.
+
+    Memory that was in use before, such as that of other programs, is subtracted.
 
     Yields:
         The samples, to which the thread appends. The first is 0, so that there is a maximum.
     """
     samples, stop = [0], threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
+
+    def used_bytes() -> int:
+        listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        # One number per GPU. A GPU that does not report its memory has a text instead.
+        return sum(int(n) for n in listing.split() if n.isdigit()) * MEBIBYTE
+
+    used_before = used_bytes()
 
     def append_samples() -> None:
         while not stop.wait(SAMPLE_SECONDS):
-            listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-            # One number per GPU. A GPU that does not report its memory has a text instead.
-            samples.append(sum(int(n) for n in listing.split() if n.isdigit()) * MEBIBYTE)
+            samples.append(used_bytes() - used_before)
 
     thread = threading.Thread(target=append_samples, daemon=True)
     thread.start()

@@ -207,20 +207,28 @@ def test_benchmark_dataset_has_the_configured_size_and_depends_on_the_seed() -> 
 
 
 @pytest.mark.parametrize(("listing", "mebibytes"), [("1024\\n512", 1536), ("[N/A]", 0)])
-def test_memory_of_all_gpus_is_summed(
+def test_memory_of_visible_gpus_is_summed(
     listing: str, mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake ``nvidia-smi`` prints ``listing``: the memory in MiB, one line per GPU."""
+    """A fake ``nvidia-smi`` prints the memory in MiB, one line per GPU.
+
+    Its first answer is 100, which other programs use. Later answers are ``listing``.
+    """
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '{listing}\\n'\n")
+    program.write_text(
+        f"#!/bin/sh\necho $@ > {tmp_path}/options\n"
+        f"[ -e {tmp_path}/second ] && printf '{listing}\\n' || echo 100\ntouch {tmp_path}/second\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.001)
     with bench.gpu_memory_samples() as samples:
         deadline = time.monotonic() + 60
         while len(samples) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert samples[1] == mebibytes << 20  # samples[0] is always 0
+    assert samples[1] == (mebibytes - 100) << 20  # samples[0] is always 0
+    assert "--id=2,3" in (tmp_path / "options").read_text()
 
 
 def test_missing_requirements_of_a_machine_are_named() -> None:
