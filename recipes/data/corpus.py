@@ -253,9 +253,10 @@ def _dialogue(record: object, where: str) -> str:
 def _text(fields: str, record: object, where: str) -> str:
     text = text_of_fields(fields, record)
     if text is None:
-        names = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
+        values = record.items() if isinstance(record, dict) else ()
+        names = ", ".join(f"{name} ({type(value).__name__})" for name, value in values)
         raise RecipeError(
-            f"{where}: no text in field '{fields}'{names}.",
+            f"{where}: no text in field '{fields}'{names and f'; it has {names}'}.",
             "set data.text_field to the field that holds the text, or #text=FIELD of this source",
         )
     return text

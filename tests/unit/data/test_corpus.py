@@ -104,7 +104,7 @@ def test_the_field_of_the_text_is_checked(tmp_path: Path) -> None:
     assert first_records_problem(source, "body", chat=False) is None
     assert first_records_problem(f"{source}#text=body", "text", chat=False) is None
     problem, fix = first_records_problem(source, "text", chat=False) or ("", "")
-    assert problem == f"{source}, line 1: no text in field 'text'; it has body."
+    assert problem == f"{source}, line 1: no text in field 'text'; it has body (str)."
     assert "data.text_field" in fix
 
 
