@@ -64,8 +64,8 @@ STAGE = Stage(
     ),
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
-    # The engine, a temporary copy of it, and the Hugging Face folder of its model. Each has at most 4
-    # bytes per parameter. The model is at most as large as the teacher.
+    # The engine, a temporary copy of it, and the Hugging Face folder of its model. Each has at most
+    # 4 bytes per parameter. The model is at most as large as the teacher.
     disk_bytes=lambda config, chain: 3 * 4 * chain.teacher.parameters(),
     check_machine=lambda config: require_backend(config.backend),
 )
