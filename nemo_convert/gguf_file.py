@@ -349,9 +349,12 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     pattern = steps[0].get("pattern", {}).get("Regex")
     # If use_regex were true, ByteLevel would split the text a second time, with GPT-2's pattern.
     is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)
-    if is_split_once and pattern in PRE_TOKENIZERS:
+    # With another behavior, the matches of the pattern would be dropped or joined to other text.
+    keeps_matches = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+    if is_split_once and keeps_matches and pattern in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[pattern]
-    if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    splits_words = steps[-1].get("use_regex", True)
+    if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and splits_words:
         return "smollm"
     if types == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"

@@ -267,7 +267,12 @@ def test_tokenizers_that_llama_cpp_does_not_support_are_refused(
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": next(iter(PRE_TOKENIZERS))}}  # Llama 3's pattern
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": next(iter(PRE_TOKENIZERS))},  # Llama 3's
+    "behavior": "Isolated",
+    "invert": False,
+}
 BYTES = {"type": "ByteLevel", "use_regex": False}
 
 
@@ -294,6 +299,11 @@ def test_a_normalizer_that_llama_cpp_does_not_support_is_refused(
         ([SPLIT, {"type": "ByteLevel", "use_regex": True}], False),
         ([SPLIT, {**BYTES, "add_prefix_space": False}], True),
         ([SPLIT, {**BYTES, "add_prefix_space": True}], False),
+        ([{**SPLIT, "behavior": "Removed"}, BYTES], False),
+        ([{**SPLIT, "invert": True}, BYTES], False),
+        # llama.cpp's "smollm" splits digits, and then words with GPT-2's pattern.
+        ([DIGITS, {"type": "ByteLevel", "use_regex": True}], True),
+        ([DIGITS, BYTES], False),
     ],
 )
 def test_a_pre_tokenizer_with_further_splits_is_refused(
