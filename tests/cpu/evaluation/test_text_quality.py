@@ -218,7 +218,7 @@ def test_only_answers_of_conversations_count(
     alternate between user and assistant. The first token of a sequence starts a conversation.
     """
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
-    chats = write_chats(tmp_path / "chats.jsonl", text_file, length=4)
+    chats = write_chats(tmp_path / "chats.jsonl", text_file, length=6)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
     dataset = data.manifest.result(DatasetResult)
     end = dataset.document_end
