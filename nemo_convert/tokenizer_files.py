@@ -116,7 +116,9 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 def read_eos_token(folder: Path) -> str | None:
     """Returns the tokenizer's ``eos_token``, if it has one."""
-    return _token_text(_token_settings(folder, read_tokenizer_config(folder)).get("eos_token"))
+    config = read_tokenizer_config(folder)
+    defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
+    return _token_text({**defaults, **config, **special_map}.get("eos_token"))
 
 
 def tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str:
@@ -231,20 +233,14 @@ def _as_list(tokens: Any) -> list[Any]:
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
-    settings = _token_settings(folder, config)
-    tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *_default_tokens(folder, config))]
-    special_map = _special_tokens_map(folder, config)
-    # As in transformers 4: the map adds its lists to those of config.
+    defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
+    # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
+    settings = {**defaults, **config, **special_map}
+    tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
     for key, types in TOKEN_LIST_TYPES.items():
         lists = [s[key] for s in (config, special_map) if isinstance(s.get(key), types)]
         tokens += [token for values in lists for token in _as_list(values)]
     yield from filter(None, map(_token_text, tokens))
-
-
-def _token_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with special tokens. As in transformers 4, the map overrides config."""
-    defaults = _default_tokens(folder, config)
-    return {**defaults, **config, **_special_tokens_map(folder, config)}
 
 
 def _default_tokens(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:

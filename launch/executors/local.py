@@ -84,15 +84,16 @@ def problems(plan: Plan, cluster: Cluster) -> Iterator[Problem]:
                 f"set stages.{stage.name}.resources.devices={gpus}, with parallel sizes that fit, "
                 "or use cluster=slurm",
             )
-        workload = stage.workload
-        needed = workload.layout.devices * gathering_bytes(workload) if workload else 0
-        if needed > memory:
+        if (workload := stage.workload) is None:
+            continue
+        layout = workload.layout
+        if (needed := layout.devices * gathering_bytes(workload)) > memory:
             yield Problem(
                 rules.HOST_MEMORY,
                 f"{stage.name} takes {needed / 1e9:.0f} GB of host memory to save a checkpoint, "
                 f"but this machine has {memory / 1e9:.0f} GB",
                 "split the model over more ranks, such as "
-                f"stages.{stage.name}.tensor_model_parallel_size=2",
+                f"stages.{stage.name}.tensor_model_parallel_size={2 * layout.tensor}",
             )
 
 

@@ -142,8 +142,8 @@ def prefix_problems(
     if source != Source(source.path, licence=source.licence):
         yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"
     try:
-        require_token_files(cfg.prefix_path)
         if not vocabulary:
+            require_token_files(cfg.prefix_path)
             return
         require_first_tokens(cfg.prefix_path, 1 + max(vocabulary.values()))
         end = vocabulary.get(cfg.document_end or default_document_end(vocabulary, eos_token) or "")

@@ -90,7 +90,7 @@ class CpuWorker(Worker):
 class TensorRtLlmWorker(Worker):
     """Starts ``trtllm-bench`` for every batch. Each start loads the engine again, and warms up."""
 
-    warm_up = False
+    needs_warm_up = False
 
     def __init__(self, model: TimedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch / model.role
@@ -266,7 +266,7 @@ def measure(
         for shape in shapes:
             for turn in range(repetitions + 1):
                 for index, (model, worker) in enumerate(pairs):
-                    if turn == 0 and not worker.warm_up:
+                    if turn == 0 and not worker.needs_warm_up:
                         continue
                     # The seed is the same for all models of a turn, so they get the same prompts.
                     prompts = random_prompts(shape, model.architecture.vocab_size, seed=turns)

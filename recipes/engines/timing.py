@@ -83,7 +83,7 @@ class Worker:
     Use a worker in a ``with`` block. The end of the block stops the worker's processes.
     """
 
-    warm_up: bool = True
+    needs_warm_up: bool = True
     """Whether the first request of each shape is slower, and therefore not counted."""
     load_seconds: float = 0.0
     """Time to load the model."""

@@ -102,7 +102,7 @@ MPI = _warning("mpi", "in a Slurm job, only mpirun can start TensorRT-LLM's MPI 
 JOB = Rule("job", "a job must request the cores and GPUs that its processes use")
 JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it requested")
 PARTITION = Rule("partition", "Slurm never starts a job that exceeds the limits of its partition")
-GPUS = Rule("gpus", "each process of a stage on GPUs needs a GPU of its own")
+GPUS = Rule("gpus", "each process of a stage on GPUs needs its own GPU")
 HOST_MEMORY = _warning(
     "host-memory",
     "saving a checkpoint gathers a rank's optimizer state in the machine's memory; without enough "

@@ -29,6 +29,7 @@ from recipes.distillation.settings import (
 )
 from recipes.distillation.training import (
     INITIAL_KL,
+    layout_of,
     resolve_from_chain,
     stop_reason,
     trained_sources,
@@ -121,7 +122,7 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     student = chain.shape_of(cfg.inputs.get("student"))
     layers = student.num_layers
     # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
-    is_pipelined = 1 < stages <= layers and workload(cfg, chain).layout.data > 0
+    is_pipelined = 1 < stages <= layers and layout_of(cfg).data > 0
     if not cfg.hidden_weight or not is_pipelined:
         yield from pair_problems(cfg, student, chain.teacher)
         return

@@ -83,7 +83,7 @@ def test_conversations_with_the_same_question_are_in_the_same_split(
 def test_text_without_blank_lines_is_in_all_splits(
     tokenizer: DocumentTokenizer, tmp_path: Path
 ) -> None:
-    lines = (f"Line {n} is a document of its own.\n" for n in range(60_000))  # 2 MB
+    lines = (f"Line {n} of the file is one document.\n" for n in range(60_000))  # 2 MB
     (tmp_path / "a.txt").write_text("".join(lines))
     cfg = PrepareDataConfig(sources=[str(tmp_path / "a.txt")])
     sizes = prepare(cfg, tokenizer, tmp_path, LOG).sizes

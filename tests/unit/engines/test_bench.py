@@ -214,7 +214,7 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
 
     ScriptedWorker.requests.clear()
     with pytest.MonkeyPatch.context() as patch:  # trtllm-bench warms up itself
-        patch.setattr(ScriptedWorker, "warm_up", bench.TensorRtLlmWorker.warm_up)
+        patch.setattr(ScriptedWorker, "needs_warm_up", bench.TensorRtLlmWorker.needs_warm_up)
         measure(pair, shapes, 2, lambda m: ScriptedWorker(m, 1.0), MetricsLog(None))
     assert len([role for role, batch_size, _ in ScriptedWorker.requests if batch_size]) == 8
 
