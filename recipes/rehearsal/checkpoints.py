@@ -232,6 +232,6 @@ PATCHES = (
         ("load_common_state_dict", NO_FILES, "6b40653e2673", constant({})),
     ),
     Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", replace_with(_read_weights)),
-    Patch("nemo_convert.nemo:read_metadata", NO_FILES, "", constant(None)),
+    Patch("nemo_convert.sharded:read_metadata", NO_FILES, "", constant(Metadata({}))),
     Patch("nemo_convert.convert:read_metadata", NO_FILES, "", constant(Metadata({}))),
 )
