@@ -44,7 +44,8 @@ PIPELINE = (
 )
 # A larger micro batch than the recipe's 2
 RECOMPUTE_ALL = (f"{DISTILL}recompute_granularity=full", f"{DISTILL}micro_batch_size=4")
-CONTEXT = (f"{DISTILL}context_parallel_size=2", f"{DISTILL}fp8=hybrid")
+FP8 = f"{DISTILL}fp8=hybrid"
+CONTEXT = (f"{DISTILL}context_parallel_size=2", FP8)
 LONG = ("long_context=32k",)  # adds the stage distill_long
 LONG_RECIPES = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
 INSTANCES = (f"{DISTILL}num_distributed_optimizer_instances=96",)  # one per node
@@ -234,9 +235,12 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize("case", SOUND, ids=lambda case: f"{case.recipe}-{case.stage}-{case.rank}")
 def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: Results) -> None:
-    job, result = rehearsed[case]
+    _, result = rehearsed[case]
     assert result.error is None, result.error
-    chain, _ = case.job
+    # The plan has the copies of weights that TransformerEngine keeps for FP8. The rehearsal does
+    # not have them, because it runs without TransformerEngine.
+    overrides = tuple(override for override in case.overrides if override != FP8)
+    chain, job = case._replace(overrides=overrides).job
     plan = planned_memory(job, chain)
     assert plan is not None
     peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
