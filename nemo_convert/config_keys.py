@@ -50,13 +50,19 @@ READ_KEYS = frozenset(
 )
 """Keys that the converter, transformers or NeMo's importers read for a supported model."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "add_cross_attention": (None, False),
+    "chunk_size_feed_forward": (None, 0),
     "clip_qkv": (None,),
+    "cross_attention_hidden_size": (None,),
+    "is_encoder_decoder": (None, False),
     "logits_scaling": (None, 1),
     "partial_rotary_factor": (None, 1),
+    "pruned_heads": (None, {}),
     "qkv_bias": (None, False),
     "return_dict": (None, True),
     "rope_interleaved": (None, False),
     "shared_expert_intermediate_size": (None, 0),
+    "tie_encoder_decoder": (None, False),
     "use_mrope": (None, False),
 }
 """For each key, the values that leave the logits unchanged; other values may change them."""
@@ -70,6 +76,7 @@ HARMLESS_KEYS: Mapping[str, str] = {
     "dtype": "weights are read in the type that they are stored in",
     "eos_token_id": "used by generation",
     "gradient_checkpointing": "trades memory for time in training",
+    "is_decoder": "read by models with an encoder and a decoder only",
     "is_llama_config": "marks the SmolLM2 models",
     "max_length": "used by generation",
     "max_sequence_length": "read by no library",
@@ -92,6 +99,22 @@ HARMLESS_KEYS: Mapping[str, str] = {
     "unsloth_version": "version of the program that wrote the file",
     "use_bfloat16": "weights are read in the type that they are stored in",
     "use_cache": "stores keys and values in generation",
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id"),
+            *("diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size"),
+            *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"),
+            *("length_penalty", "min_length", "no_repeat_ngram_size", "num_beam_groups"),
+            *("num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
+            *("return_dict_in_generate", "sep_token_id", "suppress_tokens", "typical_p"),
+        ),
+        "used by generation",
+    ),
+    **dict.fromkeys(
+        ("finetuning_task", "id2label", "label2id", "problem_type", "task_specific_params"),
+        "used by models with other outputs, such as classifiers",
+    ),
+    "tf_legacy_loss": "used by TensorFlow",
 }
 """Keys that cannot change a logit, each with the reason."""
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ JSON_FIX = "it was truncated or edited, or is a Git LFS pointer: write it or dow
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes a file so that readers see either the old content or all of the new content."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

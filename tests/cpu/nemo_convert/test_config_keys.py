@@ -15,20 +15,17 @@ from nemo_convert.hf_config import as_transformers_4, read_architecture, rope_th
 from tests.support.models import FAMILIES
 from tests.support.transformers_5 import transformers_5
 
-# Prints a JSON object: for each family, a config with all keys. ``to_diff_dict`` leaves out keys
-# with default values, so the keys of the family's own config class are added.
+# Prints a JSON object: for each family, a config with all keys, as older programs write it. Newer
+# ones leave out keys with default values.
 WRITE_CONFIGS = """
 import json, sys
-from transformers import AutoConfig, PretrainedConfig
-
-def complete_config(name, settings):
-    config = AutoConfig.for_model(name, rope_theta=5000.0, **settings)
-    common = PretrainedConfig().to_dict()
-    own_keys = {k: v for k, v in config.to_dict().items() if k not in common}
-    return {**own_keys, **config.to_diff_dict()}
+from transformers import AutoConfig
 
 families = json.loads(sys.argv[1])
-print(json.dumps({name: complete_config(name, settings) for name, settings in families.items()}))
+print(json.dumps({
+    name: AutoConfig.for_model(name, rope_theta=5000.0, **settings).to_dict()
+    for name, settings in families.items()
+}))
 """
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
