@@ -8,12 +8,14 @@ then resumes with the code that it was started with.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch.planned import RESUME, RUN, SKIP, PlannedStage, compare, describe_changes
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_json
 from recipes.core.manifest import (
+    WORK,
     Acceptance,
     Manifest,
     read_manifest,
@@ -24,6 +26,12 @@ from recipes.core.run_state import content_of
 from recipes.core.snapshot import snapshot_dir
 from recipes.planning.training_cost import hours_text
 
+RESUMED = "resumed.json"
+"""File in a stage's directory with the acceptance of the result that a resumed start will write.
+
+The start's older code cannot write it into the manifest, because it does not get it. The next plan
+moves it there."""
+
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier command accepts it.
@@ -32,6 +40,9 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if an input was computed again with other content, or will be computed again in this plan.
     The returned stage has the kept result's fingerprint, because later stages use that result.
     If nothing is accepted, the stage is returned unchanged.
+
+    If the stage has an old result and interrupted work of which only the code has changed since,
+    listing the stage resumes the work.
 
     Args:
         stage: The stage, as planned without acceptance.
@@ -42,11 +53,11 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
             interrupted work that can be resumed.
     """
     result = read_manifest(stage.directory)
-    if named and result is None:
+    if named and (result is None or _can_resume(stage)):
         return _resume(stage)
     if result is None or stage.action == SKIP:
         return stage
-    acceptance = result.accepted
+    acceptance = result.accepted or _resumed_acceptance(stage.directory, result)
     # The content of an input that will run again is not known yet.
     input_content = {} if stage.rerun_inputs else content_of(stage.inputs)
     is_current = (
@@ -69,6 +80,23 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     )
 
 
+def _can_resume(stage: PlannedStage) -> bool:
+    """Returns whether interrupted work would be lost, and could resume with its own code."""
+    begun, work = stage.state().begun, stage.directory / WORK
+    return (
+        begun is not None
+        and stage.definition.progress(work) is not None
+        and _has_snapshot(stage, begun)
+        and compare(stage, begun) == ({}, ["code"])
+    )
+
+
+def _has_snapshot(stage: PlannedStage, begun: Manifest) -> bool:
+    """Returns whether the run still has the code of an interrupted start."""
+    run_dir, snapshot = stage.directory.parent, begun.snapshot
+    return snapshot is not None and snapshot_dir(run_dir, snapshot).is_dir()
+
+
 def _resume(stage: PlannedStage) -> PlannedStage:
     """Plans to resume a stage's interrupted work with the code that it was started with.
 
@@ -79,12 +107,7 @@ def _resume(stage: PlannedStage) -> PlannedStage:
     if stage.action == RESUME:
         return stage
     interrupted = stage.state().begun
-    run_dir = stage.directory.parent
-    if not (
-        interrupted
-        and interrupted.snapshot
-        and snapshot_dir(run_dir, interrupted.snapshot).is_dir()
-    ):
+    if interrupted is None or not _has_snapshot(stage, interrupted):
         raise RecipeError(
             f"accept=[{stage.name}], but {stage.name} has no complete result and no interrupted "
             "work that can be resumed.",
@@ -104,6 +127,9 @@ def _resume(stage: PlannedStage) -> PlannedStage:
         fingerprint=interrupted.fingerprint,
         action=RESUME,
         reason="was interrupted; runs the code that it was started with",
+        accepted=Acceptance(
+            stage.fingerprint, changes, {} if stage.rerun_inputs else content_of(stage.inputs)
+        ),
         kept={**stage.kept, stage.name: changes},
         resumed=interrupted,
     )
@@ -140,6 +166,22 @@ def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
     """
     if (manifest := read_manifest(stage_dir)) is not None:
         write_manifest(stage_dir, replace(manifest, accepted=acceptance))
+        (stage_dir / RESUMED).unlink(missing_ok=True)
+
+
+def record_resumed(stage: PlannedStage) -> None:
+    """Records that the user keeps the result that a resumed start with older code will write."""
+    if stage.resumed is not None and stage.accepted is not None:
+        record = {"result": stage.fingerprint, "acceptance": asdict(stage.accepted)}
+        write_json(stage.directory / RESUMED, record)
+
+
+def _resumed_acceptance(stage_dir: Path, result: Manifest) -> Acceptance | None:
+    """Returns the acceptance of a result that a resumed start wrote; ``None`` for other results."""
+    file = stage_dir / RESUMED
+    record = read_json(file) if file.is_file() else {}
+    is_of_result = record.get("result") == result.fingerprint
+    return Acceptance(**record["acceptance"]) if is_of_result else None
 
 
 def require_confirmed(

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import graphlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from launch.accept import accept_result, new_acceptances, require_confirmed
-from launch.hydra_errors import fix_of, refuse_unknown_fields
 from launch.machine import chain_of, cluster_problems, mpi_problems
 from launch.planned import (
     ADOPT,
     SKIP,
     PlannedStage,
     choose_action,
-    load_stage,
     replaced_results,
     require_no_lost_work,
+    require_same_optimizers,
     stage_of,
     start_of,
 )
-from launch.schema import choices_with
 from launch.settings import RunSettings
+from launch.stages import known_stages, require_inputs, stage_order, typed_stages, with_shapes
 from nemo_convert.licences import forbids_commercial_use
-from recipes.core.constraints import violations
-from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.errors import RecipeError
 from recipes.core.files import folder_bytes
 from recipes.core.fingerprint import external_stamp
 from recipes.core.manifest import WORK, Acceptance, check_artifact
@@ -39,7 +35,7 @@ from recipes.core.versions import result_versions
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
-from recipes.planning.rules import ERROR, Problem, refuse_errors
+from recipes.planning.rules import Problem, refuse_errors
 from recipes.report.gates import (
     SERVED_PERPLEXITY,
     Gate,
@@ -105,8 +101,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     selected = [name for name in order if only is None or name in only]
     notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
-    if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
-        notes += refuse_errors(_limit_problems(chain, selected), settings.skip_rules)
+    notes += refuse_errors(_limit_problems(chain, selected, notes), settings.skip_rules)
     # All stages are resolved from the configured settings before ``|=`` updates the dict
     # ``configs``, which is also ``chain.stages``.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
@@ -127,8 +122,10 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
             stage = accept_result(stage, named=name in accept)
         if name in needed_stages and stage.action == SKIP:
             check_artifact(stage.directory, rehash=False)  # refuses edited files
-        if name in selected and name not in force:
-            require_no_lost_work(stage, planned)
+        if name in selected:
+            require_same_optimizers(stage)
+            if name not in force:
+                require_no_lost_work(stage, planned)
         if name in needed_stages and name not in selected and stage.action != SKIP:
             raise RecipeError(
                 f"only=[…] excludes {name}, but its result is needed, and missing or stale "
@@ -177,21 +174,24 @@ def _licence_problems(chain: Chain) -> Iterator[Problem]:
         )
 
 
-def _limit_problems(chain: Chain, selected: list[str]) -> Iterator[Problem]:
-    """Checks whether time and memory suffice for the selected stages."""
+def _limit_problems(
+    chain: Chain, selected: list[str], skipped: Iterable[Problem]
+) -> Iterator[Problem]:
+    """Checks whether time and memory suffice for the selected stages.
+
+    Yields one warning instead if there are no estimates, because a rule in ``SIZE_RULES`` is among
+    the ``skipped`` problems.
+    """
+    broken = ", ".join(sorted({p.rule.name for p in skipped if p.rule in rules.SIZE_RULES}))
+    if broken:
+        what = f"memory, time and text are not checked, because a problem of {broken} is skipped"
+        fix = f"correct the settings, and leave {broken} out of skip_rules"
+        yield Problem(rules.UNCHECKED_LIMITS, what, fix)
+        return
     yield from limit_problems(chain, selected)
     for name in selected:
         config = chain.stages[name]
         yield from stage_of(config).memory_problems(name, config, chain)
-
-
-def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the shapes that each stage may produce. ``order`` lists each stage after its inputs."""
-    for name in order:
-        config = chain.stages[name]
-        shapes = stage_of(config).shapes(config, chain)
-        chain = replace(chain, shapes={**chain.shapes, name: shapes})
-    return chain
 
 
 def _with_costs(chain: Chain) -> Chain:
@@ -212,33 +212,6 @@ def _with_costs(chain: Chain) -> Chain:
     )
 
 
-def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Converts the stages of a composed config to their dataclasses; refuses invalid settings."""
-    typed: dict[str, StageConfig] = {}
-    invalid: list[str] = []
-    for name, node in cfg.stages.items():
-        where = f"stages.{name}"
-        if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
-            raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
-        refuse_unknown_fields(node, where)
-        try:
-            config: StageConfig = OmegaConf.to_object(node)  # type: ignore[assignment]
-        except OmegaConfBaseException as error:
-            message = str(error).splitlines()[0]
-            raise RecipeError(f"{where}: {message}", fix_of(message)) from error
-        load_stage(config.stage)
-        config.name = str(name)
-        invalid += violations(config, where)
-        typed[name] = config
-    if invalid:
-        raise RecipeError("\n".join(invalid), fix="")
-    if not typed:
-        raise RecipeError(
-            "the recipe has no stages.", "choose a recipe that has some, and do not set stages={}"
-        )
-    return typed
-
-
 def _gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
     gates = tuple(map(parse_gate, settings.gates))
@@ -254,13 +227,6 @@ def _gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
 def metrics_of(configs: Iterable[StageConfig]) -> list[str]:
     """Returns the names of all values that stages measure."""
     return metric_names((config, stage_of(config).kind) for config in configs)
-
-
-def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
-    """Returns the stages that a setting names; refuses names that are not in the recipe."""
-    for name in names:
-        require_known(name, configs, f"{where}: there is no stage '{name}'")
-    return set(names)
 
 
 def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
@@ -282,46 +248,18 @@ def _forced_and_accepted(
     return force, accept
 
 
-def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
-    """Returns the stage names, each after its inputs; refuses unknown inputs and cycles."""
-    graph: dict[str, set[str]] = {}
-    for name, config in configs.items():
-        for key, source in config.inputs.items():
-            if source not in configs and not Path(source).is_dir():
-                fix = f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)"
-                missing_choices = choices_with(source)  # group choices that would add the stage
-                raise RecipeError(
-                    f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
-                    "stage directory."
-                    f"{'' if missing_choices else did_you_mean(source, configs)}",
-                    f"set {' or '.join(missing_choices)}" if missing_choices else fix,
-                )
-        graph[name] = {source for source in config.inputs.values() if source in configs}
-    try:
-        graphlib.TopologicalSorter(graph).prepare()  # finds cycles; its order is not used
-    except graphlib.CycleError as error:
-        raise RecipeError(
-            f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
-            "give one of them another input: stages.NAME.inputs",
-        ) from error
-    # Each iteration adds all stages whose inputs are already in ``order``, in the config's order.
-    order: list[str] = []
-    while len(order) < len(graph):
-        order += [name for name in graph if name not in order and graph[name] <= set(order)]
-    return order
-
-
 def _plan_stage(
     directory: Path, config: StageConfig, planned: Mapping[str, PlannedStage], chain: Chain
 ) -> PlannedStage:
     """Plans a stage with the placeholder action ``SKIP``, which the caller replaces."""
     name, definition = directory.name, stage_of(config)
+    require_inputs(name, config, {n: stage.definition for n, stage in planned.items()})
     upstream = [planned[source] for source in config.inputs.values() if source in planned]
     kept = {key: why for stage in upstream for key, why in stage.kept.items()}
     request = request_of(
         name,
         config,
-        _resolve_inputs(name, config, planned),
+        {key: _input(source, planned) for key, source in config.inputs.items()},
         starts=definition.starts,
         external={
             key: external_stamp(path, definition.external_files)
@@ -347,37 +285,11 @@ def _plan_stage(
     )
 
 
-def _resolve_inputs(
-    name: str, config: StageConfig, planned: Mapping[str, PlannedStage]
-) -> dict[str, InputRef]:
-    """Returns a stage's inputs, from this plan or other runs; refuses missing and wrong inputs."""
-    required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
-    names = config.inputs.keys()
-    # All required inputs must be set, and no input that is neither required nor optional.
-    if not required.keys() <= names <= required.keys() | optional.keys():
-        optional_text = f" and may have {', '.join(optional)}" if optional else ""
-        raise RecipeError(
-            f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
-            f"{config.stage} needs {', '.join(required) or 'nothing'}{optional_text}.",
-            f"set all inputs that {config.stage} needs, and no unknown inputs",
-        )
-    inputs = {}
-    for key, source in config.inputs.items():
-        kinds = required[key] if key in required else optional[key]
-        if (stage := planned.get(source)) is not None:
-            ref = InputRef(stage.directory, stage.definition.kind, stage.fingerprint)
-        else:
-            directory = Path(source).resolve()
-            manifest = check_artifact(directory, rehash=False)
-            ref = InputRef(directory, manifest.kind, manifest.fingerprint)
-        if ref.kind not in kinds:
-            raise RecipeError(
-                f"stages.{name}.inputs.{key}={source} is a {ref.kind}; "
-                f"a {' or '.join(kinds)} is needed.",
-                f"set it to a stage whose artifact is a {' or '.join(kinds)}",
-            )
-        inputs[key] = ref
-    return inputs
+def _input(source: str, planned: Mapping[str, PlannedStage]) -> InputRef:
+    """Returns the input that ``source`` names: a stage of this plan, or another run's directory."""
+    if (stage := planned.get(source)) is None:
+        return InputRef.of(Path(source).resolve())
+    return InputRef(stage.directory, stage.definition.kind, stage.fingerprint)
 
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:

@@ -241,8 +241,6 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     progress = stage.definition.progress(stage.directory / WORK)
     if begun is None or progress is None:
         return
-    if stage.action == RESUME:
-        _require_same_optimizers(stage, begun)
     if stage.action != RUN:
         return
     changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
@@ -271,12 +269,15 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     )
 
 
-def _require_same_optimizers(stage: PlannedStage, begun: Manifest) -> None:
+def require_same_optimizers(stage: PlannedStage) -> None:
     """Refuses to resume a training if only one of both layouts splits experts over ranks.
 
     With such a layout, Megatron-Core has a second optimizer for the experts. It cannot load the
     state of one optimizer into two, or of two into one.
     """
+    begun, work = stage.state().begun, stage.directory / WORK
+    if stage.action != RESUME or begun is None or stage.definition.progress(work) is None:
+        return
     setting = "expert_model_parallel_size"
     old, new = (settings.get(setting, 1) for settings in (begun.config, vars(stage.config)))
     trains = stage.workload is not None and stage.workload.trained is not None
@@ -284,7 +285,7 @@ def _require_same_optimizers(stage: PlannedStage, begun: Manifest) -> None:
         raise RecipeError(
             f"{stage.name} was interrupted with {setting}={old}, and cannot resume with {new}: "
             "Megatron-Core has a second optimizer for experts only if the size is above 1.",
-            f"set stages.{stage.name}.{setting}={old}, or force=[{stage.name}] to start over",
+            f"set stages.{stage.name}.{setting}={old}, or delete {work} to start over",
         )
 
 

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.machine import chain_of
-from launch.plan import known_stages, stage_order, typed_stages, with_shapes
 from launch.planned import load_stage, stage_of
 from launch.settings import RunSettings
+from launch.stages import known_stages, require_inputs, stage_order, typed_stages, with_shapes
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
@@ -56,6 +56,8 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
+    for name in selected:
+        require_inputs(name, configs[name], stages)
     problems = (p for name in selected for p in stages[name].problems(configs[name], chain))
     refuse_errors(problems, settings.skip_rules)
     hf_config, _ = read_config_or_published(chain.hf_path)

@@ -54,7 +54,7 @@ from yaml import YAMLError
 
 from launch import commands, lock, schema
 from launch import console as view
-from launch.accept import record_acceptance
+from launch.accept import record_acceptance, record_resumed
 from launch.executors import executor_of
 from launch.hydra_errors import explain
 from launch.machine import has_own_python
@@ -297,6 +297,8 @@ def _write_plan(
             if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, last_plan)
+            for stage in () if dry_run else plan.todo():
+                record_resumed(stage)
             for folder, acceptance in acceptances.items():
                 record_acceptance(folder, acceptance)
             new_plan.write(plan.run_dir)

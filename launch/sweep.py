@@ -54,7 +54,12 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg
-        if node[key] is None or OmegaConf.is_interpolation(node, key):
+        # The run itself refuses a group without fields, such as ``hub=null``.
+        if (
+            not isinstance(node, DictConfig)
+            or node[key] is None
+            or OmegaConf.is_interpolation(node, key)
+        ):
             continue
         overrides_of_name = [override for override in swept if override.key_or_group == name]
         values = [value for o in overrides_of_name for value in o.sweep_string_iterator()]

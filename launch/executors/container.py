@@ -17,6 +17,7 @@ from launch.machine import hub_folders
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, require_known
+from recipes.core.manifest import ARTIFACT
 from recipes.core.wheels import cache_dir
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_files import paths_of
@@ -92,16 +93,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= set(_hub_mounts())
-    external = stage.definition.external(stage.config)
-    readable = {ref.directory for ref in stage.inputs.values()}
-    for file in external.values():
-        # A path in a mounted folder may pass through a link whose target is not mounted.
-        for path in _followed_paths(file.absolute()):
-            readable |= {path, *_link_folders(path)}
-    # With ``prefix``, the result of ``prepare_data`` has links to the user's tokenized files.
-    for config in stage.chain.stages.values():
-        if isinstance(config, PrepareDataConfig) and config.prefix:
-            readable |= {path.resolve() for path in paths_of(config.prefix_path).values()}
+    readable = set(_read_paths(stage))
     for folder in cluster.mounts:
         paths = readable if folder.endswith(":ro") else writable
         paths.add(Path(folder.removesuffix(":ro")))
@@ -112,6 +104,21 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
         if not parents or (path in writable and all(m.read_only for m in parents)):
             mounts.append(Mount(path, path not in writable))
     return mounts
+
+
+def _read_paths(stage: PlannedStage) -> Iterator[Path]:
+    """Yields the inputs and the user's files that a stage reads, and the targets of their links."""
+    for ref in stage.inputs.values():
+        # With ``prefix``, the result of ``prepare_data`` has links to the user's tokenized files.
+        yield from (ref.directory, *_link_folders(ref.directory / ARTIFACT))
+    for file in stage.definition.external(stage.config).values():
+        # A path in a mounted folder may pass through a link whose target is not mounted.
+        for path in _followed_paths(file.absolute()):
+            yield from (path, *_link_folders(path))
+    # The result of a ``prepare_data`` of this run may not have its links yet.
+    for config in stage.chain.stages.values():
+        if isinstance(config, PrepareDataConfig) and config.prefix:
+            yield from (path.resolve() for path in paths_of(config.prefix_path).values())
 
 
 def _hub_mounts() -> Iterator[Path]:

@@ -230,6 +230,17 @@ RECOMPUTE = Rule(
     "recompute",
     "recomputed layers return no hidden states, and only modules of the model can be recomputed",
 )
+SIZE_RULES = frozenset(
+    {
+        *(MODEL, PRUNE_TARGET, ADDED_LAYERS, BUDGET, SEARCH, RANKS, BATCH, TENSOR_PARALLEL),
+        *(PIPELINE_PARALLEL, SEQUENCE_PARALLEL, CONTEXT_PARALLEL, EXPERT_PARALLEL),
+        OPTIMIZER_INSTANCES,
+    }
+)
+"""Rules on shapes and layouts. If one is broken, memory and time cannot be estimated."""
+UNCHECKED_LIMITS = _warning(
+    "unchecked-limits", "memory, time and text can only be checked for valid shapes and layouts"
+)
 
 # Training
 FP8 = Rule("fp8", "FP8 needs TransformerEngine, a GPU that has it, and aligned sizes")

@@ -68,7 +68,7 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     global_batch_size = micro_batch_size * data_parallel_size
     return Workload(
         trained=None,  # no model is trained
-        teacher=chain.teacher,
+        teacher=chain.shape_of(cfg.inputs.get("teacher")),
         layout=layout,
         seq_length=cfg.seq_length,
         global_batch_size=global_batch_size,

@@ -56,7 +56,11 @@ STAGE = Stage(
     check=training_problems,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
     resolve_from_chain=resolve_from_chain,
-    disk_bytes=lambda config, chain: training_bytes(config, chain.teacher.parameters()),
-    workload=lambda config, chain: training_workload(config, chain.teacher),
+    disk_bytes=lambda config, chain: training_bytes(
+        config, chain.shape_of(config.inputs.get("teacher")).parameters()
+    ),
+    workload=lambda config, chain: training_workload(
+        config, chain.shape_of(config.inputs.get("teacher"))
+    ),
     progress=training_progress,
 )

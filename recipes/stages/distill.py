@@ -119,15 +119,15 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     note about this says how long a training without pipeline parallelism takes.
     """
     stages = cfg.pipeline_model_parallel_size
-    student = chain.shape_of(cfg.inputs.get("student"))
+    student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
     layers = student.num_layers
     # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
     is_pipelined = 1 < stages <= layers and layout_of(cfg).data > 0
     if not cfg.hidden_weight or not is_pipelined:
-        yield from pair_problems(cfg, student, chain.teacher)
+        yield from pair_problems(cfg, student, teacher)
         return
     cost = _cost_without_pipeline(cfg, chain)
-    yield from pair_problems(cfg, student, chain.teacher, cost)
+    yield from pair_problems(cfg, student, teacher, cost)
     if not cfg.hidden_pipeline_stages:  # the user has not chosen which layers are compared
         first = last_stage_layers(layers, stages).start
         yield Problem(
@@ -214,8 +214,8 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     """
     cache = _cached_teacher(cfg, chain)
     runs_teacher = cache is None and uses_teacher(vars(cfg))
-    live_teacher = chain.teacher if runs_teacher else None
-    student = chain.shape_of(cfg.inputs.get("student"))
+    student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
+    live_teacher = teacher if runs_teacher else None
     num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     training = training_workload(cfg, student, live_teacher, num_logits_losses)
     may_stop_early = cfg.stop_at_recovered is not None
@@ -225,7 +225,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
         # An early stop needs one more validation, before the first step.
         validations=training.validations + may_stop_early,
         teacher_in_validation=may_stop_early,
-        hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, chain.teacher.num_layers),
+        hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, teacher.num_layers),
         teacher_is_cached=cache is not None,
         cached_sequences=cache.num_sequences if cache else None,
     )

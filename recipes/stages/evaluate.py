@@ -39,10 +39,9 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of evaluating all models on one rank's sequences."""
-    pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
+    models = [chain.shape_of(cfg.inputs.get(role)) for role in ("teacher", "pruned", "distilled")]
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
-    models = (chain.teacher, pruned, distilled)
     cost = comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
     return replace(cost, ranks_on_node=cfg.resources.devices)
 

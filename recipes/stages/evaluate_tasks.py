@@ -21,11 +21,12 @@ from recipes.stages.contract import Stage
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of running all models on one rank's items."""
-    pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
+    roles = ("teacher", "pruned", "distilled")
+    teacher, pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in roles)
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
     num_earlier = len(distill.student_steps) if isinstance(distill, DistillConfig) else 0
     students = [distilled] * (1 + num_earlier)  # the final one and those of earlier steps
-    models = (chain.teacher, pruned, *students)
+    models = (teacher, pruned, *students)
     bf16 = cfg.precision == "bf16-mixed"
     tokens, generations = task_tokens(cfg)
     cost = benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware, generations)

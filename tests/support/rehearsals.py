@@ -9,9 +9,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from launch.machine import chain_of
-from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.schema import compose
+from launch.stages import stage_order, typed_stages, with_shapes
 from recipes.planning.chain import CONFIGS, Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
 

@@ -10,9 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import schema
-from launch.plan import Plan, typed_stages
+from launch.plan import Plan
 from launch.planned import load_stage
 from launch.schema import CONF
+from launch.stages import typed_stages
 from nemo_convert.hf_config import SUPPORTED
 from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import CONFIGS

@@ -79,10 +79,11 @@ def test_a_killed_run_resumes_with_more_replicas_but_not_without_expert_parallel
         records=CHECKPOINT_INTERVAL + 2,
         ready=lambda: complete_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
-    refused = run_in_process(*command, cwd=tmp_path)
-    assert refused.code == 1
-    assert "cannot resume with 1: Megatron-Core has a second optimizer" in refused.output
-    assert "fix: set stages.distill.expert_model_parallel_size=2, or force" in refused.output
+    for force in ((), ("force=[distill]",)):
+        refused = run_in_process(*command, *force, cwd=tmp_path)
+        assert refused.code == 1
+        assert "cannot resume with 1: Megatron-Core has a second optimizer" in refused.output
+        assert "fix: set stages.distill.expert_model_parallel_size=2, or delete" in refused.output
     more_replicas = layout_overrides(*LAYOUTS["EP=2, DP=4"])
     assert "resume" in run_successfully(*command, *more_replicas, cwd=tmp_path).output
     require_same_training(one_rank, perturbed, tmp_path / "run")

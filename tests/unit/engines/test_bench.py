@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from launch.plan import with_shapes
+from launch.stages import with_shapes
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.manifest import write_manifest

@@ -14,11 +14,13 @@ from launch import machine
 from launch.executors import container, docker
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT, stamp_files
 from tests.support.launcher import write_program
-from tests.unit.conftest import SMALL_STUDENT
+from tests.support.manifests import edit_manifest
+from tests.unit.conftest import SMALL_STUDENT, stage_named
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import MakePlan
+    from tests.unit.conftest import Complete, MakePlan
 
 DOCKER = ("cluster=docker", "hardware=h100")
 PYTORCH_BACKEND = "stages.build_engine.backend=tensorrt_llm_pytorch"
@@ -140,6 +142,22 @@ def test_targets_of_links_in_a_model_path_are_mounted(
     # The model's files are links, so the folder that contains ``link`` is mounted, too.
     assert read_only_mounts(link) == {snapshot, blobs, link.parent}
     assert read_only_mounts(Path("models/snapshots/a")) == {snapshot, blobs}
+
+
+def test_targets_of_links_in_an_input_of_another_run_are_mounted(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    """With ``data.prefix``, the result of ``prepare_data`` has links to the user's files."""
+    complete(plan(), "prepare_data")
+    data = (tmp_path / "run" / "prepare_data").rename(tmp_path / "other")
+    (tmp_path / "corpus").mkdir()
+    (data / ARTIFACT / "data.bin").rename(tmp_path / "corpus" / "text.bin")
+    (data / ARTIFACT / "data.bin").symlink_to(tmp_path / "corpus" / "text.bin")
+    edit_manifest(data, files=stamp_files(data / ARTIFACT))
+    other = f"stages.distill.inputs.data={data}"
+    stage = stage_named(plan(*DOCKER, "skip_rules=[image]", other), "distill")
+    mounts = {mount.path for mount in container.mounts_of(stage, docker.DockerConfig())}
+    assert {data, tmp_path / "corpus"} <= mounts
 
 
 def test_the_hub_folder_is_the_default_cache_unless_a_variable_is_set(

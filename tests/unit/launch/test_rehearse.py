@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter
 
 from launch.machine import chain_of
-from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.rehearse import memory_mistakes, planned_memory
+from launch.stages import stage_order, typed_stages, with_shapes
 from recipes.planning.chain import Chain, read_config_or_published
 from recipes.rehearsal.agreement import distinct_ranks
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
@@ -31,10 +31,12 @@ ChainAndJobs = tuple[Chain, list[RankJob]]
         ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
         ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
         ("rehearse=[4]", "no selected stage with rank 4"),
+        ("rehearse=true stages.distill.inputs.teacher=/tmp", "/tmp is not a complete stage"),
+        ("rehearse=true +stages.distill.inputs.foo=prune", "no unknown inputs"),
     ],
 )
 def test_invalid_rehearsals_are_refused(launch: Launch, override: str, expected: str) -> None:
-    process = launch("recipe=llama_depth_prune", override)
+    process = launch("recipe=llama_depth_prune", *override.split())
     assert process.returncode == 1
     assert expected in process.stderr
     assert process.stderr.count("\n") <= 2, "more than the error and its fix"

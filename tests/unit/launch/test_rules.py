@@ -146,6 +146,7 @@ CASES = {
     "context-parallel": case(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
     "expert-parallel": case(f"{D}expert_model_parallel_size=2"),
     "optimizer-instances": case(f"{D}num_distributed_optimizer_instances=2"),
+    "unchecked-limits": case(f"{D}global_batch_size=6", "skip_rules=[batch]"),
     "recompute": case(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "fp8": case(f"{D}fp8=hybrid"),
     "compiler": case(f"{D}compile=true", prepare=compiler_is_missing),
@@ -284,6 +285,14 @@ def test_messages_name_the_stage_of_the_recipe(plan: MakePlan) -> None:
     """
     with pytest.raises(RecipeError, match="build_teacher_engine has 2 ranks"):
         plan("engine=openvino", "stages.build_teacher_engine.resources.devices=2")
+
+
+def test_a_skipped_rule_leaves_the_other_checks_on(plan: MakePlan) -> None:
+    """Here, the rule does not affect what the plan estimates."""
+    overrides = ("+cluster.mounts=[/nowhere/data]", "skip_rules=[mounts]")
+    with pytest.raises(RecipeError, match=r"\[memory\]"):
+        plan(*overrides, "hardware.memory_bytes=1e9", BFLOAT16)
+    assert "mounts" in {note.rule.name for note in plan(*overrides).notes}
 
 
 def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:

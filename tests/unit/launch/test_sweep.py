@@ -35,6 +35,7 @@ def test_refused_and_empty_sweeps_leave_no_files(launch: Launch, tmp_path: Path)
     for overrides, message in (
         (("run_dir=x", "confirm_above=1,2"), "several runs of this sweep would have run_dir=x"),
         (("confirm_above=-1,-2",), "runs that failed: 2"),
+        (("hub=null", "confirm_above=1,2"), "invalid hub=None: must have fields"),
         (("confirm_above=range(1,1)",), "this sweep has no run"),
         ((f"hydra.sweep.dir={__file__}",), f"{__file__} is a file"),
     ):

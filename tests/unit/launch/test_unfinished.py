@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch import lock
+from launch.accept import record_resumed
 from launch.executors.local import may_fork
 from launch.run import run as start_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, read_manifest, write_manifest
-from recipes.core.run_state import BEGUN, begin_work
+from recipes.core.run_state import BEGUN, begin_work, discard_work
 from recipes.core.snapshot import write_snapshot
 from recipes.data.corpus import TOKEN_BYTES
 from recipes.stages.prepare_data import MIN_PROGRESS_TOKENS
-from tests.support.manifests import unfinished_manifest
+from tests.support.manifests import edit_manifest, unfinished_manifest
 from tests.unit.conftest import RECIPE, complete_overrides, stage_named
 
 if TYPE_CHECKING:
@@ -216,8 +217,38 @@ def test_accepted_unfinished_work_is_resumed_with_the_code_that_it_was_started_w
     _, fix = refusal(plan, "stages.distill.seed=1")
     assert fix.startswith(f"set stages.distill.seed=1234 and set {accept} to resume")
     assert "since then seed changed 1234 → 1" in refusal(plan, accept, "stages.distill.seed=1")[0]
+    # The result of the resumed start stays accepted, although its code is the old one.
+    record_resumed(stage)
+    complete(replace(planned, stages=(stage,)))
+    discard_work(stage.directory)
+    for name in ("import_hf", "prepare_data", "score", "prune"):
+        edit_manifest(run_dir / name, accepted=stage_named(planned, name).accepted)
+    kept = stage_named(plan(), "distill")
+    assert (kept.action, kept.reason) == ("skip", "accepted although its code changed")
+    assert plan().acceptances[kept.directory] == kept.accepted == stage.accepted
+    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "newer")
+    assert stage_named(plan(), "distill").action == "run"
+    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
+    (stage.directory / MANIFEST).unlink()
+    write_manifest(work, replace(begun, config=old_settings), BEGUN)
+    (work / "checkpoints" / "step=49-last").mkdir(parents=True)
     old_snapshot.rename(run_dir / "gone")  # without its code, the work cannot be resumed
     assert "distill has no complete result" in refusal(plan, accept)[0]
+
+
+def test_accept_resumes_the_interrupted_work_rather_than_keeping_an_older_result(
+    plan: MakePlan, complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``distill`` has a result with the default seed. Training with seed 1 was interrupted."""
+    complete(plan())
+    write_snapshot(plan().run_dir)
+    interrupt(plan("stages.distill.seed=1"), "distill")
+    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
+    _, fix = refusal(plan, "stages.distill.seed=1")
+    accept = fix.split()[1]
+    assert actions_of(plan("stages.distill.seed=1", accept))["distill"][0] == "resume"
+    # With the settings of the result, ``accept`` keeps the result.
+    assert stage_named(plan(accept), "distill").action == "skip"
 
 
 def test_progress_is_not_lost_to_an_input_that_was_computed_again(

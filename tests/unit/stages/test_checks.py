@@ -14,9 +14,9 @@ from typing import Any, get_args
 import pytest
 from huggingface_hub import constants
 
-from launch.plan import with_shapes
 from launch.planned import load_stage
 from launch.schema import CONF
+from launch.stages import with_shapes
 from recipes.core.files import write_json
 from recipes.core.stage import Resources, StageConfig
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from launch.plan import with_shapes
+from launch.stages import with_shapes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
