@@ -31,7 +31,7 @@ ChainAndJobs = tuple[Chain, list[RankJob]]
         ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
         ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
         ("rehearse=[4]", "no selected stage with rank 4"),
-        ("rehearse=true stages.distill.inputs.teacher=/tmp", "/tmp is not a complete stage"),
+        ("rehearse=true stages.distill.inputs.teacher=/tmp", "/tmp has no manifest.json"),
         ("rehearse=true +stages.distill.inputs.foo=prune", "no unknown inputs"),
     ],
 )

@@ -217,6 +217,10 @@ def test_accepted_unfinished_work_is_resumed_with_the_code_that_it_was_started_w
     _, fix = refusal(plan, "stages.distill.seed=1")
     assert fix.startswith(f"set stages.distill.seed=1234 and set {accept} to resume")
     assert "since then seed changed 1234 → 1" in refusal(plan, accept, "stages.distill.seed=1")[0]
+    # Without its code, the work cannot be resumed.
+    gone = old_snapshot.rename(run_dir / "gone")
+    assert "distill has no complete result" in refusal(plan, accept)[0]
+    gone.rename(old_snapshot)
     # The result of the resumed start stays accepted, although its code is the old one.
     record_resumed(stage)
     complete(replace(planned, stages=(stage,)))
@@ -228,12 +232,6 @@ def test_accepted_unfinished_work_is_resumed_with_the_code_that_it_was_started_w
     assert plan().acceptances[kept.directory] == kept.accepted == stage.accepted
     monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "newer")
     assert stage_named(plan(), "distill").action == "run"
-    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
-    (stage.directory / MANIFEST).unlink()
-    write_manifest(work, replace(begun, config=old_settings), BEGUN)
-    (work / "checkpoints" / "step=49-last").mkdir(parents=True)
-    old_snapshot.rename(run_dir / "gone")  # without its code, the work cannot be resumed
-    assert "distill has no complete result" in refusal(plan, accept)[0]
 
 
 def test_accept_resumes_the_interrupted_work_rather_than_keeping_an_older_result(
