@@ -215,12 +215,19 @@ def _class_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         record: The metadata of the config in ``io.json``, by label.
+
+    Raises:
+        RecipeError: The installed NeMo does not have the class.
     """
     target = record["Attr(name='fn_or_cls')"]
     name = f"{target['module']}.{target['name']}"
     if not MODEL_NAMES.fullmatch(name):
         return {}
-    defaults = {field.name: field.default for field in fields(resolve_name(name))}
+    try:
+        defaults = {field.name: field.default for field in fields(resolve_name(name))}
+    except (AttributeError, ImportError, TypeError) as error:
+        what = f"io.json of the checkpoint names {name}, which the installed NeMo does not have."
+        raise RecipeError(what, "convert the original Hugging Face model again") from error
     # Classes without RoPE scaling lack this field. "none" is what is expected for them.
     return {"scale_factor": "none", **defaults}
 

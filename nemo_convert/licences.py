@@ -25,10 +25,13 @@ Research and Non-Production licences, and amlr is Apple's Machine Learning Resea
 
 
 def card_fields(folder: Path) -> dict[str, Any]:
-    """Returns the YAML header of a model card; empty if there is none or it is invalid."""
+    """Returns the YAML header of a model card; empty if there is none or it is invalid.
+
+    As in ``huggingface_hub`` (``repocard.py``), blank lines may precede the header.
+    """
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    header = re.match(r"\s*---\n(.*?)\n---(\n|$)", text, re.DOTALL)
     try:
         fields = yaml.safe_load(header.group(1)) if header else {}
     except yaml.YAMLError:

@@ -7,10 +7,12 @@ A checkpoint is a directory ``<name>.nemo`` with ``weights/`` (Megatron's torch_
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +104,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         try:
             with tarfile.open(path) as archive:
                 archive.extractall(scratch, filter="data")
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise RecipeError(
                 f"{path} cannot be unpacked safely: {error}",
                 "copy it again if it is incomplete; do not use it if it writes outside its folder",

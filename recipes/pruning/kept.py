@@ -23,6 +23,7 @@ from torch import Tensor
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
+from recipes.core.stage import Inputs
 
 IMPORTANCE_FILE, WIDTHS_FILE = "importance.json", "importance.safetensors"
 KEPT_FILE = "kept.safetensors"
@@ -102,6 +103,29 @@ class Importance:
             blocks={int(n): with_int_keys(scores) for n, scores in content["blocks"].items()},
             widths=load_file(folder / WIDTHS_FILE),
         )
+
+
+def importance_of(inputs: Inputs) -> Importance:
+    """Reads the scores in the input ``importance`` of the model in the input ``checkpoint``.
+
+    Raises:
+        RecipeError: The scores are of another run and of another model.
+    """
+    scores, model = inputs["importance"], inputs["checkpoint"]
+    # In one run, scores that the user accepts may be of an earlier model.
+    is_same_run = scores.directory.parent == model.directory.parent
+    scored = scores.manifest.inputs.get("checkpoint")
+    scored_content = scores.manifest.input_content.get("checkpoint")
+    # The same files have another fingerprint if other code has imported them.
+    is_same_model = (
+        scored == model.manifest.fingerprint or scored_content == model.manifest.content_hash()
+    )
+    if not (is_same_run or is_same_model):
+        raise RecipeError(
+            f"the scores in {scores.directory} are of another model than {model.directory}.",
+            "set the input importance of this stage to scores of the model in its input checkpoint",
+        )
+    return Importance.load(scores.artifact)
 
 
 def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]:

@@ -20,6 +20,10 @@ MAX_FRACTION = 1 / 3
 ``rules.LARGE_REDUCTION``."""
 
 
+ONLY_GROUPS = "set target_num_query_groups instead: each group then keeps its heads"
+"""Fix of a target of heads if each group of the teacher has only one head."""
+
+
 @dataclass(frozen=True)
 class PruneTargets:
     """Target sizes by Megatron's names of the axes; ``None`` means that an axis is not pruned."""
@@ -87,12 +91,16 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
     refused = [shape for shape in shapes if is_refused_by_transformers_5(shape)]
     if refused:
         # With 8 instead of the default 64, a small model has more possible sizes.
-        divisor = math.lcm(8, *{shape.num_attention_heads for shape in shapes})
+        heads, fix = {shape.num_attention_heads for shape in shapes}, "search with "
+        if len(heads) > 1:  # no divisor suits: the teacher's hidden size is always in the search
+            fix += "stages.enumerate_shapes.space.prune_heads=false "
+            heads = {max(heads)}
+        divisor = math.lcm(8, *heads)
         yield Problem(
             rules.TRANSFORMERS_5,
             f"{len(refused)} of {len(shapes)} shapes of {stage} are Llama models whose hidden size "
             "is not a multiple of their attention heads: transformers 5 does not load them",
-            "if you need transformers 5, search with "
+            f"if you need transformers 5, {fix}"
             f"stages.enumerate_shapes.space.hidden_size_divisor={divisor}",
         )
 
@@ -184,15 +192,14 @@ def fraction_problems(
     for axis, fraction in targets.items():
         full, size = getattr(teacher, axis), sizes[axis]
         if isinstance(fraction, float) and full and not 0 < size < full:
+            fix = f"use another fraction, a number below {full}, or "
+            fix += f"a smaller {_divisor_setting(axis)}, or null" if axis in divisors else "null"
+            if axis == "num_attention_heads" and full == teacher.num_query_groups:
+                fix = ONLY_GROUPS
             yield _problem(
                 f"target_{axis}={fraction:g} of the teacher's {full} rounds to {size}, which must "
                 f"be greater than 0 and less than {full}",
-                f"use another fraction, a number below {full}, or "
-                + (
-                    "null"
-                    if axis not in divisors
-                    else f"a smaller {_divisor_setting(axis)}, or null"
-                ),
+                fix,
             )
 
 
@@ -229,9 +236,9 @@ def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Pro
         return
     name = f"target_num_attention_heads={heads}"
     if heads % groups:
-        yield _problem(
-            f"{name} is not a multiple of the {groups} query groups", f"use a multiple of {groups}"
-        )
+        # With one head in each group, heads can only be removed together with their groups.
+        fix = f"use a multiple of {groups}" if groups < teacher.num_attention_heads else ONLY_GROUPS
+        yield _problem(f"{name} is not a multiple of the {groups} query groups", fix)
     elif heads > limit:
         yield _problem(
             f"{name} is more than the {limit} heads that the teacher has in {groups} query groups",

@@ -28,6 +28,7 @@ from recipes.evaluation.text_quality import load_transformers, token_quality, wi
 from recipes.pruning.healing import heal_weights
 from recipes.pruning.kept import (
     Importance,
+    importance_of,
     layers_to_keep,
     leading_submatrix,
     prune_weight,
@@ -49,7 +50,7 @@ def measure_shapes(
         A candidate for each shape, in the same order.
     """
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    importance = Importance.load(inputs["importance"].artifact)
+    importance = importance_of(inputs)
     text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
     calibration = read_sequences(
         inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples

@@ -199,11 +199,11 @@ def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterato
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses layers, channels and heads; saves the pruned model and the indices that it keeps."""
     from nemo_convert import nemo
-    from recipes.pruning.kept import Importance, layers_to_keep, select_indices
+    from recipes.pruning.kept import importance_of, layers_to_keep, select_indices
     from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
     source = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    importance = Importance.load(inputs["importance"].artifact)
+    importance = importance_of(inputs)
     input_shape = nemo.architecture_of(source)
     _require_scores_of(input_shape, importance, inputs["importance"].directory)
     if "shape" in inputs:

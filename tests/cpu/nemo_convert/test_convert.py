@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,16 @@ def test_archive_with_a_path_outside_its_directory_is_refused(tmp_path: Path) ->
     with pytest.raises(RecipeError, match="cannot be unpacked safely"):
         nemo.open_checkpoint(hostile, tmp_path / "scratch")
     assert not (tmp_path / "outside").exists()
+
+
+def test_half_of_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    half = tmp_path / "half.nemo"
+    (tmp_path / "weights").write_bytes(random.Random(0).randbytes(100_000))
+    with tarfile.open(half, "w:gz") as archive:
+        archive.add(tmp_path / "weights", "weights")
+    half.write_bytes(half.read_bytes()[:50_000])
+    with pytest.raises(RecipeError, match="cannot be unpacked safely"):
+        nemo.open_checkpoint(half, tmp_path / "scratch")
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_path: Path) -> None:

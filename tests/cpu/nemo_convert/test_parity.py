@@ -220,6 +220,14 @@ def change_settings(checkpoint: Path, **values: object) -> None:
     edit_json("io.json", objects=objects)(context)
 
 
+def change_class(checkpoint: Path, name: str) -> None:
+    """Changes the class of NeMo's model config in ``io.json``."""
+    file = checkpoint / nemo.CONTEXT / "io.json"
+    text = file.read_text()
+    assert '"LlamaConfig"' in text
+    file.write_text(text.replace('"LlamaConfig"', f'"{name}"'))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -235,6 +243,7 @@ def truncate(path: Path) -> None:
         (lambda nemo2: (nemo2 / "weights" / "__0_0.distcp").unlink(), "missing or damaged"),
         (lambda nemo2: (nemo2 / "weights" / ".metadata").write_bytes(b""), "missing or damaged"),
         (lambda nemo2: (nemo2 / "context" / "io.json").write_text("{}"), "has no objects"),
+        (lambda nemo2: change_class(nemo2, "Llama99Config"), "the installed NeMo does not have"),
     ],
 )
 def test_changed_and_damaged_checkpoints_are_refused(

@@ -62,3 +62,12 @@ def test_licence_is_read_from_the_header_of_a_model_card(
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
     assert model_licence(tmp_path) == licence
+
+
+@pytest.mark.parametrize("start", ["\n", "\ufeff", "---\ntags:\n- a\n---more: 1\n"])
+def test_headers_are_found_as_the_hub_finds_them(start: str, tmp_path: Path) -> None:
+    """After a blank line, after a byte order mark, and with a line that only starts with "---"."""
+    header = "license: mit\n---\n# A model\n"
+    text = start + (header if start.startswith("---") else f"---\n{header}")
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert model_licence(tmp_path) == "mit"

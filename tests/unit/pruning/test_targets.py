@@ -13,6 +13,7 @@ from nemo_convert.smollm2 import HF_CONFIG
 from recipes.pruning.targets import (
     PruneTargets,
     absolute_sizes,
+    fraction_problems,
     hidden_divisor,
     pruned_shape,
     target_problems,
@@ -48,6 +49,17 @@ def test_fractions_become_multiples_of_a_divisor_or_of_query_groups(
     So a number of heads must be a multiple of the 3 groups, or of the 2 groups that remain.
     """
     assert absolute_sizes(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
+
+
+def test_heads_of_a_multi_head_model_are_pruned_by_their_groups() -> None:
+    """As in Llama 2 7B, each group has one head."""
+    teacher = replace(SMOLLM2, num_query_groups=SMOLLM2.num_attention_heads)
+    targets = PruneTargets(num_attention_heads=6)
+    [number] = target_problems(teacher, targets, DIVISORS)
+    [fraction] = fraction_problems(teacher, {"num_attention_heads": 0.6}, DIVISORS)
+    for problem in (number, fraction):
+        assert problem.fix.startswith("set target_num_query_groups instead")
+    assert not list(target_problems(teacher, PruneTargets(num_query_groups=6), DIVISORS))
 
 
 def test_pruning_to_the_sizes_of_the_teacher_is_refused() -> None:
