@@ -14,6 +14,7 @@ from recipes.core.manifest import write_manifest
 from recipes.core.stage import Input, StageConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.pruning.targets import searched_shape_problems
 from recipes.search.results import LatencyFit, LatencyResult
 from recipes.search.settings import EnumerateShapesConfig
 from recipes.search.space import Budget, Space
@@ -86,10 +87,8 @@ def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architect
     model = replace(teacher, hf_architecture="LlamaForCausalLM", num_attention_heads=6)
     model = replace(model, num_query_groups=2, hidden_size=96)
 
-    def warning_fixes(divisor: int, *, prune_heads: bool = False) -> list[str]:
-        space = Space(
-            hidden_size_divisor=divisor, ffn_hidden_size_divisor=64, prune_heads=prune_heads
-        )
+    def warning_fixes(divisor: int) -> list[str]:
+        space = Space(hidden_size_divisor=divisor, ffn_hidden_size_divisor=64)
         cfg = with_name("shapes", EnumerateShapesConfig(budget=Budget(parameters=0.9), space=space))
         all_problems = enumerate_shapes.check(cfg, Chain("t", model, {"shapes": cfg}))
         return [item.fix for item in all_problems if item.rule.name == "transformers-5"]
@@ -97,11 +96,10 @@ def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architect
     [fix] = warning_fixes(8)
     assert "hidden_size_divisor=24" in fix
     assert not warning_fixes(24)
-    # Models with 4 heads may keep the hidden size of the teacher, which 4 does not divide.
-    model = replace(model, hidden_size=102)
-    [fix] = warning_fixes(24, prune_heads=True)
-    assert "space.prune_heads=false stages.enumerate_shapes.space.hidden_size_divisor=24" in fix
-    assert not warning_fixes(24)
+    # The search always has the teacher's hidden size, which fewer heads may not divide.
+    fewer_heads = [replace(model, hidden_size=100, num_attention_heads=n) for n in (6, 4)]
+    [problem] = searched_shape_problems("shapes", fewer_heads)
+    assert "space.prune_heads=false" in problem.fix
 
 
 @pytest.mark.parametrize("tokens_per_second", [1e-3, 1e9])
