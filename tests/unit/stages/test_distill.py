@@ -61,6 +61,19 @@ def test_planned_bytes_of_compared_hidden_states(
     assert workload.hidden_state_bytes == expected
 
 
+def test_the_workload_has_the_teacher_of_another_run(chain: Chain, tmp_path: Path) -> None:
+    """As after a second pruning that distils from the model before the first one."""
+    teacher = replace(chain.teacher, num_layers=8)
+    manifest = bare_manifest("import_hf", "checkpoint_nemo", None)
+    write_manifest(tmp_path, replace(manifest, architecture=teacher.as_dict()))
+    inputs = {"teacher": str(tmp_path)}
+    cfg = DistillConfig(stage="distill", inputs=inputs, hidden_weight=1.0)
+    workload = distill.workload(cfg, chain)
+    assert workload.teacher == teacher
+    assert workload.trained == chain.teacher
+    assert cache_logits.workload(CacheLogitsConfig(inputs=inputs), chain).teacher == teacher
+
+
 def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
     """Returns the rule of each problem that the check of ``distill`` finds."""
     return [problem.rule.name for problem in distill.check(cfg, chain)]
