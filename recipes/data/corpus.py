@@ -297,10 +297,19 @@ class _HubReader:
             self._rows.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Document]:
+        rows = iter(self._rows)
+        while (row := self._next_row(rows)) is not None:
+            if text := self._text_of(row, f"dataset {self._name}").strip():
+                yield Document(text)
+
+    def _next_row(self, rows: Iterator[Any]) -> Any:
+        """Returns the next row; ``None`` at the end."""
         try:
-            for row in self._rows:
-                if text := self._text_of(row, f"dataset {self._name}").strip():
-                    yield Document(text)
+            return next(rows, None)
+        except TypeError as error:  # ``datasets`` gives all files the columns of the first file
+            what = f"the files of dataset {self._name} have columns of different types: {error}"
+            fix = "download its files, and use them as sources: FOLDER/*.parquet"
+            raise RecipeError(what, fix) from error
         except _HUB_ERRORS as error:
             what = f"dataset {self._name} cannot be read: {error}"
             raise RecipeError(what, f"{_HUB_FIX}; the same command resumes") from error

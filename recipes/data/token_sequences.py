@@ -148,8 +148,9 @@ def warn_of_short_sources(
         source_tokens: ``DatasetResult.source_tokens``.
     """
     for split, entries in source_tokens.items():
-        names = [entry.source for entry in entries]
-        names += _heldout_names(cfg) if split == "heldout" else []
+        # Also sources without text in the split, for example if all of it repeats earlier sources.
+        expected = _heldout_names(cfg) if split == "heldout" else cfg.training_names()
+        names = [*(entry.source for entry in entries), *expected]
         if missing := _without_sequence(entries, names, cfg.seq_length):
             effect = "cannot have a weight" if split == "train" else "nothing is measured on them"
             what = f"no whole sequence of seq_length={cfg.seq_length} in {split}"
@@ -158,8 +159,9 @@ def warn_of_short_sources(
 
 def _heldout_names(cfg: PrepareDataConfig) -> list[str]:
     """Returns the names of the sources that are not trained on."""
-    trained = cfg.training_names()
-    return [name for name in source_names(cfg.all_sources()) if name not in trained]
+    # With ``prefix``, the training text may have the name of a held-out source.
+    sources = source_names(cfg.all_sources()).items()
+    return [name for name, source in sources if source in cfg.heldout_sources]
 
 
 def _without_sequence(
@@ -328,7 +330,8 @@ def weighted_sequences(
             raise RecipeError(
                 f"source '{name}' has a weight, but not one sequence of {seq_length} tokens and "
                 "a next token.",
-                f"remove the weight, or give the source more text; sources with a sequence: "
+                "remove the weight, or give the source more text that does not repeat earlier "
+                "sources; sources with a sequence: "
                 f"{', '.join(spans)}",
             )
     return [spans[name] for name in weights]

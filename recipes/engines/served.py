@@ -85,7 +85,8 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
     length = _max_length(cfg, artifact, folder)
-    harness_tasks.require_room_for_text(tasks, length, cfg.name)
+    fix = f"raise stages.{cfg.name}.max_length and the engine's limits, or remove the task"
+    harness_tasks.require_room_for_text(tasks, length, fix)
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length, cfg.seq_length if text else 0) as lm:
         for number, task in enumerate(tasks, 1):

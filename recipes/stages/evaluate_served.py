@@ -24,6 +24,8 @@ from recipes.planning.inference_cost import InferenceCost, benchmark_cost
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
+BUILDERS = ("build_engine", "export_gguf", "quantize")
+"""Types of the stages that convert a model for a server."""
 GENERATION_TASKS = ("gsm8k_cot",)
 """Tasks of ``offline_tasks`` in which the model generates text. The other tasks compare the
 log-probabilities of given answers."""
@@ -49,10 +51,26 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
             "takes longer than the plan says, for a large model many hours, and cannot resume",
             f"set stages.{cfg.name}.limit=100 to answer only the first 100 items of each task",
         )
+    yield from _model_problems(cfg, chain)
     # The artifact is either an engine or a GGUF file.
     is_gguf = engine_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():
         yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)
+
+
+def _model_problems(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks that the engine or GGUF file is of the student with which it is compared."""
+    source = cfg.inputs.get("artifact", "")
+    # Follows the stages from the artifact to the folder that it was built from.
+    while (stage := chain.stages.get(source)) is not None and stage.stage in BUILDERS:
+        source = stage.inputs["checkpoint"]
+    if stage is not None and source != cfg.inputs.get("checkpoint"):
+        yield Problem(
+            rules.SERVED,
+            f"{cfg.name} compares {cfg.inputs['artifact']}, which is built from {source}, with "
+            f"{cfg.inputs.get('checkpoint')}",
+            f"set stages.{cfg.name}.inputs.checkpoint={source}",
+        )
 
 
 def needs_tensorrt_llm(cfg: EvaluateServedConfig, chain: Chain) -> bool:

@@ -6,14 +6,17 @@ student, the folder has a new model card.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_convert.results import ParityResult
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
+from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, conversion_cost
+from recipes.planning.rules import Problem
 from recipes.report.settings import CARD_TEMPLATE
 from recipes.stages.contract import Stage
 
@@ -26,6 +29,21 @@ class ExportConfig(StageConfig):
     """Path or hub id of the teacher, for the model card."""
     recipe: str = ""
     """Name of the recipe, for the model card."""
+
+
+def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks that the measurements in the model card are of the exported model."""
+    checkpoint = cfg.inputs.get("checkpoint")
+    for role in ("evaluation", "tasks"):
+        measurement = chain.stages.get(cfg.inputs.get(role, ""))
+        measured = measurement.inputs.get("distilled") if measurement else checkpoint
+        if measured != checkpoint:
+            yield Problem(
+                rules.REPORT,
+                f"{cfg.name} exports {checkpoint}, but its model card would have the measurements "
+                f"of {measured}",
+                f"set stages.{cfg.inputs[role]}.inputs.distilled={checkpoint}",
+            )
 
 
 def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
@@ -57,6 +75,7 @@ STAGE = Stage(
     config=ExportConfig,
     kind="checkpoint_hf",
     run=run,
+    check=check,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     # All are for the model card. Speed is not in the card, because ``measure_speed`` reads this

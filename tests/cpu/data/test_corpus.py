@@ -76,6 +76,17 @@ def test_reading_a_hugging_face_dataset_resumes_within_a_shard(tmp_path: Path) -
     assert first_documents + list(read_source(source, "text", state)) == all_documents
 
 
+def test_files_of_a_dataset_with_different_types_are_refused_with_a_fix(tmp_path: Path) -> None:
+    """pandas writes a column without values as a column of nulls, even if it is not read."""
+    for number, language in enumerate((None, "en")):
+        table = pyarrow.table({"text": [f"text {number}"], "language": [language]})
+        parquet.write_table(table, tmp_path / f"train-{number}.parquet")
+    with pytest.raises(RecipeError, match=r"different types: (?s:.*)FOLDER/\*\.parquet"):
+        list(read_source(f"hf://{tmp_path}:train", "text"))
+    texts = [document.text for document in read_source(str(tmp_path / "*.parquet"), "text")]
+    assert texts == ["text 0", "text 1"]
+
+
 def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:
     script = """
 from recipes.data.corpus import read_source

@@ -186,7 +186,8 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
             return _send(url, *args, **kwargs)
 
         monkeypatch.setattr(requests, method, record)
-    settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+    # ``HFLM``, which answers for the student, ignores the temperature without sampling.
+    settings = {"until": ["."], "max_new_tokens": 12, "do_sample": False, "temperature": 1.0}
     request = Instance("generate_until", {}, ("The history of the", settings), 0)
     artifact = as_input(tmp_path / "engine", "engine", EngineResult("tensorrt_llm", "bf16", 1, 1))
     artifact.manifest.config["tensor_parallel_size"] = 1
@@ -201,6 +202,7 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
     client.penalty = client.penalty_request(1.9)
     payload = client._create_payload([[1]], generate=True, gen_kwargs=dict(settings))
     assert payload["repetition_penalty"] == 1.9
+    assert (payload["max_tokens"], payload["temperature"]) == (12, 0)
     assert payload.keys() <= {*API["requests of trtllm-serve"]["request"]}
 
 

@@ -147,9 +147,30 @@ def test_groups_with_different_metrics_or_own_settings_are_refused(tmp_path: Pat
         harness_tasks._require_same_settings(subtasks, alone)
     harness_tasks._require_same_settings(alone, manager.load(["one"])["tasks"])
     [task] = [harness_tasks.Task("two", "exact_match", "1", "", {"two": subtasks["two"]})]
-    harness_tasks.require_room_for_text([task], 257, "evaluate_served")
+    harness_tasks.require_room_for_text([task], 257, "remove it")
     with pytest.raises(RecipeError, match="two generates up to 256 tokens"):
-        harness_tasks.require_room_for_text([task], 256, "evaluate_served")
+        harness_tasks.require_room_for_text([task], 256, "remove it")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("generation_kwargs", {"do_sample": True, "temperature": 0.7}, "samples its text"),
+        ("unsafe_code", True, "runs code that the model writes"),
+        ("generation_kwargs", {"do_sample": False, "temperature": 0.7}, None),
+    ],
+)
+def test_sampled_text_and_unsafe_code_are_refused(
+    tmp_path: Path, setting: str, value: object, message: str | None
+) -> None:
+    manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
+    subtasks = manager.load(["two"])["tasks"]
+    subtasks["two"].set_config(key=setting, value=value)
+    if message is None:
+        assert harness_tasks._task("two", "hub", subtasks, "evaluate_tasks")
+        return
+    with pytest.raises(RecipeError, match=message):
+        harness_tasks._task("two", "hub", subtasks, "evaluate_tasks")
 
 
 def test_empty_prompts_are_refused() -> None:

@@ -109,6 +109,9 @@ def test_a_warning_names_sources_without_a_whole_sequence(
         assert re.search(f"warning: .*{split}: mine", capsys.readouterr().out)
     warn_of_short_sources(cfg, tokens | {"heldout": [enough]})
     assert "heldout: prose" in capsys.readouterr().out
+    # As if all documents of "mine" repeated an earlier source.
+    warn_of_short_sources(cfg, tokens | {"heldout": heldout, "train": []})
+    assert "train: mine; cannot have a weight" in capsys.readouterr().out
 
 
 def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
@@ -123,6 +126,10 @@ def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
     for tokens in ({"prose": 5, "law": 6}, {"prose": 3, "law": 7}, {"prose": 5}, {}):
         with pytest.raises(RecipeError, match=r"(?s)heldout: (prose|law).*7 tokens"):
             require_heldout_sources(cfg, tokens)
+    # The text that is trained on may have the same name.
+    cfg.prefix, cfg.sources = "corpora/law", []
+    with pytest.raises(RecipeError, match="heldout: law"):
+        require_heldout_sources(cfg, {"prose": 5})
     # With this input, models are evaluated on that stage's held-out text instead.
     cfg.inputs["held_out"] = "prepare_data"
     require_heldout_sources(cfg, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,47 @@ def test_the_second_phase_fits_into_memory_and_costs_little(plan: MakePlan, reci
     cost = training_cost(workload, chain.hardware)
     assert cost.memory.total < 70e9  # of 80 GB
     assert cost.device_hours < 100  # our limit
+
+
+OWN_SETTINGS = {
+    *("lr", "min_lr", "max_steps", "warmup_steps", "val_check_interval", "limit_val_batches"),
+    *("stage", "name", "inputs", "student_steps", "stop_at_recovered", "hidden_pipeline_stages"),
+}
+"""Settings that affect results and that other trainings do not copy from ``distill``."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "own"),
+    [
+        (("teacher=corrected",), "correct_teacher", set()),
+        # Sequences, and batches of them, are longer in the second phase.
+        ((LONG, *ON_GPUS), "distill_long", {"seq_length", "global_batch_size"}),
+    ],
+)
+def test_other_trainings_have_the_settings_of_the_distillation(
+    plan: MakePlan, overrides: tuple[str, ...], stage: str, own: set[str]
+) -> None:
+    """``lr`` and a few others are their own. All other settings that affect results are copied."""
+    changes = {
+        "seed": 7,
+        "precision": "32",
+        "mask_document_ends": False,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "clip_grad": 2.0,
+        "grad_reduce_in_fp32": False,
+        "weight_decay": 0.2,
+        "weights": {"wikipedia": 1.0, "speeches": 2.0},
+    }
+    values = {key: f"stages.distill.{key}={value}" for key, value in changes.items()}
+    values["weights"] = "+stages.distill.weights={wikipedia: 1, speeches: 2}"
+    planned = plan(*values.values(), "data=two_kinds", *overrides, recipe="recipe=qwen3_8b_depth")
+    distill = vars(planned.chain.stages["distill"])
+    other = planned.chain.stages[stage]
+    assert {key: distill[key] for key in changes} == changes
+    settings = [spec.name for spec in fields(other) if not spec.metadata.get("resource")]
+    compared = {*settings} - OWN_SETTINGS - own - {"resources"}
+    assert {key: vars(other)[key] for key in compared} == {key: distill[key] for key in compared}
 
 
 def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:

@@ -322,7 +322,9 @@ def test_each_artifact_has_commands_that_serve_it(run_inputs: Inputs) -> None:
     assert not any(server.tested for server in hf_servers)
     openvino, llama, *other_servers = run_servers(run_inputs)
     # The command is ``python -c CODE``.
-    assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.command)[2]
+    properties = 'json.load(open("engine/artifact/engine.json"))["properties"]'
+    engine_code = f'LLMPipeline("engine/artifact", "CPU", **{properties})'
+    assert engine_code in shlex.split(openvino.command)[2]
     assert openvino.tested
     assert llama.command == "llama-server -m gguf/artifact/model.gguf"
     assert other_servers == hf_servers
