@@ -283,13 +283,6 @@ def test_conversations_are_checked_before_anything_runs(
     [
         (["stages.evaluate.inputs.distilled=prune"], "export_hf exports distill, but its model"),
         (["stages.export_hf.inputs.checkpoint=prune"], None),  # ``evaluate`` follows
-        (
-            [
-                *("engine=openvino", "served=engine"),
-                "stages.evaluate_served.inputs.artifact=build_teacher_engine",
-            ],
-            "compares build_teacher_engine, which is built from import_hf, with export_hf",
-        ),
     ],
 )
 def test_measurements_are_of_the_model_that_they_describe(
