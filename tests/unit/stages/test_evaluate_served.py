@@ -63,7 +63,9 @@ def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[.
     assert "evaluate_served" in {stage.name for stage in planned.stages}
 
 
-def test_the_served_model_is_made_from_the_student_that_it_is_compared_with(plan: MakePlan) -> None:
+def test_the_served_model_is_made_from_the_student_that_it_is_compared_with(
+    plan: Callable[..., Plan],
+) -> None:
     overrides = ("engine=openvino", "served=engine")
     assert plan(*overrides)
     message = "compares build_teacher_engine, which is built from import_hf, with export_hf"
