@@ -29,8 +29,8 @@ from recipes.planning.training_cost import hours_text
 RESUMED = "resumed.json"
 """File in a stage's directory with the acceptance of the result that a resumed start will write.
 
-The start's older code cannot write it into the manifest, because it does not get it. The next plan
-moves it there."""
+The start runs older code, which may not know acceptances. So the start does not write it into the
+manifest; the next plan does."""
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
@@ -41,8 +41,8 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     The returned stage has the kept result's fingerprint, because later stages use that result.
     If nothing is accepted, the stage is returned unchanged.
 
-    If the stage has an old result and interrupted work of which only the code has changed since,
-    listing the stage resumes the work.
+    A stage may have both an old result and interrupted work. If only its code has changed since the
+    interruption, and ``accept`` lists the stage, the work is resumed.
 
     Args:
         stage: The stage, as planned without acceptance.
@@ -58,8 +58,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if result is None or stage.action == SKIP:
         return stage
     acceptance = result.accepted or _resumed_acceptance(stage.directory, result)
-    # The content of an input that will run again is not known yet.
-    input_content = {} if stage.rerun_inputs else content_of(stage.inputs)
+    input_content = _input_content(stage)
     is_current = (
         acceptance is not None
         and acceptance.fingerprint == stage.fingerprint
@@ -80,6 +79,11 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     )
 
 
+def _input_content(stage: PlannedStage) -> dict[str, str]:
+    """Returns the content hash of each input; none if an input runs again, so it may change."""
+    return {} if stage.rerun_inputs else content_of(stage.inputs)
+
+
 def _can_resume(stage: PlannedStage) -> bool:
     """Returns whether interrupted work would be lost, and could resume with its own code."""
     begun, work = stage.state().begun, stage.directory / WORK
@@ -87,8 +91,13 @@ def _can_resume(stage: PlannedStage) -> bool:
         begun is not None
         and stage.definition.progress(work) is not None
         and _has_snapshot(stage, begun)
-        and compare(stage, begun) == ({}, ["code"])
+        and _only_code_changed(stage, begun)
     )
+
+
+def _only_code_changed(stage: PlannedStage, begun: Manifest) -> bool:
+    """Returns whether nothing but the stage's code has changed since an interrupted start."""
+    return compare(stage, begun) == ({}, ["code"])
 
 
 def _has_snapshot(stage: PlannedStage, begun: Manifest) -> bool:
@@ -114,8 +123,7 @@ def _resume(stage: PlannedStage) -> PlannedStage:
             f"leave {stage.name} out of accept",
         )
     changes = describe_changes(stage, interrupted)
-    only_code_changed = compare(stage, interrupted) == ({}, ["code"])
-    if not only_code_changed:
+    if not _only_code_changed(stage, interrupted):
         raise RecipeError(
             f"accept=[{stage.name}], but {stage.name} was interrupted, and since then "
             f"{', '.join(changes)} (accept resumes it only if nothing but its code changed).",
@@ -127,9 +135,7 @@ def _resume(stage: PlannedStage) -> PlannedStage:
         fingerprint=interrupted.fingerprint,
         action=RESUME,
         reason="was interrupted; runs the code that it was started with",
-        accepted=Acceptance(
-            stage.fingerprint, changes, {} if stage.rerun_inputs else content_of(stage.inputs)
-        ),
+        accepted=Acceptance(stage.fingerprint, changes, _input_content(stage)),
         kept={**stage.kept, stage.name: changes},
         resumed=interrupted,
     )
@@ -171,7 +177,7 @@ def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
 
 def record_resumed(stage: PlannedStage) -> None:
     """Records that the user keeps the result that a resumed start with older code will write."""
-    if stage.resumed is not None and stage.accepted is not None:
+    if stage.resumed and stage.accepted:
         record = {"result": stage.fingerprint, "acceptance": asdict(stage.accepted)}
         write_json(stage.directory / RESUMED, record)
 

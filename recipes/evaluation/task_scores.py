@@ -44,9 +44,9 @@ def score(
         tasks = harness_tasks.load_tasks(
             cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name
         )
-    positions = nemo.architecture_of(nemo.find_checkpoint(inputs["teacher"].artifact))
+    teacher = nemo.architecture_of(nemo.find_checkpoint(inputs["teacher"].artifact))
     fix = f"remove the task from stages.{cfg.name}.tasks"
-    harness_tasks.require_room_for_text(tasks, positions.max_position_embeddings, fix)
+    harness_tasks.require_room_for_text(tasks, teacher.max_position_embeddings, fix)
     # Keys are the model's name: a role, or ``step N``.
     answers: dict[str, dict[str, TaskAnswers]] = {}
     cached: dict[str, list[str]] = {}

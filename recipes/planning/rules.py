@@ -196,8 +196,8 @@ CALIBRATION = Rule(
 BUDGET = Rule("budget", "a search needs a budget, and a shape that is within the budget")
 REPORT = Rule(
     "report",
-    "a report needs all inputs of a distillation, a search, or both; a model card is of the "
-    "measured model",
+    "a report needs all inputs of a distillation, a search, or both; a model card describes the "
+    "model that was measured",
 )
 SEARCH = Rule("search", "ranking and successive halving need candidates, text and steps")
 SLOW_SIZES = _warning(
@@ -292,7 +292,8 @@ TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the tra
 TASKS_FEWSHOT = Rule("tasks-fewshot", "num_fewshot is set by the name of a benchmark")
 SERVED = Rule(
     "served",
-    "a server must be installed and return what the benchmarks need; the student is its model",
+    "a server must be installed, and must return what the benchmarks need; it must serve the "
+    "student",
 )
 SERVED_TIME = _warning("served-time", "on a CPU, a served model needs longer than planned")
 GATES = Rule("gates", "a gate limits a metric, which a stage of the run must measure")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import KeptLayers
@@ -25,6 +26,7 @@ from recipes.distillation.training import (
     training_result,
     training_workload,
 )
+from recipes.planning.chain import Chain
 from recipes.stages.contract import Stage, checkpoint_outcome
 
 
@@ -49,6 +51,11 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     return checkpoint_outcome(result, teacher)
 
 
+def _teacher(cfg: CorrectTeacherConfig, chain: Chain) -> Architecture:
+    """Returns the shape of the model to fine-tune, which may be of another run."""
+    return chain.shape_of(cfg.inputs.get("teacher"))
+
+
 STAGE = Stage(
     config=CorrectTeacherConfig,
     kind="checkpoint_nemo",
@@ -56,11 +63,7 @@ STAGE = Stage(
     check=training_problems,
     inputs={"teacher": ("checkpoint_nemo",), "data": ("dataset",)},
     resolve_from_chain=resolve_from_chain,
-    disk_bytes=lambda config, chain: training_bytes(
-        config, chain.shape_of(config.inputs.get("teacher")).parameters()
-    ),
-    workload=lambda config, chain: training_workload(
-        config, chain.shape_of(config.inputs.get("teacher"))
-    ),
+    disk_bytes=lambda cfg, chain: training_bytes(cfg, _teacher(cfg, chain).parameters()),
+    workload=lambda cfg, chain: training_workload(cfg, _teacher(cfg, chain)),
     progress=training_progress,
 )

@@ -23,15 +23,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import convert, distill, launching, operations, prepare, students, tasks
+from benchmarks import average, convert, distill, launching, operations, prepare, students, tasks
 from benchmarks.distill import METHODS, Shape, TrainingRun, disagreements, speeds, summarise
 from benchmarks.launching import INPUT_STAGES, complete_manifest
 from launch.executors.local import PRELOADED
+from nemo_convert import nemo
+from nemo_convert.convert import hf_weights, to_nemo
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import write_manifest
+from recipes.core.manifest import ARTIFACT, check_artifact, write_manifest
 from recipes.data.results import DatasetResult, SourceTokens
+from recipes.pruning.pruned_checkpoint import save_weights
 from tests.support.forked import run_forked
 from tests.support.in_process import run_successfully
 from tests.support.manifests import bare_manifest
@@ -312,6 +315,24 @@ def test_weights_survive_a_conversion_to_nemo_and_back(odd_llama: Path, tmp_path
     save_file(weights, back / "model.safetensors")
     with pytest.raises(RecipeError, match=r"model.norm.weight differs"):
         convert.require_same_weights(folder, back)
+
+
+def test_the_mean_of_students_is_written_as_a_stage(odd_llama: Path, tmp_path: Path) -> None:
+    """The student of step 1 has three times the final student's weights, so the mean has twice."""
+    artifact = tmp_path / "distill" / ARTIFACT
+    (artifact / nemo.STEPS).mkdir(parents=True)
+    to_nemo(odd_llama, final := artifact / "model.nemo")
+    weights = dict(hf_weights(final))
+    tripled = {name: 3 * weight for name, weight in weights.items()}
+    step = artifact / nemo.STEPS / "1.nemo"
+    save_weights(final, nemo.architecture_of(final), tripled, step)
+    write_manifest(tmp_path / "distill", bare_manifest("distill", "checkpoint_nemo", None))
+    run_benchmark(average, str(tmp_path / "distill"), str(tmp_path / "mean"))
+    check_artifact(tmp_path / "mean", rehash=True)
+    mean = dict(hf_weights(tmp_path / "mean" / ARTIFACT / "model.nemo"))
+    assert mean.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(mean[name], 2 * weight)
 
 
 def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,6 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
             return _send(url, *args, **kwargs)
 
         monkeypatch.setattr(requests, method, record)
-    # ``HFLM``, which answers for the student, ignores the temperature without sampling.
     settings = {"until": ["."], "max_new_tokens": 12, "do_sample": False, "temperature": 1.0}
     request = Instance("generate_until", {}, ("The history of the", settings), 0)
     artifact = as_input(tmp_path / "engine", "engine", EngineResult("tensorrt_llm", "bf16", 1, 1))

@@ -262,3 +262,12 @@ def test_workload_has_the_shapes_of_models_from_another_run(
     )
     cached = plan(student_input, f"stages.distill.inputs.teacher={other}/import_hf")
     assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"
+
+
+def test_a_model_card_has_the_measurements_of_the_exported_model(plan: MakePlan) -> None:
+    """``evaluate`` measures the model that ``export_hf`` exports, unless its input is set."""
+    stages = plan("stages.export_hf.inputs.checkpoint=prune").chain.stages
+    assert stages["evaluate"].inputs["distilled"] == "prune"
+    message = "export_hf exports distill, but its model card would have the measurements of prune"
+    with pytest.raises(RecipeError, match=message):
+        plan("stages.evaluate.inputs.distilled=prune")

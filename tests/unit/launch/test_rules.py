@@ -278,23 +278,6 @@ def test_conversations_are_checked_before_anything_runs(
             plan("data.format=chat", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["stages.evaluate.inputs.distilled=prune"], "export_hf exports distill, but its model"),
-        (["stages.export_hf.inputs.checkpoint=prune"], None),  # ``evaluate`` follows
-    ],
-)
-def test_measurements_are_of_the_model_that_they_describe(
-    overrides: list[str], message: str | None, plan: MakePlan
-) -> None:
-    if message is None:
-        assert plan(*overrides).chain.stages["evaluate"].inputs["distilled"] == "prune"
-        return
-    with pytest.raises(RecipeError, match=message):
-        plan(*overrides)
-
-
 def test_messages_name_the_stage_of_the_recipe(plan: MakePlan) -> None:
     """The stages ``build_engine`` and ``build_teacher_engine`` have the same module.
 
