@@ -49,14 +49,19 @@ READ_KEYS = frozenset(
     }
 )
 """Keys that the converter, transformers or NeMo's importers read for a supported model."""
+DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
+"""Labels of classifiers that older versions of transformers wrote for every model."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (None, False),
     "chunk_size_feed_forward": (None, 0),
     "clip_qkv": (None,),
     "cross_attention_hidden_size": (None,),
+    "id2label": (None, DEFAULT_LABELS),
     "is_encoder_decoder": (None, False),
+    "label2id": (None, {name: int(number) for number, name in DEFAULT_LABELS.items()}),
     "logits_scaling": (None, 1),
     "partial_rotary_factor": (None, 1),
+    "problem_type": (None,),
     "pruned_heads": (None, {}),
     "qkv_bias": (None, False),
     "return_dict": (None, True),
@@ -111,7 +116,7 @@ HARMLESS_KEYS: Mapping[str, str] = {
         "used by generation",
     ),
     **dict.fromkeys(
-        ("finetuning_task", "id2label", "label2id", "problem_type", "task_specific_params"),
+        ("finetuning_task", "task_specific_params"),
         "used by models with other outputs, such as classifiers",
     ),
     "tf_legacy_loss": "used by TensorFlow",
