@@ -31,9 +31,6 @@ PROPERTIES = SimpleNamespace(
     major=CAPABILITY[0],
     minor=CAPABILITY[1],
     total_memory=MEMORY_BYTES,
-    pci_domain_id=0xFFFF,  # no device has this address, so ``select_gpu`` binds no CPU cores
-    pci_bus_id=0,
-    pci_device_id=0,
 )
 RNG_STATE = torch.zeros(8, dtype=torch.uint8)
 """Placeholder for the state of the random number generator."""
