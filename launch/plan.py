@@ -240,6 +240,11 @@ def _forced_and_accepted(
     """Returns the stages that ``force`` lists, and those that ``accept`` lists."""
     force = known_stages(settings.force, configs, "force")
     accept = known_stages(settings.accept, configs, "accept")
+    if excluded := sorted(force - set(force if settings.only is None else settings.only)):
+        raise RecipeError(
+            f"force names {', '.join(excluded)}, but only=[…] excludes it.",
+            f"add {excluded[0]} to only, or leave it out of force",
+        )
     if conflicts := sorted(force & accept):
         raise RecipeError(
             f"force and accept both name {', '.join(conflicts)}.",

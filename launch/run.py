@@ -130,13 +130,13 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     run_dir = _run_dir(settings, recipe)
     if is_sweep():
         require_new_results(run_dir, settings.hub.push)
+    executor, cluster = executor_of(cfg.cluster)
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
         return None
     last_plan = _last_plan(run_dir, recipe)
     state = _read_state(run_dir)
     require_tracker(settings.tracker, has_own_python(cfg.cluster))
-    executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     notes = refuse_errors(executor.problems(plan, cluster), settings.skip_rules)
     plan = replace(plan, notes=plan.notes + notes)

@@ -104,6 +104,10 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     root_fields = [str(name) for name in OmegaConf.load(CONF / "config.yaml")]
     _refuse_unknown(cfg, [*root_fields, *groups()])
     _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
+    if tracker := cfg.get("tracker"):
+        file = CONF / "tracker" / f"{tracker.get('name')}.yaml"
+        if file.exists():  # ``require_tracker`` refuses unknown names
+            _refuse_unknown(tracker, [str(name) for name in OmegaConf.load(file)], "tracker.")
     values: dict[str, Any] = {}
     try:
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
@@ -142,14 +146,20 @@ def _refuse_misplaced_groups(cfg: DictConfig) -> None:
 def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     """Refuses unknown fields, which would have no effect unless an interpolation refers to them.
 
+    A field may have fields itself, such as ``budget`` of the recipe ``shrink``.
+
     Args:
         node: The node of the config with the fields.
         known: Names of the known fields.
         prefix: Path of the node in the config, with a dot at its end.
     """
-    for name in map(str, node):
+    for name in (str(key) for key in node if key not in known):
         # Matches the start of ${PREFIX.NAME} and of ${oc.select:PREFIX.NAME,DEFAULT}.
-        reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}\b"
-        if name not in known and not re.search(reference, OmegaConf.to_yaml(node._get_root())):
+        reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}"
+        child, config = node._get_node(name), OmegaConf.to_yaml(node._get_root())
+        has_fields = isinstance(child, DictConfig) and child._is_none() is False and len(child) > 0
+        if has_fields and not re.search(reference + "[,}]", config):
+            _refuse_unknown(child, (), f"{prefix}{name}.")
+        elif not re.search(reference + r"\b", config):
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {prefix}{name}.{hint}", SHOW_FIELDS)

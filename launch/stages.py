@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.hydra_errors import fix_of, refuse_unknown_fields
 from launch.planned import load_stage, stage_of
 from launch.schema import choices_with
-from recipes.core.constraints import violations
+from recipes.core.constraints import computed_settings, violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.manifest import check_artifact
 from recipes.core.stage import StageConfig
@@ -38,7 +38,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             raise RecipeError(f"{where}: {message}", fix_of(message)) from error
         load_stage(config.stage)
         config.name = str(name)
-        invalid += violations(config, where)
+        invalid += [*violations(config, where), *computed_settings(config, where)]
         typed[name] = config
     if invalid:
         raise RecipeError("\n".join(invalid), fix="")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 INT32 = 2**31 - 1
 """Largest signed 32-bit integer, the limit of many kernels and file formats."""
+COMPUTED = {"computed": True}
+"""Metadata of a setting that the program sets, so that a user must leave it out."""
 REQUIREMENT = "requirement"
 """pydantic's error type for a value that a ``Requirement`` does not accept."""
 
@@ -143,6 +145,22 @@ def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
         _adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:
         yield from (_message(details, where) for details in error.errors())
+
+
+def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
+    """Yields an error message for each computed setting that has a value.
+
+    Args:
+        settings: The settings to check, as the user has set them.
+        where: Path of the settings in the config, such as ``stages.distill``.
+    """
+    for item in fields(settings):
+        value, path = getattr(settings, item.name), f"{where}.{item.name}"
+        if item.metadata.get("computed"):
+            if value is not None:
+                yield f"invalid {path}={value}: is set automatically, so leave it out"
+        elif is_dataclass(value) and not isinstance(value, type):
+            yield from computed_settings(value, path)
 
 
 def _message(details: ErrorDetails, where: str) -> str:

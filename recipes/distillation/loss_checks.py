@@ -11,8 +11,13 @@ from recipes.planning import rules
 from recipes.planning.rules import Problem
 
 
-def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    """Finds a loss without KD and LM terms, and a loss on hidden states with full recomputation."""
+def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
+    """Finds a loss without KD and LM terms, and settings of the terms that cannot work.
+
+    Args:
+        cfg: Settings of the distillation.
+        vocabulary: The teacher's vocabulary size.
+    """
     if not (cfg.kd_weight or cfg.lm_weight):
         yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
     if cfg.hidden_weight and cfg.recompute_granularity == "full":
@@ -20,6 +25,12 @@ def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
             rules.RECOMPUTE,
             f"hidden_weight={cfg.hidden_weight:g} does not work with recompute_granularity=full",
             "use recompute_granularity=none or selective, or hidden_weight=0",
+        )
+    if cfg.top_k is not None and cfg.top_k >= vocabulary:
+        yield Problem(
+            rules.TOP_K,
+            f"top_k={cfg.top_k} must be less than the vocabulary size {vocabulary}",
+            "use a smaller number, or null for all logits",
         )
 
 

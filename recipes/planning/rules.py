@@ -252,7 +252,9 @@ COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's 
 PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
 LOSS = Rule(
-    "loss", "without a term on logits, the output layer has no gradient, and Megatron fails"
+    "loss",
+    "without a term on logits, the output layer has no gradient, and Megatron fails; a prepared "
+    "teacher costs time, so the loss must use it",
 )
 STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
 STUDENT_STEPS = Rule("student-steps", "student_steps can only be steps before the last")
@@ -266,7 +268,9 @@ HIDDEN_RANGE = _warning(
     "ModelOpt computes losses only on the last pipeline stage, so they compare only its layers",
 )
 CACHED_TEACHER = Rule(
-    "cached-teacher", "a cache of logits is valid for one temperature, top-k and sequence length"
+    "cached-teacher",
+    "a cache of logits is valid for one temperature, top-k and sequence length, and for the "
+    "sequences that it has",
 )
 TOP_K = Rule("top-k", "the teacher's top_k tokens must be fewer than its vocabulary")
 EVALUATE = Rule("evaluate", "a prompt must be shorter than the sequence that it begins")

@@ -13,7 +13,15 @@ from itertools import product
 from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, between, one_of
+from recipes.core.constraints import (
+    COMPUTED,
+    Count,
+    Positive,
+    PositiveOrZero,
+    Rate,
+    between,
+    one_of,
+)
 from recipes.engines.settings import BACKENDS, KV_CACHE_BYTES, BuildEngineConfig
 from recipes.planning.roofline import Roofline, decode_seconds
 from recipes.planning.transformer import (
@@ -107,9 +115,9 @@ class Service:
     """Number of simultaneous requests."""
     context_length: Count = 4096
     """Mean number of tokens of a request that precede a decoding step."""
-    measured: LatencyFit | None = None
+    measured: LatencyFit | None = field(default=None, metadata=COMPUTED)
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
-    speed: str | None = None
+    speed: str | None = field(default=None, metadata=COMPUTED)
     """Text with the device and its rates, for the stage's fingerprint. Set automatically if the
     budget limits speed. Otherwise the rates change only a table."""
 

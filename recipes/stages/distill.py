@@ -23,6 +23,7 @@ from recipes.distillation.settings import (
     CACHE_KIND,
     TAIL_DRAWS_LOSS,
     CacheLogitsConfig,
+    CorrectTeacherConfig,
     DistillConfig,
     hidden_state_bytes,
     uses_teacher,
@@ -39,6 +40,7 @@ from recipes.distillation.training import (
     training_result,
     training_workload,
     with_hidden_stages,
+    with_weights,
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, tokenizer_problems
@@ -56,16 +58,12 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     Also yields a note if the loss on hidden states omits layers.
     """
     yield from training_problems(cfg, chain)
-    yield from loss_problems(cfg)
+    yield from loss_problems(cfg, chain.teacher.vocab_size)
     yield from _hidden_state_problems(cfg, chain)
+    yield from _unused_teacher_problems(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
-    if cfg.top_k is not None and cfg.top_k >= chain.teacher.vocab_size:
-        yield Problem(
-            rules.TOP_K,
-            f"top_k={cfg.top_k} must be less than the vocabulary size {chain.teacher.vocab_size}",
-            "use a smaller number, or null for all logits",
-        )
+        yield from _sequence_problems(with_weights(cfg, chain, cfg.inputs.get("data", "")), cache)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
     steps = cfg.student_steps  # steps after which the student is saved, before the end
@@ -170,8 +168,43 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     manifest = manifest_of(source)  # the source is a directory of another run
     if manifest is None or manifest.kind != CACHE_KIND:
         return None
-    settings = {name: manifest.config[name] for name in CACHE_FIELDS}
-    return CacheLogitsConfig(**settings, num_sequences=manifest.result(CacheResult).sequences)
+    settings = {name: manifest.config[name] for name in (*CACHE_FIELDS, "seed", "weights")}
+    result = manifest.result(CacheResult)
+    has_whole_text = result.sequences == result.sequences_of_text
+    return CacheLogitsConfig(**settings, num_sequences=None if has_whole_text else result.sequences)
+
+
+def _unused_teacher_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    """Refuses stages that prepare the teacher if the loss does not use a teacher."""
+    source = cfg.inputs.get("teacher")
+    stage = chain.stages.get(source or "")
+    if isinstance(stage, CacheLogitsConfig | CorrectTeacherConfig) and not uses_teacher(vars(cfg)):
+        yield Problem(
+            rules.LOSS,
+            f"kd_weight and hidden_weight are 0, so the work of {source} would have no effect",
+            "use teacher=live, or set kd_weight above 0",
+        )
+
+
+def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
+    """Checks that a distillation reads the sequences whose logits a cache has.
+
+    Args:
+        cfg: Settings of the distillation, with the weights of its text.
+        cache: Settings of the cache. In another run, its input ``data`` is unknown.
+    """
+    settings = {"inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))}
+    if cache.num_sequences is not None:  # else the order in which they are read does not matter
+        settings["seed"] = (cfg.seed, cache.seed)
+        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
+    for name, (value, cached) in settings.items():
+        if cached is not None and value != cached:
+            yield Problem(
+                rules.CACHED_TEACHER,
+                f"{name}={value}, but the teacher was cached with {name}={cached}, so the cache "
+                "has logits of other sequences",
+                f"set {name}={cached}, or cache the teacher again with {name}={value}",
+            )
 
 
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:

@@ -71,6 +71,11 @@ NOT_COPIED = {
 """Settings of the search's stages that are not copied to the chosen recipe. The recipe has its own
 inputs and number of steps. Its hardware profile sets the precision, its sources have the weights.
 """
+CHOSEN_BY_SEARCH = (
+    *("inputs", "max_steps", "val_check_interval", "checkpoint_interval", "stop_at_recovered"),
+    "student_steps",
+)
+"""Settings of ``distill`` that the search sets for each training, or that it does not use."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -89,6 +94,14 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"distill.resources.nodes={nodes}, but each training of a search runs on one node",
             "set distill.resources.nodes=1",
         )
+    for name in CHOSEN_BY_SEARCH:
+        if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
+            yield Problem(
+                rules.SEARCH,
+                f"distill.{name}={value} has no effect: the search chooses it for each training",
+                f"leave it out, or set stages.distill.{name} for the chosen student; "
+                f"stages.{cfg.name}.max_tokens sets the length of the trainings",
+            )
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
@@ -109,7 +122,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     else:
         training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
-        yield from loss_problems(training)
+        yield from loss_problems(training, chain.teacher.vocab_size)
         # Problems of layer pairs are reported for one shape: the first, and so largest, with any.
         problems_by_shape = (
             list(pair_problems(training, shape, chain.teacher))
