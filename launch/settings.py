@@ -15,6 +15,7 @@ from launch.schema import CONF, groups
 from recipes.core.constraints import PositiveOrZero, matching, one_of
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.planning.rules import RULES
+from recipes.search.space import Budget
 
 GROUPS_WITH_FIELDS = {"model", "data", "hardware", "cluster", "tracker"}
 """Groups whose files set fields of the same name, as in ``model.hf_path``. Files of other groups,
@@ -101,13 +102,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
         RecipeError: A setting is invalid.
     """
     _refuse_misplaced_groups(cfg)
-    root_fields = [str(name) for name in OmegaConf.load(CONF / "config.yaml")]
-    _refuse_unknown(cfg, [*root_fields, *groups()])
-    _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
-    if tracker := cfg.get("tracker"):
-        file = CONF / "tracker" / f"{tracker.get('name')}.yaml"
-        if file.exists():  # ``require_tracker`` refuses unknown names
-            _refuse_unknown(tracker, [str(name) for name in OmegaConf.load(file)], "tracker.")
+    _refuse_unknown_fields(cfg)
     values: dict[str, Any] = {}
     try:
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
@@ -143,23 +138,34 @@ def _refuse_misplaced_groups(cfg: DictConfig) -> None:
             )
 
 
+def _refuse_unknown_fields(cfg: DictConfig) -> None:
+    """Refuses unknown fields at the root, and in its nodes that have no dataclass."""
+    _refuse_unknown(cfg, [*_fields_of("config.yaml"), *groups()])
+    _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
+    if isinstance(budget := cfg.get("budget"), DictConfig):  # of the recipe ``shrink``
+        _refuse_unknown(budget, [item.name for item in fields(Budget)], "budget.")
+    if isinstance(tracker := cfg.get("tracker"), DictConfig):
+        file = f"tracker/{tracker.get('name')}.yaml"
+        if (CONF / file).exists():  # ``require_tracker`` refuses other names
+            _refuse_unknown(tracker, _fields_of(file), "tracker.")
+
+
+def _fields_of(file: str) -> list[str]:
+    """Returns the names of the fields that a file of ``conf`` sets."""
+    return [str(name) for name in OmegaConf.load(CONF / file)]
+
+
 def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     """Refuses unknown fields, which would have no effect unless an interpolation refers to them.
-
-    A field may have fields itself, such as ``budget`` of the recipe ``shrink``.
 
     Args:
         node: The node of the config with the fields.
         known: Names of the known fields.
         prefix: Path of the node in the config, with a dot at its end.
     """
-    for name in (str(key) for key in node if key not in known):
+    for name in map(str, node):
         # Matches the start of ${PREFIX.NAME} and of ${oc.select:PREFIX.NAME,DEFAULT}.
-        reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}"
-        child, config = node._get_node(name), OmegaConf.to_yaml(node._get_root())
-        has_fields = isinstance(child, DictConfig) and child._is_none() is False and len(child) > 0
-        if has_fields and not re.search(reference + "[,}]", config):
-            _refuse_unknown(child, (), f"{prefix}{name}.")
-        elif not re.search(reference + r"\b", config):
+        reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}\b"
+        if name not in known and not re.search(reference, OmegaConf.to_yaml(node._get_root())):
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {prefix}{name}.{hint}", SHOW_FIELDS)

@@ -94,14 +94,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"distill.resources.nodes={nodes}, but each training of a search runs on one node",
             "set distill.resources.nodes=1",
         )
-    for name in CHOSEN_BY_SEARCH:
-        if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
-            yield Problem(
-                rules.SEARCH,
-                f"distill.{name}={value} has no effect: the search chooses it for each training",
-                f"leave it out, or set stages.distill.{name} for the chosen student; "
-                f"stages.{cfg.name}.max_tokens sets the length of the trainings",
-            )
+    yield from _chosen_settings(cfg)
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
@@ -134,6 +127,18 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         # Without known shapes, only the teacher's layout is checked.
         workload = training_workload(training, chain.teacher, chain.teacher)
         yield from shape_layout_problems(workload, shapes, chain.hardware)
+
+
+def _chosen_settings(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
+    """Refuses values of the settings that the search chooses."""
+    for name in CHOSEN_BY_SEARCH:
+        if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
+            yield Problem(
+                rules.SEARCH,
+                f"distill.{name}={value} has no effect: the search chooses it for each training",
+                f"leave it out, or set stages.distill.{name} for the chosen student; "
+                f"stages.{cfg.name}.max_tokens sets the length of the trainings",
+            )
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:

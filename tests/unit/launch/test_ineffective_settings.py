@@ -26,9 +26,6 @@ CASES = {
         *(SHRINK, [f"+{SEARCH}inputs.teacher=import_hf"], "chooses it for each training"),
     ),
     "top-k in a search": (SHRINK, [f"{SEARCH}top_k=99999"], "less than the vocabulary size"),
-    "computed latency": (
-        *(SHRINK, ["stages.enumerate_shapes.service.measured={step_ms: 1}"], "set automatically"),
-    ),
     "computed speed": (SHRINK, ["stages.enumerate_shapes.service.speed=fast"], "set automatically"),
     "unknown limit": (SHRINK, ["+budget.flops=1"], "there is no field budget.flops"),
     "unknown tracker field": (

@@ -245,6 +245,7 @@ def test_workload_has_the_shapes_of_models_from_another_run(
     assert teacher_manifest is not None
     # Make the result of import_hf look like a cache of the teacher's logits.
     cache_config = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
+    cache_config |= {"seed": 1234, "weights": {}}
     result = CacheResult(
         sequences=4000,
         sequences_of_text=4000,

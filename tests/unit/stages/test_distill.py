@@ -6,7 +6,7 @@ The teacher of ``chain`` has 4 layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
 from recipes.distillation.objective import layer_pairs
 from recipes.distillation.results import CacheResult, DistillationResult
-from recipes.distillation.settings import CACHE_FIELDS, CacheLogitsConfig, DistillConfig
+from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
 from recipes.pruning.settings import PruneConfig
@@ -238,6 +238,9 @@ def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
         ({"logits_loss": "jsd"}, {"tail_draws": 4}, "logits_loss=jsd"),
         ({"hidden_weight": 1.0}, {}, "hidden_weight"),
         ({"context_parallel_size": 2}, {}, "context_parallel_size=2"),
+        ({"seed": 5}, {}, None),  # the cache has the whole text
+        ({"seed": 5}, {"num_sequences": 9}, "seed=5"),
+        ({"weights": {"a": 1}}, {"num_sequences": 9, "weights": {"a": 2}}, "weights="),
     ],
 )
 def test_a_cached_teacher_must_match_the_distillation(
@@ -249,9 +252,8 @@ def test_a_cached_teacher_must_match_the_distillation(
 ) -> None:
     """Tests a teacher that this run caches, and a teacher that another run has cached."""
     cache = CacheLogitsConfig(stage="cache_logits", **cache_settings)
-    config = {name: getattr(cache, name) for name in CACHE_FIELDS}
-    result = CacheResult(4000, 4000, 0, 0, 0.0, 0.0)  # any numbers
-    manifest = replace(bare_manifest("cache_logits", "logit_cache", result), config=config)
+    result = CacheResult(cache.num_sequences or 4000, 4000, 0, 0, 0.0, 0.0)
+    manifest = replace(bare_manifest("cache_logits", "logit_cache", result), config=asdict(cache))
     write_manifest(tmp_path, manifest)
     for teacher in ("cache_logits", str(tmp_path)):
         cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **settings)
