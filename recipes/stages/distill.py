@@ -193,7 +193,9 @@ def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator
         cfg: Settings of the distillation, with the weights of its text.
         cache: Settings of the cache. In another run, its input ``data`` is unknown.
     """
-    settings = {"inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))}
+    settings: dict[str, tuple[object, object]] = {
+        "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
+    }
     if cache.num_sequences is not None:  # else the order in which they are read does not matter
         settings["seed"] = (cfg.seed, cache.seed)
         settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
