@@ -39,12 +39,13 @@ def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Shows what will run, and why."""
+    """Shows what will run, and why, and the gates that will be judged."""
     table = plain_table(f"plan for {plan.run_dir}", "stage", "action", "why")
     for stage in plan.stages:
         style = "dim" if stage.action == SKIP else "bold"
         table.add_row(f"[{style}]{stage.name}", stage.action, escape(stage.reason))
     console.print(table)
+    console.print(f"gates: {', '.join(map(str, plan.gates)) or 'none'}", markup=False)
 
 
 def print_sources(plan: Plan, console: Console) -> None:

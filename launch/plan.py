@@ -45,6 +45,7 @@ from recipes.report.gates import (
     metric_names,
     parse_gate,
 )
+from recipes.report.settings import ReportConfig
 from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 
 
@@ -93,11 +94,11 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     hf_path = settings.hf_path  # first, because its error is clearer than those of stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
-    force, accept = _forced_and_accepted(settings, configs)
+    force, accept = forced_and_accepted(settings, configs)
     order = stage_order(configs)
     configs = {name: configs[name] for name in order}
     chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
-    gates = _gates(settings, chain)
+    gates = planned_gates(settings, chain)
     selected = [name for name in order if only is None or name in only]
     notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
@@ -212,8 +213,11 @@ def _with_costs(chain: Chain) -> Chain:
     )
 
 
-def _gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
-    """Parses the recipe's gates; refuses gates on values that no stage measures."""
+def planned_gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
+    """Parses the recipe's gates; refuses gates on values that no stage measures.
+
+    Also refuses a report with other gates, which would not be judged.
+    """
     gates = tuple(map(parse_gate, settings.gates))
     names = metrics_of(chain.stages.values())
     for config in chain.stages.values():
@@ -221,6 +225,13 @@ def _gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
         if stage.kind == "served_results" and stage.needs_tensorrt_llm(config, chain):
             names.remove(SERVED_PERPLEXITY)  # trtllm-serve returns no losses
     refuse_errors(gate_problems(gates, names))
+    for config in chain.stages.values():
+        if isinstance(config, ReportConfig) and config.gates != settings.gates:
+            raise RecipeError(
+                f"stages.{config.name}.gates={config.gates} is not gates={settings.gates}; only "
+                "the latter is judged.",
+                "set only gates=[…], which the report also shows",
+            )
     return gates
 
 
@@ -234,7 +245,7 @@ def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
     return {stage.name: start_of(stage.directory) for stage in stages if stage.action != SKIP}
 
 
-def _forced_and_accepted(
+def forced_and_accepted(
     settings: RunSettings, configs: Mapping[str, StageConfig]
 ) -> tuple[set[str], set[str]]:
     """Returns the stages that ``force`` lists, and those that ``accept`` lists."""

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.machine import chain_of
+from launch.plan import forced_and_accepted, planned_gates
 from launch.planned import load_stage, stage_of
 from launch.settings import RunSettings
 from launch.stages import known_stages, require_inputs, stage_order, typed_stages, with_shapes
@@ -55,6 +56,8 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     selected = [name for name in configs if name in only]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
+    forced_and_accepted(settings, configs)
+    planned_gates(settings, chain)
     stages = {name: stage_of(config) for name, config in configs.items()}
     for name in selected:
         require_inputs(name, configs[name], stages)

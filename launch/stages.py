@@ -36,7 +36,11 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
         except OmegaConfBaseException as error:
             message = str(error).splitlines()[0]
             raise RecipeError(f"{where}: {message}", fix_of(message)) from error
-        load_stage(config.stage)
+        if type(config) is not load_stage(config.stage).config:
+            raise RecipeError(
+                f"invalid {where}.stage={config.stage}: its settings are those of another stage.",
+                "leave it out; to add a stage, use its own settings in conf/stage",
+            )
         config.name = str(name)
         invalid += [*violations(config, where), *computed_settings(config, where)]
         typed[name] = config

@@ -75,7 +75,7 @@ class TrainingConfig(StageConfig):
     """Peak learning rate, after warm-up. Then the learning rate decays as a cosine."""
     min_lr: PositiveOrZero = 1e-5
     """Learning rate at ``max_steps``."""
-    weight_decay: PositiveOrZero = 0.1
+    weight_decay: Annotated[float, between(0, 10)] = 0.1
     """Weight decay of AdamW."""
     adam_beta1: Beta = 0.9
     """Decay rate of the gradient's mean."""

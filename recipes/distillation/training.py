@@ -5,7 +5,7 @@ Does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,7 @@ from recipes.distillation.settings import (
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.limits import fp8_problems
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, first_problems
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -82,14 +82,23 @@ def _runs_on_this_cpu(chain: Chain) -> bool:
     return chain.runs_here and not chain.hardware.on_gpu
 
 
-def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds settings that would fail once training has started."""
+def training_problems(
+    cfg: TrainingConfig, chain: Chain, shapes: Sequence[Architecture]
+) -> Iterator[Problem]:
+    """Finds settings that would fail once training has started.
+
+    Args:
+        cfg: The settings.
+        chain: The stages of the run.
+        shapes: All shapes that the trained model may have.
+    """
     yield from _schedule_problems(cfg)
     yield from weight_problems(cfg.name, cfg.weights, cfg.inputs.get("data", ""), chain)
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
+        yield from first_problems(_fp8_size_problems(cfg, shape) for shape in shapes)
     yield from _compiler_problems(cfg, chain)
-    yield from _recompute_problems(cfg, chain)
+    yield from _recompute_problems(cfg, shapes[0].num_moe_experts > 0)
     steps = cfg.profile_steps
     if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
@@ -159,10 +168,9 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
+def _recompute_problems(cfg: TrainingConfig, is_moe: bool) -> Iterator[Problem]:
     """Finds ``recompute_modules`` that the model does not have. Megatron ignores them silently."""
     dense, experts = FEED_FORWARD
-    is_moe = _trained_shape(cfg, chain).num_moe_experts > 0
     present, absent = (experts, dense) if is_moe else (dense, experts)
     if cfg.recompute_granularity == "selective" and absent in cfg.recompute_modules:
         yield Problem(
@@ -170,12 +178,6 @@ def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"recompute_modules has {absent}, but this model's feed-forward network is {present}",
             f"recompute_modules=[{present}]",
         )
-
-
-def _trained_shape(cfg: TrainingConfig, chain: Chain) -> Architecture:
-    """Returns the shape of the trained model."""
-    student = cfg.inputs.get("student")
-    return chain.shape_of(student) if student else chain.teacher
 
 
 def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
@@ -190,13 +192,17 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     supported = [recipe for recipe, needed in FP8_CAPABILITIES.items() if needed <= available]
     fix = f"set fp8_recipe={supported[0]}" if supported else "do not set fp8"
     yield from fp8_problems(chain.hardware, FP8_CAPABILITIES[cfg.fp8_recipe], fix)
+
+
+def _fp8_size_problems(cfg: TrainingConfig, shape: Architecture) -> Iterator[Problem]:
+    """Finds dimensions that FP8 kernels cannot multiply."""
     divisor = FP8_RECIPES[cfg.fp8_recipe]
-    for name, size in _fp8_sizes(cfg, _trained_shape(cfg, chain)).items():
+    for name, size in _fp8_sizes(cfg, shape).items():
         if size % divisor:
             yield Problem(
                 rules.FP8,
-                f"{name} is {size} on a rank, not a multiple of {divisor}",
-                "prune to another size, lower tensor_model_parallel_size, or do not set fp8",
+                f"{name} may be {size} on a rank, not a multiple of {divisor}",
+                "prune to another size (in a search: set a divisor of its space), lower tensor_model_parallel_size, or do not set fp8",
             )
 
 

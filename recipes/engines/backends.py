@@ -12,12 +12,12 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
-from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
+from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.limits import fp8_problems
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, first_problems
 
 PRECISIONS = {
     "openvino": openvino.PRECISIONS,
@@ -47,6 +47,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
                 + "".join(f", or {override}" for override in overrides),
             )
     yield from _length_problems(cfg, chain)
+    yield from _format_problems(cfg, chain)
     if cfg.backend == "openvino":
         yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
         yield from openvino.problems(cfg)
@@ -55,7 +56,33 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
             yield from fp8_problems(chain.hardware, *tensorrt_llm.FP8_REQUIREMENT)
         checkpoint = cfg.inputs.get("checkpoint", "")
         source = chain.stages.get(checkpoint)
-        yield from tensorrt_llm.problems(cfg, chain.shape_of(checkpoint), source)
+        yield from first_problems(
+            tensorrt_llm.problems(cfg, shape, source) for shape in chain.shapes_of(checkpoint)
+        )
+
+
+def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks that a checkpoint is quantized if, and only if, the engine's precision needs this.
+
+    The checkpoint may be of another run. The engines of a search have no checkpoint.
+    """
+    checkpoint = cfg.inputs.get("checkpoint", "")
+    stage, manifest = chain.stages.get(checkpoint), manifest_of(checkpoint)
+    if stage is not None:
+        written = stage.format if isinstance(stage, QuantizeConfig) else None
+    elif manifest is not None:
+        written = manifest.config["format"] if manifest.stage == "quantize" else None
+    else:
+        return
+    needed = cfg.precision if cfg.precision in CALIBRATED_FORMATS else None
+    if needed != written and cfg.precision in PRECISIONS[cfg.backend]:
+        other_stage = f"a quantize stage with format={needed}" if needed else "an unquantized model"
+        yield Problem(
+            rules.FORMAT,
+            f"{cfg.name} has precision={cfg.precision}, which needs a checkpoint of {other_stage}, "
+            f"but that of {checkpoint} is {f'quantized to {written}' if written else 'not quantized'}",
+            f"set inputs.checkpoint to {other_stage}, or another precision",
+        )
 
 
 def _backend_override(current: str, backend: str, value: str) -> str:

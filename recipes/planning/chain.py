@@ -104,6 +104,10 @@ class Chain:
             return self.teacher
         return Architecture(**manifest.architecture)
 
+    def shapes_of(self, stage: str | None) -> Sequence[Architecture]:
+        """Returns all shapes that a stage's model may have, the largest first; see ``shape_of``."""
+        return self.shapes.get(stage or "") or (self.shape_of(stage),)
+
 
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain

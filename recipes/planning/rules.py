@@ -70,6 +70,11 @@ def refuse_errors(
     return unique
 
 
+def first_problems(problems_by_shape: Iterable[Iterable[Problem]]) -> list[Problem]:
+    """Returns the problems of the first shape that has any; a search may have many shapes."""
+    return next(filter(None, map(list, problems_by_shape)), [])
+
+
 _warning = partial(Rule, severity=WARNING)
 _MODELOPT = "NVIDIA/Model-Optimizer"
 _BRIDGE = "NVIDIA-NeMo/Megatron-Bridge"

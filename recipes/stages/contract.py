@@ -56,7 +56,7 @@ def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture
         if name in config.inputs:
             return chain.shapes.get(config.inputs[name], ())
     source = config.inputs.get("checkpoint") or config.inputs.get("student")
-    return chain.shapes.get(source or "") or [chain.shape_of(source)]
+    return chain.shapes_of(source)
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:

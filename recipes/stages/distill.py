@@ -57,7 +57,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
     Also yields a note if the loss on hidden states omits layers.
     """
-    yield from training_problems(cfg, chain)
+    yield from training_problems(cfg, chain, chain.shapes_of(cfg.inputs.get("student")))
     yield from loss_problems(cfg, chain.teacher.vocab_size)
     yield from _hidden_state_problems(cfg, chain)
     yield from _unused_teacher_problems(cfg, chain)

@@ -28,6 +28,13 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             f"prompt_tokens={cfg.prompt_tokens} must be less than seq_length={cfg.seq_length}",
             "lower prompt_tokens",
         )
+    length, positions = cfg.prompt_tokens + cfg.new_tokens, chain.teacher.max_position_embeddings
+    if cfg.num_generations and length > positions:
+        yield Problem(
+            rules.LENGTH,
+            f"prompt_tokens + new_tokens is {length}, but the model has {positions} positions",
+            "lower new_tokens",
+        )
     if cfg.num_sequences < cfg.resources.ranks:
         yield Problem(
             rules.RANKS,

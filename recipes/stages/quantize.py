@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
@@ -18,7 +19,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, quantization_cost
 from recipes.planning.limits import fp8_problems
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, first_problems
 from recipes.stages.contract import Stage
 
 
@@ -27,9 +28,13 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if cfg.format == "fp8":
         yield from fp8_problems(chain.hardware, *FP8_REQUIREMENT)
-    arch = chain.shape_of(cfg.inputs.get("checkpoint"))
+    shapes = chain.shapes_of(cfg.inputs.get("checkpoint"))
+    yield from first_problems(_size_problems(cfg, shape) for shape in shapes)
+
+
+def _size_problems(cfg: QuantizeConfig, shape: Architecture) -> Iterator[Problem]:
     multiple = SIZE_MULTIPLES[cfg.format]
-    for name, size, _ in matrix_sizes(arch, ranks=1):
+    for name, size, _ in matrix_sizes(shape, ranks=1):
         if size % multiple:
             yield Problem(
                 rules.ALIGNMENT,

@@ -40,7 +40,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.layouts import shape_layout_problems
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, first_problems
 from recipes.planning.training_cost import (
     STORAGE_BYTES_PER_SECOND,
     peak_memory,
@@ -114,14 +114,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         )
     else:
         training = training_of(cfg, round_sizes, 0)
-        yield from training_problems(training, chain)
+        yield from training_problems(training, chain, shapes or [chain.teacher])
         yield from loss_problems(training, chain.teacher.vocab_size)
-        # Problems of layer pairs are reported for one shape: the first, and so largest, with any.
-        problems_by_shape = (
-            list(pair_problems(training, shape, chain.teacher))
-            for shape in shapes or [chain.teacher]
+        yield from first_problems(
+            pair_problems(training, shape, chain.teacher) for shape in shapes or [chain.teacher]
         )
-        yield from next(filter(None, problems_by_shape), [])
         data = cfg.inputs.get("data", "")
         yield from weight_problems(training.name, training.weights, data, chain)
         # Without known shapes, only the teacher's layout is checked.

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 SHRINK, DEPTH = "recipe=shrink", "recipe=llama_depth_prune"
 SEARCH = "stages.successive_halving.distill."
+NO_GATES = "; only the latter is judged"
+LARGE = "recipe=llama3_1_8b_depth"
+ANY_MACHINE = "skip_rules=[engine-image,memory,job]"
+QUANTIZED = (ANY_MACHINE, "engine=tensorrt_llm_quantized")
+GPU = ("hardware=h100", "hardware.precision=bf16-mixed")
+UNEVEN = (*GPU, "stages.enumerate_shapes.space.ffn_hidden_size_divisor=8")
+"""Settings of a search with shapes that are not multiples of 16. The largest shape is one."""
 NO_TEACHER = ("stages.distill.kd_weight=0", "stages.distill.lm_weight=1")
 CASES = {
     "steps of a search": (SHRINK, [f"{SEARCH}max_steps=50"], "chooses it for each training"),
@@ -44,6 +51,41 @@ CASES = {
         ["teacher=cached", "+stages.cache_logits.weights={law: 1}"],
         "logits of other sequences",
     ),
+    "gates of the report": (DEPTH, ["stages.report.gates=['recovered > 0']"], NO_GATES),
+    "gates of the report of a search": (
+        *("recipe=llama_search", ["+stages.report.gates=['recovered > 0']"], NO_GATES),
+    ),
+    "FP8 after a search": (SHRINK, [*UNEVEN, "stages.distill.fp8=hybrid"], "not a multiple of 16"),
+    "FP8 in a search": (SHRINK, [*UNEVEN, f"{SEARCH}fp8=hybrid"], "not a multiple of 16"),
+    "quantized model in bf16": (
+        *(LARGE, [*QUANTIZED, "stages.build_engine.precision=bf16"], "is quantized to fp8"),
+    ),
+    "other format": (
+        LARGE,
+        [
+            *(*QUANTIZED, "stages.build_engine.backend=tensorrt_llm_pytorch"),
+            *("stages.build_engine.precision=int4_awq", "stages.quantize.format=fp8"),
+        ],
+        "format=int4_awq, but that of quantize is quantized to fp8",
+    ),
+    "fp8 without quantize": (
+        LARGE,
+        [ANY_MACHINE, "engine=tensorrt_llm", "stages.build_engine.precision=fp8"],
+        "that of export_hf is not quantized",
+    ),
+    "quantize without effect": (
+        LARGE,
+        [*QUANTIZED, "stages.build_engine.inputs.checkpoint=export_hf"],
+        "that of export_hf is not quantized",
+    ),
+    "module of another stage": (
+        *(DEPTH, ["stages.distill.stage=evaluate"], "settings are those of another stage"),
+    ),
+    "module of a similar stage": (
+        *(DEPTH, ["tasks=quick", "stages.evaluate_tasks.stage=evaluate"], "another stage"),
+    ),
+    "long generations": (DEPTH, ["stages.evaluate.new_tokens=8161"], "has 8192 positions"),
+    "large weight decay": (DEPTH, ["stages.distill.weight_decay=11"], "must be 10 or less"),
 }
 
 

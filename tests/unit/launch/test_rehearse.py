@@ -33,6 +33,8 @@ ChainAndJobs = tuple[Chain, list[RankJob]]
         ("rehearse=[4]", "no selected stage with rank 4"),
         ("rehearse=true stages.distill.inputs.teacher=/tmp", "/tmp has no manifest.json"),
         ("rehearse=true +stages.distill.inputs.foo=prune", "no unknown inputs"),
+        ("rehearse=true force=[distil]", "force: there is no stage 'distil'"),
+        ('rehearse=true gates=["recoverd>1"]', "does not measure recoverd"),
     ],
 )
 def test_invalid_rehearsals_are_refused(launch: Launch, override: str, expected: str) -> None:
