@@ -80,7 +80,8 @@ def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.FORMAT,
             f"{cfg.name} has precision={cfg.precision}, which needs a checkpoint of {other_stage}, "
-            f"but that of {checkpoint} is {f'quantized to {written}' if written else 'not quantized'}",
+            f"but that of {checkpoint} is "
+            f"{f'quantized to {written}' if written else 'not quantized'}",
             f"set inputs.checkpoint to {other_stage}, or another precision",
         )
 

@@ -113,12 +113,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             "candidates",
         )
     else:
-        training = training_of(cfg, round_sizes, 0)
-        yield from training_problems(training, chain, shapes or [chain.teacher])
+        training, trained = training_of(cfg, round_sizes, 0), shapes or [chain.teacher]
+        yield from training_problems(training, chain, trained)
         yield from loss_problems(training, chain.teacher.vocab_size)
-        yield from first_problems(
-            pair_problems(training, shape, chain.teacher) for shape in shapes or [chain.teacher]
-        )
+        by_shape = (pair_problems(training, shape, chain.teacher) for shape in trained)
+        yield from first_problems(by_shape)
         data = cfg.inputs.get("data", "")
         yield from weight_problems(training.name, training.weights, data, chain)
         # Without known shapes, only the teacher's layout is checked.
