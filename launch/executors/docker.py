@@ -87,7 +87,8 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         [f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
-        [f"--env={name}" for name in cluster.pass_env],  # docker reads the values itself
+        # Docker reads these values itself. They must not replace those above, such as PYTHONPATH.
+        [f"--env={name}" for name in cluster.pass_env if name not in env],
         list(cluster.options),
         [str(stage.image)],
         local.command(stage, cluster.python),

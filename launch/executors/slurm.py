@@ -210,7 +210,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """Returns the text of a stage's ``job.sbatch``."""
     image, run_dir = stage.image, stage.directory.parent
     mpi = cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None
-    env = container.environment(cluster, stage) | ({LAUNCHER: mpi} if mpi else {})
+    env = ({LAUNCHER: mpi} if mpi else {}) | container.environment(cluster, stage)
     return _render(
         "job.sbatch.j2",
         stage=stage,
@@ -231,7 +231,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         mounts=container.mounts_of(stage, cluster) if image else [],
         # In the container, these keep the job's values; others get the image's, if it sets them.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
-        home=container.home(stage),
+        home={name: value for name, value in container.home(stage).items() if name not in env},
         local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=mpi,

@@ -111,7 +111,24 @@ Duration = Annotated[
     ),
 ]
 """A time limit in Slurm's format."""
-VariableName = Annotated[str, matching(r"[A-Za-z_]\w*", "the name of an environment variable")]
+OWN_VARIABLES = re.compile(
+    r"STAGE_(DEADLINE|NEEDS_GPU)|PYTHONSAFEPATH|NVIDIA_TF32_OVERRIDE"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|TORCHELASTIC_(RESTART_COUNT|MAX_RESTARTS|RUN_ID|USE_AGENT_STORE|ERROR_FILE)"
+    r"|SLURM_(JOB_\w+|\w+ID|NTASKS)"
+)
+"""Matches the variables that stages, torchrun or Slurm set. A user's value would be overwritten, or
+stop the stage from finding its ranks."""
+VariableName = Annotated[
+    str,
+    matching(r"[A-Za-z_]\w*", "the name of an environment variable"),
+    AfterValidator(
+        Requirement(
+            lambda name: not OWN_VARIABLES.fullmatch(name),
+            "a variable that neither the launcher nor torchrun nor Slurm sets",
+        )
+    ),
+]
 Environment = dict[VariableName, str]
 
 MESSAGES = {
@@ -166,7 +183,9 @@ def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
 def _message(details: ErrorDetails, where: str) -> str:
     """Returns an error message such as "invalid stages.distill.lr=-1: must be greater than 0"."""
     name = where
-    for key in details["loc"]:  # path of the value in the settings: field names and list indices
+    # Path of the value in the settings: field names and list indices. pydantic adds "[key]" if the
+    # key of a mapping is invalid.
+    for key in (key for key in details["loc"] if key != "[key]"):
         name += f"[{key}]" if isinstance(key, int) else f".{key}"
     context = details.get("ctx", {})
     values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}

@@ -49,6 +49,11 @@ LARGE = 10**20
         (DistillConfig(intermediate_layer_pairs=[[0, 1]]), "intermediate_layer_pairs[0][0]=0"),
         (DistillConfig(resources=Resources(nodes=0)), "resources.nodes=0"),
         (DistillConfig(resources=Resources(env={"A B": "c"})), "the name of an environment"),
+        *(
+            (DistillConfig(resources=Resources(env={name: "1"})), f"env.{name}={name}: must be a v")
+            for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "STAGE_DEADLINE")
+        ),
+        (SlurmConfig(pass_env=["SLURM_JOB_ID"]), "neither the launcher nor torchrun nor Slurm"),
         (DistillConfig(resources=Resources(sbatch=["-1"])), "sbatch[0]=-1"),
         (PrepareDataConfig(heldout_fraction=NAN), "heldout_fraction=nan"),
         (PrepareDataConfig(document_end="0.5"), "document_end=0.5: must be a special token"),
@@ -91,6 +96,12 @@ def test_error_shows_a_value_of_the_wrong_type(
     settings = config_class(stage="x")
     setattr(settings, field, 5)  # a number has the wrong type for all of these fields
     assert f"invalid {field}=5: {requirement}" in list(violations(settings))
+
+
+def test_users_may_set_other_variables() -> None:
+    names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "SLURM_CPU_BIND", "RANKS")
+    env = dict.fromkeys(names, "1")
+    assert not list(violations(DistillConfig(stage="x", resources=Resources(env=env))))
 
 
 def test_infinite_memory_is_valid() -> None:

@@ -69,6 +69,13 @@ def test_docker_command_has_exactly_these_options(
     assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(planned, "prune"), cluster)
 
 
+def test_a_passed_variable_does_not_replace_the_path_of_the_code(prepare: Prepare) -> None:
+    planned, cluster = prepare(*DOCKER, "cluster.pass_env=[PYTHONPATH,MY_TOKEN]")
+    options = [arg for group in docker.command(planned.stages[0], cluster) for arg in group]
+    assert "--env=MY_TOKEN" in options
+    assert "--env=PYTHONPATH" not in options
+
+
 def test_docker_script_starts_the_command(prepare: Prepare, tmp_path: Path) -> None:
     """Runs the real script with a fake docker that only records its arguments.
 

@@ -51,6 +51,17 @@ def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
 
 
+def test_variables_of_the_user_replace_those_of_a_job(prepare: Prepare) -> None:
+    env = ("+cluster.env.TENSORRT_LLM_LAUNCHER=mine", "+cluster.env.TMPDIR=/scratch")
+    served = "stages.evaluate_served.tasks=[gsm8k_cot]"
+    plan, cluster = prepare(*SLURM, "engine=tensorrt_llm", ENGINE_IMAGE, served, *env)
+    script = slurm.job_script(stage_named(plan, "build_engine"), cluster)
+    assert "export TENSORRT_LLM_LAUNCHER=mine\n" in script
+    assert "export TMPDIR=/scratch\n" in script
+    assert "TMPDIR=/tmp" not in script
+    assert "USER=nemo-recipes" in script
+
+
 @pytest.mark.parametrize(("hardware", "options"), [("cpu", []), ("h100", ["--gpus=all"])])
 def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
     prepare: Prepare, hardware: str, options: list[str]
@@ -124,6 +135,7 @@ def test_tensor_and_context_parallelism_set_cuda_device_max_connections(
         ("cluster.mounts=[here]", ["not an absolute path"]),
         ("+cluster.partitoin=x", ["cluster.partitoin", "Did you mean 'partition'?"]),
         ("stages.report.resources.nodes=0", ["resources.nodes=0:", "must be 1 or more"]),
+        ("+cluster.env.MASTER_ADDR=x", ["invalid cluster.env.MASTER_ADDR=MASTER_ADDR: must be"]),
         ("cluster.executor=slum", ["cluster.executor=slum is not known. Did you mean 'slurm'?"]),
     ],
 )
