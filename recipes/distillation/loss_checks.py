@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import last_stage_layers
-from recipes.distillation.settings import DistillConfig
+from recipes.distillation.settings import TERMS, DistillConfig
 from recipes.planning import rules
 from recipes.planning.rules import Problem
 
+NEEDED: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
+    "logits_loss": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
+    "temperature": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
+    "top_k": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
+    "jsd_beta": ("logits_loss=jsd", lambda cfg: cfg.logits_loss == "jsd"),
+    "hidden_loss": ("hidden_weight above 0", lambda cfg: cfg.hidden_weight),
+    "intermediate_layer_pairs": ("hidden_weight above 0", lambda cfg: cfg.hidden_weight),
+    "hidden_pipeline_stages": ("hidden_weight above 0", lambda cfg: cfg.hidden_weight),
+    "loss_balancer": (
+        "two of kd_weight, hidden_weight and lm_weight above 0",
+        lambda cfg: sum(getattr(cfg, f"{term}_weight") > 0 for term in TERMS) > 1,
+    ),
+    "fp8_recipe": ("fp8=hybrid", lambda cfg: cfg.fp8),
+}
+"""Maps a setting to what it needs for an effect, and a function that returns whether that is set.
+"""
+
 
 def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
-    """Finds a loss without KD and LM terms, and settings of the terms that cannot work.
+    """Finds a loss without KD and LM terms, and settings that cannot work or have no effect.
 
     Args:
         cfg: Settings of the distillation.
@@ -26,6 +43,14 @@ def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
             f"hidden_weight={cfg.hidden_weight:g} does not work with recompute_granularity=full",
             "use recompute_granularity=none or selective, or hidden_weight=0",
         )
+    default = DistillConfig()
+    for name, (needed, has_effect) in NEEDED.items():
+        if (value := getattr(cfg, name)) != getattr(default, name) and not has_effect(cfg):
+            yield Problem(
+                rules.NO_EFFECT,
+                f"{name}={value} of {cfg.name} has no effect without {needed}",
+                f"leave {name} out, or set {needed}",
+            )
     if cfg.top_k is not None and cfg.top_k >= vocabulary:
         yield Problem(
             rules.TOP_K,

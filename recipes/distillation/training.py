@@ -201,7 +201,7 @@ def _fp8_size_problems(cfg: TrainingConfig, shape: Architecture) -> Iterator[Pro
         if size % divisor:
             yield Problem(
                 rules.FP8,
-                f"{name} may be {size} on a rank, not a multiple of {divisor}",
+                f"{name} is {size} on a rank, not a multiple of {divisor}",
                 "prune to another size (in a search: set the divisors of its space), lower "
                 "tensor_model_parallel_size, or do not set fp8",
             )

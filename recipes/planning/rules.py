@@ -261,6 +261,9 @@ LOSS = Rule(
     "without a term on logits, the output layer has no gradient, and Megatron fails; a prepared "
     "teacher costs time, so the loss must use it",
 )
+NO_EFFECT = Rule(
+    "no-effect", "a changed setting of something that the training does not have is a mistake"
+)
 STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
 STUDENT_STEPS = Rule("student-steps", "student_steps can only be steps before the last")
 HIDDEN_PAIRS = Rule(

@@ -85,6 +85,20 @@ CASES = {
         *(DEPTH, ["tasks=quick", "stages.evaluate_tasks.stage=evaluate"], "another stage"),
     ),
     "long generations": (DEPTH, ["stages.evaluate.new_tokens=8161"], "has 8192 positions"),
+    **{
+        setting: (DEPTH, [f"stages.distill.{setting}", *others], f"has no effect without {needed}")
+        for setting, needed, *others in (
+            ("jsd_beta=0.3", "logits_loss=jsd"),
+            ("hidden_loss=mse", "hidden_weight above 0"),
+            ("intermediate_layer_pairs=[[1,1]]", "hidden_weight above 0"),
+            ("hidden_pipeline_stages=1", "hidden_weight above 0"),
+            ("logits_loss=jsd", "kd_weight above 0", *NO_TEACHER),
+            ("temperature=2", "kd_weight above 0", *NO_TEACHER),
+            ("top_k=8", "kd_weight above 0", *NO_TEACHER),
+            ("loss_balancer=dynamic", "two of kd_weight", *NO_TEACHER),
+            ("fp8_recipe=delayed", "fp8=hybrid"),
+        )
+    },
     "large weight decay": (DEPTH, ["stages.distill.weight_decay=11"], "must be 10 or less"),
 }
 

@@ -155,6 +155,7 @@ CASES = {
     "profile": case(f"{D}profile_steps=[5,3]"),
     "schedule": case(f"{D}warmup_steps=100"),
     "loss": case(f"{D}kd_weight=0", f"{D}lm_weight=0"),
+    "no-effect": case(f"{D}jsd_beta=0.3"),
     "hidden-pairs": case(f"{D}hidden_weight=1", f"{D}intermediate_layer_pairs=[[1,1]]",
                          f"{D}pipeline_model_parallel_size=2", f"{D}resources.devices=2"),
     "hidden-range": case(f"{D}hidden_weight=1", f"{D}pipeline_model_parallel_size=2",
