@@ -53,7 +53,8 @@ class Space:
     prune_heads: bool = False
     """Whether to prune attention heads, the same number from each query group."""
     tensor_model_parallel_size: Count = 1
-    """All widths are multiples of this, so that tensor parallelism can split the student."""
+    """All widths are multiples of this, so that tensor parallelism can split the student. It does
+    not split engines: ``measure_latency`` times them on ``engine.tensor_parallel_size`` devices."""
 
 
 @dataclass

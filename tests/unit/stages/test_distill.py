@@ -166,6 +166,8 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
         inputs={"student": "prune"},
         resources=Resources(devices=2),
         pipeline_model_parallel_size=2,
+        hidden_pipeline_stages=2,
+        hidden_weight=1.0,
         intermediate_layer_pairs=pairs,
     )
     stages = {"prune": student, "distill": cfg}
