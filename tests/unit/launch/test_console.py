@@ -62,6 +62,14 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
     assert "a [draft]" in text_of(screen)  # the brackets are not markup
 
 
+def test_plan_shows_the_gates_that_apply(screen: Console, plan: MakePlan) -> None:
+    print_plan(plan('gates=["recovered >= 0.9","perplexity < 50"]'), screen)
+    assert "gates: recovered >= 0.9, perplexity < 50" in lines_of(screen)
+    # Without tasks=full, gates on benchmarks do not apply.
+    print_plan(plan('task_gates=["score.mmlu >= 0.5"]'), screen)
+    assert "gates: none" in lines_of(screen)
+
+
 def test_sources_are_shown_and_tokenized_text_is_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ ANY_MACHINE = "skip_rules=[engine-image,memory,job]"
 QUANTIZED = (ANY_MACHINE, "engine=tensorrt_llm_quantized")
 GPU = ("hardware=h100", "hardware.precision=bf16-mixed")
 UNEVEN = (*GPU, "stages.enumerate_shapes.space.ffn_hidden_size_divisor=8")
-"""Settings of a search with shapes that are not multiples of 16. The largest shape is one."""
+"""Settings of a search: the sizes of some shapes, not the largest, are no multiples of 16."""
 NO_TEACHER = ("stages.distill.kd_weight=0", "stages.distill.lm_weight=1")
 CASES = {
     "steps of a search": (SHRINK, [f"{SEARCH}max_steps=50"], "chooses it for each training"),
@@ -82,7 +82,9 @@ CASES = {
         *(DEPTH, ["stages.distill.stage=evaluate"], "settings are those of another stage"),
     ),
     "module of a similar stage": (
-        *(DEPTH, ["tasks=quick", "stages.evaluate_tasks.stage=evaluate"], "another stage"),
+        DEPTH,
+        ["engine=openvino", "served=engine", "stages.evaluate_served.stage=evaluate_tasks"],
+        "another stage",
     ),
     "long generations": (DEPTH, ["stages.evaluate.new_tokens=8161"], "has 8192 positions"),
     **{
