@@ -7,9 +7,13 @@ ignore keys that they do not know. So their logits agree although both may be wr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
+from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 
 READ_KEYS = frozenset(
@@ -124,6 +128,36 @@ HARMLESS_KEYS: Mapping[str, str] = {
 """Keys that cannot change a logit, each with the reason."""
 
 
+SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "sliding_window",
+    "vocab_size",
+)
+"""Keys whose value must be a positive integer."""
+NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
+"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
+MAX_SIZE = 1 << 31
+"""Sizes must be smaller. Larger ones are errors, with which libraries fail in their own ways."""
+MAX_INTEGER = (1 << 63) - 1
+"""Largest integer of PyTorch."""
+GENERATION_KEYS = (
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+)
+"""Settings of generation, which old versions of transformers wrote to ``config.json``."""
 BOOLEANS = (
     "attention_bias",
     "mlp_bias",
@@ -166,9 +200,10 @@ def require_types(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key)
         values = value if key == "eos_token_id" and isinstance(value, list) else [value]
         types = NUMBERS.get(key, (bool,))
-        # type(), because isinstance(True, int) holds.
-        if value is not None and not all(type(item) in types for item in values):
-            number = "a number" if float in types else "an integer"
+        # type(), because isinstance(True, int) holds. The comparison is false for NaN.
+        is_valid = all(type(item) in types and abs(item) <= MAX_INTEGER for item in values)
+        if value is not None and not is_valid:
+            number = "a number" if float in types else "an integer of 64 bits"
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be "
                 f"{number if key in NUMBERS else 'true or false'}.",
@@ -182,3 +217,57 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
         if key in READ_KEYS or key in HARMLESS_KEYS or value in NEUTRAL_VALUES.get(key, ()):
             continue
         yield f"{key}={value}"
+
+
+def require_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
+    for key in SIZES:
+        value = config.get(key, 1)
+        if value is None and key in NULLABLE_SIZES:
+            continue
+        if type(value) is not int or not 0 < value < MAX_SIZE:
+            raise RecipeError(
+                f"{where}: invalid {key}={value!r} in config.json: must be a positive integer "
+                f"below {MAX_SIZE}.",
+                "download config.json again, or correct it",
+            )
+    scaling = config.get("rope_scaling") or {}
+    names = ("rope_theta", "rms_norm_eps", "initializer_range")
+    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
+    is_llama3 = scaling.get("rope_type") == "llama3"
+    # Llama 3's scaling requires all of its keys; a missing one is None, which is refused below.
+    for key in ("factor", *LLAMA3_ROPE) if is_llama3 else {"factor"} & scaling.keys():
+        if key != "rope_type":
+            constants[f"rope_scaling.{key}"] = scaling.get(key)
+    for key, value in constants.items():
+        # The comparison is also false for NaN and infinity. PyTorch's integers have 64 bits.
+        limit = MAX_INTEGER if type(value) is int else sys.float_info.max
+        if type(value) not in (int, float) or not 0 < value <= limit:
+            raise RecipeError(
+                f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
+                "download config.json again, or correct it",
+            )
+
+
+def require_version(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a ``transformers_version`` that is not a version: transformers parses it."""
+    version = config.get("transformers_version") or "0"
+    try:
+        Version(version)
+    except (InvalidVersion, TypeError) as error:
+        raise RecipeError(
+            f"{where}: invalid transformers_version={version!r} in config.json: is no version.",
+            'remove it, or set it to a version such as "4.57.6"',
+        ) from error
+
+
+def require_valid_padding(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a ``pad_token_id`` that is not the index of an embedding."""
+    padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
+    # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
+    if padding is not None and not (type(padding) is int and -size <= padding < size):
+        raise RecipeError(
+            f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
+            f"vocab_size={size}.",
+            "set pad_token_id to null in config.json, or to the id of a token",
+        )

@@ -14,7 +14,7 @@ import torch
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
-from nemo_convert.generation_config import require_loadable_generation_config
+from nemo_convert.generation_config import move_settings, require_loadable_generation_config
 from nemo_convert.hf import Weights, copy_side_files, write_weights
 from nemo_convert.hf_config import (
     as_transformers_4,
@@ -113,7 +113,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 
     require_convertible(str(hf_folder))
     weights = Weights(hf_folder)
-    config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
+    old_config = read_json(hf_folder / "config.json")
+    config = as_transformers_4(old_config, str(hf_folder))
     config["torch_dtype"] = model_dtype(weights.headers)
     arch = read_architecture(config, str(hf_folder))
     source = MergedWeights(FiniteWeights(weights), arch, FAMILIES[arch.hf_architecture])
@@ -123,6 +124,7 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
         side = Path(temporary) / nemo.SIDE  # config, tokenizer and licence
         copy_side_files(hf_folder, side)
         convert_tokenizer(side)
+        move_settings(old_config, side)
         require_loadable_generation_config(side)
         write_json(side / "config.json", config, indent=2)
         model = nemo.new_model(side)

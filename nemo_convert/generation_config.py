@@ -6,23 +6,34 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
+from nemo_convert.config_keys import GENERATION_KEYS, MAX_INTEGER
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
+from recipes.core.files import read_json, write_json
 
 GENERATION_CONFIG = "generation_config.json"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings that have an effect only with ``do_sample``."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 # The checks compare types with ``is``, because isinstance(True, int) is true.
 def _is_positive_integer(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_INTEGER
 
 
 def _is_non_negative_integer(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MAX_INTEGER
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    # The comparison is false for NaN, infinity, and integers of more than 64 bits.
+    return type(value) in (int, float) and abs(value) <= MAX_INTEGER
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) in (bool, int) and value in (0, 1)
 
 
 def _is_positive_number(value: Any) -> bool:
@@ -44,25 +55,42 @@ def _is_never_valid(value: Any) -> bool:
     return False
 
 
+def _is_version(value: Any) -> bool:
+    try:
+        Version(value)
+    except (InvalidVersion, TypeError):
+        return False
+    return True
+
+
+FLAGS = (
+    *("do_sample", "output_scores", "remove_invalid_values", "renormalize_logits"),
+    *("return_dict_in_generate", "use_cache"),
+)
+NUMBERS = (
+    *("diversity_penalty", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "length_penalty"),
+    *("max_time", "min_p", "temperature", "top_p", "typical_p"),
+)
 SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(FLAGS, _is_flag),
+    **dict.fromkeys(NUMBERS, _is_number),
     "bad_words_ids": lambda value: isinstance(value, list) and all(map(_is_list_of_ids, value)),
     "cache_implementation": lambda value: value in ("dynamic", "offloaded", "static"),
     "compile_config": _is_never_valid,  # must be a CompileConfig, which JSON cannot hold
     "early_stopping": lambda value: value in (True, False, "never"),
     "encoder_repetition_penalty": _is_positive_number,
-    "guidance_scale": _is_number,
     "max_new_tokens": _is_positive_integer,
-    "max_time": _is_number,
+    "max_length": _is_positive_integer,
     "min_length": _is_non_negative_integer,
     "min_new_tokens": _is_non_negative_integer,
     "no_repeat_ngram_size": _is_non_negative_integer,
     "num_beams": _is_positive_integer,
     "num_return_sequences": _is_positive_integer,
-    "pad_token_id": lambda value: type(value) is int,
     "repetition_penalty": _is_positive_number,
     "suppress_tokens": _is_list_of_ids,
     "begin_suppress_tokens": _is_list_of_ids,
     "top_k": _is_non_negative_integer,
+    "transformers_version": _is_version,
     "watermarking_config": _is_watermark,
     # Each of the next keys chooses a generation method whose code transformers 4.57 downloads from
     # the hub. The values that are allowed do not choose the method.
@@ -74,7 +102,14 @@ SETTINGS: Mapping[str, Callable[[Any], bool]] = {
 }
 """Maps each setting to the check that its value must pass. If the value fails, transformers cannot
 load the model or generate text. Null is valid, except for the keys of ``NEVER_NULL``."""
-NEVER_NULL = ("early_stopping", "num_beams", "num_return_sequences")
+NEVER_NULL = ("early_stopping", "num_beams", "num_return_sequences", "transformers_version")
+SAMPLED_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "min_p": lambda value: 0 <= value <= 1,
+    "temperature": lambda value: value == 1 or (type(value) is float and value > 0),
+    "top_p": lambda value: value >= 0,
+    "typical_p": lambda value: value > 0,
+}
+"""Maps settings to the check that transformers makes if ``do_sample`` is true."""
 ARGUMENTS = (
     "assistant_model",
     "logits_processor",
@@ -107,21 +142,14 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
     Raises:
         RecipeError: The file is not valid JSON.
     """
-    file = folder / GENERATION_CONFIG
-    config = read_json(file) if file.is_file() else {}
+    file, config = _read_settings(folder)
     for key in ARGUMENTS:
         if key in config:
             yield (
-                f"{GENERATION_CONFIG} has {key}, an argument of generate() and not a setting.",
+                f"{file} has {key}, an argument of generate() and not a setting.",
                 f"remove {key}",
             )
-    for key, is_valid in SETTINGS.items():
-        is_set = key in config and (config[key] is not None or key in NEVER_NULL)
-        if is_set and not is_valid(config[key]):
-            yield (
-                f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
-                f"remove or correct {key}",
-            )
+    yield from _invalid_values(file, config)
     sequences, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
     if type(sequences) is int and sequences > 1:
         has_enough_beams = type(beams) is int and sequences <= beams
@@ -129,17 +157,76 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
         is_possible = config.get("do_sample") if beams == 1 else has_enough_beams
         if not is_possible:
             yield (
-                f"{GENERATION_CONFIG} has num_return_sequences={sequences} with num_beams={beams} "
+                f"{file} has num_return_sequences={sequences} with num_beams={beams} "
                 f"and do_sample={config.get('do_sample')}, which transformers does not accept.",
                 f"remove num_return_sequences, or set num_beams to {sequences} or more",
             )
-    ids = [*_as_list(config.get("bos_token_id")), *_as_list(config.get("eos_token_id"))]
-    if invalid := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
+    yield from _invalid_ids(file, config, vocab_size)
+
+
+def _invalid_values(file: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, is_valid in SETTINGS.items():
+        value = config.get(key)
+        is_set = key in config and (value is not None or key in NEVER_NULL)
+        is_sampled = value is not None and config.get("do_sample") and key in SAMPLED_VALUES
+        if is_set and not (is_valid(value) and (not is_sampled or SAMPLED_VALUES[key](value))):
+            yield (
+                f"{file} has {key}={value!r}, which transformers refuses.",
+                f"remove or correct {key}",
+            )
+
+
+def _invalid_ids(
+    file: str, config: Mapping[str, Any], vocab_size: int
+) -> Iterator[tuple[str, str]]:
+    for key in ("bos_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        ids = _as_list(config.get(key))
+        if invalid := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
+            yield (
+                f"{file} has the token id {invalid[0]!r}: must be from 0 to "
+                f"{vocab_size - 1}, the last id of the vocabulary.",
+                f"correct {key}",
+            )
+    padding = config.get("pad_token_id")
+    # Many files have a negative id, which means none.
+    if padding is not None and not (type(padding) is int and -vocab_size <= padding < vocab_size):
         yield (
-            f"{GENERATION_CONFIG} has the token id {invalid[0]!r}: must be from 0 to "
-            f"{vocab_size - 1}, the last id of the vocabulary.",
-            "correct bos_token_id and eos_token_id",
+            f"{file} has pad_token_id={padding!r}, which transformers refuses: must be less than "
+            f"{vocab_size}, the size of the vocabulary.",
+            "set pad_token_id to the id of a token, or remove it",
         )
+
+
+def _read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the file that has the settings of generation, and the settings."""
+    if (folder / GENERATION_CONFIG).is_file():
+        return GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG)
+    return "config.json", moved_settings(read_json(folder / "config.json"))
+
+
+def moved_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of generation in an old ``config.json``; none if it has only token ids.
+
+    Without ``generation_config.json``, transformers uses these settings. It refuses to write a
+    model that has settings without effect, so these are left out.
+    """
+    settings = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    if not settings:
+        return {}
+    without_effect = set() if settings.get("do_sample") else {*SAMPLING}
+    if settings.get("num_beams", 1) == 1:
+        without_effect |= {"early_stopping", "length_penalty"}
+    if not settings.get("return_dict_in_generate"):
+        without_effect |= {"output_scores"}
+    tokens = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+    return tokens | {key: v for key, v in settings.items() if key not in without_effect}
+
+
+def move_settings(config: Mapping[str, Any], folder: Path) -> None:
+    """Writes ``moved_settings`` to a folder, unless it has a ``generation_config.json``."""
+    settings = moved_settings(config)
+    if settings and not (folder / GENERATION_CONFIG).is_file():
+        write_json(folder / GENERATION_CONFIG, settings, indent=2)
 
 
 def _as_list(value: Any) -> list[Any]:

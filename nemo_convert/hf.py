@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_convert.generation_config import move_settings
 from nemo_convert.headers import read_headers, weight_files
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import (
@@ -202,8 +203,9 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
         copy_side_files(folder, copy)
-        config = as_transformers_4(read_json(folder / "config.json"), str(folder))
-        write_json(copy / "config.json", config)
+        config = read_json(folder / "config.json")
+        move_settings(config, copy)
+        write_json(copy / "config.json", as_transformers_4(config, str(folder)))
         files = weight_files(folder)
         if files != [WEIGHTS_FILE]:
             files = [INDEX_FILE, *files]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.config_keys import (
     BOOLEANS,
+    GENERATION_KEYS,
     NEUTRAL_VALUES,
+    SIZES,
+    require_numbers,
     require_types,
+    require_valid_padding,
+    require_version,
     unknown_keys,
     with_exact_types,
 )
-from nemo_convert.families import EXPERTS, FAMILIES, LLAMA3_ROPE, QK_NORM, QKV_BIAS, Family
+from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
@@ -29,23 +33,6 @@ DEFAULT_POSITIONS = 2048
 """transformers' default of ``max_position_embeddings`` for Llama."""
 TRANSFORMERS_5 = ("rope_parameters", "num_local_experts", "dtype")
 """Keys in the spelling of transformers 5, which ``as_transformers_4`` renames."""
-SIZES = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "sliding_window",
-    "vocab_size",
-)
-"""Keys whose value must be a positive integer."""
-NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
-"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
 QUANTIZATION = ("compression_config", "quantization", "quantization_config")
 """Keys that describe how the weights were quantized."""
 
@@ -80,7 +67,9 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         new_values["model_type"] = FAMILIES[name].model_type
     # A null partial_rotary_factor (one of _unset_keys) makes transformers 4 fail, because it
     # multiplies by this factor. _attn_implementation may name a kernel that is not installed.
+    # GENERATION_KEYS are for generation_config.json.
     dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
+    dropped |= {*GENERATION_KEYS}
     unchanged = {key: value for key, value in config.items() if key not in dropped}
     return with_exact_types({**unchanged, **new_values})
 
@@ -199,34 +188,30 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         )
     family = FAMILIES[name]
     config = {**family.defaults, **config}
-    _require_numbers(config, where)
+    _require_sizes(family, config, where)
+    require_numbers(config, where)
+    require_version(config, where)
     require_types(config, where)
-    _require_valid_padding(config, where)
+    require_valid_padding(config, where)
     _require_consistent_sizes(family, config, where)
     for what, fix in _unsupported_features(family, config):  # the error names only the first
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
-    try:
-        heads = config["num_attention_heads"]
-        return Architecture(
-            hf_architecture=name,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config.get("max_position_embeddings", DEFAULT_POSITIONS),
-            tied_embeddings=bool(config.get("tie_word_embeddings")),
-            qkv_bias=family.has(QKV_BIAS),
-            qk_layernorm=family.has(QK_NORM),
-            **_expert_sizes(family, config),
-        )
-    except KeyError as error:
-        raise RecipeError(
-            f"{where}: config.json has no {error}.",
-            "save the model again with transformers' save_pretrained, which writes it",
-        ) from error
+    heads = config["num_attention_heads"]
+    return Architecture(
+        hf_architecture=name,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config.get("max_position_embeddings", DEFAULT_POSITIONS),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        qkv_bias=family.has(QKV_BIAS),
+        qk_layernorm=family.has(QK_NORM),
+        **_expert_sizes(family, config),
+    )
 
 
 def _architecture_name(config: Mapping[str, Any], where: str) -> str:
@@ -245,43 +230,15 @@ def _architecture_name(config: Mapping[str, Any], where: str) -> str:
     return str(name)
 
 
-def _require_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
-    for key in SIZES:
-        value = config.get(key, 1)
-        if value is None and key in NULLABLE_SIZES:
-            continue
-        if type(value) is not int or value <= 0:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive integer.",
-                "download config.json again, or correct it",
-            )
-    scaling = config.get("rope_scaling") or {}
-    names = ("rope_theta", "rms_norm_eps", "initializer_range")
-    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
-    is_llama3 = scaling.get("rope_type") == "llama3"
-    # Llama 3's scaling requires all of its keys; a missing one is None, which is refused below.
-    for key in ("factor", *LLAMA3_ROPE) if is_llama3 else {"factor"} & scaling.keys():
-        if key != "rope_type":
-            constants[f"rope_scaling.{key}"] = scaling.get(key)
-    for key, value in constants.items():
-        # The comparison is also false for NaN, infinity, and integers too large for a float.
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
-                "download config.json again, or correct it",
-            )
-
-
-def _require_valid_padding(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a ``pad_token_id`` that is not the index of an embedding."""
-    padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
-    # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
-    if padding is not None and not (type(padding) is int and -size <= padding < size):
+def _require_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
+    """Refuses a config without a size that has no default."""
+    required = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
+    experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    required += ["vocab_size", *(experts if family.has(EXPERTS) else ())]
+    if missing := [repr(key) for key in required if key not in config]:
         raise RecipeError(
-            f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
-            f"vocab_size={size}.",
-            "set pad_token_id to null in config.json, or to the id of a token",
+            f"{where}: config.json has no {', no '.join(missing)}.",
+            "download config.json again from the source of the model",
         )
 
 

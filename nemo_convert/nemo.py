@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
+from nemo_convert.generation_config import SAMPLING, TOKEN_IDS
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
@@ -47,9 +48,6 @@ EXTRA_STATE = "_extra_state"
 """Suffix of the names under which TransformerEngine's modules store FP8 state."""
 SEED = 1234  # NeMo's default
 CHAT_TEMPLATES = "additional_chat_templates"  # directory among the side files
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that have an effect only with ``do_sample``."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,13 @@ from recipes.core.wheels import parse_wheel_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """Hugging Face names of the output layer (here: the head) and of the input embedding."""
+QUANTIZED = (
+    *(".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".quant_map", ".SCB"),
+)
+"""Ends of names that only weights of quantized models have: GPTQ, AWQ, FP8, bitsandbytes."""
+UNQUANTIZED_FIX = "use the unquantized model"
+MERGE_FIX = "merge the adapter (peft's merge_and_unload), and save the model"
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -88,7 +95,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     if (folder / ADAPTER).exists():
         yield Finding(
             f"{hf_path} has {ADAPTER}, so transformers would load an adapter on another model.",
-            "merge the adapter (peft's merge_and_unload) and save the model, or remove the file",
+            f"{MERGE_FIX}; or remove the file, if it does not belong to the model",
         )
     try:
         headers = read_headers(hf_path)
@@ -162,7 +169,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 
 def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
-    """Compares the names and shapes of the tensors with those that the config implies."""
+    """Reports too few tensors, those of quantized models, then what ``_shape_findings`` reports."""
     # Each layer and each expert has weights. The names of so many weights may fill the memory.
     if arch.num_layers * max(1, arch.num_moe_experts) > len(headers):
         sizes = {"num_hidden_layers": arch.num_layers}
@@ -174,6 +181,14 @@ def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iter
             f"correct {' or '.join(sizes)}, or download the model again",
         )
         return
+    if quantized := [name for name in headers if name.endswith(QUANTIZED)]:
+        yield Finding(f"{hf_path} is quantized: it has {_list_names(quantized)}.", UNQUANTIZED_FIX)
+        return
+    yield from _shape_findings(hf_path, headers, arch)
+
+
+def _shape_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
+    """Reports missing tensors, tensors of other shapes, and additional ones."""
     expected = FAMILIES[arch.hf_architecture].hf_shapes(arch)
     missing = expected.keys() - headers.keys()
     extra = headers.keys() - expected.keys() - ({HEAD} if arch.tied_embeddings else set())
@@ -200,7 +215,9 @@ def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iter
     if extra:
         yield Finding(
             f"{hf_path} has {_list_names(extra)}, which {arch.hf_architecture} does not have.",
-            "save the model without these weights: a conversion would drop them",
+            MERGE_FIX
+            if any(".lora_" in name for name in extra)
+            else "save the model without these weights: a conversion would drop them",
         )
 
 
@@ -216,6 +233,8 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
     for prefix in sorted(name.removesuffix(probe) for name in extra if name.endswith(probe)):
         if {prefix + name for name in missing} <= extra:
             return f"rename the weights: remove {prefix!r} from the start of their names"
+    if any(".lora_" in name for name in extra):
+        return MERGE_FIX
     if {name.removeprefix("model.") for name in missing - {HEAD}} <= extra:
         return f"rename the weights except {HEAD}: add 'model.' to the start of their names"
     if any(name.endswith("experts.gate_up_proj") for name in extra):
@@ -223,8 +242,6 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
             "split the experts: N.gate_proj.weight and N.up_proj.weight are the first and the "
             "second half of gate_up_proj[N] in dimension 0, and N.down_proj.weight is down_proj[N]"
         )
-    if any(name.endswith((".qweight", ".weight_packed")) for name in extra):
-        return "use the unquantized model"
     return (
         f"download the weights again, or use weights with the names of {hf_architecture}; do not "
         "save them with transformers, which loads random values for missing weights"
@@ -268,7 +285,9 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
     if unsupported := {tensor.dtype for tensor in headers.values()} - DTYPES.keys():
         yield Finding(
             f"{hf_path} has weights of type {', '.join(sorted(unsupported))}.",
-            f"use the unquantized model, with weights in {', '.join(DTYPES)}",
+            "save the weights in float32 or bfloat16"
+            if unsupported == {"F64"}
+            else f"{UNQUANTIZED_FIX}, with weights in {', '.join(DTYPES)}",
         )
         return
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})

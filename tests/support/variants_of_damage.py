@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.support.folder_changes import (
     INDEX,
     WEIGHTS,
     Change,
     Variant,
+    add_weight,
     all_of,
+    cast_weights,
+    drop_weight,
     edit_json,
     split_weights,
     use_vocabulary_and_merges,
@@ -27,6 +32,7 @@ def variants_of_damage() -> Iterator[Variant]:
     yield from _links_and_folders()
     yield from _models_of_tokenizers()
     yield from _steps_of_tokenizers()
+    yield from _fixes_of_weights()
 
 
 def _links_and_folders() -> Iterator[Variant]:
@@ -98,6 +104,20 @@ def _steps_of_tokenizers() -> Iterator[Variant]:
     for space in ("x", 1):
         change = edit_json("tokenizer_config.json", add_prefix_space=space)
         yield Variant(f"add_prefix_space {space}", change, "invalid add_prefix_space=")
+
+
+def _fixes_of_weights() -> Iterator[Variant]:
+    query = "model.layers.0.self_attn.q_proj"
+    for end in ("weight_scale_inv", "weight.absmax", "qzeros", "SCB"):
+        change = add_weight(f"{query}.{end}", 1)
+        fix = f"is quantized: it has {query}.{end}.\n  fix: use the unquantized model"
+        yield Variant(f"quantized with {end}", change, fix)
+    lora = add_weight(f"{query}.lora_A.weight", 4, 64)
+    yield Variant("LoRA", lora, "lora_A.weight.*\n  fix: merge the adapter")
+    base_layer = all_of(lora, drop_weight(f"{query}.weight"), add_weight(f"{query}.base_layer", 64))
+    yield Variant("LoRA with a base layer", base_layer, "has no .*\n  fix: merge the adapter")
+    change = cast_weights(torch.float64)
+    yield Variant("all in float64", change, "type F64.\n  fix: save the weights in float32")
 
 
 def _make_broken_link(file: str) -> Change:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.support.folder_changes import ABSENT, Variant, all_of, edit_config, edit_json
+from tests.support.folder_changes import (
+    ABSENT,
+    Variant,
+    all_of,
+    edit_config,
+    edit_json,
+    remove_files,
+)
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
@@ -27,12 +34,21 @@ def _configs() -> Iterator[Variant]:
     for key, value in (
         ("bos_token_id", "<s>"),
         ("bos_token_id", [1]),
+        ("bos_token_id", 10**30),  # PyTorch's integers have 64 bits
+        ("rope_theta", 10**30),
+        ("rms_norm_eps", 10**30),
+        ("max_position_embeddings", 10**30),
+        ("attention_dropout", float("inf")),
+        ("transformers_version", "anything"),
+        ("transformers_version", 5),
         ("eos_token_id", {"a": 1}),
         ("eos_token_id", ["</s>"]),
         ("use_cache", "x"),
         ("attention_dropout", "x"),
     ):
         yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
+    for version in (None, "", "4.58.0.dev0"):
+        yield Variant(f"version {version!r}", edit_config(transformers_version=version))
     # The names of all weights of so many layers might not fit in memory.
     too_many_experts = edit_config(num_experts=10**30)
     refusal = "num_experts=1000000000000000000000000000000"
@@ -47,6 +63,15 @@ def _generation() -> Iterator[Variant]:
         {"watermarking_config": {"seeding_scheme": "selfhash", "bias": 2}},
     ):
         yield Variant(f"valid generation {values}", edit_json(GENERATION, **values))
+    for settings in (
+        {"num_return_sequences": 3, "temperature": 0.5},  # not possible without do_sample
+        {"do_sample": True, "temperature": 0.5, "early_stopping": 1},
+    ):
+        yield Variant(f"generation in the config {settings}", edit_config(**settings))
+    for settings in ({"num_return_sequences": 3}, {"top_k": -1, "do_sample": True}):
+        change = all_of(remove_files(GENERATION), edit_config(**settings))
+        refusal = f"config.json has {next(iter(settings))}"
+        yield Variant(f"only in the config {settings}", change, refusal)
     for watermark in ({"a": 1}, {"seeding_scheme": "x"}, {"context_width": 0}):
         change = edit_json(GENERATION, watermarking_config=watermark)
         yield Variant(f"watermark {watermark}", change, "has watermarking_config=.*refuses")
@@ -72,6 +97,19 @@ def _generation() -> Iterator[Variant]:
         ("streamer", None),
         ("suppress_tokens", "x"),
         ("top_k", "x"),
+        ("top_k", 10**30),
+        ("temperature", "0.5"),
+        ("temperature", float("nan")),
+        ("temperature", 0),  # do_sample is true
+        ("temperature", 2),  # transformers requires a float
+        ("top_p", [0.5]),
+        ("min_p", -0.1),
+        ("typical_p", 0.0),
+        ("length_penalty", "x"),
+        ("do_sample", "false"),
+        ("max_length", -1),
+        ("pad_token_id", 294),
+        ("transformers_version", None),
     ):
         change = edit_json(GENERATION, **{key: value})
         yield Variant(

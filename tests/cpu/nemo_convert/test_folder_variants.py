@@ -36,6 +36,7 @@ from tests.support.folder_changes import (
     Variant,
     all_of,
     change_nothing,
+    edit_config,
     edit_json,
     remove_files,
     use_sentencepiece,
@@ -306,6 +307,32 @@ def test_a_conversion_keeps_the_space_before_a_text(
     assert AutoTokenizer.from_pretrained(folder)("hat")["input_ids"] == expected
     assert tokenize_by_transformers_5(folder, ["hat"]) == [expected]
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("hat").ids == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"max_length": 99, "top_p": 0.9, "early_stopping": True}, {"max_length": 99}),
+        ({"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+        ({}, None),
+    ],
+)
+def test_generation_settings_of_an_old_config_are_moved(
+    settings: dict[str, Any], kept: dict[str, Any] | None, bases: Path, tmp_path: Path
+) -> None:
+    """transformers does not save a model whose config.json has some of these settings."""
+    change = all_of(edit_config(**settings), remove_files("generation_config.json"))
+    folder = make_folder(Variant("", change), bases, tmp_path / "hf")
+    convert.to_nemo(folder, tmp_path / "m.nemo")
+    convert.to_hf(tmp_path / "m.nemo", tmp_path / "export")
+    file = tmp_path / "export/generation_config.json"
+    expected = kept and {"bos_token_id": 1, "eos_token_id": 2, **kept}
+    assert (json.loads(file.read_text()) if file.exists() else None) == expected
+    assert not settings.keys() & json.loads((tmp_path / "export/config.json").read_text()).keys()
+    for source in (folder, tmp_path / "export"):
+        model = hf.load_causal_lm(source)
+        model.save_pretrained(tmp_path / "saved")
+        assert model.generation_config.top_p == (kept or {}).get("top_p", 1.0)
 
 
 def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_path: Path) -> None:

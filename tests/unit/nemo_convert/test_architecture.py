@@ -209,10 +209,12 @@ def test_unsupported_architecture_names_the_supported_ones(
     assert all(supported in message for supported in SUPPORTED)
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "vocab_size"])
-def test_the_error_names_a_missing_size(field: str) -> None:
-    config = {key: value for key, value in LLAMA_8B.items() if key != field}
-    with pytest.raises(RecipeError, match=field):
+@pytest.mark.parametrize(
+    "missing", [["hidden_size"], ["num_attention_heads"], ["hidden_size", "vocab_size"]]
+)
+def test_the_error_names_the_missing_sizes(missing: list[str]) -> None:
+    config = {key: value for key, value in LLAMA_8B.items() if key not in missing}
+    with pytest.raises(RecipeError, match=", ".join(f"no '{key}'" for key in missing)):
         read_architecture(config, "x")
 
 
@@ -294,7 +296,8 @@ def test_a_key_that_may_change_logits_is_refused(setting: dict[str, Any]) -> Non
 
 def test_keys_that_change_no_logit_are_accepted() -> None:
     neutral = {key: values[0] for key, values in NEUTRAL_VALUES.items()}
-    # Keys with a required type cannot have the value "anything".
-    harmless = dict.fromkeys(HARMLESS_KEYS.keys() - {*NUMBERS, *BOOLEANS}, "anything")
+    # Keys with a required type, and the version, cannot have the value "anything".
+    required_types = {*NUMBERS, *BOOLEANS, "transformers_version"}
+    harmless = dict.fromkeys(HARMLESS_KEYS.keys() - required_types, "anything")
     config = {**LLAMA_8B, **neutral, **harmless}
     assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")
