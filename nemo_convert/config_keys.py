@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
@@ -254,7 +254,7 @@ def require_version(config: Mapping[str, Any], where: str) -> None:
     version = config.get("transformers_version") or "0"
     try:
         Version(version)
-    except (InvalidVersion, TypeError) as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(
             f"{where}: invalid transformers_version={version!r} in config.json: is no version.",
             'remove it, or set it to a version such as "4.57.6"',

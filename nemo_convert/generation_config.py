@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from nemo_convert.config_keys import GENERATION_KEYS, MAX_INTEGER
 from recipes.core.errors import RecipeError
@@ -58,7 +58,7 @@ def _is_never_valid(value: Any) -> bool:
 def _is_version(value: Any) -> bool:
     try:
         Version(value)
-    except (InvalidVersion, TypeError):
+    except (TypeError, ValueError):
         return False
     return True
 

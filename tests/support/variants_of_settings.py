@@ -41,12 +41,14 @@ def _configs() -> Iterator[Variant]:
         ("attention_dropout", float("inf")),
         ("transformers_version", "anything"),
         ("transformers_version", 5),
+        ("transformers_version", "9" * 5000),  # more digits than Python converts
         ("eos_token_id", {"a": 1}),
         ("eos_token_id", ["</s>"]),
         ("use_cache", "x"),
         ("attention_dropout", "x"),
     ):
-        yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
+        name = f"{key} as {value!r}"[:60]
+        yield Variant(name, edit_config(**{key: value}), f"invalid {key}=")
     for version in (None, "", "4.58.0.dev0"):
         yield Variant(f"version {version!r}", edit_config(transformers_version=version))
     # The names of all weights of so many layers might not fit in memory.
