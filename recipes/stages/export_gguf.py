@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, pre_tokenizer_name, write
+from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, write
+from nemo_convert.gguf_tokenizer import pre_tokenizer_name
 from nemo_convert.hub import local_folder
 from nemo_convert.tokenizer_files import TOKENIZER
 from recipes.core.constraints import one_of

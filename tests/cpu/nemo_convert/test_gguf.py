@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_convert.gguf_file import PRE_TOKENIZERS, _rope_factors, pre_tokenizer_name, write
+from nemo_convert.gguf_file import _rope_factors, write
+from nemo_convert.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name
 from recipes.core.errors import RecipeError
 from tests.support.llama_cpp import (
     PROMPTS,
