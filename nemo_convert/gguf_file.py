@@ -41,6 +41,8 @@ ARCHITECTURES = {
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
 always float32."""
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor to write."""
