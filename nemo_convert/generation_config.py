@@ -229,6 +229,16 @@ def move_settings(config: Mapping[str, Any], folder: Path) -> None:
         write_json(folder / GENERATION_CONFIG, settings, indent=2)
 
 
+def read_end_ids(folder: Path) -> list[int]:
+    """Returns the ids at which generation ends (``eos_token_id``)."""
+    for name in (GENERATION_CONFIG, "config.json"):
+        if (folder / name).is_file() and (
+            ids := _as_list(read_json(folder / name).get("eos_token_id"))
+        ):
+            return ids
+    return []
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []

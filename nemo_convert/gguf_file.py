@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from ctypes import c_float
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_convert import hf
 from nemo_convert.architecture import Architecture
-from nemo_convert.gguf_tokenizer import SPACE, pre_tokenizer_name
+from nemo_convert.generation_config import read_end_ids
+from nemo_convert.gguf_tokenizer import (
+    SPACE,
+    add_special_tokens,
+    chat_templates,
+    end_token_ids,
+    require_supported,
+    require_supported_config,
+)
 from nemo_convert.hf_config import as_transformers_4, read_architecture, rms_norm_eps, rope_theta
 from nemo_convert.results import GgufResult
 from nemo_convert.tokenizer_files import load_tokenizer
@@ -41,6 +50,10 @@ ARCHITECTURES = {
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
 always float32."""
+
+
+MAXIMA = {"F16": 65504, "Q8_0": 127 * 65504}
+"""Largest absolute values. The blocks of ``Q8_0`` have a float16 factor and integers up to 127."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ def write(
 
     config = as_transformers_4(read_json(folder / "config.json"), str(folder))
     architecture = read_architecture(config, str(folder))
+    require_storable(config)
     arch_name = architecture_name(architecture)
     writer = gguf.GGUFWriter(file, arch_name)
     writer.add_file_type(gguf.LlamaFileType[MATRIX_TYPES[matrix_type]])
@@ -96,7 +110,13 @@ def write(
     writer.write_kv_data_to_file()  # keys and values: shape, tokenizer, template
     writer.write_ti_data_to_file()  # tensor info: names, shapes, types
     for number, (tensor, stored_type) in enumerate(zip(tensors, types, strict=True), 1):
-        writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored_type))
+        values = tensor.read()
+        if (largest := np.abs(values).max()) > MAXIMA.get(tensor.type, math.inf):
+            raise RecipeError(
+                f"{tensor.name} has the value {largest:g}, too large for {tensor.type}.",
+                "set the type to bf16 or f32",
+            )
+        writer.write_tensor_data(gguf.quants.quantize(values, stored_type))
         progress(number, len(tensors))
     writer.close()
     return GgufResult(arch_name, matrix_type, len(tensors), file.stat().st_size)
@@ -182,6 +202,23 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
     writer.add_layer_norm_rms_eps(rms_norm_eps(config))
 
 
+def require_storable(config: Mapping[str, Any]) -> None:
+    """Refuses numbers of a ``config.json`` that are too large or too small for GGUF's types."""
+    context = config.get("max_position_embeddings") or 0
+    numbers = {"rope_theta": rope_theta(config), "rms_norm_eps": rms_norm_eps(config)}
+    scaling = config.get("rope_scaling") or {}
+    numbers |= {key: value for key, value in scaling.items() if not isinstance(value, str)}
+    invalid = [key for key, value in numbers.items() if not 0 < c_float(value).value < math.inf]
+    if context >= 2**32:
+        invalid.append("max_position_embeddings")
+    if invalid:
+        value = {**numbers, "max_position_embeddings": context}[invalid[0]]
+        raise RecipeError(
+            f"config.json has {invalid[0]}={value}, which is outside the range of GGUF's number.",
+            f"correct {invalid[0]}, or leave export_gguf out (gguf=null)",
+        )
+
+
 def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     """Yields Llama 3's divisors of RoPE frequencies, float32 [dim / 2]; nothing for plain RoPE.
 
@@ -209,12 +246,12 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     from gguf import SpecialVocab
 
     # tokenizer.json may lack tokens that other files or the tokenizer's class add. A class such as
-    # LlamaTokenizerFast replaces the post-processor of tokenizer.json. The file therefore does not
-    # tell whether the tokenizer adds a leading space, BOS or EOS to a text. To find out, the code
-    # below encodes "a" with the loaded tokenizer.
+    # LlamaTokenizerFast replaces the post-processor of tokenizer.json. So the code below reads the
+    # loaded tokenizer, not the file.
+    require_supported_config(folder)
     loaded = load_tokenizer(folder)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
-    pre_tokenizer = pre_tokenizer_name(tokenizer)
+    pre_tokenizer = require_supported(tokenizer)
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if pre_tokenizer is None:
         writer.add_tokenizer_model("llama")  # llama.cpp's name for sentencepiece's BPE
@@ -231,13 +268,13 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     for role in special.special_token_types:
         if (token_id := getattr(loaded, f"{role}_token_id", None)) is not None:
             special.special_token_ids[role] = token_id
-    ids = loaded("a").input_ids
-    for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
-        special.add_special_token[role] = getattr(loaded, f"{role}_token_id") == end_id
-    template = loaded.chat_template  # transformers and SpecialVocab prefer different files
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    special.chat_template = template
+    end_ids = end_token_ids(read_end_ids(folder), loaded.eos_token_id, dict(enumerate(tokens)))
+    special.special_token_ids |= end_ids
+    special.add_special_token = add_special_tokens(
+        tokenizer, loaded.bos_token_id, loaded.eos_token_id
+    )
+    # transformers and SpecialVocab prefer different files
+    special.chat_template = chat_templates(loaded.chat_template)
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -121,11 +121,11 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     return vocabulary | {token: next_id + n for n, token in enumerate(missing)}
 
 
-def read_eos_token(folder: Path) -> str | None:
-    """Returns the tokenizer's ``eos_token``, if it has one."""
+def read_special_token(folder: Path, key: str) -> str | None:
+    """Returns the tokenizer's special token with a name like ``eos_token``, if it has one."""
     config = read_tokenizer_config(folder)
     defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
-    return _token_text({**defaults, **config, **special_map}.get("eos_token"))
+    return _token_text({**defaults, **config, **special_map}.get(key))
 
 
 def tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str:

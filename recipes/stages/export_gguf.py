@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, write
-from nemo_convert.gguf_tokenizer import pre_tokenizer_name
+from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, require_storable, write
+from nemo_convert.gguf_tokenizer import require_supported_files
+from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import local_folder
 from nemo_convert.tokenizer_files import TOKENIZER
 from recipes.core.constraints import one_of
@@ -35,7 +36,7 @@ class ExportGgufConfig(StageConfig):
 
 
 def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if GGUF export does not support the model's family or tokenizer."""
+    """Yields a problem if GGUF export does not support the model's family, tokenizer or numbers."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
         yield Problem(
@@ -47,7 +48,9 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
         folder = local_folder(chain.hf_path)
         # A hub model may not be downloaded yet. A tokenizer of another format has other files.
         if folder and (folder / TOKENIZER).is_file():
-            pre_tokenizer_name(read_json(folder / TOKENIZER))  # raises an error if unsupported
+            require_supported_files(folder)
+        if folder and (folder / "config.json").is_file():
+            require_storable(as_transformers_4(read_json(folder / "config.json"), chain.hf_path))
     except RecipeError as error:
         yield Problem(rules.FORMAT, error.what, error.fix)
     except (AttributeError, KeyError, TypeError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nemo_convert.hub import HUB_SECONDS, has_chat_template, local_folder
 from nemo_convert.licences import forbids_commercial_use
 from nemo_convert.results import ImportResult
-from nemo_convert.tokenizer_files import read_eos_token, read_vocabulary
+from nemo_convert.tokenizer_files import read_special_token, read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, sha256_of
 from recipes.core.manifest import Outcome
@@ -108,7 +108,8 @@ def _read_tokenizer(chain: Chain) -> tuple[dict[str, int], str | None]:
     """
     folder = local_folder(chain.hf_path)
     try:
-        return (read_vocabulary(folder), read_eos_token(folder)) if folder else ({}, None)
+        eos_token = read_special_token(folder, "eos_token") if folder else None
+        return (read_vocabulary(folder) if folder else {}, eos_token)
     except RecipeError:
         return {}, None
 

@@ -323,17 +323,26 @@ def test_a_byte_level_tokenizer_may_only_normalize_to_nfc(
     normalizer: dict[str, Any] | None, is_supported: bool
 ) -> None:
     pre_tokenizer = {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}
-    tokenizer = {"model": {"merges": []}, "pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
+    model = {"merges": [], "ignore_merges": True}
+    tokenizer = {"model": model, "pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
     with nullcontext() if is_supported else pytest.raises(RecipeError, match="Lowercase"):
         assert pre_tokenizer_name(tokenizer) == "llama-bpe"
+
+
+METASPACE = {
+    "type": "Metaspace",
+    "replacement": "▁",
+    "prepend_scheme": "never",
+    "split": False,
+}
 
 
 @pytest.mark.parametrize(
     ("pre_tokenizer", "is_supported"),
     [
         (None, True),
-        ({"type": "Metaspace", "replacement": "▁", "split": False}, True),
-        ({"type": "Metaspace", "replacement": "▁", "split": True}, False),
+        (METASPACE, True),
+        ({**METASPACE, "split": True}, False),
         ({"type": "Metaspace", "replacement": "▁"}, False),  # splits by default
         (DIGITS, False),
     ],
@@ -341,6 +350,6 @@ def test_a_byte_level_tokenizer_may_only_normalize_to_nfc(
 def test_a_byte_fallback_tokenizer_that_splits_text_is_refused(
     pre_tokenizer: dict[str, Any] | None, is_supported: bool
 ) -> None:
-    model = {"merges": [], "byte_fallback": True}
+    tokenizer = {"model": {"merges": [], "byte_fallback": True}, "normalizer": SPACES}
     with nullcontext() if is_supported else pytest.raises(RecipeError, match="pre_tokenizer="):
-        assert pre_tokenizer_name({"model": model, "pre_tokenizer": pre_tokenizer}) is None
+        assert pre_tokenizer_name({**tokenizer, "pre_tokenizer": pre_tokenizer}) is None
