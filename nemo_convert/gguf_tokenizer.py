@@ -307,6 +307,8 @@ def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
 
 def _require_supported_model(model: Mapping[str, Any]) -> None:
     """Refuses settings of a BPE that llama.cpp ignores."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             _refuse(f"{key}={model[key]!r}")
@@ -314,18 +316,11 @@ def _require_supported_model(model: Mapping[str, Any]) -> None:
     if model.get("byte_fallback"):
         tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     elif model.get("unk_token"):
-        tokens = sorted(_byte_characters())
+        tokens = sorted(ByteLevel.alphabet())
     else:  # both leave out bytes without a token
         tokens = []
     if missing := [token for token in tokens if token not in vocab]:
         _refuse(f"no token for the byte {missing[0]}", "llama.cpp has no unk_token for it")
-
-
-def _byte_characters() -> list[str]:
-    """Returns the characters with which byte-level BPE represents bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel.alphabet()
 
 
 def _require_supported_flags(

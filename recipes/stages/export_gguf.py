@@ -47,10 +47,10 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
     try:
         folder = local_folder(chain.hf_path)
         # A hub model may not be downloaded yet. A tokenizer of another format has other files.
-        if folder and (folder / TOKENIZER).is_file():
-            require_supported_files(folder)
         if folder and (folder / "config.json").is_file():
             require_storable(as_transformers_4(read_json(folder / "config.json"), chain.hf_path))
+        if folder and (folder / TOKENIZER).is_file():
+            require_supported_files(folder)
     except RecipeError as error:
         yield Problem(rules.FORMAT, error.what, error.fix)
     except (AttributeError, KeyError, TypeError):

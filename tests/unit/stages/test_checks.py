@@ -265,6 +265,7 @@ def test_gguf_supports_some_families_and_tokenizers(
     for model, pre_tokenizer, message in (  # no message: no problem
         (bpe, {"type": "ByteLevel"}, ""),
         (bpe, {"type": "Whitespace"}, "pre_tokenizer"),
+        ({**bpe, "dropout": 0.1}, {"type": "ByteLevel"}, "dropout"),
         ({"type": "Unigram", "vocab": []}, None, "Unigram"),
         ("damaged", None, ""),  # the check of import_hf reports a damaged file
     ):
@@ -274,6 +275,9 @@ def test_gguf_supports_some_families_and_tokenizers(
             assert len(problems) == bool(message)
             assert all(message in problem.what for problem in problems)
     assert list(export_gguf.check(cfg, replace(chain, hf_path="org/not-in-the-cache"))) == []
+    write_json(folder / "config.json", {"rope_theta": 1e39})
+    problem = only_problem(export_gguf.check(cfg, replace(chain, hf_path=str(folder))))
+    assert "rope_theta=1e+39" in problem.what
 
 
 @pytest.mark.parametrize(
