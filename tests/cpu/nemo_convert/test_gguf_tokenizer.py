@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +52,8 @@ LLAMA_3 = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ],
 }
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
@@ -157,7 +158,7 @@ def edited(source: Path, folder: Path, edit: Edit, **settings: object) -> Path:
     return folder
 
 
-SUPPORTED: dict[str, tuple[str, Edit]] = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "Llama 3": ("bytes", llama_3(True)),
     "Llama 3 with merges": ("bytes", llama_3(False)),
     "normalized": ("bytes", flag("normalized")),
@@ -166,17 +167,26 @@ SUPPORTED: dict[str, tuple[str, Edit]] = {
     "no prefix": ("fallback", normalize(REPLACE)),
     "BOS and EOS": ("fallback", template("<s>", "A", "</s>")),
     "EOS": ("fallback", template("A", "</s>")),
+    # transformers does not use what these edits change.
+    "class": ("fallback", template("<unk>", "A"), {"tokenizer_class": "LlamaTokenizerFast"}),
+    "flags": (
+        "bytes",
+        flag("lstrip"),
+        {"added_tokens_decoder": {"0": {"content": "<eos>", **FLAGS, "special": True}}},
+    ),
+    "prefix": ("bytes", lambda tokenizer: tokenizer["pre_tokenizer"].update(add_prefix_space=True)),
+    "template": ("bytes", flag("special"), {"chat_template": 5}),
 }
-"""Edits that the export supports, and the tokenizer to edit."""
+"""The tokenizer to edit, an edit that the export supports, and values of tokenizer_config.json."""
 
 
 @pytest.mark.parametrize("case", SUPPORTED)
 def test_llama_cpp_tokenizes_as_transformers_does(
     case: str, even_llama: Path, byte_fallback_llama: Path, tmp_path: Path
 ) -> None:
-    kind, edit = SUPPORTED[case]
+    kind, edit, *settings = SUPPORTED[case]
     source = even_llama if kind == "bytes" else byte_fallback_llama
-    folder = edited(source, tmp_path / "hf", edit)
+    folder = edited(source, tmp_path / "hf", edit, **(settings[0] if settings else {}))
     require_supported_files(folder)
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -357,17 +367,21 @@ def test_a_model_without_an_end_token_is_refused() -> None:
         {"rope_theta": 1e-50},
         {"rms_norm_eps": 1e-60},
         {"max_position_embeddings": 2**32},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 1e39}},
+        {"rope_scaling": {**LLAMA3, "factor": 1e39}},
     ],
 )
 def test_numbers_that_gguf_cannot_store_are_refused(
-    even_llama: Path, values: dict[str, Any]
+    even_llama: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    config = json.loads((even_llama / "config.json").read_text())
+    folder = shutil.copytree(even_llama, tmp_path / "hf")
+    config = read_json(folder / "config.json")
     require_storable(config)
+    write_json(folder / "config.json", config | values)
     name = "factor" if "rope_scaling" in values else next(iter(values))
     with pytest.raises(RecipeError, match=name):
         require_storable(config | values)
+    with pytest.raises(RecipeError, match=name):
+        write(folder, tmp_path / "model.gguf", "f16")
 
 
 @pytest.mark.parametrize(("matrix_type", "value"), [("f16", 1e5), ("q8_0", 1e7)])
