@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_convert.gguf_file import _rope_factors, write
-from nemo_convert.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name
+from nemo_convert.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name, require_supported_files
 from recipes.core.errors import RecipeError
 from tests.support.llama_cpp import (
     PROMPTS,
@@ -262,6 +262,17 @@ def test_tokenizers_that_llama_cpp_does_not_support_are_refused(
     Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)).save(str(folder / "tokenizer.json"))
     with pytest.raises(RecipeError, match="Unigram"):
         write(folder, tmp_path / "model.gguf", "f16")
+
+
+def test_the_plan_does_not_check_a_file_that_transformers_ignores(tmp_path: Path) -> None:
+    """With ``add_prefix_space``, LlamaTokenizerFast reads tokenizer.model."""
+    Tokenizer(models.Unigram([("<unk>", 0.0)], 0)).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}
+    for file_config in (config, config | {"add_prefix_space": None}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(file_config))
+        is_ignored = file_config["add_prefix_space"] is not None
+        with nullcontext() if is_ignored else pytest.raises(RecipeError, match="Unigram"):
+            require_supported_files(tmp_path)
 
 
 # Steps of normalizers and pre-tokenizers, as in tokenizer.json

@@ -165,6 +165,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "runs of spaces": ("bytes", add_tokens("  ", "    ")),
     "Metaspace": ("fallback", metaspace("never")),
     "no prefix": ("fallback", normalize(REPLACE)),
+    "same places": ("fallback", lambda t: (normalize(REPLACE)(t), flag("normalized")(t))),
     "BOS and EOS": ("fallback", template("<s>", "A", "</s>")),
     "EOS": ("fallback", template("A", "</s>")),
     # transformers does not use what these edits change.
