@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nemo_convert.hf import require_loadable_tokenizer
 from nemo_convert.hf_config import SUPPORTED
 from nemo_convert.hub import is_hub_id, is_offline, side_folder
 from nemo_convert.preflight import check_model, complete_cached_model
+from nemo_convert.scratch import scratch_beside
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
@@ -24,6 +26,9 @@ from recipes.core.wheels import parse_wheel_file
 def main() -> int:
     """Runs a command; returns the exit status."""
     epilog = f"Architectures: {', '.join(SUPPORTED)}."
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model's files may have text that UTF-8 cannot encode, as may names of files.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="python -m nemo_convert", description=__doc__, epilog=epilog
     )
@@ -64,6 +69,7 @@ def main() -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Prints all findings of a model; raises ``RecipeError`` if it cannot be converted."""
     source = arguments.source
+    _require_no_checkpoint(source)
     findings = list(check_model(source))
     for finding in findings:
         print(finding)
@@ -82,24 +88,36 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"{source} can be converted.")
 
 
+def _require_no_checkpoint(source: str) -> None:
+    """Refuses a NeMo checkpoint where a Hugging Face model is required, and any other file."""
+    path = Path(source)
+    if path.is_file() or (path / "context" / "io.json").is_file():
+        what = "a file" if path.is_file() and path.suffix != ".nemo" else "a NeMo checkpoint"
+        raise RecipeError(
+            f"{source} is {what}, not a Hugging Face folder.",
+            "give a folder with config.json and *.safetensors; convert a NeMo checkpoint to one: "
+            "python -m nemo_convert to-hf SRC DST",
+        )
+
+
 def _to_nemo(arguments: argparse.Namespace) -> None:
     """Converts to NeMo 2; the target appears only after the comparison with the source passes."""
     from nemo_convert import convert, hf, nemo, parity
 
     prepare_imports()
     target: Path = arguments.target
-    if target.exists():
+    _require_no_checkpoint(arguments.source)
+    if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} exists already.", "choose another target")
     source = hf.resolve(arguments.source)
-    convert.make_parent(target)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        checkpoint = Path(temporary) / target.name
+    with scratch_beside(target) as scratch:
+        checkpoint = scratch / target.name
         convert.to_nemo(source, checkpoint)
         print(parity.compare(source, checkpoint).require(f"{source} → {target}"))
         if arguments.pack:
-            nemo.pack(checkpoint, target)
-        else:
-            checkpoint.rename(target)
+            nemo.pack(checkpoint, scratch / "packed")
+            checkpoint = scratch / "packed"
+        checkpoint.rename(target)
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
@@ -109,15 +127,14 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     prepare_imports()
     target: Path = arguments.target
     convert.require_new(target)
-    convert.make_parent(target)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        scratch = Path(temporary)
+    with scratch_beside(target) as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
+        convert.require_sound(checkpoint)
         folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
         convert.to_hf(checkpoint, folder)
         # The comparison needs NeMo's model. It is built from config.json, because reading the
         # checkpoint's context could run code.
-        hf.copy_side_files(nemo.side_folder(checkpoint), side)
+        hf.copy_side_files(folder, side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")
         folder.rename(target)
@@ -137,4 +154,10 @@ if __name__ == "__main__":
     # A check loads only a tokenizer. With USE_TORCH=0, transformers does not import torch for it.
     if sys.argv[1:2] == ["check"]:
         os.environ |= {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"}
-    sys.exit(main())
+    # Both SIGTERM and Ctrl-C raise KeyboardInterrupt, so that temporary folders are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -13,7 +13,7 @@ import torch
 
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
-from nemo_convert.families import FAMILIES, Family
+from nemo_convert.families import FAMILIES, OUTPUT_LAYER, Family
 from nemo_convert.generation_config import move_settings, require_loadable_generation_config
 from nemo_convert.hf import Weights, copy_side_files, write_weights
 from nemo_convert.hf_config import (
@@ -22,9 +22,11 @@ from nemo_convert.hf_config import (
     rms_norm_eps,
     rope_theta,
 )
-from nemo_convert.preflight import model_dtype, require_convertible
+from nemo_convert.preflight import model_dtype, require_convertible, require_sound_side_files
+from nemo_convert.scratch import scratch_beside
 from nemo_convert.tokenizer_conversion import convert_tokenizer
-from nemo_convert.trust import MODEL_NAMES, read_metadata, require_tensors
+from nemo_convert.tokenizer_files import load_tokenizer
+from nemo_convert.trust import MODEL_NAMES, explain_damage, read_metadata, require_tensors
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
@@ -142,29 +144,32 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(weight.hf_names(indices), weight.split(arch, tensor), strict=True)
 
 
+def require_sound(checkpoint: Path) -> None:
+    """Refuses a NeMo checkpoint with damaged side files, or with the config of another model.
+
+    Reads no weights.
+
+    Raises:
+        RecipeError: A side file is damaged, transformers refuses the tokenizer or the generation
+            config, or ``require_matching_config`` refuses the checkpoint.
+    """
+    require_matching_config(checkpoint)
+    side = nemo.side_folder(checkpoint)
+    require_sound_side_files(side, nemo.architecture_of(checkpoint))
+    load_tokenizer(side)
+    require_loadable_generation_config(side)
+
+
 def require_matching_config(checkpoint: Path) -> None:
     """Refuses a NeMo checkpoint whose ``config.json`` describes another model than its files.
 
     Raises:
-        RecipeError: The checkpoint stores a weight that a model with this ``config.json`` does not
-            have, or NeMo's model config in ``context/`` has a different value.
+        RecipeError: The checkpoint's weights are not those of a model with this ``config.json``,
+            or NeMo's model config in ``context/`` has a different value.
     """
     arch, config = nemo.architecture_of(checkpoint), nemo.read_config(checkpoint)
     family = FAMILIES[arch.hf_architecture]
-    known = {f"module.{weight.checkpoint_key}" for weight, _ in family.weights_of(arch)}
-    metadata = read_metadata(checkpoint / nemo.WEIGHTS)
-    require_tensors(metadata, known, checkpoint / nemo.WEIGHTS)
-    stored = metadata.state_dict_metadata
-    names = (key for key in stored if key.startswith("module.") and nemo.EXTRA_STATE not in key)
-    differences = [f"the weight {name}" for name in sorted(set(names) - known)]
-    for weight in family.weights:
-        tensor = stored.get(f"module.{weight.checkpoint_key}")
-        # Without the leading axes, which are layer and expert.
-        shape = tuple(tensor.size[len(weight.stack_sizes(arch)) :]) if tensor else None
-        if shape not in (None, weight.shape(arch)):
-            differences.append(
-                f"{weight.megatron} of shape {shape} instead of {weight.shape(arch)}"
-            )
+    differences = different_shapes(checkpoint, arch)
     # Fields of NeMo's model config, with their values according to config.json.
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
@@ -189,6 +194,27 @@ def require_matching_config(checkpoint: Path) -> None:
         )
 
 
+def different_shapes(checkpoint: Path, arch: Architecture) -> list[str]:
+    """Lists the weights of a checkpoint that do not have the shapes that ``arch`` implies."""
+    weights = {
+        f"module.{weight.checkpoint_key}": weight
+        for weight in FAMILIES[arch.hf_architecture].weights
+        if not (arch.tied_embeddings and weight.megatron == OUTPUT_LAYER)
+    }
+    metadata = read_metadata(checkpoint / nemo.WEIGHTS)
+    require_tensors(metadata, weights, checkpoint / nemo.WEIGHTS)
+    stored = metadata.state_dict_metadata
+    names = (key for key in stored if key.startswith("module.") and nemo.EXTRA_STATE not in key)
+    differences = [f"the weight {name}" for name in sorted(set(names) - weights.keys())]
+    for key, weight in weights.items():
+        shape = tuple(stored[key].size) if key in stored else None
+        # The leading axes are layer and expert.
+        expected = (*weight.stack_sizes(arch).values(), *weight.shape(arch))
+        if shape != expected:
+            differences.append(f"{weight.megatron} of shape {shape} instead of {expected}")
+    return differences
+
+
 def _context_settings(checkpoint: Path) -> dict[str, Any]:
     """Returns the plain values of NeMo's model config, by field.
 
@@ -198,17 +224,20 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / nemo.CONTEXT / "io.json"
     if not (objects := read_json(file).get("objects")):
         raise RecipeError(f"{file} has no objects.", "copy or convert the checkpoint again")
-    settings: dict[str, Any] = {}
-    for item in objects.values():
-        if "<root>.model.config" in item.get("paths", ()):
-            # The metadata names the config's class. The file stores only arguments that were passed
-            # to the class, so its defaults are the other values.
-            settings |= _class_defaults(dict(objects[item["metadata"]["key"]]["items"]))
-            settings |= {
-                label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
-                for label, value in item["items"]
-                if isinstance(value, dict)
-            }
+    with explain_damage(file):
+        configs = [
+            item for item in objects.values() if "<root>.model.config" in item.get("paths", ())
+        ]
+        if not configs:
+            raise ValueError("it has no model.config")
+        # The metadata names the config's class. The file stores only arguments that were passed to
+        # the class, so its defaults are the other values.
+        settings = _class_defaults(dict(objects[configs[-1]["metadata"]["key"]]["items"]))
+        settings |= {
+            label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
+            for label, value in configs[-1]["items"]
+            if isinstance(value, dict)
+        }
     return settings
 
 
@@ -241,27 +270,18 @@ def to_hf(checkpoint: Path, hf_folder: Path) -> None:
         RecipeError: The folder is not empty, or ``require_matching_config`` refuses the checkpoint.
     """
     require_new(hf_folder)
-    make_parent(hf_folder)
-    with tempfile.TemporaryDirectory(dir=hf_folder.parent) as temporary:
-        partial = Path(temporary) / hf_folder.name
+    with scratch_beside(hf_folder) as scratch:
+        partial = scratch / hf_folder.name
         _write_hf(checkpoint, partial)
         partial.rename(hf_folder)
 
 
 def require_new(folder: Path) -> None:
-    """Raises ``RecipeError`` if a folder exists and is not empty, or is a file."""
+    """Raises ``RecipeError`` if a folder exists and is not empty, or is a file or a link."""
+    if folder.is_symlink():  # a finished folder cannot replace a link
+        raise RecipeError(f"{folder} is a symbolic link.", "choose another directory")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists and is not empty.", "choose another directory")
-
-
-def make_parent(target: Path) -> None:
-    """Creates the folder of a target; raises ``RecipeError`` if that is not possible."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(
-            f"{target.parent} cannot be created: {error.strerror}.", "choose another target"
-        ) from error
 
 
 def _write_hf(checkpoint: Path, folder: Path) -> None:
@@ -271,5 +291,7 @@ def _write_hf(checkpoint: Path, folder: Path) -> None:
     config = nemo.read_config(checkpoint)
     # Without head_dim, transformers computes hidden_size / heads, which is wrong after pruning.
     config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
-    write_json(folder / "config.json", config, indent=2)
     write_weights(hf_weights(checkpoint), folder)
+    if "torch_dtype" not in config:  # NeMo requires it
+        config["torch_dtype"] = model_dtype(Weights(folder).headers)
+    write_json(folder / "config.json", config, indent=2)

@@ -24,18 +24,15 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
 from nemo_convert.generation_config import SAMPLING, TOKEN_IDS
 from nemo_convert.hf import copy_side_files
-from nemo_convert.hf_config import read_architecture, rope_theta
+from nemo_convert.hf_config import as_transformers_4, read_architecture, rope_theta
 from nemo_convert.pipeline import pipeline_split
 from nemo_convert.sharded import read_sharded
-from nemo_convert.trust import (
-    require_known_context,
-    require_no_remote_code,
-)
+from nemo_convert.trust import explain_damage, require_known_context, require_no_remote_code
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.local_layers import adapt_config
 from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json
+from recipes.core.files import read_json, storage_problem, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -98,22 +95,26 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         RecipeError: ``path`` is not a NeMo 2 checkpoint, or is an archive that is damaged or that
             would write files outside ``scratch``.
     """
+    folder = path
     if path.is_file():
+        folder = scratch
         try:
             with tarfile.open(path) as archive:
-                archive.extractall(scratch, filter="data")
+                archive.extractall(folder, filter="data")
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            if problem := storage_problem(error, scratch.parent):
+                raise problem from error
             raise RecipeError(
-                f"{path} cannot be unpacked safely: {error}",
-                "copy it again if it is incomplete; do not use it if it writes outside its folder",
+                f"{path} cannot be unpacked safely: {str(error).partition(chr(10))[0]}",
+                "copy it again if it is incomplete; do not use it if it writes outside its folder, "
+                "or if it is not a .nemo file (a tar archive)",
             ) from error
-        path = scratch
-    if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
+    if not (folder / WEIGHTS).is_dir() or not (folder / CONTEXT / "io.json").is_file():
         raise RecipeError(
             f"{path} is not a NeMo 2 checkpoint: it needs {WEIGHTS}/ and {CONTEXT}/io.json.",
             "convert a Hugging Face model first: python -m nemo_convert to-nemo SRC DST",
         )
-    return path
+    return folder
 
 
 def find_checkpoint(artifact: Path) -> Path:
@@ -137,10 +138,11 @@ def pack(checkpoint: Path, file: Path) -> None:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """Reads the Hugging Face ``config.json`` in a checkpoint.
+    """Reads the Hugging Face ``config.json`` in a checkpoint, as transformers 4 spells it.
 
     Raises:
-        RecipeError: The file is absent, as in checkpoints that NeMo's own importer wrote.
+        RecipeError: The file is absent, as in checkpoints that NeMo's own importer wrote. Or
+            ``as_transformers_4`` refuses it.
     """
     file = side_folder(checkpoint) / "config.json"
     if not file.is_file():
@@ -149,7 +151,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
             "use a checkpoint that this repository wrote, or copy the model's config.json and "
             "tokenizer files there",
         )
-    return read_json(file)
+    return as_transformers_4(read_json(file), str(file))
 
 
 def side_folder(checkpoint: Path) -> Path:
@@ -246,16 +248,17 @@ def restore_model(checkpoint: Path) -> Any:
     """Builds the NeMo model of a checkpoint, without weights.
 
     Raises:
-        RecipeError: The context could run code: see ``require_known_context``.
+        RecipeError: The context is damaged, or could run code: see ``require_known_context``.
     """
     import fiddle
     from nemo.lightning.io import load_context
 
-    require_known_context(checkpoint / CONTEXT / "io.json")
-    _record_arguments()
-    config = load_context(checkpoint / CONTEXT, subpath="model", build=False)
-    require_no_remote_code(config, checkpoint)
-    return fiddle.build(config)
+    with explain_damage(checkpoint / CONTEXT):
+        require_known_context(checkpoint / CONTEXT / "io.json")
+        _record_arguments()
+        config = load_context(checkpoint / CONTEXT, subpath="model", build=False)
+        require_no_remote_code(config, checkpoint)
+        return fiddle.build(config)
 
 
 def build_core(

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_convert import nemo
-from nemo_convert.convert import hf_weights, require_matching_config
+from nemo_convert.architecture import Architecture
+from nemo_convert.convert import hf_weights, require_matching_config, require_sound
 from nemo_convert.families import FAMILIES
+from nemo_convert.generation_config import require_loadable_generation_config
 from nemo_convert.hf import Weights, load_causal_lm
 from nemo_convert.hf_config import as_transformers_4, read_architecture
-from nemo_convert.preflight import HEAD
+from nemo_convert.preflight import HEAD, require_convertible
 from nemo_convert.reference import reference_logits
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
@@ -226,12 +228,19 @@ def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
 
 
 def verify(first: Path, second: Path) -> Parity:
-    """Compares a Hugging Face folder and a NeMo checkpoint (directory or file), in either order."""
+    """Compares a Hugging Face folder and a NeMo checkpoint (directory or file), in either order.
+
+    Raises:
+        RecipeError: One of the two is damaged, or they have different sizes.
+    """
     for path in (first, second):
         if not path.exists():
             raise RecipeError(f"{path} does not exist.", "correct the path")
-    # A NeMo checkpoint is a .nemo file, or a directory with context/.
-    is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
+    # A NeMo checkpoint is a .nemo file, or a directory with context/ and weights/.
+    is_nemo = [
+        path.is_file() or (path / nemo.CONTEXT).is_dir() or (path / nemo.WEIGHTS).is_dir()
+        for path in (first, second)
+    ]
     if is_nemo[0] == is_nemo[1]:
         raise RecipeError(
             "verify compares a Hugging Face folder with a NeMo checkpoint; got two "
@@ -239,9 +248,30 @@ def verify(first: Path, second: Path) -> Parity:
             "give one Hugging Face folder and one NeMo checkpoint",
         )
     folder, nemo_path = (second, first) if is_nemo[0] else (first, second)
+    require_convertible(str(folder))
+    require_loadable_generation_config(folder)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(nemo_path, Path(scratch))
+        require_sound(checkpoint)
+        _require_same_sizes(folder, nemo_path, nemo.architecture_of(checkpoint))
         return compare(folder, checkpoint)
+
+
+def _require_same_sizes(folder: Path, checkpoint: Path, arch: Architecture) -> None:
+    """Refuses a folder whose ``config.json`` has other sizes than the checkpoint's, ``arch``."""
+    sizes = read_architecture(read_json(folder / "config.json"), str(folder)).as_dict()
+    # The parity gate decides about these two: they do not change the size of a weight.
+    names = sizes.keys() - {"max_position_embeddings", "tied_embeddings"}
+    differences = [
+        f"{name}={sizes[name]} and {size}"
+        for name, size in arch.as_dict().items()
+        if name in names and sizes[name] != size
+    ]
+    if differences:
+        raise RecipeError(
+            f"{folder} and {checkpoint} are different models: {', '.join(differences)}.",
+            "give the folder and the checkpoint of one model",
+        )
 
 
 def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:

@@ -110,8 +110,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     yield from _tensor_findings(hf_path, headers, arch)
     yield from _tied_head_findings(hf_path, headers, arch)
     yield from _dtype_findings(hf_path, headers, config)
-    yield from _generation_findings(folder, arch)
-    yield from _tokenizer_findings(folder, hf_path, arch)
+    yield from _side_file_findings(folder, hf_path, arch)
+
+
+def require_sound_side_files(folder: Path, arch: Architecture) -> None:
+    """Raises ``RecipeError`` for a fault of the tokenizer or the generation config in a folder."""
+    _require_none(_side_file_findings(folder, str(folder), arch))
 
 
 def complete_cached_model(hf_path: str) -> Path | None:
@@ -139,7 +143,12 @@ def tokenizer_folder(hf_path: str) -> Path | None:
 
 def require_convertible(hf_path: str) -> None:
     """Raises ``RecipeError`` if ``check_model`` finds an error in a model."""
-    errors = [finding for finding in check_model(hf_path) if finding.is_error]
+    _require_none(check_model(hf_path))
+
+
+def _require_none(findings: Iterable[Finding]) -> None:
+    """Raises one ``RecipeError`` for all errors among the findings."""
+    errors = [finding for finding in findings if finding.is_error]
     if errors:
         raise RecipeError("\n".join(error.what for error in errors), errors[0].fix)
 
@@ -299,6 +308,12 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
             is_error=False,
         )
+
+
+def _side_file_findings(folder: Path, hf_path: str, arch: Architecture) -> Iterator[Finding]:
+    """Checks the generation config and the tokenizer."""
+    yield from _generation_findings(folder, arch)
+    yield from _tokenizer_findings(folder, hf_path, arch)
 
 
 def _generation_findings(folder: Path, arch: Architecture) -> Iterator[Finding]:

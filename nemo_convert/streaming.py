@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_convert.trust import read_metadata, require_tensors
+from nemo_convert.trust import explain_damage, read_metadata, require_tensors
 from recipes.core.errors import RecipeError
 
 Index = tuple[int, ...]
@@ -155,7 +155,8 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
     reader = FileSystemReader(folder)
     metadata = read_metadata(folder)
     require_tensors(metadata, leading_axes, folder)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    with explain_damage(folder / ".metadata"):
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
     for key, axes in leading_axes.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
@@ -163,7 +164,9 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
         # All (layer, expert) of the stack; one empty index if the tensor is not a stack.
         for index in product(*map(range, stored.size[:axes])):
             shards = replace(stored, chunks=shards_by_index.get(index, []))
-            yield key, index, _read_slice(reader, key, shards, index)
+            with explain_damage(folder):
+                weight = _read_slice(reader, key, shards, index)
+            yield key, index, weight
 
 
 def _shards_by_index(
@@ -212,12 +215,16 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
-    try:
-        with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
-            shard = torch.load(reader._slice_file(file, location), weights_only=True)
-    except (OSError, EOFError, RuntimeError) as error:
-        what = f"{path} is missing or damaged: {str(error).splitlines()[0]}"
-        raise RecipeError(what, "copy or convert the checkpoint again") from error
+    with explain_damage(path):
+        return _read_block(reader, item, path, location)
+
+
+def _read_block(reader: FileSystemReader, item: ReadItem, path: Path, location: Any) -> Tensor:
+    """Reads a block from the file ``path``, which has the shard at ``location``."""
+    if location.offset + location.length > path.stat().st_size:
+        raise EOFError("the file is too short")  # torch.load would state an unclear reason
+    with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
+        shard = torch.load(reader._slice_file(file, location), weights_only=True)
     block = _block(shard, item.storage_offsets, item.lengths)
     # Number of elements from the block's first to its last in the file. The elements between its
     # rows count too: they are read, and as_strided skips them.

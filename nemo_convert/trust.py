@@ -12,12 +12,13 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import EnumType
 from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
+from recipes.core.files import STORAGE_FIXES, read_json
 
 TRUST = "TRUST_CHECKPOINTS"
 """Name of the environment variable with which a user trusts checkpoints. With the value ``1``, all
@@ -66,6 +67,29 @@ METADATA_OBJECTS = frozenset(
     )
 )
 """Objects that ``weights/.metadata`` may name, besides ``DTYPE_NAMES``."""
+
+
+@contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Raises a ``RecipeError`` instead of an error that a damaged file or folder causes.
+
+    Damaged content can raise any error in the libraries that read it. Errors of the disk, such as
+    a refused permission, are not replaced.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
+            raise
+        reason = re.split(r"\n|\. This is an|\. In PyTorch", str(error))[
+            0
+        ]  # without torch's advice
+        raise RecipeError(
+            f"{path} is missing or damaged: {type(error).__name__}: {reason}",
+            "copy or convert the checkpoint again",
+        ) from error
 
 
 def require_known_context(io_json: Path) -> None:
@@ -136,16 +160,12 @@ def read_metadata(weights: Path) -> Any:
             ``TRUST_CHECKPOINTS`` is not 1.
     """
     path = weights / ".metadata"
-    try:
-        with path.open("rb") as file:
-            return _MetadataUnpickler(file, path).load()
-    except (FileNotFoundError, EOFError, pickle.UnpicklingError) as error:
-        what = f"{path} is missing or damaged, so {weights} is incomplete: {error}"
-        raise RecipeError(what, "copy or convert the checkpoint again") from error
+    with explain_damage(path), path.open("rb") as file:
+        return _MetadataUnpickler(file, path).load()
 
 
 def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
-    """Refuses a checkpoint that stores a Python object under the key of a weight.
+    """Refuses damaged metadata, and a Python object under the key of a weight.
 
     PyTorch's reader unpickles such an object without restrictions, so it could run any code.
 
@@ -155,10 +175,14 @@ def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
         weights: Folder of the checkpoint's weights, for the message.
 
     Raises:
-        RecipeError: A key has no tensor, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: A key has no tensor, and ``TRUST_CHECKPOINTS`` is not 1. Or the metadata is
+            not that of a checkpoint.
     """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+    with explain_damage(weights / ".metadata"):
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+            raise TypeError("it does not describe the weights of a checkpoint")
     for key in keys:
         stored = metadata.state_dict_metadata.get(key)
         is_tensor = stored is None or type(stored) is TensorStorageMetadata

@@ -76,6 +76,14 @@ def test_rope_parameters_of_transformers_5_are_read(odd_llama: Path, tmp_path: P
     assert parity.compare(odd_llama, checkpoint).max_logit_difference < 1e-4
     assert convert_by_command("to-hf", checkpoint, back) == 0
     assert json.loads((back / "config.json").read_text())["rope_theta"] == theta
+    # The checkpoint's config may also have the new spelling, if it was copied there.
+    side = nemo.side_folder(checkpoint)
+    shutil.copyfile(folder / "config.json", side / "config.json")
+    edit_json("config.json", torch_dtype=None)(side)
+    assert convert_by_command("to-hf", checkpoint, tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["rope_theta"] == theta
+    assert again["torch_dtype"] == "float32"
 
 
 def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are_read(

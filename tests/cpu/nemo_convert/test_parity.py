@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
+from nemo_convert.trust import read_metadata
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from tests.support.conversion import convert_by_command, read_tensors
@@ -232,6 +234,30 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def write(file: str, content: str | bytes) -> Callable[[Path], object]:
+    """Returns a function that replaces the content of a checkpoint's file."""
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda checkpoint: (checkpoint / file).write_bytes(data)
+
+
+def zero_second_half(path: Path) -> None:
+    """Writes zeros, as a disk does that lost the second half of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
+
+
+def remove_entry(checkpoint: Path) -> None:
+    """Removes the place of a tensor from ``.metadata``."""
+    metadata = read_metadata(checkpoint / nemo.WEIGHTS)
+    weight = next(i for i in metadata.storage_data if i.fqn.endswith("final_layernorm.weight"))
+    del metadata.storage_data[weight]
+    (checkpoint / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+METADATA, IO_JSON, SIDE = "weights/.metadata", "context/io.json", "context/hf/"
+IS_DAMAGED = "is missing or damaged"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,9 +270,36 @@ def truncate(path: Path) -> None:
         (lambda nemo2: (nemo2 / "weights" / ".metadata").write_bytes(b""), "missing or damaged"),
         (lambda nemo2: (nemo2 / "context" / "io.json").write_text("{}"), "has no objects"),
         (lambda nemo2: change_class(nemo2, "Llama99Config"), "the installed NeMo does not have"),
+        (write(IO_JSON, '{"objects": [1]}'), f"{IO_JSON} {IS_DAMAGED}"),
+        (
+            write(IO_JSON, '{"objects": {"a": {}}}'),
+            f"{IO_JSON} {IS_DAMAGED}: ValueError: it has no",
+        ),
+        (write(METADATA, pickle.dumps({})), f"{METADATA} {IS_DAMAGED}"),
+        (
+            write(METADATA, b"\x80\x04\x8c\x02\xd8A."),
+            f"{METADATA} {IS_DAMAGED}: UnicodeDecodeError",
+        ),
+        (
+            write("weights/__0_0.distcp", ""),
+            f"__0_0.distcp {IS_DAMAGED}: EOFError: the file is too",
+        ),
+        (lambda nemo2: zero_second_half(nemo2 / "weights" / "__0_0.distcp"), IS_DAMAGED),
+        (remove_entry, IS_DAMAGED),
+        (write(f"{SIDE}tokenizer.json", ""), "tokenizer.json is not a tokenizer"),
+        (write(f"{SIDE}generation_config.json", "{"), f"{SIDE}generation_config.json is not valid"),
+        (
+            lambda nemo2: edit_json("config.json", num_hidden_layers=10**9)(nemo2 / SIDE),
+            "(1000000000,",
+        ),
+        (
+            lambda nemo2: edit_json("config.json", tie_word_embeddings=False)(nemo2 / SIDE),
+            "output_layer.weight of shape None",
+        ),
     ],
 )
 def test_changed_and_damaged_checkpoints_are_refused(
+    odd_llama: Path,
     odd_nemo: Path,
     tmp_path: Path,
     change: Callable[[Path], object],
@@ -256,11 +309,43 @@ def test_changed_and_damaged_checkpoints_are_refused(
     checkpoint = tmp_path / "m.nemo"
     shutil.copytree(odd_nemo, checkpoint)
     change(checkpoint)
-    assert convert_by_command("to-hf", checkpoint, tmp_path / "back") == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not (tmp_path / "back").exists()
+    for arguments in (
+        ("to-hf", checkpoint, tmp_path / "new" / "back"),
+        ("verify", odd_llama, checkpoint),
+    ):
+        assert convert_by_command(*arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda nemo2: edit_json("io.json", root=3)(nemo2 / "context"),
+        lambda nemo2: shutil.rmtree(nemo2 / "context" / "artifacts"),
+    ],
+)
+def test_a_context_that_nemo_cannot_open_gives_one_message(
+    change: Callable[[Path], object], odd_nemo: Path, tmp_path: Path
+) -> None:
+    """``to-hf`` does not need these parts of the context."""
+    checkpoint = shutil.copytree(odd_nemo, tmp_path / "m.nemo")
+    change(checkpoint)
+    with pytest.raises(RecipeError, match=f"context {IS_DAMAGED}"):
+        nemo.restore_model(checkpoint)
+
+
+def test_verify_checks_the_folder_and_the_sizes_first(
+    source: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_by_command("verify", source / "hf", odd_nemo) == 1
+    assert f"hidden_size={EVEN['hidden_size']} and {ODD['hidden_size']}" in capsys.readouterr().err
+    folder = shutil.copytree(source / "hf", tmp_path / "hf")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert convert_by_command("verify", folder, source / "m.nemo") == 1
+    assert "model.safetensors is empty" in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_a_padded_vocabulary_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
@@ -277,12 +362,19 @@ def test_wrong_paths_of_commands_give_one_message(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("a file")
+    link = tmp_path / "link"
+    link.symlink_to("missing")
     for arguments, message in (
         (("verify", odd_llama, tmp_path / "missing"), "missing does not exist"),
         (("verify", tmp_path / "missing", odd_nemo), "missing does not exist"),
         (("to-hf", odd_nemo, file), "exists and is not empty"),
         (("to-nemo", odd_llama, file / "x"), "cannot be created: "),
         (("to-hf", odd_nemo, file / "a" / "x"), "cannot be created: "),
+        (("to-nemo", odd_nemo, tmp_path / "x"), "is a NeMo checkpoint, not a Hugging Face folder"),
+        (("check", file), "is a file, not a Hugging Face folder"),
+        (("verify", odd_llama, file), "file cannot be unpacked safely"),
+        (("to-nemo", odd_llama, link), "link exists already"),
+        (("to-hf", odd_nemo, link), "link is a symbolic link"),
     ):
         assert convert_by_command(*arguments) == 1
         error = capsys.readouterr().err
