@@ -79,7 +79,7 @@ def test_rope_parameters_of_transformers_5_are_read(odd_llama: Path, tmp_path: P
     # The checkpoint's config may also have the new spelling, if it was copied there.
     side = nemo.side_folder(checkpoint)
     shutil.copyfile(folder / "config.json", side / "config.json")
-    edit_json("config.json", torch_dtype=None)(side)
+    edit_json("config.json", torch_dtype=None, dtype=None)(side)
     assert convert_by_command("to-hf", checkpoint, tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["rope_theta"] == theta

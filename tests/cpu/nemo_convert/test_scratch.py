@@ -92,9 +92,16 @@ def test_a_stopped_verify_removes_what_it_unpacked(
 def test_text_that_utf_8_cannot_encode_is_printed(odd_llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
     file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": "\ud800"}))
-    command = [sys.executable, "-m", "nemo_convert", "check", folder]
-    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    settings = {"num_return_sequences": 3, "num_beams": 2, "do_sample": "\ud800"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_convert", "check", folder],
+        cwd=REPO_ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # strict, unlike that of a C locale
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
-    assert "num_beams='\\ud800'" in done.stdout
+    assert "do_sample=\\ud800" in done.stdout
     assert "Traceback" not in done.stderr
