@@ -83,9 +83,8 @@ def explain_damage(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
             raise
-        reason = re.split(r"\n|\. This is an|\. In PyTorch", str(error))[
-            0
-        ]  # without torch's advice
+        # Without the advice of torch, which starts with one of these words.
+        reason, *_ = re.split(r"\n|\. This is an|\. In PyTorch", str(error))
         raise RecipeError(
             f"{path} is missing or damaged: {type(error).__name__}: {reason}",
             "copy or convert the checkpoint again",
