@@ -111,7 +111,7 @@ Duration = Annotated[
     ),
 ]
 """A time limit in Slurm's format."""
-OWN_VARIABLES = re.compile(
+OWN_VARIABLES = (
     r"STAGE_(DEADLINE|NEEDS_GPU)|PYTHONSAFEPATH|NVIDIA_TF32_OVERRIDE"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|TORCHELASTIC_(RESTART_COUNT|MAX_RESTARTS|RUN_ID|USE_AGENT_STORE|ERROR_FILE)"
@@ -121,12 +121,9 @@ OWN_VARIABLES = re.compile(
 stop the stage from finding its ranks."""
 VariableName = Annotated[
     str,
-    matching(r"[A-Za-z_]\w*", "the name of an environment variable"),
-    AfterValidator(
-        Requirement(
-            lambda name: not OWN_VARIABLES.fullmatch(name),
-            "a variable that neither the launcher nor torchrun nor Slurm sets",
-        )
+    matching(
+        rf"(?!({OWN_VARIABLES})$)[A-Za-z_]\w*",
+        "the name of an environment variable that neither the launcher nor torchrun nor Slurm sets",
     ),
 ]
 Environment = dict[VariableName, str]

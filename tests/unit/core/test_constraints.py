@@ -50,7 +50,7 @@ LARGE = 10**20
         (DistillConfig(resources=Resources(nodes=0)), "resources.nodes=0"),
         (DistillConfig(resources=Resources(env={"A B": "c"})), "the name of an environment"),
         *(
-            (DistillConfig(resources=Resources(env={name: "1"})), f"env.{name}={name}: must be a v")
+            (DistillConfig(resources=Resources(env={name: "1"})), f"env.{name}={name}: must be the")
             for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "STAGE_DEADLINE")
         ),
         (SlurmConfig(pass_env=["SLURM_JOB_ID"]), "neither the launcher nor torchrun nor Slurm"),
