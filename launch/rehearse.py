@@ -56,7 +56,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     selected = [name for name in configs if name in only]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
-    forced_and_accepted(settings, configs)
+    forced_and_accepted(settings, configs)  # this and the next call only refuse invalid settings
     planned_gates(settings, chain)
     stages = {name: stage_of(config) for name, config in configs.items()}
     for name in selected:

@@ -252,13 +252,20 @@ def require_numbers(config: Mapping[str, Any], where: str) -> None:
 def require_version(config: Mapping[str, Any], where: str) -> None:
     """Refuses a ``transformers_version`` that is not a version: transformers parses it."""
     version = config.get("transformers_version") or "0"
-    try:
-        Version(version)
-    except (TypeError, ValueError) as error:
+    if not is_version(version):
         raise RecipeError(
             f"{where}: invalid transformers_version={version!r} in config.json: is no version.",
             'remove it, or set it to a version such as "4.57.6"',
-        ) from error
+        )
+
+
+def is_version(value: Any) -> bool:
+    """Returns whether transformers can parse a value as a version."""
+    try:
+        Version(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def require_valid_padding(config: Mapping[str, Any], where: str) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
-from nemo_convert.config_keys import GENERATION_KEYS, MAX_INTEGER
+from nemo_convert.config_keys import GENERATION_KEYS, MAX_INTEGER, is_version
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
@@ -55,14 +53,6 @@ def _is_never_valid(value: Any) -> bool:
     return False
 
 
-def _is_version(value: Any) -> bool:
-    try:
-        Version(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 FLAGS = (
     *("do_sample", "output_scores", "remove_invalid_values", "renormalize_logits"),
     *("return_dict_in_generate", "use_cache"),
@@ -90,7 +80,7 @@ SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "suppress_tokens": _is_list_of_ids,
     "begin_suppress_tokens": _is_list_of_ids,
     "top_k": _is_non_negative_integer,
-    "transformers_version": _is_version,
+    "transformers_version": is_version,
     "watermarking_config": _is_watermark,
     # Each of the next keys chooses a generation method whose code transformers 4.57 downloads from
     # the hub. The values that are allowed do not choose the method.

@@ -20,6 +20,7 @@ from nemo_convert import hf
 from nemo_convert.architecture import Architecture
 from nemo_convert.generation_config import read_end_ids
 from nemo_convert.gguf_tokenizer import (
+    FIX,
     SPACE,
     add_special_tokens,
     chat_templates,
@@ -50,8 +51,6 @@ ARCHITECTURES = {
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
 always float32."""
-
-
 MAXIMA = {"F16": 65504, "Q8_0": 127 * 65504}
 """Largest absolute values. The blocks of ``Q8_0`` have a float16 factor and integers up to 127."""
 
@@ -151,7 +150,7 @@ def _weights(
         if target is None:
             raise RecipeError(
                 f"llama.cpp has no name for the weight {source} of a {arch_name} model.",
-                "leave export_gguf out (gguf=null)",
+                FIX,
             )
         # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
         # transformers, rotates rows i and i + dim / 2. ``target`` is a name like
@@ -215,7 +214,7 @@ def require_storable(config: Mapping[str, Any]) -> None:
         value = {**numbers, "max_position_embeddings": context}[invalid[0]]
         raise RecipeError(
             f"config.json has {invalid[0]}={value}, which is outside the range of GGUF's number.",
-            f"correct {invalid[0]}, or leave export_gguf out (gguf=null)",
+            f"correct {invalid[0]}, or {FIX}",
         )
 
 

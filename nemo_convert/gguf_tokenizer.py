@@ -340,6 +340,7 @@ def _require_no_overlap(added: Sequence[str]) -> None:
 
     transformers takes the token that starts first. llama.cpp takes the longest token of the text.
     """
+    # Maps each beginning of a token to the longest token that has it.
     longest = {text[:size]: text for text in sorted(added, key=len) for size in range(1, len(text))}
     for first in added:
         for start in range(1, len(first)):

@@ -112,7 +112,7 @@ def _check_side_files(folder: Path) -> None:
     """Refuses a folder with side files that are broken links or folders."""
     for path in sorted(folder.iterdir()):
         if any(path.match(pattern) for pattern in (*SIDE_FILES, ADAPTER)):
-            is_file(path)
+            is_file(path)  # raises the error
 
 
 def is_file(path: Path) -> bool:

@@ -115,7 +115,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
 
 def require_sound_side_files(folder: Path, arch: Architecture) -> None:
     """Raises ``RecipeError`` for a fault of the tokenizer or the generation config in a folder."""
-    _require_none(_side_file_findings(folder, str(folder), arch))
+    _raise_errors(_side_file_findings(folder, str(folder), arch))
 
 
 def complete_cached_model(hf_path: str) -> Path | None:
@@ -143,10 +143,10 @@ def tokenizer_folder(hf_path: str) -> Path | None:
 
 def require_convertible(hf_path: str) -> None:
     """Raises ``RecipeError`` if ``check_model`` finds an error in a model."""
-    _require_none(check_model(hf_path))
+    _raise_errors(check_model(hf_path))
 
 
-def _require_none(findings: Iterable[Finding]) -> None:
+def _raise_errors(findings: Iterable[Finding]) -> None:
     """Raises one ``RecipeError`` for all errors among the findings."""
     errors = [finding for finding in findings if finding.is_error]
     if errors:

@@ -31,7 +31,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
     """
     created = [parent for parent in target.parents if not parent.exists()]  # the deepest first
     try:
-        make_parent(target)
+        _make_parent(target)
         _remove_folders_of_killed(target)
         with (
             tempfile.TemporaryDirectory(
@@ -54,7 +54,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
         raise
 
 
-def make_parent(target: Path) -> None:
+def _make_parent(target: Path) -> None:
     """Creates the folder of a target; raises ``RecipeError`` if that is not possible."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

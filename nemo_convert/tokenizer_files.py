@@ -244,10 +244,10 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
     defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
     # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
-    # A padding in tokenizer.json sets the pad_token that no other file sets.
-    tokenizer = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
-    padding = tokenizer.get("padding") or {}
-    settings = {"pad_token": padding.get("pad_token"), **defaults, **config, **special_map}
+    settings = {**defaults, **config, **special_map}
+    if "pad_token" not in settings and (folder / TOKENIZER).is_file():
+        padding = read_json(folder / TOKENIZER).get("padding") or {}
+        settings["pad_token"] = padding.get("pad_token")
     tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
     for key, types in TOKEN_LIST_TYPES.items():
         lists = [s[key] for s in (config, special_map) if isinstance(s.get(key), types)]

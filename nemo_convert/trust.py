@@ -83,7 +83,7 @@ def explain_damage(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
             raise
-        # Without the advice of torch, which starts with one of these words.
+        # Without the advice that torch adds after the reason.
         reason, *_ = re.split(r"\n|\. This is an|\. In PyTorch", str(error))
         raise RecipeError(
             f"{path} is missing or damaged: {type(error).__name__}: {reason}",

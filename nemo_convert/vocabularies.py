@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
 
 DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 SAMPLE = "A quick  fox, 3.14!\n\té ß 東京 Привет مرحبا 😀 \0"
@@ -63,7 +62,7 @@ def vocabulary_of_json(file: Path) -> dict[str, int]:
             tokenizer.no_truncation()
             tokenizer.no_padding()
             _require_known_ids(tokenizer.encode(SAMPLE).ids, vocabulary)
-            _require_fixed_merges(tokenizer, file)
+            _require_fixed_merges(tokenizer, vocabulary, file)
     except RecipeError:
         raise
     except Exception as error:  # the library raises Exception itself
@@ -78,7 +77,7 @@ def _require_known_ids(ids: list[int], vocabulary: dict[str, int]) -> None:
         raise ValueError(f"it adds the id {min(unknown)} to a text, which no token has")
 
 
-def _require_fixed_merges(tokenizer: Any, file: Path) -> None:
+def _require_fixed_merges(tokenizer: Any, vocabulary: dict[str, int], file: Path) -> None:
     """Refuses a BPE tokenizer without merges, or with random ones (dropout)."""
     from tokenizers.models import BPE
 
@@ -91,10 +90,17 @@ def _require_fixed_merges(tokenizer: Any, file: Path) -> None:
             "set dropout to null in it",
         )
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokens = tokenizer.get_vocab(with_added_tokens=False).keys() - added
-    merged = [token for token in tokens if len(token) > 1 and not BYTE_TOKEN.fullmatch(token)]
-    if merged and not model.ignore_merges and not read_json(file)["model"].get("merges"):
-        raise ValueError(f"it has no merges, so no text has {len(merged)} of its tokens")
+
+    def is_merged(token: str) -> bool:
+        return len(token) > 1 and token not in added and not BYTE_TOKEN.fullmatch(token)
+
+    def is_used(token: str) -> bool:
+        return [piece.value for piece in model.tokenize(token)] == [token]
+
+    # Finds a token soon if there are merges. Reading them from the file would take longer.
+    has_merges = model.ignore_merges or any(map(is_used, filter(is_merged, vocabulary)))
+    if not has_merges and (unused := sum(map(is_merged, vocabulary))):
+        raise ValueError(f"it has no merges, so no text has {unused} of its tokens")
 
 
 def vocabulary_of_vocab_json(folder: Path, merges: str) -> dict[str, int]:

@@ -24,8 +24,7 @@ NEEDED: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
     ),
     "fp8_recipe": ("fp8=hybrid", lambda cfg: cfg.fp8),
 }
-"""Maps a setting to what it needs for an effect, and a function that returns whether that is set.
-"""
+"""What each setting needs to have an effect: as text, and as a function of the settings."""
 
 
 def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
