@@ -36,10 +36,10 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Number of bytes that ``have_same_bytes`` compares at a time, for local tensors."""
-HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
-"""Errors that ``_read_header`` raises if a file has no valid header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """Number of samples by which two tensors on the hub are compared, and bytes of each sample."""
+HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
+"""Errors that ``_read_header`` raises if a file has no valid header."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,11 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
         RecipeError: A file is missing or damaged.
     """
     if is_hub_id(hf_path):
-        return _read_hub_headers(hf_path)
-    headers = (_read_local_header(hf_path, file) for file in weight_files(Path(hf_path)))
+        files = _hub_weight_files(hf_path)
+        with ThreadPoolExecutor() as threads:
+            headers = [*threads.map(partial(_read_hub_header, hf_path), files)]
+    else:
+        headers = [_read_local_header(hf_path, file) for file in weight_files(Path(hf_path))]
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
@@ -123,11 +126,7 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
 
 
 def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
-    """Maps the names of the tensors in a local file to their descriptions.
-
-    Raises:
-        RecipeError: The file is empty, a Git LFS pointer, or damaged.
-    """
+    """Like ``_read_header``; raises ``RecipeError`` for an invalid file, or a Git LFS pointer."""
     path = Path(hf_path) / file
     with path.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
@@ -155,8 +154,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         The tensors by name, without ``ROTARY_BUFFER``.
 
     Raises:
-        AttributeError, KeyError, RecursionError, TypeError, ValueError: The file has no header, or
-            its header does not describe the file.
+        HEADER_ERRORS: The file has no header, or its header does not describe the file.
         RecipeError: The metadata names a format that is not in ``PYTORCH_FORMATS``.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
@@ -190,7 +188,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_contiguous(
-    tensors: Iterable[StoredTensor], data_begin: int, file_bytes: int | None
+    tensors: Iterable[StoredTensor], begin: int, file_bytes: int | None
 ) -> None:
     """Raises ``ValueError`` unless the tensors fill a file without gaps, as safetensors requires.
 
@@ -198,10 +196,9 @@ def _require_contiguous(
 
     Args:
         tensors: All tensors of the file.
-        data_begin: Offset of the first byte after the header.
+        begin: Offset of the first byte after the header.
         file_bytes: Size of the file; ``None`` if it is unknown.
     """
-    begin = data_begin  # where the next tensor must begin
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         numbers = [*tensor.shape, tensor.begin, tensor.end]
         if any(type(number) is not int or number < 0 for number in numbers):
@@ -214,7 +211,7 @@ def _require_contiguous(
                 f"a tensor of type {tensor.dtype} and shape {[*tensor.shape]} does not fill the "
                 f"{bits / 8:.0f} bytes from byte {begin}"
             )
-        begin = tensor.end
+        begin = tensor.end  # where the next tensor must begin
     if file_bytes not in (None, begin):
         raise ValueError(f"it has {file_bytes} bytes, not {begin}")
 
@@ -253,7 +250,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                 )
             # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
-            # Only a read of the header begins at 0. Its range may be longer than the file.
+            # Reads that begin at 0 are of the header. Their range may be longer than the file.
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")
             return data
@@ -280,9 +277,7 @@ def _file_size(hf_path: str, file: str) -> int | None:
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
     """Refuses metadata with a format that is not in ``PYTORCH_FORMATS``, as transformers does.
 
-    Raises:
-        RecipeError: The format is not supported.
-        ValueError: A value is not a string.
+    Raises ``ValueError`` if a value is not a string.
     """
     if metadata is None:
         return
@@ -294,12 +289,6 @@ def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None
             "save the model with save_pretrained, or the file with safetensors.torch.save_file("
             'weights, file, metadata={"format": "pt"})',
         )
-
-
-def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
-    with ThreadPoolExecutor() as threads:
-        headers = [*threads.map(partial(_read_hub_header, hf_path), _hub_weight_files(hf_path))]
-    return {name: tensor for header in headers for name, tensor in header.items()}
 
 
 def _hub_weight_files(hf_path: str) -> list[str]:
