@@ -3,6 +3,8 @@
 Any other key may change what a model computes. transformers ignores keys that it does not know, and
 so does the forward pass of ``reference``, with which a conversion is checked. So their logits can
 agree although both are wrong. ``unknown_keys`` finds such keys.
+
+The checks raise ``RecipeError``. Their argument ``where`` is the model's folder or hub id.
 """
 
 from __future__ import annotations
@@ -156,11 +158,12 @@ def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
     return exact
 
 
-def require_types(config: Mapping[str, Any], where: str) -> None:
-    """Raises ``RecipeError`` if the value of a key in ``BOOLEANS`` or ``NUMBERS`` has a wrong type.
+def _invalid_value_error(where: str, key: str, value: Any, problem: str, fix: str) -> RecipeError:
+    return RecipeError(f"{where}: invalid {key}={value!r} in config.json: {problem}.", fix)
 
-    ``where`` is the model's folder or hub id, for the message.
-    """
+
+def require_types(config: Mapping[str, Any], where: str) -> None:
+    """Refuses values of other types for the keys of ``BOOLEANS`` and ``NUMBERS``."""
     names = {(bool,): "true or false", (int,): "an integer of 64 bits", (int, float): "a number"}
     for key in (*BOOLEANS, *NUMBERS):
         value = config.get(key)
@@ -169,10 +172,8 @@ def require_types(config: Mapping[str, Any], where: str) -> None:
         # type(), because isinstance(True, int) holds. The comparison is false for NaN.
         is_valid = all(type(item) in types and abs(item) <= MAX_INTEGER for item in values)
         if value is not None and not is_valid:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be {names[types]}.",
-                "correct it: in JSON, numbers, true and false have no quotes",
-            )
+            fix = "correct it: in JSON, numbers, true and false have no quotes"
+            raise _invalid_value_error(where, key, value, f"must be {names[types]}", fix)
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
@@ -185,24 +186,19 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
 
 def require_numbers(config: Mapping[str, Any], where: str) -> None:
     """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
+    fix = "download config.json again, or correct it"
     for key in SIZES:
         value = config.get(key, 1)
         if value is None and key in NULLABLE_SIZES:
             continue
         if type(value) is not int or not 0 < value < MAX_SIZE:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive integer "
-                f"below {MAX_SIZE}.",
-                "download config.json again, or correct it",
-            )
+            problem = f"must be a positive integer below {MAX_SIZE}"
+            raise _invalid_value_error(where, key, value, problem, fix)
     for key, value in _constants(config).items():
         # The comparison is also false for NaN and infinity. PyTorch's integers have 64 bits.
         limit = MAX_INTEGER if type(value) is int else sys.float_info.max
         if type(value) not in (int, float) or not 0 < value <= limit:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
-                "download config.json again, or correct it",
-            )
+            raise _invalid_value_error(where, key, value, "must be a positive number", fix)
 
 
 def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,10 +218,8 @@ def require_version(config: Mapping[str, Any], where: str) -> None:
     """Refuses a ``transformers_version`` that is not a version: transformers parses it."""
     version = config.get("transformers_version") or "0"
     if not is_version(version):
-        raise RecipeError(
-            f"{where}: invalid transformers_version={version!r} in config.json: is no version.",
-            'remove it, or set it to a version such as "4.57.6"',
-        )
+        fix = 'remove it, or set it to a version such as "4.57.6"'
+        raise _invalid_value_error(where, "transformers_version", version, "is no version", fix)
 
 
 def is_version(value: Any) -> bool:
@@ -242,8 +236,6 @@ def require_valid_padding(config: Mapping[str, Any], where: str) -> None:
     padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
     # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
     if padding is not None and not (type(padding) is int and -size <= padding < size):
-        raise RecipeError(
-            f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
-            f"vocab_size={size}.",
-            "set pad_token_id to null in config.json, or to the id of a token",
-        )
+        fix = "set pad_token_id to null in config.json, or to the id of a token"
+        problem = f"must be less than vocab_size={size}"
+        raise _invalid_value_error(where, "pad_token_id", padding, problem, fix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -75,20 +75,16 @@ class MergedWeights:
         return weight.merge(self._arch, tensors)
 
 
-@dataclass(frozen=True)
-class FiniteWeights:
-    """Wraps a ``WeightReader``; refuses weights with NaN or infinite values."""
-
-    weights: WeightReader
+class FiniteWeights(Weights):
+    """Reads the weights of a folder; refuses those with NaN or infinite values."""
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
-        tensor = self.weights.read(name)
+        tensor = super().read(name)
         # aminmax returns NaN if any value is NaN.
         if not all(value.isfinite() for value in tensor.aminmax()):
-            raise RecipeError(
-                f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
-            )
+            what = f"weight {name} has NaN or infinite values."
+            raise RecipeError(what, "the model is damaged; use another")
         return tensor
 
 
@@ -108,12 +104,12 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     from nemo_convert.streaming import StreamedSave
 
     require_convertible(str(hf_folder))
-    weights = Weights(hf_folder)
+    weights = FiniteWeights(hf_folder)
     old_config = read_json(hf_folder / "config.json")
     config = as_transformers_4(old_config, str(hf_folder))
     config["torch_dtype"] = model_dtype(weights.headers)
     arch = read_architecture(config, str(hf_folder))
-    source = MergedWeights(FiniteWeights(weights), arch, FAMILIES[arch.hf_architecture])
+    source = MergedWeights(weights, arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
@@ -230,8 +226,7 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
 def _class_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of a config's class by field; none if the class is not NeMo's.
 
-    Args:
-        metadata: The metadata of the config in ``io.json``, by label.
+    ``metadata`` is that of the config in ``io.json``, by label.
 
     Raises:
         RecipeError: The installed NeMo does not have the class.

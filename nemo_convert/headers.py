@@ -133,9 +133,8 @@ def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
     if not start:
         raise RecipeError(f"{path} is empty.", "download it again")
     if start == LFS_POINTER:
-        raise RecipeError(
-            f"{path} is a Git LFS pointer, not the weights.", f"git -C {path.parent} lfs pull"
-        )
+        what = f"{path} is a Git LFS pointer, not the weights."
+        raise RecipeError(what, f"git -C {path.parent} lfs pull")
     try:
         return _read_header(hf_path, file, str(path))
     except HEADER_ERRORS as error:
@@ -192,12 +191,8 @@ def _require_contiguous(
 ) -> None:
     """Raises ``ValueError`` unless the tensors fill a file without gaps, as safetensors requires.
 
-    safetensors' own check needs numpy or torch, which a login node may lack.
-
-    Args:
-        tensors: All tensors of the file.
-        begin: Offset of the first byte after the header.
-        file_bytes: Size of the file; ``None`` if it is unknown.
+    safetensors' own check needs numpy or torch, which a login node may lack. The first tensor must
+    start at byte ``begin``. ``file_bytes`` is the size of the file; ``None`` if it is unknown.
     """
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         numbers = [*tensor.shape, tensor.begin, tensor.end]
@@ -244,10 +239,8 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
         with get_session().get(url, headers=headers, stream=True, timeout=timeout) as response:
             hf_raise_for_status(response)
             if begin and response.status_code != PARTIAL_CONTENT:
-                raise RecipeError(
-                    f"the hub sends {file} of {hf_path} only as a whole.",
-                    "use a hub that answers range requests, or download the model first",
-                )
+                fix = "use a hub that answers range requests, or download the model first"
+                raise RecipeError(f"the hub sends {file} of {hf_path} only as a whole.", fix)
             # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
             # Reads that begin at 0 are of the header. Their range may be longer than the file.
@@ -303,10 +296,8 @@ def _hub_weight_files(hf_path: str) -> list[str]:
     folder = side_folder(hf_path)
     if (folder / INDEX_FILE).is_file():
         return sorted(set(read_index(folder).values()))
-    raise RecipeError(
-        f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub.",
-        "use a model with safetensors weights",
-    )
+    what = f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub."
+    raise RecipeError(what, "use a model with safetensors weights")
 
 
 def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:

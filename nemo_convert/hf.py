@@ -129,16 +129,13 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes tensors as safetensors, in shards with an index, or in one file if one shard suffices.
+    """Writes (name, tensor) pairs as safetensors to an existing folder.
+
+    The files are shards with an index, or one file if one shard suffices.
 
     A thread writes one shard while the caller's thread reads the next, so at most two shards are in
     memory. The caller's thread must read ``tensors``: a rehearsal (a stage on fake tensors) puts
     only that thread into fake tensor mode.
-
-    Args:
-        tensors: (name, tensor) in the order of the files.
-        folder: Existing folder for the files.
-        shard_bytes: See ``SHARD_BYTES``.
     """
     from safetensors.torch import save_file
 
@@ -189,9 +186,7 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     ``trust_remote_code=False``. This function therefore loads the model from a temporary folder
     without code: it has copies of the side files, and links to the weights.
 
-    Args:
-        folder: Hugging Face folder.
-        dtype: PyTorch's name of the weights' type; ``auto`` for the type in ``config.json``.
+    ``dtype`` is PyTorch's name of the weights' type; ``auto`` for the type in ``config.json``.
     """
     from transformers import AutoModelForCausalLM
 
