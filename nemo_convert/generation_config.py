@@ -250,7 +250,5 @@ def require_loadable_generation_config(folder: Path) -> None:
     # A value of a wrong type can raise any error: transformers does not check types.
     except Exception as error:
         reason = str(error).partition("\n")[0]  # the first line
-        raise RecipeError(
-            f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}.",
-            f"correct or remove {GENERATION_CONFIG}",
-        ) from error
+        what = f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}."
+        raise RecipeError(what, f"correct or remove {GENERATION_CONFIG}") from error

@@ -110,10 +110,8 @@ def write(
     for number, (tensor, stored_type) in enumerate(zip(tensors, types, strict=True), 1):
         values = tensor.read()
         if (largest := np.abs(values).max()) > MAXIMA.get(tensor.type, math.inf):
-            raise RecipeError(
-                f"{tensor.name} has the value {largest:g}, too large for {tensor.type}.",
-                "set the type to bf16 or f32",
-            )
+            what = f"{tensor.name} has the value {largest:g}, too large for {tensor.type}."
+            raise RecipeError(what, "set the type to bf16 or f32")
         writer.write_tensor_data(gguf.quants.quantize(values, stored_type))
         progress(number, len(tensors))
     writer.close()
@@ -206,10 +204,8 @@ def require_storable(config: Mapping[str, Any]) -> None:
     if context >= 2**32:
         invalid["max_position_embeddings"] = context
     for key, value in invalid.items():  # the error names only the first
-        raise RecipeError(
-            f"config.json has {key}={value}, which is outside the range of GGUF's number.",
-            f"correct {key}, or {FIX}",
-        )
+        what = f"config.json has {key}={value}, which is outside the range of GGUF's number."
+        raise RecipeError(what, f"correct {key}, or {FIX}")
 
 
 def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:

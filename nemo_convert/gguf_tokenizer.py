@@ -241,10 +241,8 @@ def _byte_level_name(pre_tokenizer: Mapping[str, Any]) -> str:
         return "smollm"
     if types == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
-    raise RecipeError(
-        f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp.",
-        f"{FIX}, or add the name to PRE_TOKENIZERS in gguf_tokenizer.py",
-    )
+    what = f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp."
+    raise RecipeError(what, f"{FIX}, or add the name to PRE_TOKENIZERS in gguf_tokenizer.py")
 
 
 def _refuse(setting: str, reason: str = "llama.cpp does not support it") -> NoReturn:

@@ -73,16 +73,12 @@ def weight_files(folder: Path) -> list[str]:
     if is_file(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
     if not is_file(folder / INDEX_FILE):
-        raise RecipeError(
-            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
-            "save the model with save_pretrained(..., safe_serialization=True)",
-        )
+        what = f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}."
+        raise RecipeError(what, "save the model with save_pretrained(..., safe_serialization=True)")
     files = sorted(set(read_index(folder).values()))
     if missing := [file for file in files if not is_file(folder / file)]:
-        raise RecipeError(
-            f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
-            "download the model again, or copy all of its shards",
-        )
+        what = f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists."
+        raise RecipeError(what, "download the model again, or copy all of its shards")
     return files
 
 

@@ -83,10 +83,8 @@ def _require_no_contradiction(
             # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
             loses_theta = config.get("rope_theta") is None
         if loses_theta or normalized != new_value:
-            raise RecipeError(
-                f"{where}: {key}={value} contradicts {source}={config[source]}.",
-                f"remove {key} or {source}, whichever is wrong",
-            )
+            what = f"{where}: {key}={value} contradicts {source}={config[source]}."
+            raise RecipeError(what, f"remove {key} or {source}, whichever is wrong")
 
 
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
@@ -126,10 +124,8 @@ def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, A
     # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not is_flat or (theta is None and "rope_theta" not in rope):
-        raise RecipeError(
-            f"{where}: rope_parameters={rope} is not supported.",
-            "use a model with one rope_theta for all layers",
-        )
+        what = f"{where}: rope_parameters={rope} is not supported."
+        raise RecipeError(what, "use a model with one rope_theta for all layers")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     theta = rope.get("rope_theta", theta)
     return {"rope_theta": theta, "rope_scaling": _normalize_scaling(scaling, where)}
@@ -143,10 +139,8 @@ def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
     result = {key: value for key, value in scaling.items() if key != "type"}
     rope_type = result.setdefault("rope_type", scaling.get("type", "default"))
     if scaling.get("type", rope_type) != rope_type:
-        raise RecipeError(
-            f"{where}: rope_scaling has type={scaling['type']} and rope_type={rope_type}.",
-            "remove the wrong one",
-        )
+        what = f"{where}: rope_scaling has type={scaling['type']} and rope_type={rope_type}."
+        raise RecipeError(what, "remove the wrong one")
     if result.get("partial_rotary_factor") in (None, 1):
         result.pop("partial_rotary_factor", None)
     if rope_type in ("default", "linear") and result == {"rope_type": rope_type, "factor": 1}:
@@ -175,10 +169,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     config = as_transformers_4(config, where)
     name = _architecture_name(config, where)
     if name not in FAMILIES:
-        raise RecipeError(
-            f"{where}: architecture {name} is not supported.",
-            f"use a model of one of: {', '.join(SUPPORTED)}",
-        )
+        what = f"{where}: architecture {name} is not supported."
+        raise RecipeError(what, f"use a model of one of: {', '.join(SUPPORTED)}")
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _require_sizes(family, config, where)
@@ -216,10 +208,8 @@ def _architecture_name(config: Mapping[str, Any], where: str) -> str:
     names = {family.model_type: name for name, family in FAMILIES.items()}
     name = _first_name(config.get("architectures")) or names.get(str(model_type), "none")
     if name in FAMILIES and model_type not in (None, FAMILIES[name].model_type):
-        raise RecipeError(
-            f"{where}: model_type={model_type} contradicts architectures={name}.",
-            "correct config.json: transformers chooses the class by model_type",
-        )
+        what = f"{where}: model_type={model_type} contradicts architectures={name}."
+        raise RecipeError(what, "correct config.json: transformers chooses the class by model_type")
     return str(name)
 
 
@@ -230,10 +220,8 @@ def _require_sizes(family: Family, config: Mapping[str, Any], where: str) -> Non
     if family.has(EXPERTS):
         required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
     if missing := [repr(key) for key in required if key not in config]:
-        raise RecipeError(
-            f"{where}: config.json has no {', no '.join(missing)}.",
-            "download config.json again from the source of the model",
-        )
+        what = f"{where}: config.json has no {', no '.join(missing)}."
+        raise RecipeError(what, "download config.json again from the source of the model")
 
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:

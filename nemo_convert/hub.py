@@ -188,10 +188,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
     for file in files.values():
         if not file.endswith(".safetensors") or file.startswith("/") or ".." in file.split("/"):
-            raise RecipeError(
-                f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}.",
-                "download the model again, or correct the index",
-            )
+            what = f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}."
+            raise RecipeError(what, "download the model again, or correct the index")
     return files
 
 
@@ -203,10 +201,7 @@ def is_offline() -> bool:
 
 
 def download(hf_path: str) -> Path:
-    """Downloads a hub model's side files and the weights that transformers reads.
-
-    Returns:
-        The snapshot folder in the local cache.
+    """Downloads a hub model's side files and weights; returns the snapshot folder in the cache.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.

@@ -258,10 +258,8 @@ def _require_same_sizes(folder: Path, checkpoint: Path, arch: Architecture) -> N
         if name not in ignored and sizes[name] != size
     ]
     if differences:
-        raise RecipeError(
-            f"{folder} and {checkpoint} are different models: {', '.join(differences)}.",
-            "give the folder and the checkpoint of one model",
-        )
+        what = f"{folder} and {checkpoint} are different models: {', '.join(differences)}."
+        raise RecipeError(what, "give the folder and the checkpoint of one model")
 
 
 def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:

@@ -301,7 +301,6 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
 
 
 def _side_file_findings(folder: Path, hf_path: str, arch: Architecture) -> Iterator[Finding]:
-    """Checks the generation config and the tokenizer."""
     try:
         for what, fix in generation_problems(folder, arch.vocab_size):
             yield Finding(what, fix)

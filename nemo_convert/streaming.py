@@ -191,10 +191,8 @@ def _read_slice(
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
     items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-        raise RecipeError(
-            f"{reader.path} is incomplete: it does not have all shards of {key}.",
-            "copy or convert the checkpoint again",
-        )
+        what = f"{reader.path} is incomplete: it does not have all shards of {key}."
+        raise RecipeError(what, "copy or convert the checkpoint again")
     if len(items) == 1:
         return _read_item(reader, items[0]).reshape(inner_shape)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)

@@ -90,10 +90,8 @@ def explain_damage(path: Path) -> Iterator[None]:
             raise
         # Without the advice that torch adds after the reason.
         reason, *_ = re.split(r"\n|\. This is an|\. In PyTorch", str(error))
-        raise RecipeError(
-            f"{path} is missing or damaged: {type(error).__name__}: {reason}",
-            "copy or convert the checkpoint again",
-        ) from error
+        what = f"{path} is missing or damaged: {type(error).__name__}: {reason}"
+        raise RecipeError(what, "copy or convert the checkpoint again") from error
 
 
 def require_known_context(io_json: Path) -> None:
@@ -167,9 +165,6 @@ def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
         metadata: What ``read_metadata`` returned.
         keys: Keys of the weights that will be read. Keys that are not stored are ignored.
         weights: Folder of the checkpoint's weights, for the message.
-
-    Raises:
-        RecipeError: The metadata is refused.
     """
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 

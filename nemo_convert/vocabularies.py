@@ -82,10 +82,8 @@ def _require_fixed_merges(tokenizer: Any, vocabulary: dict[str, int], file: Path
     if not isinstance(model, BPE):
         return
     if model.dropout:
-        raise RecipeError(
-            f"{file} has dropout={model.dropout:.3g}, so it splits a text randomly.",
-            "set dropout to null in it",
-        )
+        what = f"{file} has dropout={model.dropout:.3g}, so it splits a text randomly."
+        raise RecipeError(what, "set dropout to null in it")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
     def is_merged(token: str) -> bool:
