@@ -25,13 +25,11 @@ from recipes.core.wheels import parse_wheel_file
 
 def main() -> int:
     """Runs a command; returns the exit status."""
-    epilog = f"Architectures: {', '.join(SUPPORTED)}."
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model's files may have text that UTF-8 cannot encode, as may names of files.
+        # Names of files, and text in a model's files, may have characters that UTF-8 cannot encode.
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(
-        prog="python -m nemo_convert", description=__doc__, epilog=epilog
-    )
+    parser = argparse.ArgumentParser(prog="python -m nemo_convert", description=__doc__)
+    parser.epilog = f"Architectures: {', '.join(SUPPORTED)}."
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check a Hugging Face model without converting it")
     check.add_argument("source", help="folder or hub id; downloads only headers and small files")
@@ -45,21 +43,18 @@ def main() -> int:
     verify = commands.add_parser("verify", help="compare a Hugging Face folder with a checkpoint")
     verify.add_argument("first", type=Path)
     verify.add_argument("second", type=Path)
+    trust_help = "open a checkpoint even if it then runs code"
     for command in (to_hf, verify):
-        command.add_argument(
-            "--trust", action="store_true", help="open a checkpoint even if it then runs code"
-        )
+        command.add_argument("--trust", action="store_true", help=trust_help)
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
         os.environ[TRUST] = "1"
     run = {"check": _check, "to-nemo": _to_nemo, "to-hf": _to_hf, "verify": _verify}
     try:
         run[arguments.command](arguments)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if (problem := storage_problem(error, Path())) is None:
+    except (RecipeError, OSError) as error:
+        problem = error if isinstance(error, RecipeError) else storage_problem(error, Path())
+        if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)
         return 1

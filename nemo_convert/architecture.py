@@ -71,11 +71,9 @@ class Architecture:
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, num_experts: int) -> int:
-        """Counts the parameters of a layer's matrices.
+        """Counts the parameters of a layer's matrices, including ``num_experts`` of its experts.
 
-        Args:
-            num_experts: How many experts to count: all, or those that one token uses. The router
-                always has a row for each expert of the layer.
+        All rows of the router count, one for each expert of the layer.
         """
         heads, groups = self.num_attention_heads, self.num_query_groups
         # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes: of q and o

@@ -1,8 +1,10 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
-Any other key may change what a model computes. transformers and ``nemo_convert.reference`` both
-ignore keys that they do not know. So their logits agree although both may be wrong.
-``unknown_keys`` finds such keys.
+Any other key may change what a model computes. transformers ignores keys that it does not know, and
+so does the forward pass of ``reference``, with which a conversion is checked. So their logits can
+agree although both are wrong. ``unknown_keys`` finds such keys.
+
+The checks raise ``RecipeError``. Their argument ``where`` is the model's folder or hub id.
 """
 
 from __future__ import annotations
@@ -16,40 +18,72 @@ from packaging.version import Version
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 
+SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "sliding_window",
+    "vocab_size",
+)
+"""Keys whose value must be a positive integer."""
+NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
+"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
+MAX_SIZE = 1 << 31
+"""Sizes must be smaller. Larger ones are errors, with which libraries fail in their own ways."""
+MAX_INTEGER = (1 << 63) - 1
+"""Largest signed integer of 64 bits, as in PyTorch."""
+BOOLEANS = (
+    "attention_bias",
+    "mlp_bias",
+    "norm_topk_prob",
+    "tie_word_embeddings",
+    "use_cache",
+    "use_sliding_window",
+)
+"""Keys that are true or false; null means the same as no key."""
+FLOATS = ("initializer_range", "rms_norm_eps")
+"""Keys for which transformers 5 refuses an integer."""
+NUMBERS: Mapping[str, tuple[type, ...]] = {
+    "attention_dropout": (int, float),
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+}
+"""Keys for which transformers 5 refuses values of other types than these. Null is also valid, and
+so is a list for ``eos_token_id``."""
+GENERATION_KEYS = (
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+)
+"""Settings of generation, which old versions of transformers wrote to ``config.json``."""
 READ_KEYS = frozenset(
     {
+        *SIZES,
+        *BOOLEANS,
+        *FLOATS,
         "architectures",
-        "attention_bias",
         "compression_config",
         "decoder_sparse_step",
-        "head_dim",
         "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
         "layer_types",
-        "max_position_embeddings",
         "max_window_layers",
-        "mlp_bias",
         "mlp_only_layers",
         "model_type",
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "num_attention_heads",
-        "num_experts",
-        "num_experts_per_tok",
-        "num_hidden_layers",
-        "num_key_value_heads",
         "pad_token_id",
         "quantization",
         "quantization_config",
-        "rms_norm_eps",
         "rope_scaling",
         "rope_theta",
-        "sliding_window",
-        "tie_word_embeddings",
-        "use_sliding_window",
-        "vocab_size",
     }
 )
 """Keys that the converter, transformers or NeMo's importers read for a supported model."""
@@ -80,26 +114,18 @@ HARMLESS_KEYS: Mapping[str, str] = {
     "_attn_implementation_autoset": "chooses a kernel",
     "_name_or_path": "where the model was loaded from",
     "attention_dropout": "used in training only, where NeMo has its own",
-    "bos_token_id": "used by generation",
-    "do_sample": "used by generation",
     "dtype": "weights are read in the type that they are stored in",
-    "eos_token_id": "used by generation",
     "gradient_checkpointing": "trades memory for time in training",
     "is_decoder": "read by models with an encoder and a decoder only",
     "is_llama_config": "marks the SmolLM2 models",
-    "max_length": "used by generation",
     "max_sequence_length": "read by no library",
-    "num_beams": "used by generation",
     "output_attentions": "adds outputs, and does not change the logits",
     "output_hidden_states": "adds outputs, and does not change the logits",
     "output_router_logits": "adds outputs, and does not change the logits",
     "pretraining_tp": "splits matrix multiplications of Llama 2 without changing them",
-    "repetition_penalty": "used by generation",
     "router_aux_loss_coef": "used in training only",
-    "temperature": "used by generation",
+    "tf_legacy_loss": "used by TensorFlow",
     "tokenizer_class": "names the tokenizer",
-    "top_k": "used by generation",
-    "top_p": "used by generation",
     "torch_dtype": "weights are read in the type that they are stored in",
     "torchscript": "changes the form of the output",
     "transformers.js_config": "settings of another library",
@@ -108,74 +134,17 @@ HARMLESS_KEYS: Mapping[str, str] = {
     "unsloth_version": "version of the program that wrote the file",
     "use_bfloat16": "weights are read in the type that they are stored in",
     "use_cache": "stores keys and values in generation",
+    **dict.fromkeys(GENERATION_KEYS, "used by generation"),
     **dict.fromkeys(
-        (
-            *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id"),
-            *("diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size"),
-            *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"),
-            *("length_penalty", "min_length", "no_repeat_ngram_size", "num_beam_groups"),
-            *("num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
-            *("return_dict_in_generate", "sep_token_id", "suppress_tokens", "typical_p"),
-        ),
+        ("bos_token_id", "decoder_start_token_id", "eos_token_id", "prefix", "sep_token_id"),
         "used by generation",
     ),
     **dict.fromkeys(
         ("finetuning_task", "task_specific_params"),
         "used by models with other outputs, such as classifiers",
     ),
-    "tf_legacy_loss": "used by TensorFlow",
 }
 """Keys that cannot change a logit, each with the reason."""
-
-
-SIZES = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "sliding_window",
-    "vocab_size",
-)
-"""Keys whose value must be a positive integer."""
-NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
-"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
-MAX_SIZE = 1 << 31
-"""Sizes must be smaller. Larger ones are errors, with which libraries fail in their own ways."""
-MAX_INTEGER = (1 << 63) - 1
-"""Largest integer of PyTorch."""
-GENERATION_KEYS = (
-    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
-    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
-    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length"),
-    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
-    *("output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
-    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
-)
-"""Settings of generation, which old versions of transformers wrote to ``config.json``."""
-BOOLEANS = (
-    "attention_bias",
-    "mlp_bias",
-    "norm_topk_prob",
-    "tie_word_embeddings",
-    "use_cache",
-    "use_sliding_window",
-)
-"""Keys that are true or false; null means the same as no key."""
-FLOATS = ("initializer_range", "rms_norm_eps")
-"""Keys for which transformers 5 refuses an integer."""
-NUMBERS: Mapping[str, tuple[type, ...]] = {
-    "attention_dropout": (int, float),
-    "bos_token_id": (int,),
-    "eos_token_id": (int,),
-}
-"""Keys for which transformers 5 refuses values of other types than these. Null is also valid, and
-so is a list for ``eos_token_id``."""
 
 
 def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,13 +158,13 @@ def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
     return exact
 
 
-def require_types(config: Mapping[str, Any], where: str) -> None:
-    """Raises ``RecipeError`` if the value of a key in ``BOOLEANS`` or ``NUMBERS`` has a wrong type.
+def _invalid_value_error(where: str, key: str, value: Any, problem: str, fix: str) -> RecipeError:
+    return RecipeError(f"{where}: invalid {key}={value!r} in config.json: {problem}.", fix)
 
-    Args:
-        config: Content of ``config.json``.
-        where: The model's folder or hub id, for the message.
-    """
+
+def require_types(config: Mapping[str, Any], where: str) -> None:
+    """Refuses values of other types for the keys of ``BOOLEANS`` and ``NUMBERS``."""
+    names = {(bool,): "true or false", (int,): "an integer of 64 bits", (int, float): "a number"}
     for key in (*BOOLEANS, *NUMBERS):
         value = config.get(key)
         values = value if key == "eos_token_id" and isinstance(value, list) else [value]
@@ -203,12 +172,8 @@ def require_types(config: Mapping[str, Any], where: str) -> None:
         # type(), because isinstance(True, int) holds. The comparison is false for NaN.
         is_valid = all(type(item) in types and abs(item) <= MAX_INTEGER for item in values)
         if value is not None and not is_valid:
-            number = "a number" if float in types else "an integer of 64 bits"
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be "
-                f"{number if key in NUMBERS else 'true or false'}.",
-                "correct it: in JSON, numbers, true and false have no quotes",
-            )
+            fix = "correct it: in JSON, numbers, true and false have no quotes"
+            raise _invalid_value_error(where, key, value, f"must be {names[types]}", fix)
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
@@ -221,42 +186,40 @@ def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
 
 def require_numbers(config: Mapping[str, Any], where: str) -> None:
     """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
+    fix = "download config.json again, or correct it"
     for key in SIZES:
         value = config.get(key, 1)
         if value is None and key in NULLABLE_SIZES:
             continue
         if type(value) is not int or not 0 < value < MAX_SIZE:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive integer "
-                f"below {MAX_SIZE}.",
-                "download config.json again, or correct it",
-            )
-    scaling = config.get("rope_scaling") or {}
-    names = ("rope_theta", "rms_norm_eps", "initializer_range")
-    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
-    is_llama3 = scaling.get("rope_type") == "llama3"
-    # Llama 3's scaling requires all of its keys; a missing one is None, which is refused below.
-    for key in ("factor", *LLAMA3_ROPE) if is_llama3 else {"factor"} & scaling.keys():
-        if key != "rope_type":
-            constants[f"rope_scaling.{key}"] = scaling.get(key)
-    for key, value in constants.items():
+            problem = f"must be a positive integer below {MAX_SIZE}"
+            raise _invalid_value_error(where, key, value, problem, fix)
+    for key, value in _constants(config).items():
         # The comparison is also false for NaN and infinity. PyTorch's integers have 64 bits.
         limit = MAX_INTEGER if type(value) is int else sys.float_info.max
         if type(value) not in (int, float) or not 0 < value <= limit:
-            raise RecipeError(
-                f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
-                "download config.json again, or correct it",
-            )
+            raise _invalid_value_error(where, key, value, "must be a positive number", fix)
+
+
+def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values, except sizes, that must be positive; ``None`` for a missing one."""
+    names = ("rope_theta", "rms_norm_eps", "initializer_range")
+    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
+    scaling = config.get("rope_scaling") or {}
+    if "factor" in scaling:
+        constants["rope_scaling.factor"] = scaling["factor"]
+    if scaling.get("rope_type") == "llama3":  # requires all of its keys
+        numbers = ["factor", *(key for key in LLAMA3_ROPE if key != "rope_type")]
+        constants |= {f"rope_scaling.{key}": scaling.get(key) for key in numbers}
+    return constants
 
 
 def require_version(config: Mapping[str, Any], where: str) -> None:
     """Refuses a ``transformers_version`` that is not a version: transformers parses it."""
     version = config.get("transformers_version") or "0"
     if not is_version(version):
-        raise RecipeError(
-            f"{where}: invalid transformers_version={version!r} in config.json: is no version.",
-            'remove it, or set it to a version such as "4.57.6"',
-        )
+        fix = 'remove it, or set it to a version such as "4.57.6"'
+        raise _invalid_value_error(where, "transformers_version", version, "is no version", fix)
 
 
 def is_version(value: Any) -> bool:
@@ -273,8 +236,6 @@ def require_valid_padding(config: Mapping[str, Any], where: str) -> None:
     padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
     # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
     if padding is not None and not (type(padding) is int and -size <= padding < size):
-        raise RecipeError(
-            f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
-            f"vocab_size={size}.",
-            "set pad_token_id to null in config.json, or to the id of a token",
-        )
+        fix = "set pad_token_id to null in config.json, or to the id of a token"
+        problem = f"must be less than vocab_size={size}"
+        raise _invalid_value_error(where, "pad_token_id", padding, problem, fix)

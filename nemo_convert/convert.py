@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -16,12 +16,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, OUTPUT_LAYER, Family
 from nemo_convert.generation_config import move_settings, require_loadable_generation_config
 from nemo_convert.hf import Weights, copy_side_files, write_weights
-from nemo_convert.hf_config import (
-    as_transformers_4,
-    read_architecture,
-    rms_norm_eps,
-    rope_theta,
-)
+from nemo_convert.hf_config import as_transformers_4, read_architecture, rms_norm_eps, rope_theta
 from nemo_convert.preflight import model_dtype, require_convertible, require_sound_side_files
 from nemo_convert.scratch import scratch_beside
 from nemo_convert.tokenizer_conversion import convert_tokenizer
@@ -51,6 +46,8 @@ ROPE_FIELDS = {
     "old_context_len": "original_max_position_embeddings",
 }
 """Fields of NeMo's model config, with their keys in ``rope_scaling`` of ``config.json``."""
+NO_SCALING = "none"
+"""Represents the field ``scale_factor`` of models and classes without RoPE scaling."""
 
 
 class WeightReader(Protocol):
@@ -68,33 +65,26 @@ class MergedWeights:
         self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
-        """Returns one weight of the stack that a checkpoint stores under ``key``.
+        """Returns the weight at ``index`` of the stack that a checkpoint stores under ``key``.
 
-        Args:
-            key: Key of the stack in the checkpoint, with the prefix ``module.``.
-            index: Position on the leading axes of the stack: (layer, expert), (layer,) or ().
+        ``index`` is the position on the leading axes: (layer, expert), (layer,) or ().
         """
         weight = self._by_key[key]
-        axes = weight.stack_sizes(self._arch)  # keys are the names of the leading axes
-        indices = dict(zip(axes, index, strict=True))
+        indices = dict(zip(weight.stack_sizes(self._arch), index, strict=True))  # {"i": layer, …}
         tensors = [self._weights.read(name) for name in weight.hf_names(indices)]
         return weight.merge(self._arch, tensors)
 
 
-@dataclass(frozen=True)
-class FiniteWeights:
-    """Wraps a ``WeightReader``; refuses weights with NaN or infinite values."""
-
-    weights: WeightReader
+class FiniteWeights(Weights):
+    """Reads the weights of a folder; refuses those with NaN or infinite values."""
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
-        tensor = self.weights.read(name)
+        tensor = super().read(name)
         # aminmax returns NaN if any value is NaN.
         if not all(value.isfinite() for value in tensor.aminmax()):
-            raise RecipeError(
-                f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
-            )
+            what = f"weight {name} has NaN or infinite values."
+            raise RecipeError(what, "the model is damaged; use another")
         return tensor
 
 
@@ -108,18 +98,18 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     memory.
 
     Raises:
-        RecipeError: ``require_convertible`` refuses the folder, transformers cannot load the
-            tokenizer, or a weight is NaN or infinite.
+        RecipeError: The folder has a fault, such as a tokenizer that cannot be loaded, or a weight
+            that is NaN or infinite.
     """
     from nemo_convert.streaming import StreamedSave
 
     require_convertible(str(hf_folder))
-    weights = Weights(hf_folder)
+    weights = FiniteWeights(hf_folder)
     old_config = read_json(hf_folder / "config.json")
     config = as_transformers_4(old_config, str(hf_folder))
     config["torch_dtype"] = model_dtype(weights.headers)
     arch = read_architecture(config, str(hf_folder))
-    source = MergedWeights(FiniteWeights(weights), arch, FAMILIES[arch.hf_architecture])
+    source = MergedWeights(weights, arch, FAMILIES[arch.hf_architecture])
     nemo.initialize(nemo.Parallelism())
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
@@ -147,11 +137,8 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def require_sound(checkpoint: Path) -> None:
     """Refuses a NeMo checkpoint with damaged side files, or with the config of another model.
 
+    Side files are also damaged if transformers refuses the tokenizer or the generation config.
     Reads no weights.
-
-    Raises:
-        RecipeError: A side file is damaged, transformers refuses the tokenizer or the generation
-            config, or ``require_matching_config`` refuses the checkpoint.
     """
     require_matching_config(checkpoint)
     side = nemo.side_folder(checkpoint)
@@ -163,9 +150,7 @@ def require_sound(checkpoint: Path) -> None:
 def require_matching_config(checkpoint: Path) -> None:
     """Refuses a NeMo checkpoint whose ``config.json`` describes another model than its files.
 
-    Raises:
-        RecipeError: The checkpoint's weights are not those of a model with this ``config.json``,
-            or NeMo's model config in ``context/`` has a different value.
+    The files are the weights, of which only the shapes are read, and NeMo's config in ``context/``.
     """
     arch, config = nemo.architecture_of(checkpoint), nemo.read_config(checkpoint)
     family = FAMILIES[arch.hf_architecture]
@@ -174,17 +159,16 @@ def require_matching_config(checkpoint: Path) -> None:
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
     scaling = config.get("rope_scaling") or {}
-    expected["scale_factor"] = scaling.get("factor", "none")
-    expected |= NEMO_VALUES | {
-        field_name: scaling[key] for field_name, key in ROPE_FIELDS.items() if key in scaling
-    }
+    expected |= {"scale_factor": scaling.get("factor", NO_SCALING), **NEMO_VALUES}
+    expected |= {name: scaling[key] for name, key in ROPE_FIELDS.items() if key in scaling}
     if arch.num_moe_experts:
         expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
     actual = _context_settings(checkpoint)
+    # NeMo computes fields that are null.
     differences += [
         f"{name}={actual[name]} in {nemo.CONTEXT}/io.json instead of {value}"
         for name, value in expected.items()
-        if actual.get(name) not in (None, value)  # NeMo computes fields that are null
+        if actual.get(name) not in (None, value)
     ]
     if differences:
         raise RecipeError(
@@ -208,8 +192,7 @@ def different_shapes(checkpoint: Path, arch: Architecture) -> list[str]:
     differences = [f"the weight {name}" for name in sorted(set(names) - weights.keys())]
     for key, weight in weights.items():
         shape = tuple(stored[key].size) if key in stored else None
-        # The leading axes are layer and expert.
-        expected = (*weight.stack_sizes(arch).values(), *weight.shape(arch))
+        expected = (*weight.stack_sizes(arch).values(), *weight.shape(arch))  # layer, expert, …
         if shape != expected:
             differences.append(f"{weight.megatron} of shape {shape} instead of {expected}")
     return differences
@@ -225,32 +208,30 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
     if not (objects := read_json(file).get("objects")):
         raise RecipeError(f"{file} has no objects.", "copy or convert the checkpoint again")
     with explain_damage(file):
-        configs = [
-            item for item in objects.values() if "<root>.model.config" in item.get("paths", ())
-        ]
+        path = "<root>.model.config"
+        configs = [item for item in objects.values() if path in item.get("paths", ())]
         if not configs:
             raise ValueError("it has no model.config")
+        config = configs[-1]
         # The metadata names the config's class. The file stores only arguments that were passed to
         # the class, so its defaults are the other values.
-        settings = _class_defaults(dict(objects[configs[-1]["metadata"]["key"]]["items"]))
-        settings |= {
-            label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
-            for label, value in configs[-1]["items"]
-            if isinstance(value, dict)
-        }
+        settings = _class_defaults(dict(objects[config["metadata"]["key"]]["items"]))
+        for label, value in config["items"]:
+            if isinstance(value, dict):
+                field_name = label.removeprefix("Attr(name='").removesuffix("')")
+                settings[field_name] = value.get("value")
     return settings
 
 
-def _class_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
+def _class_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of a config's class by field; none if the class is not NeMo's.
 
-    Args:
-        record: The metadata of the config in ``io.json``, by label.
+    ``metadata`` is that of the config in ``io.json``, by label.
 
     Raises:
         RecipeError: The installed NeMo does not have the class.
     """
-    target = record["Attr(name='fn_or_cls')"]
+    target = metadata["Attr(name='fn_or_cls')"]
     name = f"{target['module']}.{target['name']}"
     if not MODEL_NAMES.fullmatch(name):
         return {}
@@ -259,8 +240,7 @@ def _class_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     except (AttributeError, ImportError, TypeError) as error:
         what = f"io.json of the checkpoint names {name}, which the installed NeMo does not have."
         raise RecipeError(what, "convert the original Hugging Face model again") from error
-    # Classes without RoPE scaling lack this field. "none" is what is expected for them.
-    return {"scale_factor": "none", **defaults}
+    return {"scale_factor": NO_SCALING, **defaults}
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:

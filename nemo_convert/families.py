@@ -14,13 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 
+OUTPUT_LAYER = "output_layer.weight"
+"""Megatron's name of the weight that computes the logits."""
+LOCAL_SPEC_NAMES = {
+    r"input_layernorm\.weight$": "self_attention.linear_qkv.layer_norm_weight",
+    r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
+    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",  # moves the expert to the end
+}
+"""Maps regular expressions for names in Megatron's local layer spec to the text that replaces the
+match in TransformerEngine's spec."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """One Megatron weight and the Hugging Face weights that it consists of.
 
     ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` returns the shape of the unsharded
     Megatron weight. ``merge`` builds this weight from the Hugging Face weights; ``split`` is the
-    inverse. ``merge`` and ``split`` move values, but do not change them.
+    inverse. Both move values, but do not change them.
     """
 
     megatron: str
@@ -117,27 +128,15 @@ class Family:
         }
 
     def transformer_engine_name(self, name: str) -> str:
-        """Translates a parameter's name to its name in Megatron's TransformerEngine layer spec.
+        """Returns a parameter's name in Megatron's TransformerEngine layer spec.
 
-        Args:
-            name: Name in the TransformerEngine spec, or in the local spec (PyTorch modules).
+        ``name`` is that name already, or the name in the local spec (PyTorch modules).
         """
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into the MLP of dense models only
         for local_pattern, replacement in LOCAL_SPEC_NAMES.items():
             name = re.sub(local_pattern, replacement, name)
         return name
-
-
-OUTPUT_LAYER = "output_layer.weight"
-"""Megatron's name of the weight that computes the logits."""
-LOCAL_SPEC_NAMES = {
-    r"input_layernorm\.weight$": "self_attention.linear_qkv.layer_norm_weight",
-    r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
-    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",  # moves the expert to the end
-}
-"""Maps regular expressions for names in Megatron's local layer spec to the text that replaces the
-match in TransformerEngine's spec."""
 
 
 def _renamed_weight(
@@ -155,13 +154,10 @@ def _embedding_shape(arch: Architecture) -> tuple[int, ...]:
     return (arch.vocab_size, arch.hidden_size)
 
 
-def _fused_qkv_rows(arch: Architecture) -> int:
-    return (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
-
-
-def _separate_qkv_rows(arch: Architecture) -> tuple[int, ...]:
-    key_rows = arch.num_query_groups * arch.kv_channels  # there are as many value rows
-    return arch.num_attention_heads * arch.kv_channels, key_rows, key_rows
+def _qkv_rows(arch: Architecture) -> tuple[int, int, int]:
+    """Returns the number of rows of q, of k and of v."""
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    return heads * arch.kv_channels, groups * arch.kv_channels, groups * arch.kv_channels
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -177,7 +173,7 @@ def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
 def _split_qkv(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     """Returns q, k and v of a weight or bias that ``_merge_qkv`` returned."""
     groups, dim = arch.num_query_groups, arch.kv_channels
-    queries = arch.num_attention_heads // groups  # in each group, beside one key and one value
+    queries = arch.num_attention_heads // groups  # per group, which also has one key and one value
     grouped = tensor.reshape(groups, queries + 2, dim, *tensor.shape[1:])
     qkv = grouped.split([queries, 1, 1], dim=1)
     return [weight.reshape(-1, *tensor.shape[1:]).contiguous() for weight in qkv]
@@ -207,10 +203,10 @@ _COMMON = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
         tuple(f"{_HF_LAYER}self_attn.{p}_proj.weight" for p in "qkv"),
-        lambda a: (_fused_qkv_rows(a), a.hidden_size),
+        lambda a: (sum(_qkv_rows(a)), a.hidden_size),
         _merge_qkv,
         _split_qkv,
-        _separate_qkv_rows,
+        _qkv_rows,
     ),
     _renamed_weight(
         f"{_LAYER}self_attention.linear_proj.weight",
@@ -224,10 +220,10 @@ QKV_BIAS = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.bias",
         tuple(f"{_HF_LAYER}self_attn.{p}_proj.bias" for p in "qkv"),
-        lambda a: (_fused_qkv_rows(a),),
+        lambda a: (sum(_qkv_rows(a)),),
         _merge_qkv,
         _split_qkv,
-        _separate_qkv_rows,
+        _qkv_rows,
     ),
 )
 QK_NORM = tuple(

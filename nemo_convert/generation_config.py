@@ -42,6 +42,16 @@ def _is_list_of_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int for i in value)
 
 
+WATERMARK_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    "bias": _is_number,
+    "context_width": _is_positive_integer,
+    "greenlist_ratio": lambda value: _is_number(value) and 0 <= value <= 1,
+    "hashing_key": lambda value: type(value) is int,
+    "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
+}
+"""Maps each key that ``watermarking_config`` may have to the check that its value must pass."""
+
+
 def _is_watermark(settings: Any) -> bool:
     return isinstance(settings, dict) and all(
         key in WATERMARK_SETTINGS and WATERMARK_SETTINGS[key](value)
@@ -82,8 +92,8 @@ SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "top_k": _is_non_negative_integer,
     "transformers_version": is_version,
     "watermarking_config": _is_watermark,
-    # Each of the next keys chooses a generation method whose code transformers 4.57 downloads from
-    # the hub. The values that are allowed do not choose the method.
+    # Each of the next keys can choose a generation method whose code transformers 4.57 downloads
+    # from the hub. Values that choose such a method are invalid.
     "constraints": _is_never_valid,
     "dola_layers": _is_never_valid,
     "force_words_ids": _is_never_valid,
@@ -112,22 +122,13 @@ ARGUMENTS = (
     "use_model_defaults",
 )
 """Arguments of transformers' ``generate`` method. transformers refuses a file that has one."""
-WATERMARK_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    "bias": _is_number,
-    "context_width": _is_positive_integer,
-    "greenlist_ratio": lambda value: _is_number(value) and 0 <= value <= 1,
-    "hashing_key": lambda value: type(value) is int,
-    "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
-}
-"""Maps each key that ``watermarking_config`` may have to the check that its value must pass."""
 
 
 def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, str]]:
-    """Yields (what is wrong, how to fix it) for a folder's ``generation_config.json``. Torch-free.
+    """Yields (what is wrong, how to fix it) for a Hugging Face folder's settings of generation.
 
-    Args:
-        folder: Hugging Face folder; the file may be absent.
-        vocab_size: Number of token ids. Larger ids of special tokens are a problem.
+    They are in ``generation_config.json``, or else in ``config.json``. The model has token ids
+    below ``vocab_size``.
 
     Raises:
         RecipeError: The file is not valid JSON.
@@ -135,10 +136,7 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
     file, config = _read_settings(folder)
     for key in ARGUMENTS:
         if key in config:
-            yield (
-                f"{file} has {key}, an argument of generate() and not a setting.",
-                f"remove {key}",
-            )
+            yield f"{file} has {key}, an argument of generate() and not a setting.", f"remove {key}"
     yield from _invalid_values(file, config)
     sequences, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
     if type(sequences) is int and sequences > 1:
@@ -157,13 +155,14 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
 def _invalid_values(file: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, is_valid in SETTINGS.items():
         value = config.get(key)
-        is_set = key in config and (value is not None or key in NEVER_NULL)
-        is_sampled = value is not None and config.get("do_sample") and key in SAMPLED_VALUES
-        if is_set and not (is_valid(value) and (not is_sampled or SAMPLED_VALUES[key](value))):
-            yield (
-                f"{file} has {key}={value!r}, which transformers refuses.",
-                f"remove or correct {key}",
-            )
+        if key not in config or (value is None and key not in NEVER_NULL):
+            continue
+        is_refused = not is_valid(value)
+        if config.get("do_sample") and key in SAMPLED_VALUES:
+            is_refused = is_refused or not SAMPLED_VALUES[key](value)
+        if is_refused:
+            what = f"{file} has {key}={value!r}, which transformers refuses."
+            yield what, f"remove or correct {key}"
 
 
 def _invalid_ids(
@@ -188,13 +187,13 @@ def _invalid_ids(
 
 
 def _read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the file that has the settings of generation, and the settings."""
+    """Returns the name of the file that has the settings of generation, and the settings."""
     if (folder / GENERATION_CONFIG).is_file():
         return GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG)
-    return "config.json", moved_settings(read_json(folder / "config.json"))
+    return "config.json", _settings_in_config(read_json(folder / "config.json"))
 
 
-def moved_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of generation in an old ``config.json``; none if it has only token ids.
 
     Without ``generation_config.json``, transformers uses these settings. It refuses to write a
@@ -213,18 +212,19 @@ def moved_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def move_settings(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes ``moved_settings`` to a folder, unless it has a ``generation_config.json``."""
-    settings = moved_settings(config)
+    """Writes the settings of generation in an old ``config.json`` to ``generation_config.json``.
+
+    An existing ``generation_config.json`` in ``folder`` stays as it is.
+    """
+    settings = _settings_in_config(config)
     if settings and not (folder / GENERATION_CONFIG).is_file():
         write_json(folder / GENERATION_CONFIG, settings, indent=2)
 
 
 def read_end_ids(folder: Path) -> list[int]:
-    """Returns the ids at which generation ends (``eos_token_id``)."""
-    for name in (GENERATION_CONFIG, "config.json"):
-        if (folder / name).is_file() and (
-            ids := _as_list(read_json(folder / name).get("eos_token_id"))
-        ):
+    """Returns the ids at which generation ends (``eos_token_id``); empty if no file has them."""
+    for file in (folder / GENERATION_CONFIG, folder / "config.json"):
+        if file.is_file() and (ids := _as_list(read_json(file).get("eos_token_id"))):
             return ids
     return []
 
@@ -250,7 +250,5 @@ def require_loadable_generation_config(folder: Path) -> None:
     # A value of a wrong type can raise any error: transformers does not check types.
     except Exception as error:
         reason = str(error).partition("\n")[0]  # the first line
-        raise RecipeError(
-            f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}.",
-            f"correct or remove {GENERATION_CONFIG}",
-        ) from error
+        what = f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}."
+        raise RecipeError(what, f"correct or remove {GENERATION_CONFIG}") from error

@@ -46,8 +46,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Maps Hugging Face architectures to llama.cpp's. For width-pruned models, call
-``architecture_name``: it returns another name for some of them."""
+"""Maps Hugging Face architectures to llama.cpp's. ``architecture_name`` has an exception."""
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
 always float32."""
@@ -83,7 +82,7 @@ def write(
         progress: Called with the number of written tensors and the number of all tensors.
 
     Raises:
-        RecipeError: llama.cpp has no name for the tokenizer's pre-tokenizer or for a weight.
+        RecipeError: llama.cpp does not support the tokenizer or a weight, or the type a value.
     """
     import gguf
     import numpy as np
@@ -111,10 +110,8 @@ def write(
     for number, (tensor, stored_type) in enumerate(zip(tensors, types, strict=True), 1):
         values = tensor.read()
         if (largest := np.abs(values).max()) > MAXIMA.get(tensor.type, math.inf):
-            raise RecipeError(
-                f"{tensor.name} has the value {largest:g}, too large for {tensor.type}.",
-                "set the type to bf16 or f32",
-            )
+            what = f"{tensor.name} has the value {largest:g}, too large for {tensor.type}."
+            raise RecipeError(what, "set the type to bf16 or f32")
         writer.write_tensor_data(gguf.quants.quantize(values, stored_type))
         progress(number, len(tensors))
     writer.close()
@@ -141,21 +138,19 @@ def _weights(
 
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == arch_name)
     name_map = get_tensor_name_map(arch, architecture.num_layers)
-    # Number of heads in each weight that RoPE rotates.
+    # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
+    # transformers, rotates rows i and i + dim / 2. So for Llama, the rows of these modules are
+    # reordered. The values are the numbers of heads.
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
     for source in sorted(weights.names()):
         if source == "lm_head.weight" and architecture.tied_embeddings:
             continue  # llama.cpp uses the embedding
         target = name_map.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise RecipeError(
-                f"llama.cpp has no name for the weight {source} of a {arch_name} model.",
-                FIX,
-            )
-        # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
-        # transformers, rotates rows i and i + dim / 2. ``target`` is a name like
-        # blk.3.attn_q.weight. ``reordered_heads`` is None for a weight whose rows stay in place.
-        reordered_heads = heads.get(target.split(".")[-2]) if arch_name == "llama" else None
+            what = f"llama.cpp has no name for the weight {source} of a {arch_name} model."
+            raise RecipeError(what, FIX)
+        module = target.split(".")[-2]  # blk.3.attn_q.weight: attn_q
+        reordered_heads = heads.get(module) if arch_name == "llama" else None
         shape = weights.shape(source)
         read = partial(_read, weights, source, reordered_heads)
         yield _Tensor(target, shape, _stored_type(shape, matrix_type), read)
@@ -183,10 +178,7 @@ def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Adds sizes and constants.
-
-    Head sizes are explicit. llama.cpp's default, hidden size / heads, is wrong for pruned models.
-    """
+    """Adds sizes and constants."""
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -194,6 +186,7 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
     writer.add_feed_forward_length(shape.ffn_hidden_size)
     writer.add_head_count(shape.num_attention_heads)
     writer.add_head_count_kv(shape.num_query_groups)
+    # llama.cpp's default head size, hidden size / heads, is wrong for pruned models.
     writer.add_key_length(shape.kv_channels)
     writer.add_value_length(shape.kv_channels)
     writer.add_rope_dimension_count(shape.kv_channels)
@@ -203,19 +196,16 @@ def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any
 
 def require_storable(config: Mapping[str, Any]) -> None:
     """Refuses numbers of a ``config.json`` that are too large or too small for GGUF's types."""
-    context = config.get("max_position_embeddings") or 0
     numbers = {"rope_theta": rope_theta(config), "rms_norm_eps": rms_norm_eps(config)}
     scaling = config.get("rope_scaling") or {}
     numbers |= {key: value for key, value in scaling.items() if not isinstance(value, str)}
-    invalid = [key for key, value in numbers.items() if not 0 < c_float(value).value < math.inf]
+    invalid = {k: value for k, value in numbers.items() if not 0 < c_float(value).value < math.inf}
+    context = config.get("max_position_embeddings") or 0
     if context >= 2**32:
-        invalid.append("max_position_embeddings")
-    if invalid:
-        value = {**numbers, "max_position_embeddings": context}[invalid[0]]
-        raise RecipeError(
-            f"config.json has {invalid[0]}={value}, which is outside the range of GGUF's number.",
-            f"correct {invalid[0]}, or {FIX}",
-        )
+        invalid["max_position_embeddings"] = context
+    for key, value in invalid.items():  # the error names only the first
+        what = f"config.json has {key}={value}, which is outside the range of GGUF's number."
+        raise RecipeError(what, f"correct {key}, or {FIX}")
 
 
 def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
@@ -229,14 +219,13 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     if scaling.get("rope_type") != "llama3":
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # ``turns`` is the number of full rotations of each channel pair over the original context. With
-    # ``high`` or more, ``unscaled`` is 1: the frequency does not change. With ``low`` or fewer,
-    # ``unscaled`` is 0: the frequency is divided by ``factor``.
-    turns = scaling["original_max_position_embeddings"] / (
-        2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
-    )
-    unscaled = np.clip((turns - low) / (high - low), 0, 1)
-    factors = (1 / ((1 - unscaled) / scaling["factor"] + unscaled)).astype(np.float32)
+    wavelengths = 2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
+    # Number of full turns of each channel pair over the original context. A pair with at least
+    # ``high`` turns keeps its frequency. With at most ``low``, it is divided by ``factor``.
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    unscaled_fraction = np.clip((turns - low) / (high - low), 0, 1)
+    multipliers = (1 - unscaled_fraction) / scaling["factor"] + unscaled_fraction
+    factors = (1 / multipliers).astype(np.float32)
     yield _Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
 
 
@@ -244,10 +233,10 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
 
+    require_supported_config(folder)
     # tokenizer.json may lack tokens that other files or the tokenizer's class add. A class such as
     # LlamaTokenizerFast replaces the post-processor of tokenizer.json. So the code below reads the
     # loaded tokenizer, not the file.
-    require_supported_config(folder)
     loaded = load_tokenizer(folder)
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
     pre_tokenizer = require_supported(tokenizer)
@@ -255,8 +244,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     if pre_tokenizer is None:
         writer.add_tokenizer_model("llama")  # llama.cpp's name for sentencepiece's BPE
         writer.add_token_scores(_scores(tokenizer["model"], vocab_size))
-        first_token = loaded.tokenize("a")[0]
-        writer.add_add_space_prefix(first_token.startswith(SPACE))
+        writer.add_add_space_prefix(loaded.tokenize("a")[0].startswith(SPACE))
     else:
         writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
         writer.add_tokenizer_pre(pre_tokenizer)
@@ -267,25 +255,20 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     for role in special.special_token_types:
         if (token_id := getattr(loaded, f"{role}_token_id", None)) is not None:
             special.special_token_ids[role] = token_id
-    end_ids = end_token_ids(read_end_ids(folder), loaded.eos_token_id, dict(enumerate(tokens)))
+    bos, eos = loaded.bos_token_id, loaded.eos_token_id
+    end_ids = end_token_ids(read_end_ids(folder), eos, dict(enumerate(tokens)))
     special.special_token_ids |= end_ids
-    special.add_special_token = add_special_tokens(
-        tokenizer, loaded.bos_token_id, loaded.eos_token_id
-    )
-    # transformers and SpecialVocab prefer different files
+    special.add_special_token = add_special_tokens(tokenizer, bos, eos)
+    # SpecialVocab may have read another file than transformers.
     special.chat_template = chat_templates(loaded.chat_template)
     special.add_to_gguf(writer, quiet=True)
 
 
 def _scores(model: Mapping[str, Any], size: int) -> list[float]:
-    """Returns each id's score. llama.cpp first does the merge whose result has the highest score.
+    """Returns the scores of ids from 0 to ``size`` for ``model``, the BPE of ``tokenizer.json``.
 
-    The score is the negative position of the first merge that results in the token. A token that
-    results from no merge has the lowest score.
-
-    Args:
-        model: Object ``model`` of ``tokenizer.json``, a BPE.
-        size: Number of ids.
+    llama.cpp first does the merge whose result has the highest score. So a token's score is the
+    negative position of the first merge that results in it; the lowest if there is none.
     """
     positions: dict[int, int] = {}
     for position, merge in enumerate(model["merges"]):  # "a b" in old files, otherwise ["a", "b"]

@@ -97,9 +97,8 @@ def require_supported_config(folder: Path) -> dict[str, Any]:
     """Returns ``tokenizer_config.json``. Refuses settings that llama.cpp ignores."""
     config = read_tokenizer_config(folder)
     if config.get("split_special_tokens"):
-        raise RecipeError(
-            f"{CONFIG} has split_special_tokens=True. llama.cpp never splits special tokens.", FIX
-        )
+        what = f"{CONFIG} has split_special_tokens=True. llama.cpp never splits special tokens."
+        raise RecipeError(what, FIX)
     return config
 
 
@@ -125,22 +124,15 @@ def chat_templates(value: object) -> str | list[dict[str, str]] | None:
     named = value
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         named = {item.get("name"): item.get("template") for item in value}
-    if (
-        isinstance(named, dict)
-        and "default" in named
-        and all(map(_is_text, [*named, *named.values()]))
-    ):
-        stored = {re.sub("[^A-Za-z0-9]", "_", name) for name in named}  # gguf's names
-        if len(stored) == len(named) and "" not in stored:
+    if isinstance(named, dict) and "default" in named:
+        are_texts = all(isinstance(text, str) for text in (*named, *named.values()))
+        gguf_names = {re.sub("[^A-Za-z0-9]", "_", str(name)) for name in named}
+        if are_texts and len(gguf_names) == len(named) and "" not in gguf_names:
             return [{"name": name, "template": text} for name, text in named.items()]
     raise RecipeError(
         f"{CONFIG} has chat_template={str(value)[:100]}, which GGUF cannot store.",
         "set chat_template to a text, or to a list with different names, one of them default",
     )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def end_token_ids(
@@ -158,33 +150,30 @@ def end_token_ids(
             or 11.
     """
     ids = list(dict.fromkeys([*([] if eos is None else [eos]), *end_ids]))
-    others = [i for i in ids[1:] if tokens.get(i) not in END_TOKENS.split()]
-    if not ids or len(others) > 2:
-        raise RecipeError(
-            f"the model has the end tokens {ids} (eos_token_id). GGUF can store 1 to 3.", FIX
-        )
-    return dict(zip(("eos", "eot", "eom"), [ids[0], *others], strict=False))
+    # llama.cpp stops at END_TOKENS anyway, so only ``eos`` is stored if it is one of them.
+    stored_ids = ids[:1] + [i for i in ids[1:] if tokens.get(i) not in END_TOKENS.split()]
+    if not 1 <= len(stored_ids) <= 3:
+        what = f"the model has the end tokens {ids} (eos_token_id). GGUF can store 1 to 3."
+        raise RecipeError(what, FIX)
+    return dict(zip(("eos", "eot", "eom"), stored_ids, strict=False))
 
 
 def require_supported(tokenizer: Mapping[str, Any]) -> str | None:
-    """Checks a ``tokenizer.json``, except its post-processor.
-
-    Returns:
-        llama.cpp's name of the pre-tokenizer, as in ``pre_tokenizer_name``.
+    """Checks a ``tokenizer.json``, except its post-processor; returns ``pre_tokenizer_name``.
 
     Raises:
         RecipeError: llama.cpp would tokenize differently.
     """
-    name = pre_tokenizer_name(tokenizer)
+    pre_tokenizer = pre_tokenizer_name(tokenizer)
     _require_supported_model(tokenizer["model"])
     for token in tokenizer.get("added_tokens", ()):
         _require_supported_flags(token, _normalizer_steps(tokenizer))
     added = [token["content"] for token in tokenizer.get("added_tokens", ())]
     _require_no_overlap(added)
-    plain = set(tokenizer["model"].get("vocab", ())).difference(added)
-    if names := sorted(plain.intersection(CONTROL_TOKENS.split())):
+    not_added = set(tokenizer["model"].get("vocab", ())).difference(added)
+    if names := sorted(not_added.intersection(CONTROL_TOKENS.split())):
         _refuse(f"{names[0]} only in vocab, not in added_tokens", "llama.cpp never splits it")
-    return name
+    return pre_tokenizer
 
 
 def add_special_tokens(
@@ -192,13 +181,10 @@ def add_special_tokens(
 ) -> dict[str, bool]:
     """Returns whether the post-processor adds BOS before a text, and EOS after it.
 
-    Args:
-        tokenizer: Content of ``tokenizer.json``.
-        bos: Id of the BOS token.
-        eos: Id of the EOS token.
+    ``tokenizer`` is ``tokenizer.json``; ``bos`` and ``eos`` are ids.
 
     Raises:
-        RecipeError: It adds other tokens.
+        RecipeError: The post-processor adds other tokens.
     """
     start, end = _added_ids(tokenizer.get("post_processor"))
     if start not in ([], [bos]) or end not in ([], [eos]):
@@ -216,13 +202,12 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
 
     Raises:
         RecipeError: The tokenizer is not BPE, llama.cpp does not support its normalizer or
-            pre-tokenizer, or neither ``PRE_TOKENIZERS`` nor this module has a name for it.
+            pre-tokenizer, or this module has no name for the pre-tokenizer.
     """
     model = tokenizer.get("model") or {}
     if "merges" not in model:  # the type is no criterion: old files do not have it
-        raise RecipeError(
-            f"{TOKENIZER} has the type {model.get('type')}; only BPE can be written as GGUF.", FIX
-        )
+        what = f"{TOKENIZER} has the type {model.get('type')}; only BPE can be written as GGUF."
+        raise RecipeError(what, FIX)
     ignores_merges = bool(model.get("ignore_merges"))
     if model.get("byte_fallback"):
         _require_sentencepiece_steps(tokenizer)
@@ -233,10 +218,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     if name == "llama-bpe" and not ignores_merges:
         return "dbrx"  # llama.cpp's name for the same pattern without ignore_merges
     if ignores_merges != (name in IGNORE_MERGES):
-        _refuse(
-            f"ignore_merges={ignores_merges}",
-            f"with this pre_tokenizer, llama.cpp works as with {not ignores_merges}",
-        )
+        reason = f"with this pre_tokenizer, llama.cpp works as with {not ignores_merges}"
+        _refuse(f"ignore_merges={ignores_merges}", reason)
     return name
 
 
@@ -244,9 +227,8 @@ def _byte_level_name(pre_tokenizer: Mapping[str, Any]) -> str:
     """Returns llama.cpp's name of a byte-level pre-tokenizer."""
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     types = [step.get("type") for step in steps]
-    # llama.cpp adds no space before a text, so such a pre-tokenizer gets no name.
     if any(step.get("add_prefix_space") for step in steps):
-        types = []
+        types = []  # refused below, because llama.cpp adds no space before a text
     pattern = steps[0].get("pattern", {}).get("Regex")
     # If use_regex were true, ByteLevel would split the text a second time, with GPT-2's pattern.
     is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)
@@ -259,10 +241,8 @@ def _byte_level_name(pre_tokenizer: Mapping[str, Any]) -> str:
         return "smollm"
     if types == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
-    raise RecipeError(
-        f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp.",
-        f"{FIX}, or add the name to PRE_TOKENIZERS in gguf_tokenizer.py",
-    )
+    what = f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp."
+    raise RecipeError(what, f"{FIX}, or add the name to PRE_TOKENIZERS in gguf_tokenizer.py")
 
 
 def _refuse(setting: str, reason: str = "llama.cpp does not support it") -> NoReturn:
@@ -288,20 +268,20 @@ def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
     """Refuses a tokenizer with byte fallback that splits text, or treats spaces differently.
 
     llama.cpp does not split the text before it merges. It replaces all spaces. It adds no space, or
-    one at the start and after each special token, also to a text that already starts with a space.
+    one at the start and after each special token, even if the text starts with a space.
     """
     _require_normalizer_steps(tokenizer, SENTENCEPIECE_STEPS)
     steps = _normalizer_steps(tokenizer)
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     if not pre_tokenizer and REPLACE_SPACES not in steps:
         _refuse(f"normalizer={tokenizer.get('normalizer')} and no pre_tokenizer")
-    [step, *others] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    [step, *more_steps] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     default = "always" if step.get("add_prefix_space", True) else "never"  # in old files
     # Metaspace adds no space to a text that starts with one. The prepending normalizer does.
     adds_no_space = step.get("prepend_scheme", default) == "never" or PREPEND_SPACE in steps
     is_unsplit = step.get("type") == "Metaspace" and not step.get("split", True)
     is_supported = is_unsplit and adds_no_space and step.get("replacement") == SPACE
-    if pre_tokenizer and (others or not is_supported):
+    if pre_tokenizer and (more_steps or not is_supported):
         _refuse(f"pre_tokenizer={pre_tokenizer}")
 
 
@@ -317,7 +297,7 @@ def _require_supported_model(model: Mapping[str, Any]) -> None:
         tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     elif model.get("unk_token"):
         tokens = sorted(ByteLevel.alphabet())
-    else:  # both leave out bytes without a token
+    else:  # llama.cpp and transformers both leave out bytes without a token
         tokens = []
     if missing := [token for token in tokens if token not in vocab]:
         _refuse(f"no token for the byte {missing[0]}", "llama.cpp has no unk_token for it")
@@ -326,7 +306,7 @@ def _require_supported_model(model: Mapping[str, Any]) -> None:
 def _require_supported_flags(
     token: Mapping[str, Any], normalizer_steps: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuses an added token with flags. llama.cpp finds each such token in the raw text."""
+    """Refuses an added token with flags: llama.cpp finds all added tokens in the raw text."""
     text = token["content"]
     flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
     if token.get("normalized") and _is_normalized_differently(text, normalizer_steps):
@@ -379,12 +359,12 @@ def _added_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], lis
             step_start, step_end = _added_ids(step)
             start, end = step_start + start, end + step_end
         return start, end
-    pieces = processor["single"]
-    texts = [position for position, piece in enumerate(pieces) if "Sequence" in piece]
-    if len(texts) != 1:
+    added = start  # the list for the next ids
+    if sum("Sequence" in piece for piece in processor["single"]) != 1:
         _refuse(f"post_processor={processor}")
-    for position, piece in enumerate(pieces):
-        if position != texts[0]:
-            ids = processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-            (start if position < texts[0] else end).extend(ids)
+    for piece in processor["single"]:
+        if "Sequence" in piece:  # the text
+            added = end
+        else:
+            added += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
     return start, end

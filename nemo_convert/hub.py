@@ -30,21 +30,17 @@ TOKENIZER_FILES = (
 )
 # Licences require that these files are passed on: Apache-2.0 and Llama's licence have a notice.
 LICENCE_FILES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
-SIDE_FILES = (
-    *(*TOKENIZER_FILES, *LICENCE_FILES),
-    *("config.json", "generation_config.json", "README.md"),
-)
+_OTHER_SIDE_FILES = ("config.json", "generation_config.json", "README.md")
+SIDE_FILES = (*TOKENIZER_FILES, *LICENCE_FILES, *_OTHER_SIDE_FILES)
 """Patterns of a model's side files: the files that a conversion copies. They match no weights."""
 ADAPTER = "adapter_config.json"
 """Config file of a PEFT adapter. If a folder has this file, transformers loads the base model that
 the file names, and then the adapter."""
-FILE_SUFFIXES = (".jinja", ".json", ".model", ".txt")
-"""Suffixes of side files. A folder whose name has such a suffix is a mistake."""
 WHEEL_CONVERSION = "conversion-2"
 """Name of the cache folder for models that are converted from wheels. A change of the conversion
 must also change this name, so that the models are converted again."""
 HUB_SECONDS = 2.0
-"""Seconds that a plan waits for the hub. The limit is short: a plan can do without the hub."""
+"""Seconds that a plan waits for the hub, without which a plan is possible, too."""
 # An organization or a model name: at most 96 characters, no dot or hyphen at either end.
 _HUB_NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(
@@ -78,9 +74,8 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
 
 
 def _read_hf_config(hf_path: str) -> dict[str, Any]:
-    """Returns ``config.json`` as stored; the built-in model's config for a wheel."""
-    file = parse_wheel_file(hf_path)
-    if file:
+    """Returns ``config.json`` as stored; for a wheel, the config of the built-in model."""
+    if file := parse_wheel_file(hf_path):
         from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 
         if file.member != GGUF_IN_WHEEL:
@@ -90,7 +85,7 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
             )
         return HF_CONFIG
     if is_hub_id(hf_path):
-        return read_json(_hub_file(hf_path, "config.json"))
+        return _read_hub_config(hf_path)
     folder = Path(hf_path)
     if not folder.is_dir():
         raise RecipeError(
@@ -106,6 +101,16 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
     return read_json(folder / "config.json")
+
+
+def _read_hub_config(hf_path: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(filename="config.json", **hub_arguments(hf_path))
+    except Exception as error:
+        raise unreachable_error(hf_path, "config.json", error) from error
+    return read_json(Path(file))
 
 
 def _check_side_files(folder: Path) -> None:
@@ -127,7 +132,8 @@ def is_file(path: Path) -> bool:
             f"{path} is a link to {path.readlink()}, which does not exist.",
             "download the model again, or copy the files that the links name (cp -L)",
         )
-    if os.path.isdir(path) and path.name.endswith((*FILE_SUFFIXES, ".safetensors")):
+    file_suffixes = (".jinja", ".json", ".model", ".safetensors", ".txt")
+    if os.path.isdir(path) and path.name.endswith(file_suffixes):
         raise RecipeError(f"{path} is a folder, not a file.", "download the file again")
     return os.path.isfile(path)
 
@@ -182,10 +188,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
     for file in files.values():
         if not file.endswith(".safetensors") or file.startswith("/") or ".." in file.split("/"):
-            raise RecipeError(
-                f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}.",
-                "download the model again, or correct the index",
-            )
+            what = f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}."
+            raise RecipeError(what, "download the model again, or correct the index")
     return files
 
 
@@ -197,10 +201,7 @@ def is_offline() -> bool:
 
 
 def download(hf_path: str) -> Path:
-    """Downloads a hub model's side files and the weights that transformers reads.
-
-    Returns:
-        The snapshot folder in the local cache.
+    """Downloads a hub model's side files and weights; returns the snapshot folder in the cache.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
@@ -208,7 +209,7 @@ def download(hf_path: str) -> Path:
     # A snapshot folder is named after its commit. The weights must come from the same commit, even
     # if the hub gets a newer one in the meantime.
     commit = side_folder(hf_path).name
-    folder = _download(hf_path, [WEIGHTS_FILE], commit)  # downloads nothing if the hub lacks it
+    folder = _download(hf_path, [WEIGHTS_FILE], commit)  # raises no error if the hub lacks it
     if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return folder
     return _download(hf_path, sorted(set(read_index(folder).values())), commit)
@@ -264,24 +265,15 @@ def has_chat_template(hf_path: str) -> bool | None:
     if not folder.is_dir():
         return None
     config = folder / "tokenizer_config.json"
-    is_in_config = config.is_file() and bool(read_json(config).get("chat_template"))
+    if config.is_file() and read_json(config).get("chat_template"):
+        return True
     # transformers does not read chat_template.json for a tokenizer.
     files = ("chat_template.jinja", "additional_chat_templates/*.jinja")
-    return is_in_config or any(any(folder.glob(pattern)) for pattern in files)
-
-
-def _hub_file(hf_path: str, name: str) -> Path:
-    """Returns the cached file of a hub model; downloads it if necessary."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(filename=name, **hub_arguments(hf_path)))
-    except Exception as error:
-        raise unreachable_error(hf_path, name, error) from error
+    return any(any(folder.glob(pattern)) for pattern in files)
 
 
 def unreachable_error(hf_path: str, name: str, error: Exception) -> RecipeError:
-    """Returns the error to raise if the file (or files) ``name`` of a hub model cannot be read."""
+    """Returns the error to raise if ``name``, a file or files of a hub model, cannot be read."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
         "check the id, the network, and HF_TOKEN for a gated model; or the path of the folder",

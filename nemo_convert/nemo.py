@@ -44,7 +44,6 @@ STEPS = "steps"
 EXTRA_STATE = "_extra_state"
 """Suffix of the names under which TransformerEngine's modules store FP8 state."""
 SEED = 1234  # NeMo's default
-CHAT_TEMPLATES = "additional_chat_templates"  # directory among the side files
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def initialize(parallel: Parallelism) -> None:
 
     enable()  # patches for a machine without CUDA or TransformerEngine
     if not torch.distributed.is_initialized():
-        is_single_process = not torch.distributed.is_torchelastic_launched()
         options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
-        if is_single_process:  # needs no store that other processes can reach
+        # A single process needs no store that other processes can reach.
+        if not torch.distributed.is_torchelastic_launched():
             options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         if (gpu := select_gpu()) is not None:
             options["device_id"] = gpu
@@ -95,17 +94,17 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         RecipeError: ``path`` is not a NeMo 2 checkpoint, or is an archive that is damaged or that
             would write files outside ``scratch``.
     """
-    folder = path
+    folder = scratch if path.is_file() else path
     if path.is_file():
-        folder = scratch
         try:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter="data")
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             if problem := storage_problem(error, scratch.parent):
                 raise problem from error
+            reason = str(error).partition("\n")[0]  # the first line
             raise RecipeError(
-                f"{path} cannot be unpacked safely: {str(error).partition(chr(10))[0]}",
+                f"{path} cannot be unpacked safely: {reason}",
                 "copy it again if it is incomplete; do not use it if it writes outside its folder, "
                 "or if it is not a .nemo file (a tar archive)",
             ) from error
@@ -141,8 +140,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """Reads the Hugging Face ``config.json`` in a checkpoint, as transformers 4 spells it.
 
     Raises:
-        RecipeError: The file is absent, as in checkpoints that NeMo's own importer wrote. Or
-            ``as_transformers_4`` refuses it.
+        RecipeError: The file is refused, or absent, as in checkpoints of NeMo's own importer.
     """
     file = side_folder(checkpoint) / "config.json"
     if not file.is_file():
@@ -193,8 +191,7 @@ def _record_arguments() -> None:
     """Makes NeMo record the arguments of every config class, since the context stores them.
 
     NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
-    attribute, so NeMo would not record its arguments. For example, a Qwen3Config that is made after
-    a Qwen2Config would have no record.
+    attribute. So a Qwen3Config that is made after a Qwen2Config would have no record.
     """
     from nemo.collections.llm import GPTConfig
 
@@ -217,10 +214,10 @@ def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
     original = file.read_bytes() if file.exists() else None
     settings = read_json(file) if original else {}
     names = (*TOKEN_IDS, "do_sample", *SAMPLING) if settings.get("do_sample") else TOKEN_IDS
-    settings = {key: value for key, value in settings.items() if key in names}
-    if (settings.get("pad_token_id") or 0) < 0:  # transformers refuses to write a negative id
-        del settings["pad_token_id"]
-    write_json(file, settings)
+    writable = {key: value for key, value in settings.items() if key in names}
+    if (writable.get("pad_token_id") or 0) < 0:  # transformers refuses to write a negative id
+        del writable["pad_token_id"]
+    write_json(file, writable)
     try:
         yield
     finally:
@@ -232,7 +229,7 @@ def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
 
 def _fields_that_importers_omit(arch: Architecture) -> dict[str, Any]:
     """Returns values for the fields of NeMo's config that at least one importer does not set."""
-    settings = {
+    fields = {
         "kv_channels": arch.kv_channels,
         "vocab_size": arch.vocab_size,
         "seq_length": arch.max_position_embeddings,
@@ -240,8 +237,8 @@ def _fields_that_importers_omit(arch: Architecture) -> dict[str, Any]:
     }
     if arch.num_moe_experts:
         experts = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
-        settings |= {name: getattr(arch, name) for name in experts}
-    return settings
+        fields |= {name: getattr(arch, name) for name in experts}
+    return fields
 
 
 def restore_model(checkpoint: Path) -> Any:
@@ -276,7 +273,7 @@ def build_core(
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
-    # The dtype is set because Megatron's local norms on the CPU are float32 for any params_dtype.
+    # Megatron's local norms on the CPU ignore params_dtype: they are float32 until to() casts them.
     return config.configure_model(model.tokenizer).to(device(), config.params_dtype)
 
 
@@ -295,10 +292,11 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     because a checkpoint that was written without TransformerEngine does not have them.
     """
     state = core.sharded_state_dict(prefix="module.")
-    weights = {name: item for name, item in state.items() if EXTRA_STATE not in name}
-    state = read_sharded(weights, checkpoint / WEIGHTS)
+    without_fp8 = {name: item for name, item in state.items() if EXTRA_STATE not in name}
+    state = read_sharded(without_fp8, checkpoint / WEIGHTS)
+    weights = {name.removeprefix("module."): weight for name, weight in state.items()}
     # strict=False allows the skipped FP8 states. read_sharded has already refused missing weights.
-    core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
+    core.load_state_dict(weights, strict=False)
 
 
 def save_checkpoint(
@@ -311,10 +309,9 @@ def save_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
-    weights = checkpoint / WEIGHTS
-    weights.mkdir(parents=True, exist_ok=True)
+    (checkpoint / WEIGHTS).mkdir(parents=True, exist_ok=True)
     state = _with_norm_states(core.sharded_state_dict(prefix="module."))
-    dist_checkpointing.save(state, str(weights), strategy)
+    dist_checkpointing.save(state, str(checkpoint / WEIGHTS), strategy)
     if rank == 0:
         write_context(checkpoint, model, side)
 
@@ -346,16 +343,16 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
         staged = Path(temporary) / SIDE
         copy_side_files(side, staged)
-        shutil.rmtree(staged / CHAT_TEMPLATES, ignore_errors=True)  # NeMo cannot copy a directory
-        tokenizer = AutoTokenizer(str(staged))
-        model.tokenizer = tokenizer
-        model.__io__.tokenizer = tokenizer.__io__
+        # NeMo cannot copy a directory.
+        shutil.rmtree(staged / "additional_chat_templates", ignore_errors=True)
+        model.tokenizer = AutoTokenizer(str(staged))
+        model.__io__.tokenizer = model.tokenizer.__io__
         with outside_slurm():
             trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy())
         context = TrainerContext(model=model, trainer=trainer, extra={})
         shutil.rmtree(checkpoint / CONTEXT, ignore_errors=True)
         context.io_dump(checkpoint / CONTEXT, yaml_attrs=["model"])
-        copy_side_files(side, side_folder(checkpoint))  # restores the directory of chat templates
+        copy_side_files(side, side_folder(checkpoint))  # includes the directory of chat templates
 
 
 @contextmanager

@@ -37,7 +37,7 @@ gives about 1e-5, a wrong conversion 0.1 or more."""
 NUM_TOKENS = 128
 """Number of tokens of ``TEXT`` that are compared, unless the model has fewer positions."""
 ADJACENT = 64
-"""Number of first tokens that have positions 0, 1, 2, … The others: see ``spread_positions``."""
+"""Number of first tokens that have positions 0, 1, 2, … ``spread_positions`` skips some later."""
 LAST_POSITION = 2047
 """Position of the last token, unless the model has fewer positions."""
 TEXT = """\
@@ -78,8 +78,7 @@ class Parity:
     def require(self, what: str) -> Parity:
         """Returns this comparison; raises ``RecipeError`` if a weight or the logits differ.
 
-        Args:
-            what: Name of the compared models, for the message.
+        ``what`` names the compared models in the message.
         """
         if self.different_weight is not None:
             raise RecipeError(
@@ -88,10 +87,8 @@ class Parity:
                 "do not use this checkpoint; convert the source again",
             )
         tolerance = LOGITS_TOLERANCE * self.logits_std
-        for library, difference in (
-            ("NeMo", self.nemo_difference),
-            ("transformers", self.transformers_difference),
-        ):
+        differences = {"NeMo": self.nemo_difference, "transformers": self.transformers_difference}
+        for library, difference in differences.items():
             if not difference <= tolerance:  # also catches NaN
                 raise RecipeError(
                     f"parity gate failed: {what}: logits of {library} differ by {difference:.2e} "
@@ -107,11 +104,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
 
     Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
     and compared for equality. This covers embedding rows of tokens that are not in ``TEXT``.
-
-    Args:
-        hf_folder: Hugging Face folder.
-        checkpoint: NeMo checkpoint directory.
-        core: Megatron model that computes NeMo's logits; by default, the model of the checkpoint.
+    ``core`` is the Megatron model that computes NeMo's logits; by default, the checkpoint's model.
     """
     import torch
     from transformers import AutoTokenizer
@@ -120,18 +113,19 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
     num_positions = read_architecture(config, str(hf_folder)).max_position_embeddings
-    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : min(NUM_TOKENS, num_positions)]
+    all_tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    tokens = all_tokens[:, : min(NUM_TOKENS, num_positions)]
     positions = spread_positions(tokens.shape[1], min(LAST_POSITION, num_positions - 1))
     weights = Weights(hf_folder)
     with torch.no_grad():
         expected = reference_logits(config, weights.read, tokens, positions)
         transformers_logits = load_causal_lm(hf_folder)(
             tokens,
-            # Without a mask, transformers starts a new document at each jump of the positions.
+            # Without a mask, transformers takes each jump of the positions for a new document.
             attention_mask=torch.ones_like(tokens),
             position_ids=positions[None],
         ).logits
-    # Without a variable for a loaded model, its memory is free before the weights are compared.
+    # No variable holds a loaded model, so its memory is free before the weights are compared.
     nemo_logits = core_logits(core or load_core(checkpoint), tokens, positions)
     return Parity(
         nemo_difference=(expected - nemo_logits).abs().max().item(),
@@ -145,8 +139,8 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
 def spread_positions(num_tokens: int, last: int) -> torch.Tensor:
     """Returns an increasing RoPE position for each token [num_tokens].
 
-    The first ``ADJACENT`` positions are consecutive. The others are spaced evenly up to ``last``.
-    So a few tokens test RoPE at the positions of a long text.
+    The first ``ADJACENT`` positions are consecutive. The later ones are spaced evenly up to
+    ``last``. So a few tokens test RoPE at the positions of a long text.
     """
     import torch
 
@@ -201,26 +195,22 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
+def find_different_weight(folder_weights: Weights, checkpoint: Path) -> str | None:
     """Finds a weight that the folder or the checkpoint lacks, or whose values differ.
 
-    Args:
-        source: Weights of the Hugging Face folder.
-        checkpoint: NeMo checkpoint directory.
-
     Returns:
-        The Hugging Face name of the first such weight; ``None`` if all weights are equal.
+        The weight's Hugging Face name; ``None`` if all weights are equal.
     """
     import torch
 
-    uncompared = source.names()
+    uncompared = folder_weights.names()
     for name, tensor in hf_weights(checkpoint):
         if name not in uncompared:
             return name
         uncompared.remove(name)
-        original = source.read(name)
-        # A folder with several dtypes was converted to float32, which holds all values exactly. So
-        # the dtypes of a weight may differ, and both are cast to the wider one.
+        original = folder_weights.read(name)
+        # A conversion casts weights of several dtypes to float32, without a change of values. So
+        # both are cast to the wider dtype.
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
@@ -258,28 +248,24 @@ def verify(first: Path, second: Path) -> Parity:
 
 
 def _require_same_sizes(folder: Path, checkpoint: Path, arch: Architecture) -> None:
-    """Refuses a folder whose ``config.json`` has other sizes than the checkpoint's, ``arch``."""
+    """Refuses a folder whose ``config.json`` has other sizes than ``arch``, the checkpoint's."""
     sizes = read_architecture(read_json(folder / "config.json"), str(folder)).as_dict()
-    # The parity gate decides about these two: they do not change the size of a weight.
-    names = sizes.keys() - {"max_position_embeddings", "tied_embeddings"}
+    # Only the parity gate checks these two, which do not change the size of a weight.
+    ignored = ("max_position_embeddings", "tied_embeddings")
     differences = [
         f"{name}={sizes[name]} and {size}"
         for name, size in arch.as_dict().items()
-        if name in names and sizes[name] != size
+        if name not in ignored and sizes[name] != size
     ]
     if differences:
-        raise RecipeError(
-            f"{folder} and {checkpoint} are different models: {', '.join(differences)}.",
-            "give the folder and the checkpoint of one model",
-        )
+        what = f"{folder} and {checkpoint} are different models: {', '.join(differences)}."
+        raise RecipeError(what, "give the folder and the checkpoint of one model")
 
 
 def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
     """Builds and loads a checkpoint's Megatron model in this process, in float32.
 
-    Args:
-        checkpoint: NeMo checkpoint directory.
-        model: NeMo model to build; by default, the one in the checkpoint's context.
+    ``model`` is the NeMo model to build; by default, the one in the checkpoint's context.
     """
     import torch
 

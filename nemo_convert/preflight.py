@@ -13,12 +13,7 @@ from typing import Any
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
 from nemo_convert.generation_config import generation_problems
-from nemo_convert.headers import (
-    Headers,
-    have_same_bytes,
-    read_headers,
-    weight_files,
-)
+from nemo_convert.headers import Headers, have_same_bytes, read_headers, weight_files
 from nemo_convert.hf_config import DTYPES, read_architecture
 from nemo_convert.hub import (
     ADAPTER,
@@ -47,8 +42,6 @@ QUANTIZED = (
 """Ends of names that only weights of quantized models have: GPTQ, AWQ, FP8, bitsandbytes."""
 UNQUANTIZED_FIX = "use the unquantized model"
 MERGE_FIX = "merge the adapter (peft's merge_and_unload), and save the model"
-MAX_NAMED = 3
-"""Largest number of weights that a message names."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,8 @@ class Finding:
 def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model, and notes about it.
 
-    Only headers and small files are read, with one exception. If a model has tied embeddings but
-    also stores a head, the values of head and embedding are compared (samples, for a hub model).
+    Reads only headers and small files. But if a model has tied embeddings and also stores a head,
+    compares the values of head and embedding (of samples, for a hub model).
 
     Raises:
         RecipeError: The config cannot be read or is not supported, or the hub cannot be reached.
@@ -130,9 +123,8 @@ def complete_cached_model(hf_path: str) -> Path | None:
 def tokenizer_folder(hf_path: str) -> Path | None:
     """Returns a folder with the files of a model's tokenizer; downloads those of a hub model.
 
-    Returns:
-        The folder, which may not exist if ``hf_path`` is a path. ``None`` if the hub does not
-        answer, or if requests are forbidden and the cache does not have the complete model.
+    The folder of a local model may not exist. Returns ``None`` if the hub does not answer, or if
+    requests are forbidden and the cache does not have the complete model.
     """
     if not is_hub_id(hf_path):
         return Path(hf_path)
@@ -164,13 +156,10 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     files = {tensor.file for tensor in headers.values()}
     if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
         return  # transformers ignores the index if all weights are in one file
-    index = {
-        name: file for name, file in read_index(folder).items() if not name.endswith(ROTARY_BUFFER)
-    }
-    # Tensors in another shard than the index says, then tensors that the index or the shards lack.
-    wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
-    wrong += sorted(index.keys() ^ headers.keys())
-    if wrong:
+    index = read_index(folder).items()
+    indexed = {(name, file) for name, file in index if not name.endswith(ROTARY_BUFFER)}
+    stored = {(name, tensor.file) for name, tensor in headers.items()}
+    if wrong := {name for name, _ in indexed ^ stored}:
         yield Finding(
             f"{INDEX_FILE} and the shards disagree about {_list_names(wrong)}.",
             "download the model again, or correct the index",
@@ -179,7 +168,8 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
     """Reports too few tensors, those of quantized models, then what ``_shape_findings`` reports."""
-    # Each layer and each expert has weights. The names of so many weights may fill the memory.
+    # Each layer and each expert has weights. A huge wrong size stops here, because the list of all
+    # names that it implies could fill the memory.
     if arch.num_layers * max(1, arch.num_moe_experts) > len(headers):
         sizes = {"num_hidden_layers": arch.num_layers}
         if arch.num_moe_experts:
@@ -311,22 +301,16 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
 
 
 def _side_file_findings(folder: Path, hf_path: str, arch: Architecture) -> Iterator[Finding]:
-    """Checks the generation config and the tokenizer."""
-    yield from _generation_findings(folder, arch)
-    yield from _tokenizer_findings(folder, hf_path, arch)
-
-
-def _generation_findings(folder: Path, arch: Architecture) -> Iterator[Finding]:
-    """Reports faults of ``generation_config.json``."""
     try:
         for what, fix in generation_problems(folder, arch.vocab_size):
             yield Finding(what, fix)
     except RecipeError as error:
         yield Finding(error.what, error.fix)
+    yield from _tokenizer_findings(folder, hf_path, arch)
 
 
 def _tokenizer_findings(folder: Path, hf_path: str, arch: Architecture) -> Iterator[Finding]:
-    """Reports a tokenizer that cannot be read, is read differently, or has too many tokens."""
+    """Reports a tokenizer that cannot be read, that transformers 5 replaces, or that is too big."""
     try:
         vocabulary = read_vocabulary(folder)
     except RecipeError as error:
@@ -340,21 +324,19 @@ def _tokenizer_findings(folder: Path, hf_path: str, arch: Architecture) -> Itera
             "tokenizer with PreTrainedTokenizerFast instead of AutoTokenizer",
             is_error=False,
         )
-    too_large = {
-        token: token_id for token, token_id in vocabulary.items() if token_id >= arch.vocab_size
-    }
+    too_large = [(i, token) for token, i in vocabulary.items() if i >= arch.vocab_size]
     if too_large:
-        token = min(too_large, key=lambda name: too_large[name])  # the token of the smallest id
+        first_id, token = min(too_large, key=lambda id_and_token: id_and_token[0])
         yield Finding(
             f"the tokenizer of {hf_path} has {len(too_large)} tokens without an embedding; the "
-            f"first is {token!r} with id {too_large[token]} (vocab_size={arch.vocab_size}).",
+            f"first is {token!r} with id {first_id} (vocab_size={arch.vocab_size}).",
             "use the tokenizer that the model was trained with, or resize the embeddings "
             "(resize_token_embeddings) and save the model",
         )
 
 
 def _list_names(names: Iterable[str]) -> str:
-    """Joins the first ``MAX_NAMED`` names, and adds the number of further names."""
+    """Joins the first three names, and adds the number of the others."""
     ordered = sorted(names)
-    more = len(ordered) - MAX_NAMED
-    return ", ".join(ordered[:MAX_NAMED]) + (f" and {more} other weights" if more > 0 else "")
+    others = f" and {len(ordered) - 3} other weights" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + others

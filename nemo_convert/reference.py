@@ -1,9 +1,8 @@
 """A plain PyTorch forward pass of every supported family: the reference of the parity gates.
 
-The forward pass follows the config as ``hf_config`` reads it. It shares no code with transformers
-or Megatron. So if one of these libraries interprets a key of the config differently, its logits
-differ from the reference. Weights have their Hugging Face names and layout. Each is read when it is
-needed and cast to float32, so the model is never completely in memory.
+It follows the config as ``hf_config`` reads it, and shares no code with transformers or Megatron.
+So if one of these libraries interprets a key of the config differently, its logits differ from the
+reference. Each weight is read when it is needed, so the model is never completely in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture, rms_norm_eps, rope_theta
 
 ReadWeight = Callable[[str], Tensor]
-"""Returns the weight with a Hugging Face name, in any dtype."""
 
 
 def reference_logits(
@@ -30,7 +28,7 @@ def reference_logits(
 
     Args:
         config: ``config.json`` in the spelling of transformers 4 (``as_transformers_4``).
-        read: Returns a weight by its Hugging Face name.
+        read: Returns a weight by its Hugging Face name, in any dtype.
         tokens: Token ids [batch, sequence].
         positions: RoPE position of each token [sequence]. Attention is causal in the order of the
             tokens, whatever the positions are.
@@ -62,9 +60,8 @@ def reference_logits(
 def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
     """Returns RoPE's angle per position of each pair of channels, in radians, float64 [dim / 2].
 
-    Llama 3.1's scaling keeps high frequencies, divides low ones by ``factor``, and interpolates
-    between them. See https://github.com/meta-llama/llama-models, ``apply_scaling`` in
-    ``models/llama3/model.py``.
+    Llama 3.1's scaling follows ``apply_scaling`` in ``models/llama3/model.py`` of
+    https://github.com/meta-llama/llama-models.
 
     Raises:
         ValueError: The config's ``rope_type`` is neither ``default`` nor ``llama3``.
@@ -77,7 +74,7 @@ def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
         raise ValueError(f"the reference does not support the RoPE scaling {scaling}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     # Number of full turns of each pair within the original context. A pair with at least ``high``
-    # turns keeps its frequency. A pair with at most ``low`` turns has it divided by the factor.
+    # turns keeps its frequency. With at most ``low`` turns, its frequency is divided by ``factor``.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     unscaled_fraction = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled_fraction + (1 - unscaled_fraction) / scaling["factor"])

@@ -22,13 +22,13 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
         FullyParallelLoadStrategyWrapper,
     )
 
-    # Refuses harmful pickles, which Megatron would load.
-    built = {
+    # A factory builds the tensors that are stored, which may have other keys.
+    tensors_by_name = {
         name: item.build() if isinstance(item, ShardedTensorFactory) else item
         for name, item in state.items()
     }
-    keys = {item.key for item in nested_values(built)}
-    require_tensors(read_metadata(weights), keys, weights)
+    keys = {item.key for item in nested_values(tensors_by_name)}
+    require_tensors(read_metadata(weights), keys, weights)  # Megatron would load harmful pickles
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(weights)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_convert.families import FAMILIES
+from nemo_convert.generation_config import TOKEN_IDS
 from nemo_convert.hf_config import read_architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json, write_text_atomically
@@ -58,8 +59,7 @@ HF_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
 }
 """The model's ``config.json``, with float32 as the dtype of the dequantized weights."""
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in _TOKEN_IDS}}
+GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in TOKEN_IDS}}
 MODEL_CARD = """---
 license: apache-2.0
 language: en
@@ -87,9 +87,8 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
         _write_weights(reader, partial / "model.safetensors")
         _write_tokenizer(reader, partial)
         write_text_atomically(partial / "config.json", json.dumps(HF_CONFIG, indent=2))
-        write_text_atomically(
-            partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
-        )
+        generation_config = json.dumps(GENERATION_CONFIG, indent=2)
+        write_text_atomically(partial / "generation_config.json", generation_config)
         write_text_atomically(partial / "README.md", MODEL_CARD)
         stamps = {name: asdict(stamp) for name, stamp in stamp_files(partial).items()}
         write_json(partial / STAMPS, stamps)
@@ -105,10 +104,9 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Returns whether all files have the hashes that were recorded when they were written."""
+    """Returns whether a folder has exactly the files, with the hashes, that ``STAMPS`` records."""
     try:
-        stored = read_json(folder / STAMPS)
-        stamps = {name: FileStamp(**stamp) for name, stamp in stored.items()}
+        stamps = {name: FileStamp(**s) for name, s in read_json(folder / STAMPS).items()}
     except (OSError, RecipeError, TypeError):
         return False
     # The file of stamps does not list itself. So in an intact folder, it is the only change.
@@ -126,8 +124,7 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
     gguf_names = get_tensor_name_map(MODEL_ARCH.LLAMA, architecture.num_layers)
     hf_names = {
         gguf_names.get_name(name, try_suffixes=(".weight",)): name
-        for mapping, indices in FAMILIES[architecture.hf_architecture].weights_of(architecture)
-        for name in mapping.hf_names(indices)
+        for name in FAMILIES[architecture.hf_architecture].hf_shapes(architecture)
     }
     # Number of heads of the projections whose rows llama.cpp reorders.
     heads = {"attn_q": HF_CONFIG["num_attention_heads"], "attn_k": HF_CONFIG["num_key_value_heads"]}
@@ -142,9 +139,9 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
 
 
 def _interleaved_to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of RoPE rows: (2i, 2i + 1) become (i, i + dim/2).
+    """Undoes llama.cpp's order of RoPE rows: in each head, (2i, 2i + 1) become (i, i + dim/2).
 
-    ``weight`` is [heads * dim, hidden]. The rows of each head are reordered alike.
+    ``weight`` is [heads * dim, hidden].
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -164,12 +161,9 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     typed_tokens = zip(tokens, types, strict=True)
     special = [token for token, token_type in typed_tokens if token_type == _CONTROL_TOKEN]

@@ -1,8 +1,7 @@
 """Reads and writes torch_dist checkpoints with one or two weights in memory at a time.
 
 Megatron-Core reads and writes whole state dicts. This module writes checkpoints of the same layout
-(keys, shards, metadata), but gets each tensor from a function when the tensor is due. Its reader
-yields one tensor at a time.
+(keys, shards, metadata), but gets each tensor from a function just before it writes the tensor.
 """
 
 from __future__ import annotations
@@ -59,10 +58,8 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Writes the tensors that a sharded state dict describes, with values from the source."""
         # True: only the main replica of each tensor is kept.
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        with (
-            _without_checksums(),
-            closing(_SourcePlanner(self.source, self.leading_axes)) as planner,
-        ):
+        planner = _SourcePlanner(self.source, self.leading_axes)
+        with _without_checksums(), closing(planner):
             # 0, because a writer that copies ahead requests tensors in an order unlike the plan's.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)  # False: for saving, not for loading
@@ -174,8 +171,7 @@ def _shards_by_index(
 ) -> dict[Index, list[ChunkStorageMetadata]]:
     """Maps each (layer, expert) of a stack to the shards that have values of it.
 
-    Without this, PyTorch would search all shards for each weight, which takes minutes for a model
-    with thousands of experts.
+    Without this map, PyTorch searches all shards for each weight: minutes for thousands of experts.
     """
     shards: dict[Index, list[ChunkStorageMetadata]] = {}
     for chunk in stored.chunks:
@@ -195,10 +191,8 @@ def _read_slice(
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
     items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-        raise RecipeError(
-            f"{reader.path} is incomplete: it does not have all shards of {key}.",
-            "copy or convert the checkpoint again",
-        )
+        what = f"{reader.path} is incomplete: it does not have all shards of {key}."
+        raise RecipeError(what, "copy or convert the checkpoint again")
     if len(items) == 1:
         return _read_item(reader, items[0]).reshape(inner_shape)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
@@ -216,24 +210,19 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
     with explain_damage(path):
-        return _read_block(reader, item, path, location)
-
-
-def _read_block(reader: FileSystemReader, item: ReadItem, path: Path, location: Any) -> Tensor:
-    """Reads a block from the file ``path``, which has the shard at ``location``."""
-    if location.offset + location.length > path.stat().st_size:
-        raise EOFError("the file is too short")  # torch.load would state an unclear reason
-    with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
-        shard = torch.load(reader._slice_file(file, location), weights_only=True)
-    block = _block(shard, item.storage_offsets, item.lengths)
-    # Number of elements from the block's first to its last in the file. The elements between its
-    # rows count too: they are read, and as_strided skips them.
-    steps = zip(block.shape, block.stride(), strict=True)
-    count = 1 + sum((size - 1) * stride for size, stride in steps)
-    start = location.offset + shard.untyped_storage()._checkpoint_offset
-    start += block.storage_offset() * block.itemsize
-    data = torch.from_numpy(np.fromfile(path, np.uint8, count * block.itemsize, offset=start))
-    return data.view(block.dtype).as_strided(block.shape, block.stride())
+        if location.offset + location.length > path.stat().st_size:
+            raise EOFError("the file is too short")  # torch.load would state an unclear reason
+        with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
+            shard = torch.load(reader._slice_file(file, location), weights_only=True)
+        block = _block(shard, item.storage_offsets, item.lengths)
+        # Number of elements from the block's first to its last in the file. The elements between
+        # its rows count too: they are read, and as_strided skips them.
+        steps = zip(block.shape, block.stride(), strict=True)
+        count = 1 + sum((size - 1) * stride for size, stride in steps)
+        start = location.offset + shard.untyped_storage()._checkpoint_offset
+        start += block.storage_offset() * block.itemsize
+        data = torch.from_numpy(np.fromfile(path, np.uint8, count * block.itemsize, offset=start))
+        return data.view(block.dtype).as_strided(block.shape, block.stride())
 
 
 def _block(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -18,8 +18,7 @@ from nemo_convert.tokenizer_files import (
 from recipes.core.files import read_json, write_json
 
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
-"""Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
-its ``extra_special_tokens`` is a dict."""
+"""Settings of transformers 5. Version 4 lacks them, except a dict ``extra_special_tokens``."""
 DROPPED_SETTINGS = (*ONLY_TRANSFORMERS_5, "add_bos_token", "add_eos_token")
 """Settings that a conversion removes. ``tokenizer.json`` defines whether BOS and EOS are added. If
 an ``add_*_token`` setting remained, transformers 5 would obey the settings and not the file."""
@@ -34,19 +33,20 @@ def needs_conversion(folder: Path) -> bool:
     is_replaced = tokenizer_class(folder, config).removesuffix("Fast") in REPLACED_BY_TRANSFORMERS_5
     if is_replaced or is_version_5(config) or not (folder / TOKENIZER).exists():
         return True
-    # transformers replaces this setting of tokenizer.json. Other libraries use it.
-    steps = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
-    has_prefix_space = steps.get("type") == "ByteLevel" and steps.get("add_prefix_space")
+    # transformers overrides add_prefix_space of tokenizer.json with that of tokenizer_config.json.
+    # Other libraries use the former.
+    pre_tokenizer = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
+    is_byte_level = pre_tokenizer.get("type") == "ByteLevel"
+    has_prefix_space = is_byte_level and pre_tokenizer.get("add_prefix_space")
     return bool(has_prefix_space) != bool(config.get("add_prefix_space"))
 
 
 def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
-    transformers 4 cannot read the settings of version 5, and its tokenizer classes may add special
-    tokens that version 5 does not add. Classes of version 5 may ignore how ``tokenizer.json``
-    normalizes and splits text. Both versions can convert ``tokenizer.model``, but differently:
-    version 5 adds BOS only if the settings say so.
+    transformers 4 cannot read the settings of version 5, and its classes may add other special
+    tokens. Classes of version 5 may ignore how ``tokenizer.json`` normalizes and splits text. Both
+    can convert ``tokenizer.model``, but version 5 adds BOS only if the settings say so.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer, before or after the conversion.

@@ -1,4 +1,4 @@
-"""Reads tokenizer files, and rewrites them so that transformers 4 and 5 load the same tokenizer."""
+"""Reads the files of a tokenizer, and refuses settings with which transformers fails."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE, MERGES = "tokenizer.model", "merges.txt"
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 """Class that uses ``tokenizer.json`` unchanged, in transformers 4 and 5."""
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 KNOWN_CLASSES = {
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",
@@ -40,9 +41,7 @@ WITHOUT_JSON = {
 }
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-SPECIAL_TOKENS = tuple(
-    f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
+SPECIAL_TOKENS = tuple(f"{r}_token" for r in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Settings with one special token each."""
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
@@ -54,7 +53,6 @@ CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
 }
 """Default special tokens of classes in transformers 4. Files override them, also with ``null``."""
-LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
     "additional_special_tokens": (list,),
     "extra_special_tokens": (list, dict),
@@ -89,7 +87,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     elif (folder / SENTENCEPIECE).is_file():
         file, vocabulary = SENTENCEPIECE, vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
     elif (folder / "vocab.json").is_file() and (folder / MERGES).is_file():
-        file, vocabulary = MERGES, vocabulary_of_vocab_json(folder, MERGES)
+        file, vocabulary = MERGES, vocabulary_of_vocab_json(folder)
     else:
         raise RecipeError(
             f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}.",
@@ -102,6 +100,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             "code of the model.",
             f'set tokenizer_class to "{GENERIC_CLASS}" if {TOKENIZER} is complete',
         )
+    # Every known class reads tokenizer.json, which is therefore not in WITHOUT_JSON.
     if file in WITHOUT_JSON and class_name.removesuffix("Fast") not in WITHOUT_JSON[file]:
         raise RecipeError(
             f"{folder}: the class {class_name} does not read {file}, and there is no {TOKENIZER}.",
@@ -112,7 +111,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
     for setting, fix in _invalid_tokens(_special_tokens_map(folder, config)):
         raise RecipeError(f"{folder / SPECIAL_TOKENS_MAP}: invalid {setting}.", fix)
-    _require_utf8(folder)
+    _require_utf8_templates(folder)
     # transformers gives the next free ids to tokens that are not in ``file``, even if another file
     # lists other ids. Only the number of these tokens matters here, not their order.
     tokens = [*_added_tokens(folder, config), *sorted(_special_tokens(folder, config))]
@@ -146,7 +145,7 @@ def _invalid_settings(
     for key in _removable_settings(folder, config):
         yield f"{key}={config[key]!r}", "remove it"
     adds_bos = class_name in LLAMA_CLASSES and config.get("add_bos_token", True)
-    if adds_bos and config.get("bos_token", ()) is None:
+    if adds_bos and config.get("bos_token", "unset") is None:
         yield "bos_token=None", "set add_bos_token to false, or name the token"
     has_prefix_space = config.get("add_prefix_space") is not None
     needs_sentencepiece = has_prefix_space and class_name in LLAMA_CLASSES
@@ -166,7 +165,8 @@ def _removable_settings(folder: Path, config: Mapping[str, Any]) -> Iterator[str
     """
     has_json = (folder / TOKENIZER).is_file()
     yield from (key for key in ("from_slow", "tokenizer_object") if config.get(key))
-    yield from (key for key in ("extra_special_tokens", "auto_map") if config.get(key, ()) is None)
+    nullable = ("extra_special_tokens", "auto_map")
+    yield from (key for key in nullable if config.get(key, "unset") is None)
     # Paths on the machine where the tokenizer was saved.
     paths = ("tokenizer_file",) if has_json else ("vocab_file", "merges_file")
     yield from (key for key in ("self", *paths) if key in config)
@@ -207,7 +207,7 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"added_tokens_decoder with {token!r}", "set its flags to true or false"
 
 
-def _require_utf8(folder: Path) -> None:
+def _require_utf8_templates(folder: Path) -> None:
     """Refuses a folder with a chat template that is not in UTF-8."""
     files = folder.glob("chat_template*.jinja")
     for file in (*files, *folder.glob("additional_chat_templates/*.jinja")):
@@ -222,7 +222,7 @@ def _is_token(token: object) -> bool:
     """Returns whether a value is a text, or an ``AddedToken`` object with a text."""
     if isinstance(token, dict):
         is_added_token = token.get("__type") == "AddedToken" and _has_valid_flags(token)
-        return is_added_token and _token_text(token) is not None
+        return is_added_token and isinstance(token.get("content"), str)
     return isinstance(token, str)
 
 
@@ -236,22 +236,23 @@ def _token_text(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _as_list(tokens: Any) -> list[Any]:
+def _as_list(tokens: dict[str, Any] | list[Any]) -> list[Any]:
     return list(tokens.values() if isinstance(tokens, dict) else tokens)
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
     defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
-    # As in transformers 4: the map overrides single tokens, and adds its lists to those of config.
+    # In transformers 4, special_map overrides single tokens. Below, it extends lists of tokens.
     settings = {**defaults, **config, **special_map}
     if "pad_token" not in settings and (folder / TOKENIZER).is_file():
         padding = read_json(folder / TOKENIZER).get("padding") or {}
         settings["pad_token"] = padding.get("pad_token")
     tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
     for key, types in TOKEN_LIST_TYPES.items():
-        lists = [s[key] for s in (config, special_map) if isinstance(s.get(key), types)]
-        tokens += [token for values in lists for token in _as_list(values)]
+        for source in (config, special_map):
+            if isinstance(source.get(key), types):
+                tokens += _as_list(source[key])
     yield from filter(None, map(_token_text, tokens))
 
 
@@ -264,7 +265,7 @@ def _default_tokens(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str
 def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that transformers 4 reads from ``special_tokens_map.json``.
 
-    Objects get the key ``__type``, which tokens in ``tokenizer_config.json`` have.
+    Adds the key ``__type`` to tokens that are objects, as in ``tokenizer_config.json``.
     """
     file = folder / SPECIAL_TOKENS_MAP
     settings = read_json(file) if file.is_file() else {}
@@ -286,15 +287,14 @@ def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
     Version 5 uses Qwen2's class for every Qwen2 model, and for other models whose tokenizer names
     it, except Mistral models. The class ignores how ``tokenizer.json`` normalizes and splits text.
     """
-    names_qwen2 = tokenizer_class(folder, read_tokenizer_config(folder)).startswith(
-        "Qwen2Tokenizer"
-    )
+    class_name = tokenizer_class(folder, read_tokenizer_config(folder))
+    names_qwen2 = class_name.startswith("Qwen2Tokenizer")
     is_mistral = hf_architecture == "MistralForCausalLM"
     uses_qwen2 = hf_architecture == "Qwen2ForCausalLM" or (names_qwen2 and not is_mistral)
     if not uses_qwen2:
         return False
     if not (folder / TOKENIZER).is_file():
-        return not names_qwen2
+        return not names_qwen2  # no replacement if version 4 uses Qwen2's class, too
     tokenizer = read_json(folder / TOKENIZER)
     steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
     splits_like_qwen2 = steps[0].get("pattern") == {"Regex": QWEN2_REGEX}
@@ -332,9 +332,8 @@ def load_tokenizer(folder: Path) -> Any:
             f"correct {CONFIG}, or save {TOKENIZER} with transformers' fast tokenizer",
         ) from error
     if not tokenizer.is_fast:
-        raise RecipeError(
-            "transformers has no fast tokenizer for the model.", f"convert it to {TOKENIZER} first"
-        )
+        what = "transformers has no fast tokenizer for the model."
+        raise RecipeError(what, f"convert it to {TOKENIZER} first")
     return tokenizer
 
 

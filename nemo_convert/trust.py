@@ -23,6 +23,7 @@ from recipes.core.files import STORAGE_FIXES, read_json
 TRUST = "TRUST_CHECKPOINTS"
 """Name of the environment variable with which a user trusts checkpoints. With the value ``1``, all
 checkpoints are opened."""
+WEIGHTS_FIX = f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1"
 CONTEXT_OBJECTS = frozenset(
     (
         "builtins.dict",
@@ -69,6 +70,10 @@ METADATA_OBJECTS = frozenset(
 """Objects that ``weights/.metadata`` may name, besides ``DTYPE_NAMES``."""
 
 
+def _trusts_checkpoints() -> bool:
+    return os.environ.get(TRUST) == "1"
+
+
 @contextmanager
 def explain_damage(path: Path) -> Iterator[None]:
     """Raises a ``RecipeError`` instead of an error that a damaged file or folder causes.
@@ -85,25 +90,19 @@ def explain_damage(path: Path) -> Iterator[None]:
             raise
         # Without the advice that torch adds after the reason.
         reason, *_ = re.split(r"\n|\. This is an|\. In PyTorch", str(error))
-        raise RecipeError(
-            f"{path} is missing or damaged: {type(error).__name__}: {reason}",
-            "copy or convert the checkpoint again",
-        ) from error
+        what = f"{path} is missing or damaged: {type(error).__name__}: {reason}"
+        raise RecipeError(what, "copy or convert the checkpoint again") from error
 
 
 def require_known_context(io_json: Path) -> None:
-    """Refuses a checkpoint whose ``context/io.json`` names unknown objects.
-
-    Raises:
-        RecipeError: The file names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
-    """
+    """Raises ``RecipeError`` if ``context/io.json`` names unknown objects, unless it is trusted."""
     names = set(_named_objects(read_json(io_json)))
     unknown = [
         name
         for name in sorted(names - CONTEXT_OBJECTS)
         if not (MODEL_NAMES.fullmatch(name) or DTYPE_NAMES.fullmatch(name))
     ]
-    if unknown and os.environ.get(TRUST) != "1":
+    if unknown and not _trusts_checkpoints():
         raise RecipeError(
             f"{io_json} names {', '.join(unknown[:5])}: opening it would run that code.",
             "convert only the weights with python -m nemo_convert to-hf SRC DST, which does not "
@@ -113,12 +112,9 @@ def require_known_context(io_json: Path) -> None:
 
 
 def _named_objects(value: Any) -> Iterator[str]:
-    """Yields the names of all Python objects in a value of ``io.json``.
-
-    ``io.json`` represents a Python object as a dict with the type ``pyref``.
-    """
+    """Yields the names of all Python objects in a value of ``io.json``."""
     if isinstance(value, dict):
-        if value.get("type") == "pyref":
+        if value.get("type") == "pyref":  # represents a Python object
             yield f"{value['module']}.{value['name']}"
         for item in value.values():
             yield from _named_objects(item)
@@ -128,22 +124,19 @@ def _named_objects(value: Any) -> Iterator[str]:
 
 
 def require_no_remote_code(config: Any, checkpoint: Path) -> None:
-    """Refuses a checkpoint whose context calls an object with a true ``trust_remote_code``.
+    """Raises ``RecipeError`` if a context sets ``trust_remote_code``, unless it is trusted.
 
     Args:
         config: Fiddle's config of the model, not built yet. Checking the argument labels in
             ``io.json`` would not suffice, because Fiddle reads argument names from other fields.
         checkpoint: Path of the checkpoint, for the message.
-
-    Raises:
-        RecipeError: A call has this argument, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     from fiddle import Buildable
     from fiddle.daglish import iterate
 
     for value, _ in iterate(config):
         arguments = value.__arguments__ if isinstance(value, Buildable) else {}
-        if arguments.get("trust_remote_code") and os.environ.get(TRUST) != "1":
+        if arguments.get("trust_remote_code") and not _trusts_checkpoints():
             raise RecipeError(
                 f"{checkpoint} sets trust_remote_code: opening it would run code in it.",
                 "use a checkpoint without this argument; or, if you trust the author, set "
@@ -155,8 +148,8 @@ def read_metadata(weights: Path) -> Any:
     """Reads ``.metadata`` in the folder ``weights`` of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: There is no metadata, or it is damaged. Or it names an unknown object, and
-            ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: The metadata is absent, is damaged, or names an unknown object and is not
+            trusted.
     """
     path = weights / ".metadata"
     with explain_damage(path), path.open("rb") as file:
@@ -164,18 +157,14 @@ def read_metadata(weights: Path) -> Any:
 
 
 def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
-    """Refuses damaged metadata, and a Python object under the key of a weight.
+    """Refuses damaged metadata and, unless it is trusted, a Python object as a weight.
 
     PyTorch's reader unpickles such an object without restrictions, so it could run any code.
 
     Args:
-        metadata: Result of ``read_metadata``.
+        metadata: What ``read_metadata`` returned.
         keys: Keys of the weights that will be read. Keys that are not stored are ignored.
         weights: Folder of the checkpoint's weights, for the message.
-
-    Raises:
-        RecipeError: A key has no tensor, and ``TRUST_CHECKPOINTS`` is not 1. Or the metadata is
-            not that of a checkpoint.
     """
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -185,11 +174,9 @@ def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
     for key in keys:
         stored = metadata.state_dict_metadata.get(key)
         is_tensor = stored is None or type(stored) is TensorStorageMetadata
-        if not is_tensor and os.environ.get(TRUST) != "1":
-            raise RecipeError(
-                f"{weights} stores {key} as a Python object: opening it could run code.",
-                f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1",
-            )
+        if not is_tensor and not _trusts_checkpoints():
+            what = f"{weights} stores {key} as a Python object: opening it could run code."
+            raise RecipeError(what, WEIGHTS_FIX)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -205,7 +192,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if full_name == "builtins.getattr":  # Python 3.11.2 pickles enums as getattr(CLASS, NAME)
             return self._enum_member
         is_known = full_name in METADATA_OBJECTS or DTYPE_NAMES.fullmatch(full_name)
-        if is_known or os.environ.get(TRUST) == "1":
+        if is_known or _trusts_checkpoints():
             return super().find_class(module, name)
         raise self._error(full_name)
 
@@ -216,7 +203,5 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise self._error("builtins.getattr")
 
     def _error(self, name: str) -> RecipeError:
-        return RecipeError(
-            f"{self._path} names {name}: opening it would run that code.",
-            f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1",
-        )
+        what = f"{self._path} names {name}: opening it would run that code."
+        return RecipeError(what, WEIGHTS_FIX)

@@ -61,7 +61,11 @@ def vocabulary_of_json(file: Path) -> dict[str, int]:
                 tokenizer.enable_truncation(**tokenizer.truncation)  # raises an error if invalid
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            _require_known_ids(tokenizer.encode(SAMPLE).ids, vocabulary)
+            ids = tokenizer.encode(SAMPLE).ids
+            if not ids:
+                raise ValueError("it has no token for any character")
+            if unknown := set(ids) - set(vocabulary.values()):
+                raise ValueError(f"it adds the id {min(unknown)} to a text, which no token has")
             _require_fixed_merges(tokenizer, vocabulary, file)
     except RecipeError:
         raise
@@ -70,25 +74,16 @@ def vocabulary_of_json(file: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _require_known_ids(ids: list[int], vocabulary: dict[str, int]) -> None:
-    if not ids:
-        raise ValueError("it has no token for any character")
-    if unknown := set(ids) - set(vocabulary.values()):
-        raise ValueError(f"it adds the id {min(unknown)} to a text, which no token has")
-
-
 def _require_fixed_merges(tokenizer: Any, vocabulary: dict[str, int], file: Path) -> None:
-    """Refuses a BPE tokenizer without merges, or with random ones (dropout)."""
+    """Raises an error for a BPE tokenizer without merges, or with random ones (dropout)."""
     from tokenizers.models import BPE
 
     model = tokenizer.model
     if not isinstance(model, BPE):
         return
     if model.dropout:
-        raise RecipeError(
-            f"{file} has dropout={model.dropout:.3g}, so it splits a text randomly.",
-            "set dropout to null in it",
-        )
+        what = f"{file} has dropout={model.dropout:.3g}, so it splits a text randomly."
+        raise RecipeError(what, "set dropout to null in it")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
     def is_merged(token: str) -> bool:
@@ -97,14 +92,14 @@ def _require_fixed_merges(tokenizer: Any, vocabulary: dict[str, int], file: Path
     def is_used(token: str) -> bool:
         return [piece.value for piece in model.tokenize(token)] == [token]
 
-    # Finds a token soon if there are merges. Reading them from the file would take longer.
+    # ``any`` stops at the first token that merges make. Reading all merges would take longer.
     has_merges = model.ignore_merges or any(map(is_used, filter(is_merged, vocabulary)))
     if not has_merges and (unused := sum(map(is_merged, vocabulary))):
         raise ValueError(f"it has no merges, so no text has {unused} of its tokens")
 
 
-def vocabulary_of_vocab_json(folder: Path, merges: str) -> dict[str, int]:
-    """Maps the tokens of ``vocab.json`` to their ids; checks the file ``merges``, too.
+def vocabulary_of_vocab_json(folder: Path) -> dict[str, int]:
+    """Maps the tokens of ``vocab.json`` to their ids; checks ``merges.txt``, too.
 
     Raises:
         RecipeError: The files are not a tokenizer.
@@ -113,13 +108,12 @@ def vocabulary_of_vocab_json(folder: Path, merges: str) -> dict[str, int]:
 
     try:
         with without_panics():
-            vocabulary, pairs = BPE.read_file(str(folder / "vocab.json"), str(folder / merges))
-            BPE(vocabulary, pairs)  # raises an error for a merge of unknown tokens
+            files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+            vocabulary, merges = BPE.read_file(*files)
+            BPE(vocabulary, merges)  # raises an error for a merge of unknown tokens
     except Exception as error:  # the library raises Exception itself
-        raise RecipeError(
-            f"{folder}: vocab.json and {merges} are not a tokenizer: {first_line(error)}.",
-            DOWNLOAD_FIX,
-        ) from error
+        what = f"{folder}: vocab.json and merges.txt are not a tokenizer: {first_line(error)}."
+        raise RecipeError(what, DOWNLOAD_FIX) from error
     return dict(vocabulary)
 
 
