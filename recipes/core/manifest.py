@@ -125,8 +125,8 @@ class Manifest:
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """For each stale result that the user kept and that this result depends on: its stage's name,
-    and why it is stale."""
+    """Stale results that the user kept and that this result depends on: for the name of each stage,
+    why its result is stale."""
 
     def result(self, result_type: type[ResultT]) -> ResultT:
         """Returns the metrics as the stage's dataclass, or as one with some of its fields.
@@ -226,7 +226,7 @@ def manifest_of(source: str | None) -> Manifest | None:
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Returns a stamp for every file below ``root``, by its relative POSIX path.
 
-    Also syncs the files to disk, which libraries do not do: the manifest must be written last.
+    Also syncs the files to disk before the caller writes a manifest. Libraries do not sync them.
     """
     files_and_folders = sorted(root.rglob("*"))
     for path in (root, *files_and_folders):

@@ -315,7 +315,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         metrics, old_metrics = stage_dir / METRICS, stage_dir / RESULT_METRICS
         has_result = (stage_dir / MANIFEST).exists()
         if has_result and metrics.exists() and not old_metrics.exists():
-            metrics.rename(old_metrics)
+            metrics.rename(old_metrics)  # the old result stays until this stage is complete
         metrics.unlink(missing_ok=True)
         begun = replace(begun, input_content={})
     else:

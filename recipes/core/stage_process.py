@@ -101,7 +101,7 @@ def start_process(
         yield has_ended
     except BaseException:
         process.terminate()
-        # Waits, because a training run first finishes its step or validation.
+        # After SIGTERM, a training run first finishes its step or its validation.
         with sigterm_ignored(), contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -176,8 +176,8 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
                 lambda log: start_process(command, log, _child_environment(devices)),
             )
     except RecipeError as error:
-        status_and_reason = last_end(stage_dir)
-        if status_and_reason is None or status_and_reason[0] is not Status.STOPPED:
+        status, _ = last_end(stage_dir) or (None, "")
+        if status is not Status.STOPPED:
             raise
         raise StoppedByDeadlineError(f"{name} stopped at the deadline.", error.fix) from error
 
@@ -204,7 +204,7 @@ def _child_environment(devices: int) -> dict[str, str]:
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns an unused path for a log: the time, and a number if that path exists."""
+    """Returns an unused path for a log. Its name is the time, and a number if necessary."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     log, number = logs / f"{now}.log", 1

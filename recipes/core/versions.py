@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from recipes.core.files import REPO_ROOT
+from recipes.core.snapshot import LOCKS
 
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
 """Libraries whose code computes the results of stages. Their versions are in every fingerprint."""
@@ -122,7 +123,7 @@ def locked_version(name: str) -> str:
     """Returns a library's version in the lock files. Raises ``StopIteration`` if it has none."""
     any_separator = re.sub("[-_.]", "[-_.]", name)  # pip treats -, _ and . in names as equal
     pattern = re.compile(rf"^{any_separator}==([^ ;]+)", re.MULTILINE)
-    texts = ((REPO_ROOT / "requirements" / f).read_text() for f in ("stack.txt", "torch.txt"))
+    texts = ((REPO_ROOT / lock).read_text() for lock in LOCKS)
     return next(match[1] for text in texts if (match := pattern.search(text)))
 
 

@@ -119,8 +119,8 @@ def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
+    command = [sys.executable, "-m", TRACKER_MODULE, *arguments]
     with contextlib.suppress(OSError):
-        command = [sys.executable, "-m", TRACKER_MODULE, *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE)
     return None
 
