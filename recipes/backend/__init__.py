@@ -7,5 +7,4 @@ SPEED_PATCH_NAMES = (
     "shared_optimizer_state",
     "released_buckets",
 )
-"""Names of the patch sets in ``cpu_speed.SPEED_PATCHES``. They are listed here because settings
-must not import torch."""
+"""Names of the patch sets in ``cpu_speed``. Settings read them here, without an import of torch."""

@@ -1,9 +1,9 @@
 """AdamW for machines without TransformerEngine, and deferred scaling of gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all gradients. To avoid this memory traffic, scaling can
-be deferred. A gradient tensor then has the attribute ``pending_scale``, the product of the factors
-that are not applied yet. ``FusedAdamW`` multiplies by this product while it reads the gradient.
+coefficient. Each time it reads and writes all gradients. Deferred scaling avoids this memory
+traffic. A gradient tensor then has the attribute ``pending_scale``, the product of the factors that
+are not applied yet. ``FusedAdamW`` multiplies by this product while it reads the gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pending_scale(gradient: Any) -> float | None:
-    """Returns the factor that is not applied yet; ``None`` if scaling is not deferred."""
+    """Returns a gradient's pending factor; ``None`` if its scaling is not deferred."""
     return getattr(gradient, "pending_scale", None)
 
 
@@ -36,9 +36,9 @@ def scale_gradient(gradient: Any, factor: float) -> None:
 
 
 def clip_by_total_norm(original: object) -> Any:
-    """Returns a replacement of Megatron's clipping, which accepts CUDA's float32 tensors only.
+    """Returns a replacement of Megatron's clipping, which accepts only float32 tensors on CUDA.
 
-    ``original`` is unused. A ``Patch`` passes it to every such function.
+    ``original`` is not used. A ``Patch`` passes it.
     """
 
     def clip_grad_by_total_norm_fp32(
@@ -59,7 +59,7 @@ class FusedAdamW(AdamW):
 
     PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group.
     Megatron's distributed optimizer can save and load a reshardable state only with one count per
-    group. ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
+    group. The arguments are those of AdamW.
 
     Raises:
         ValueError: ``adam_w_mode`` is false; only decoupled weight decay is implemented.
@@ -78,10 +78,7 @@ class FusedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient.
-
-        Frees each gradient with deferred scaling right after its use, to save memory.
-        """
+        """Updates parameters with gradients. Frees gradients whose scaling is deferred."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -91,22 +88,21 @@ class FusedAdamW(AdamW):
             for weight in weights:
                 if pending_scale(weight.grad) is not None:
                     self._update_in_blocks(weight, group)
-                    weight.grad = None
-            # Gradients without deferred scaling remain. One call updates all their parameters.
+                    weight.grad = None  # frees its memory before the next update needs more
+            # One call updates all parameters whose gradients' scaling is not deferred.
             if remaining := [weight for weight in weights if weight.grad is not None]:
                 moments = [[self.state[weight][name] for weight in remaining] for name in MOMENTS]
                 _run_kernel(remaining, [weight.grad for weight in remaining], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
-        """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
+        """Updates a parameter from a gradient with deferred scaling, which may be bfloat16.
 
-        Each block is converted to float32, and the kernel scales it. So there is no float32 copy of
-        the whole gradient. Blocks are views: the kernel writes into the parameter and its moments.
+        Converts blocks to float32, so there is no float32 copy of the whole gradient. Blocks are
+        views: the kernel writes into the parameter and its moments.
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides the gradient by this number. For a scale of 0, it divides by infinity,
-        # which gives 0.
+        # The kernel divides the gradient by this number. Division by infinity gives 0.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         blocks_of_tensors = [tensor.view(-1).split(BLOCK) for tensor in tensors]
@@ -131,8 +127,7 @@ def _run_kernel(
         group: The parameter group, with the hyperparameters and the step count.
         inverse_scale: Number by which gradients are divided; ``None`` for 1.
     """
-    # The kernel expects the count of previous steps, and increments it in place. The count must be
-    # a tensor on the weights' device. So each call gets new tensors.
+    # The kernel increments the count of previous steps in place, so each call gets new tensors.
     previous_steps, device = group["step"] - 1.0, weights[0].device
     adamw(
         weights,

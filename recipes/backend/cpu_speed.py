@@ -1,10 +1,9 @@
 """Patches that reduce the time or memory of training on a CPU. Results change by rounding at most.
 
-The patches never apply on CUDA. Patches of gradients only have an effect with one rank. Patches of
-gathers and optimizer state only have an effect with one data-parallel rank.
-``stages.distill.cpu_speed_patches=[]`` disables all patches. The command
-``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measures what the set
-``NAME`` saves; see benchmarks/README.md.
+Patches of gradients only have an effect with one rank. Patches of gathers and optimizer state only
+have an effect with one data-parallel rank. ``stages.distill.cpu_speed_patches=[]`` disables all
+patches. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measures what the
+set ``NAME`` saves; see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.backend.adamw import BLOCK, pending_scale, scale_gradient
+from recipes.backend.adamw import BLOCK, MOMENTS, pending_scale, scale_gradient
 from recipes.backend.device import device
 from recipes.backend.patches import Patch, applied, replace_with
 
@@ -42,17 +41,17 @@ class _CompletedCollective:
 def _unshare_gradients(original: Any) -> Any:
     """Frees Megatron's float32 buffer of all gradients if the gradients are unshared.
 
-    Unshared means that no other rank adds to a gradient. Then autograd's own tensor is used as the
-    gradient, and is freed once the optimizer has read it. Megatron never frees the buffer.
+    Unshared means that no other rank adds to a gradient. Then the optimizer reads and frees
+    autograd's own tensor. Megatron would never free the buffer.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
-        # ``_hand_over_gradients`` patches only the distributed optimizer. ``_skip_reduction`` also
-        # skips the multiplication by this factor.
         self.unshared = (
             torch.distributed.get_world_size() == 1
+            # ``_hand_over_gradients`` patches only this optimizer.
             and self.ddp_config.use_distributed_optimizer
+            # ``_skip_reduction`` also skips the multiplication by this factor.
             and self.gradient_scaling_factor == 1
         )
         for weight in self.params:
@@ -103,15 +102,15 @@ def _keep_first_gradient(original: Any) -> Any:
 
 
 def _skip_reduction(original: Any) -> Any:
-    """Skips the reduction of unshared gradients. Parameters without a gradient get zeros.
+    """Skips the reduction of unshared gradients.
 
-    Megatron's buffer would also have zeros for them. The functions that scale gradients, and hand
-    them to the optimizer, read the gradient of every parameter.
+    Parameters without a gradient get zeros, as in Megatron's buffer. Later functions read the
+    gradient of every parameter.
     """
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
-        if not weights[0].has_unshared_gradient:  # the same for all weights
+        if not weights[0].has_unshared_gradient:  # the same for all weights of a buffer
             original(self)
             return
         for weight in weights:
@@ -124,7 +123,7 @@ def _skip_reduction(original: Any) -> Any:
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Stores the factor in each unshared gradient. ``FusedAdamW`` multiplies by it later."""
+    """Defers the scaling of unshared gradients until ``FusedAdamW`` reads them."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -171,8 +170,7 @@ def _scale_of(gradient: Tensor) -> float:
 def _norm_with_pending_scales(original: Any) -> Any:
     """Computes the joint norm of gradients of any dtype, after multiplying by pending scales."""
 
-    # This function has the signature of Apex's kernel, but reads only ``tensor_lists``. Callers
-    # ignore the second result.
+    # Has the signature of Apex's kernel. Callers ignore the second result.
     def l2_norm(
         chunk_size: int, overflow: Tensor, tensor_lists: Any, *args: Any
     ) -> tuple[Tensor, None]:
@@ -195,8 +193,7 @@ def _sum_of_squares(gradient: Tensor) -> float:
 def _skip_single_rank_gather(original: Any) -> Any:
     """Skips the all-gather of parameters in a group of one rank.
 
-    Input and output are the same buffer in a group of one rank. gloo would copy the buffer onto
-    itself.
+    Input and output are then the same buffer, which gloo would copy onto itself.
     """
 
     def all_gather(output: Tensor, shard: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -215,22 +212,20 @@ class _Concatenation:
     A slice must be the range of one parameter. Megatron requests no other slices.
 
     Args:
-        states: Maps the position of a parameter's first element to the parameter's states by name.
-        name: Name of the state.
+        states: Tensor of each parameter, by the position of the parameter's first element.
     """
 
-    def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
-        self._states, self._name = states, name
+    def __init__(self, states: dict[int, Tensor]) -> None:
+        self._states = states
 
     def __getitem__(self, elements: slice) -> Tensor:
-        return self._states[elements.start][self._name].detach().flatten()
+        return self._states[elements.start].detach().flatten()
 
 
 def _share_optimizer_state(original: Any) -> Any:
     """Gives a checkpoint the optimizer's own tensors. Megatron would copy them three times.
 
-    No copy is needed, because a forked process writes the checkpoint. That process sees the state
-    at the time of the fork.
+    The forked process that writes the checkpoint sees the state at the time of the fork.
     """
 
     def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -242,8 +237,10 @@ def _share_optimizer_state(original: Any) -> Any:
                 start: self._get_main_param_and_optimizer_states(weight)
                 for weight, (start, *_) in buffer.param_index_map.items()
             }
-            names = ("param", "exp_avg", "exp_avg_sq")
-            tensors = {name: _Concatenation(states, name) for name in names}
+            tensors = {
+                name: _Concatenation({start: state[name] for start, state in states.items()})
+                for name in ("param", *MOMENTS)
+            }
             [dtypes] = ranges  # a buffer has one key, its dtypes of parameters and gradients
             result[index] = {dtypes: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
         return result
@@ -254,8 +251,8 @@ def _share_optimizer_state(original: Any) -> Any:
 def _release_buckets(original: Any) -> Any:
     """Frees this process's copies of weights once a forked process writes the checkpoint.
 
-    Megatron stores the copies in lists called buckets. It would keep them until the checkpoint is
-    written. After the fork, this process needs only the number of buckets.
+    Megatron would keep the copies, in lists called buckets, until the checkpoint is written. After
+    the fork, this process needs only the number of buckets.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:

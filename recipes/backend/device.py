@@ -1,7 +1,4 @@
-"""Finds the device that models run on, and selects the GPU of a rank.
-
-Code that depends on the device calls ``device()``. All other code is the same on CPU and GPU.
-"""
+"""Finds the device that models run on, and selects the GPU of a rank."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example while one rank writes a model."""
 QUERIES_AT_ONCE = 128
-"""Number of queries per block in the backward pass of ``training_layers.attend_in_blocks``. It is
-defined here because planning code reads it and must not import torch."""
+"""Number of queries per block in the backward pass of ``training_layers.attend_in_blocks``. Plans
+read it here, without an import of torch."""
 
 
 def device() -> str:
@@ -33,7 +30,7 @@ def collective_backend() -> str:
 
 
 def select_gpu() -> torch.device | None:
-    """Selects this rank's GPU, and returns it; returns ``None`` on a machine without a GPU.
+    """Selects and returns this rank's GPU; returns ``None`` on a machine without a GPU.
 
     By default, PyTorch uses the first GPU on every rank.
     """
@@ -56,10 +53,9 @@ def release_cached_memory() -> None:
 
 
 class FakeStream:
-    """Replaces CUDA streams and events on machines without a GPU.
+    """Replaces CUDA streams and events on machines without a GPU, where operations run in order.
 
-    Operations run in order there, so waiting for a stream or an event does nothing. Every method
-    returns this object.
+    Every method does nothing and returns this object.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...

@@ -1,7 +1,7 @@
 """Layer specs, configs and patches for Megatron-Core without TransformerEngine, on CPU and CUDA.
 
-Local layers are Megatron's layers in plain PyTorch. ``adapt_config`` selects them only in memory.
-Checkpoints contain the config for TransformerEngine.
+Local layers are Megatron's layers in plain PyTorch. They are selected only in memory: checkpoints
+contain the config for TransformerEngine.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def needs_local_layers() -> bool:
 
     Raises:
         RecipeError: There is a GPU, but the installed TransformerEngine cannot be imported.
-            Megatron would silently use the slower local layers.
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
     if device() == "cpu":
         return True
-    # HAVE_TE is true if Megatron could import TransformerEngine.
+    # HAVE_TE is true if Megatron could import TransformerEngine. If not, Megatron would silently
+    # use the slower local layers.
     if not gpt_layer_specs.HAVE_TE and (version := installed_version(TRANSFORMER_ENGINE)):
         raise RecipeError(
             f"TransformerEngine {version} is installed but cannot be imported.",
@@ -54,13 +54,8 @@ def needs_local_layers() -> bool:
 def adapt_config(config: Any, training: bool = False) -> Any:
     """Makes a NeMo model config buildable on this machine, in place, and returns it.
 
-    Local layers have the same checkpoint keys as TransformerEngine's layers. So checkpoints can be
-    loaded with or without TransformerEngine.
-
-    Args:
-        config: The config, which this function changes.
-        training: Whether local layers include the faster layers of ``training_layers``. ModelOpt
-            cannot prune these.
+    Local layers have the checkpoint keys of TransformerEngine's layers. If ``training``, they
+    include the faster layers of ``training_layers``, which ModelOpt cannot prune.
     """
     if needs_local_layers():
         use_local_layers(config)
@@ -76,8 +71,8 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 def use_local_layers(config: Any) -> None:
     """Selects Megatron's local layers, in place.
 
-    Importance scores for pruning need local layers on CUDA too. ModelOpt computes the scores with
-    hooks on the norms. TransformerEngine has no separate norms: they are fused with linear layers.
+    Importance scores for pruning need local layers on CUDA, too. ModelOpt computes the scores with
+    hooks on the norms, which TransformerEngine fuses with linear layers.
     """
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
@@ -96,8 +91,8 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # The map gives norms the checkpoint keys of TransformerEngine's fused layers. But
-        # TransformerEngine does not fuse this norm in MoE layers, so the norm keeps its own key.
+        # The map gives norms the checkpoint keys of TransformerEngine's fused layers, which do not
+        # include this norm in MoE layers.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
@@ -106,9 +101,8 @@ def local_layer_spec(config: Any) -> Any:
 def training_block_spec(config: Any) -> Any:
     """Returns the local layer spec with the norms and the activation of ``training_layers``.
 
-    These layers are also used on a GPU without TransformerEngine, for two reasons. Megatron's own
-    norm refuses sequence parallelism. Megatron's own activation saves one more tensor for the
-    backward pass than TransformerEngine's, which the memory estimates do not include.
+    A GPU without TransformerEngine also needs these layers. Megatron's norm refuses sequence
+    parallelism. Memory estimates do not include a tensor that Megatron's activation saves.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -132,10 +126,7 @@ def training_block_spec(config: Any) -> Any:
 
 
 def restore_fused_attention(core: nn.Module) -> None:
-    """Restores ``CausalAttention`` in a Megatron model that ModelOpt has converted, in place.
-
-    ModelOpt replaces it by Megatron's own attention, which stores all heads' attention scores.
-    """
+    """Restores ``CausalAttention`` in a Megatron model after ModelOpt has replaced it, in place."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from recipes.backend.training_layers import CausalAttention
@@ -170,10 +161,7 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Hides two fusions from Megatron's check of a config, which refuses them.
-
-    Refusing is unnecessary, because ``adapt_config`` disables fusions before a model is built.
-    """
+    """Hides fusions from Megatron's check, which refuses them. ``adapt_config`` disables them."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")
@@ -186,7 +174,7 @@ def _skip_fusion_checks(original: Any) -> Any:
 
 
 def _router_logits(x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Computes the logits of a MoE router in ``dtype``. ``bias`` may be ``None``."""
+    """Computes the logits of an MoE router in ``dtype``. ``bias`` may be ``None``."""
     bias = None if bias is None else bias.to(dtype)
     return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 

@@ -1,4 +1,4 @@
-"""Mends faults of Megatron-Core 0.15.3 in training, on every device. Later versions lack them."""
+"""Mends faults of Megatron-Core 0.15.3 in training, which later versions do not have."""
 
 from __future__ import annotations
 
@@ -13,25 +13,20 @@ from recipes.backend.patches import Patch, apply, wrap
 
 @cache
 def mend() -> None:
-    """Applies ``MENDED`` once, for the rest of this process.
-
-    Raises:
-        RecipeError: The installed Megatron-Core is not the one that the patches were written for.
-    """
+    """Applies ``MENDED`` once, for the rest of this process. Raises errors as ``apply`` does."""
     apply(MENDED)
 
 
 def _without_padding(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Describes the optimizer's state to a checkpoint.
+    """Removes padding from ``param_index_map`` while a checkpoint gets the optimizer's state.
 
-    Megatron gathers the state of all buckets without the padding at their ends, and then takes the
-    range of each parameter from ``param_index_map``, which counts the padding. So every parameter
-    after a padded bucket would be stored with a part of another parameter's state. During the call,
-    the map does not count the padding.
+    Megatron gathers the state of all buckets without the padding at their ends, but this map has
+    the range of each parameter with padding. So every parameter after a padded bucket would be
+    stored with another parameter's state.
     """
     maps = [buffer.param_index_map for buffer in self.buffers]
     for buffer in self.buffers:
-        padding_before, padding = [], 0  # of each bucket: elements of padding in earlier buckets
+        padding_before, padding = [], 0  # elements of padding before each bucket, and so far
         for bucket in buffer.buckets:
             padding_before.append(padding)
             padding += bucket.grad_data.numel() - bucket.numel_unpadded
@@ -49,8 +44,8 @@ def _without_padding(original: Callable[..., Any], self: Any, *args: Any, **kwar
 def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
     """Starts the reduction of gradients after the hooks that add them.
 
-    NeMo wraps the model on a side stream, on which the hooks then run. With several instances of
-    the optimizer, Megatron's communication stream waits only for the default stream.
+    The hooks run on a side stream, on which NeMo wraps the model. With several instances of the
+    optimizer, Megatron's communication stream waits only for the default stream.
     """
     if self.ddp_config.num_distributed_optimizer_instances > 1:
         torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())
@@ -60,8 +55,8 @@ def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
 def _copy_to_pageable_memory(original: Callable[..., Any], buckets: Any, *_: Any) -> Any:
     """Copies weights to pageable memory before a forked process writes them.
 
-    Megatron copies them to pinned memory, to which it keeps no reference. PyTorch then reuses this
-    memory, and the forked process sees what is written there, since pinned pages are shared.
+    Megatron copies them to pinned memory without keeping a reference. PyTorch then reuses this
+    memory, which the forked process shares.
     """
     return original(buckets, non_blocking=False)
 
@@ -86,4 +81,3 @@ MENDED = (
         lambda original: staticmethod(wrap(_copy_to_pageable_memory)(original)),
     ),
 )
-"""Patches of faults that later versions of Megatron-Core do not have."""

@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries. A changed original is refused until its patch is reviewed."""
+"""Replaces attributes of libraries, after a check that the library is the one patches are for."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Patch:
     reason: str
     """Why the original is replaced."""
     source_hash: str
-    """``fingerprint`` of the original for which the patch was written. An original with another
-    fingerprint is refused, because the patch must be reviewed for it. An empty string omits this
-    check, for example if the original is code of this repository."""
+    """``fingerprint`` of the original for which the patch was written. Another original is refused
+    until the patch is reviewed. Empty for code of this repository, which is not checked."""
     replace: MakeReplacement
 
 
@@ -58,12 +57,7 @@ def wrap(wrapper: Callable[..., Any]) -> MakeReplacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row.
-
-    Args:
-        prefix: Start of every target, such as a module and a colon.
-        rows: The fields of each patch. The targets do not include ``prefix``.
-    """
+    """Returns a patch for each row of its fields, with targets that start with ``prefix``."""
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows
@@ -74,8 +68,7 @@ def fingerprint(original: Any) -> str:
     """Hashes the source of a function or class. For other values, returns the name of their type.
 
     Functions in C have no source. For them, this hashes the first line of the docstring, in which
-    PyTorch states the signature; without a docstring, their type. A signature may contain memory
-    addresses of default values. They differ between processes, so they are removed.
+    PyTorch states the signature; without a docstring, their type.
     """
     if not callable(original):
         return type(original).__name__
@@ -84,6 +77,7 @@ def fingerprint(original: Any) -> str:
     except (TypeError, OSError):
         first_line = (original.__doc__ or "").strip().partition("\n")[0]
         text = first_line or repr(type(original))
+        # Memory addresses of default values differ between processes.
         text = re.sub(r" object at 0x[0-9a-f]+", "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -92,7 +86,7 @@ def apply(patches: Iterable[Patch]) -> None:
     """Applies patches for the rest of this process.
 
     Raises:
-        RecipeError: A target does not exist, or its fingerprint is not the patch's ``source_hash``.
+        RecipeError: A target does not exist or has another fingerprint than ``source_hash``.
     """
     for patch in patches:
         holder, name, original = _find(patch)
@@ -101,11 +95,7 @@ def apply(patches: Iterable[Patch]) -> None:
 
 @contextmanager
 def applied(patches: Iterable[Patch]) -> Iterator[None]:
-    """Applies patches for the duration of a ``with`` block, then restores the originals.
-
-    Raises:
-        RecipeError: As ``apply`` does.
-    """
+    """Does what ``apply`` does, and restores the originals after the ``with`` block."""
     originals: list[tuple[Any, str, Any]] = []
     try:
         for patch in patches:
@@ -137,8 +127,7 @@ def apply_to(instance: object, *patches: Patch) -> None:
 def _find(patch: Patch) -> tuple[Any, str, Any]:
     """Returns the module or class with the target, the attribute's name, and the original.
 
-    Raises:
-        RecipeError: The target does not exist or has another fingerprint than ``source_hash``.
+    Raises the errors of ``apply``.
     """
     module, _, path = patch.target.partition(":")
     library = module.partition(".")[0]
@@ -157,7 +146,6 @@ def _find(patch: Patch) -> tuple[Any, str, Any]:
 
 
 def _target_error(patch: Patch, problem: str) -> RecipeError:
-    """Returns an error whose text starts with the target and the problem."""
     return RecipeError(
         f"{patch.target} {problem}. It is patched because: {patch.reason}.",
         "install the locked versions (make install), or review the patch in recipes/backend or "

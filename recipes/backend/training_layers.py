@@ -1,10 +1,8 @@
 """Layers that replace Megatron's slow local layers in models without TransformerEngine.
 
 PyTorch composes RMSNorm and SwiGLU of many small operations. Each of them saves its input for the
-backward pass. The functions of this module save as few tensors as possible. Megatron's local norm
-refuses sequence parallelism; the norm of this module supports it. Results have the dtype of the
-activations. Values and gradients equal those of the replaced layers up to the rounding of that
-dtype.
+backward pass. The functions of this module save as few tensors as possible. Outputs have the dtype
+of the activations. Outputs and gradients equal those of the replaced layers up to rounding.
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
-"""Longest sequence, in tokens, for which ``attend_in_blocks`` has a blockwise backward pass. The
-blockwise pass stores the scores of one block, which need memory in proportion to the sequence
-length. PyTorch's kernel stores no scores."""
+"""Longest sequence, in tokens, with the blockwise backward pass of ``attend_in_blocks``. This pass
+stores one block's scores, in proportion to the sequence length. PyTorch's pass stores no scores."""
 BLOCKWISE_BACKWARD = False
 """Whether attention uses ``attend_in_blocks``. A patch of ``cpu_speed`` sets this flag."""
 
@@ -47,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @compilable
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns x / rms(x) * weight, and 1 / rms(x). In-place operations change new tensors only."""
+    """Returns x / rms(x) * weight, and 1 / rms(x)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * inverse_rms).mul_(weight).to(x.dtype), inverse_rms
@@ -60,7 +57,7 @@ def _normalize_backward(
     """Returns the gradients of x and weight.
 
     With n = x / rms(x) and g = grad * weight, the gradient of x is (g - n * mean(g * n)) / rms(x),
-    since rms depends on every channel. In-place operations change new tensors only, not arguments.
+    since rms depends on every channel. In-place operations change only new tensors.
     """
     normed = x * inverse_rms
     weight_grad = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
@@ -150,8 +147,8 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     Scores and softmax are in float32, other matrix multiplications in the dtype of the inputs. The
     queries of all heads in a query group are rows of one matrix, so keys and values are never
-    repeated. A block of queries is multiplied only with the keys up to the block's last position.
-    So few of the scores that the causal mask discards are computed.
+    repeated. A block of queries is multiplied only with the keys up to the block's last position,
+    because the causal mask discards later scores.
     """
 
     @staticmethod
@@ -159,8 +156,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         context = attend(query, key, value, scale)
-        # ``value`` is a view of the output of the fused projection to query, key and value. A saved
-        # view would keep the whole output in memory, so a copy is saved.
+        # ``value`` is a view of the fused projection's output, which has query, key and value. A
+        # saved view would keep the whole output in memory, so a copy is saved.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
@@ -181,7 +178,7 @@ def _attention_backward(
     Let P = softmax(scale * Q K^T), O = P V (``context``), and dO the gradient of O (``grad``).
     Then dV = P^T dO, dP = dO V^T, and dS = P * (dP - rowsum(dO * O)), since rowsum(P * dP) =
     rowsum(dO * O). Finally dQ = scale * dS K and dK = scale * dS^T Q. In-place operations change
-    new tensors only, not arguments.
+    only new tensors.
     """
     length, batch, groups, size = key.shape
     k, v = _groups_first(key), _groups_first(value)
@@ -195,8 +192,7 @@ def _attention_backward(
         q, shape = _rows_of_groups(query[start:stop], groups)
         block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
         row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
-        # These are the block's rows of P. They are recomputed, because saved probabilities of all
-        # layers would take most of the memory.
+        # The block's rows of P. Saved probabilities of all layers would take most of the memory.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
@@ -214,7 +210,7 @@ def _attention_backward(
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
-    """Returns the attention probabilities of a block of queries.
+    """Returns the attention probabilities of a block of queries, in the dtype of ``q``.
 
     Args:
         q: The block's queries, [batch * groups, rows, channels]. A row is one query of one head.
@@ -223,7 +219,7 @@ def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
         scale: Factor of the scores before the softmax.
 
     Returns:
-        [batch * groups, rows, keys], in the dtype of ``q``.
+        [batch * groups, rows, keys].
     """
     scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
     block_size = k.shape[1] - start
@@ -242,26 +238,19 @@ def _groups_first(x: Tensor) -> Tensor:
 def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
     """Changes the shape [s, b, heads, d] to [b * groups, heads / groups * s, d].
 
-    Returns:
-        The tensor, and the shape [b, groups, heads / groups, s, d], which ``_tokens_first`` needs.
+    Also returns the shape [b, groups, heads / groups, s, d], which ``_tokens_first`` needs.
     """
     split = x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
     return split.flatten(2, 3).flatten(0, 1), split.shape
 
 
 def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Changes the shape [b * groups, heads / groups * s, d] to [s, b, heads * d].
-
-    ``shape`` is the shape that ``_rows_of_groups`` returned.
-    """
+    """Changes the layout of ``_rows_of_groups``, with its ``shape``, to [s, b, heads * d]."""
     return x.view(shape).permute(3, 0, 1, 2, 4).flatten(2)
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Computes the same as ``attend``, with a blockwise backward pass for short sequences.
-
-    Sequences of more than ``LONGEST_BLOCKWISE`` tokens have the backward pass of ``attend``.
-    """
+    """Computes the same as ``attend``, with a blockwise backward pass for short sequences."""
     if len(query) > LONGEST_BLOCKWISE:
         return attend(query, key, value, scale)
     context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)
@@ -284,6 +273,6 @@ class CausalAttention(DotProductAttention):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Computes the same as ``attend``. ``attention_mask`` and other arguments are not read."""
+        """Computes the same as ``attend``. Ignores ``attention_mask`` and further arguments."""
         attention = attend_in_blocks if BLOCKWISE_BACKWARD else attend
         return attention(query, key, value, self.softmax_scale)

@@ -1,8 +1,7 @@
 """Patches that let Megatron-Core, NeMo and ModelOpt run without CUDA.
 
-``enable()`` applies the patches that this machine needs. A machine without CUDA needs the patches
-of this module. A machine without TransformerEngine needs the patches of ``local_layers``. Patches
-that only make a CPU faster are in ``cpu_speed``.
+A machine without CUDA needs the patches of this module. A machine without TransformerEngine needs
+the patches of ``local_layers``. Patches that only make a CPU faster are in ``cpu_speed``.
 """
 
 from __future__ import annotations
@@ -26,18 +25,14 @@ _enabled: set[str] = set()
 def enable(*groups: str) -> None:
     """Applies the patches that this machine needs, once, for the rest of this process.
 
-    Args:
-        groups: Keys of ``REQUIRED``; by default all of them.
-
-    Raises:
-        RecipeError: An installed library is not the one that the patches were written for.
+    ``groups`` are keys of ``REQUIRED``, by default all of them. Raises errors as ``apply`` does.
     """
-    for group, group_patches in REQUIRED.items():
-        if group in _enabled or (groups and group not in groups):
+    for group in groups or REQUIRED:
+        if group in _enabled:
             continue
         is_needed = needs_local_layers() if group == "layers" else device() == "cpu"
         if is_needed:
-            apply(group_patches)
+            apply(REQUIRED[group])
             _enabled.add(group)
             if group == "torch":
                 limit_other_threads()
@@ -46,15 +41,15 @@ def enable(*groups: str) -> None:
 def limit_other_threads() -> None:
     """Lets this thread compute on all cores, and every thread that starts later on one core.
 
-    gloo's threads copy the tensors that they send. If each of these threads had OpenMP helpers,
-    there would be more threads than cores. OpenMP would then put all threads to sleep between
-    operations, and a step of distillation would take a quarter longer.
+    gloo's threads copy the tensors that they send. If each of them had OpenMP helpers, there would
+    be more threads than cores. OpenMP would then put all threads to sleep between operations, and a
+    step of distillation would take a quarter longer.
 
-    The setting ``cpu_speed_patches`` does not disable this limit. The limit does not change
-    results, and PyTorch cannot change the number of OpenMP threads of a thread that has started.
+    This is not one of ``cpu_speed_patches``, because PyTorch cannot reverse it. It does not change
+    results.
     """
-    # get_num_threads() makes PyTorch fix how many OpenMP threads this thread uses. Therefore
-    # set_num_threads(1) in another thread affects only that thread and later ones.
+    # This call fixes how many OpenMP threads this thread uses. Therefore set_num_threads(1) in
+    # another thread affects only that thread and later ones.
     torch.get_num_threads()
     setter = threading.Thread(target=torch.set_num_threads, args=(1,))
     setter.start()
@@ -62,20 +57,17 @@ def limit_other_threads() -> None:
 
 
 def _stay(self: Any, *args: object, **kwargs: object) -> Any:
-    """Replaces ``cuda()`` of tensors and modules: returns them unchanged, on the CPU."""
+    """Replaces ``cuda()`` of tensors and modules, which stay on the CPU."""
     return self
 
 
 def _create_on_cpu(factory: Any) -> Any:
-    """Wraps a function that creates tensors: ``device="cuda"`` becomes the CPU.
-
-    Drops ``pin_memory``, because pinned memory needs the CUDA driver.
-    """
+    """Wraps a function that creates tensors: ``device="cuda"`` becomes the CPU."""
 
     def create(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
-        kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)  # pinned memory needs the CUDA driver
         return factory(*args, **kwargs)
 
     return create
@@ -98,9 +90,8 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    # Megatron imports this function as dist_all_gather_func, and cpu_speed patches that name, too.
-    # The source hash in cpu_speed is that of the original function. With functools.wraps, inspect
-    # returns the original's source, so the check in cpu_speed passes.
+    # cpu_speed patches this function, too, under Megatron's name dist_all_gather_func, and checks
+    # the hash of the original's source. With functools.wraps, inspect returns that source.
     @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
@@ -121,7 +112,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Makes ``Tensor.type()`` return CUDA names during the original, which compares these names."""
+    """Makes ``Tensor.type()`` return CUDA names while Megatron compares these names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with applied([CUDA_NAMES]):
@@ -133,7 +124,7 @@ def _name_cuda_types(original: Any) -> Any:
 def _array_from_cpu(
     original: Any, tensor: Any, as_numpy: bool = False, record_stream: bool = False
 ) -> Any:
-    """Converts a tensor to an array if ``as_numpy``. There is nothing to move."""
+    """Converts a tensor to an array if ``as_numpy``. Does not move it: it is on the CPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -263,5 +254,4 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     ),
     "layers": WITHOUT_TRANSFORMER_ENGINE,
 }
-"""Patches by group. A machine without TransformerEngine needs the group ``layers``. A machine
-without CUDA needs all other groups."""
+"""Patches by group. Without CUDA all groups are needed, without TransformerEngine ``layers``."""

@@ -1,7 +1,8 @@
 """Optional torch.compile for elementwise kernels.
 
 In eager PyTorch, each elementwise operation of RMSNorm or of a loss reads and writes all data.
-Inductor compiles all operations of such a function into one kernel: C++ on a CPU, Triton on a GPU.
+torch.compile makes one kernel of all these operations. Its compiler, Inductor, generates C++ for a
+CPU and Triton for a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ _enabled = False
 
 
 def missing_compiler() -> tuple[str, str] | None:
-    """Returns the program or header that compiling for a CPU lacks, and how to install it.
-
-    Returns ``None`` if nothing is missing.
-    """
+    """Returns what compiling C++ lacks, and how to install it; ``None`` if it lacks nothing."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return compiler, "on Debian or Ubuntu, apt-get install g++"
@@ -38,10 +36,7 @@ def missing_compiler() -> tuple[str, str] | None:
 
 @contextmanager
 def compilation(enabled: bool = True) -> Iterator[None]:
-    """Sets whether ``compilable`` functions run compiled in the ``with`` block.
-
-    Of nested blocks, the innermost decides.
-    """
+    """Sets whether ``compilable`` functions run compiled in the ``with`` block."""
     global _enabled
     previous, _enabled = _enabled, enabled
     try:
@@ -51,26 +46,26 @@ def compilation(enabled: bool = True) -> Iterator[None]:
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function that runs compiled inside ``compilation``, and eagerly elsewhere.
+    """Returns a function that runs compiled inside ``compilation``, and eagerly elsewhere.
 
-    The function must have no side effects, except that it may write into its arguments.
+    ``function`` must have no side effects, except that it may write into its arguments.
     """
 
     @functools.cache  # calls torch.compile once, when the function first runs compiled
     def compiled_function() -> Callable[..., R]:
         import torch
 
-        # Inductor's on-disk cache (PyTorch 2.13) does not distinguish instruction sets. C++ code
-        # that was generated for AVX512 reads past its data when it is built for AVX2: losses are
-        # wrong, and no error is raised. An explicit vector width becomes part of the cache key.
+        # The key of Inductor's on-disk cache (PyTorch 2.13) lacks the instruction set. C++ code for
+        # AVX512 reads past its data when it is built for AVX2: losses are wrong, and no error is
+        # raised. An explicit vector width becomes part of the key.
         width = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
         options: dict[str, Any] = {"cpp.simdlen": width}
         kernel: Callable[..., R] = torch.compile(function, fullgraph=True, options=options)
 
         def run_kernel(*args: Any, **kwargs: Any) -> R:
             if not torch.is_grad_enabled():
-                # ``requires_grad`` has no effect here, but the kernel would be compiled once for
-                # each of its values. Detached tensors all have ``requires_grad=False``.
+                # The kernel would be compiled once for each value of ``requires_grad``, which has
+                # no effect here. Detached tensors all have ``requires_grad=False``.
                 args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             return kernel(*args, **kwargs)
 

@@ -26,7 +26,7 @@ INT32 = 2**31 - 1
 COMPUTED = {"computed": True}
 """Metadata of a setting that the program sets, so that a user must leave it out."""
 REQUIREMENT = "requirement"
-"""pydantic's error type for a value that a ``Requirement`` does not accept."""
+"""Error type, in pydantic, of a value that a ``Requirement`` does not accept."""
 
 
 def integer(least: int, most: int = INT32) -> Any:
@@ -51,12 +51,12 @@ class Requirement:
 
     def __call__(self, value: Any) -> Any:
         """Returns the value if it is accepted, as pydantic requires of validators."""
-        if not self.test(value):
-            suggestion = did_you_mean(value, self.names) if self.names else ""
-            message = f"must be {self.description}{suggestion}"
-            # ``_message`` reads ``must`` from the error's context.
-            raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
-        return value
+        if self.test(value):
+            return value
+        suggestion = did_you_mean(value, self.names) if self.names else ""
+        message = f"must be {self.description}{suggestion}"
+        # ``_message`` inserts the message into the template ``MESSAGES[REQUIREMENT]``.
+        raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
 
 
 def one_of(*names: str) -> AfterValidator:
@@ -65,16 +65,13 @@ def one_of(*names: str) -> AfterValidator:
 
 
 def matching(pattern: str, description: str) -> AfterValidator:
-    """Returns the constraint of a string that must match a regular expression as a whole.
-
-    Errors show the description, not the pattern.
-    """
+    """Returns the constraint of a string that must match a regular expression as a whole."""
     regex = re.compile(pattern)
     return AfterValidator(Requirement(lambda text: bool(regex.fullmatch(text)), description))
 
 
 def _is_size(value: float) -> bool:
-    """Returns whether a number is a valid ``Size``: a float below 1, or an integer from 1."""
+    """Returns whether a number is a valid ``Size`` of a pruned model."""
     return 0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32
 
 
@@ -82,10 +79,10 @@ Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Tokens = Annotated[int, integer(1, 10**15)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
-"""The upper limit is that of NumPy. The other libraries that take a seed accept larger ones."""
+"""The upper limit is NumPy's. The other libraries that take a seed accept larger seeds."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_WEIGHT = 1e6
-"""Largest weight in a blend. Without a limit, a sum of weights near 1e308 would be infinite."""
+"""Largest weight in a data blend. Sums of unlimited weights could be infinite."""
 BlendWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
@@ -111,18 +108,18 @@ Duration = Annotated[
     ),
 ]
 """A time limit in Slurm's format."""
-OWN_VARIABLES = (
+RESERVED_VARIABLES = (
     r"STAGE_(DEADLINE|NEEDS_GPU)|PYTHONSAFEPATH|NVIDIA_TF32_OVERRIDE"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|TORCHELASTIC_(RESTART_COUNT|MAX_RESTARTS|RUN_ID|USE_AGENT_STORE|ERROR_FILE)"
     r"|SLURM_(JOB_\w+|\w+ID|NTASKS)"
 )
-"""Matches the variables that stages, torchrun or Slurm set. A user's value would be overwritten, or
-stop the stage from finding its ranks."""
+"""Matches environment variables that the launcher, stages, torchrun or Slurm set. A user's value
+would be overwritten, or would stop the stage from finding its ranks."""
 VariableName = Annotated[
     str,
     matching(
-        rf"(?!({OWN_VARIABLES})$)[A-Za-z_]\w*",
+        rf"(?!({RESERVED_VARIABLES})$)[A-Za-z_]\w*",
         "the name of an environment variable that neither the launcher nor torchrun nor Slurm sets",
     ),
 ]
@@ -144,29 +141,26 @@ MESSAGES = {
 
 
 @cache
-def _adapter(declared: type[DataclassInstance]) -> TypeAdapter[Any]:
-    return TypeAdapter(declared)
+def type_adapter(dataclass_type: type[DataclassInstance]) -> TypeAdapter[Any]:
+    """Returns pydantic's validator of a dataclass. Building a validator is slow."""
+    return TypeAdapter(dataclass_type)
 
 
 def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
-    """Yields an error message for each invalid field.
+    """Yields an error message for each invalid setting.
 
-    Args:
-        settings: The settings to check.
-        where: Path of the settings in the config, such as ``stages.distill``.
+    ``where`` is the path of the settings in the config, such as ``stages.distill``.
     """
     try:
-        _adapter(type(settings)).validate_python(asdict(settings))
+        type_adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:
         yield from (_message(details, where) for details in error.errors())
 
 
 def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
-    """Yields an error message for each computed setting that has a value.
+    """Yields an error message for each ``COMPUTED`` setting that the user has set.
 
-    Args:
-        settings: The settings to check, as the user has set them.
-        where: Path of the settings in the config, such as ``stages.distill``.
+    ``where`` is the path of the settings in the config, such as ``stages.distill``.
     """
     for item in fields(settings):
         value, path = getattr(settings, item.name), f"{where}.{item.name}"
@@ -179,13 +173,12 @@ def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
 
 def _message(details: ErrorDetails, where: str) -> str:
     """Returns an error message such as "invalid stages.distill.lr=-1: must be greater than 0"."""
-    name = where
-    # Path of the value in the settings: field names and list indices. pydantic adds "[key]" if the
-    # key of a mapping is invalid.
-    for key in (key for key in details["loc"] if key != "[key]"):
-        name += f"[{key}]" if isinstance(key, int) else f".{key}"
+    path = where
+    for key in details["loc"]:  # field names and list indices
+        if key != "[key]":  # pydantic adds this if the key of a mapping is invalid
+            path += f"[{key}]" if isinstance(key, int) else f".{key}"
     context = details.get("ctx", {})
     values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
     template = MESSAGES.get(details["type"])
     must = template.format(**values) if template else details["msg"]
-    return f"invalid {name.strip('.')}={details['input']}: {must}"
+    return f"invalid {path.strip('.')}={details['input']}: {must}"

@@ -24,24 +24,15 @@ class RecipeError(Exception):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"`` for the choice that is most similar to ``word``.
-
-    Returns an empty string if no choice is similar.
-    """
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    """Returns ``" Did you mean 'x'?"`` for the most similar choice; ``""`` if none is similar."""
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def require_known(name: str, known: Iterable[str], what: str) -> None:
-    """Raises an error if a name is not one of the known names.
+    """Raises ``RecipeError`` if ``name`` is not one of the known names.
 
-    Args:
-        name: The name to check.
-        known: All valid names.
-        what: Error message for an unknown name, without a period at its end.
-
-    Raises:
-        RecipeError: The name is unknown; the message suggests the most similar known name.
+    ``what`` is the error message without a period. The most similar known name is appended to it.
     """
     if name not in (choices := list(known)):
         raise RecipeError(

@@ -25,7 +25,7 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 MAX_HASHING_THREADS = 16
 """More threads are not faster on shared storage."""
 MIN_FREE_BYTES = 1 << 20
-"""A disk with fewer free bytes is treated as full."""
+"""A disk with less free space counts as full."""
 STORAGE_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -74,7 +74,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
-    """Explains an error that the disk of a folder caused; returns ``None`` for other errors.
+    """Returns an explanation of an error that a disk caused; ``None`` for other errors.
 
     Libraries often hide that the disk is full. So if neither the error nor its causes have an
     ``errno`` of ``STORAGE_FIXES``, the free space decides.
@@ -83,7 +83,7 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
         error: The error, or ``None`` to check only free space.
         folder: The folder that was written to.
     """
-    while error is not None:  # checks the error, then the errors that caused it
+    while error is not None:  # the error, then the errors that caused it
         if (code := _errno(error)) in STORAGE_FIXES:
             path = (error.filename if isinstance(error, OSError) else None) or folder
             return _storage_error(path, code)
@@ -98,16 +98,13 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
 
 def _errno(error: BaseException) -> int:
-    """Returns an error's ``errno``; 0 if it has none.
-
-    Rust libraries such as safetensors state the number in the message: "(os error 28)". NumPy's
-    message for a full disk has no number.
-    """
+    """Returns an error's ``errno``; 0 if it has none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if match := re.search(r"\(os error (\d+)\)", str(error)):
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust libraries, e.g. safetensors
         return int(match[1])
-    return errno.ENOSPC if str(error).startswith("Not enough free space to write") else 0
+    is_full = str(error).startswith("Not enough free space to write")  # NumPy
+    return errno.ENOSPC if is_full else 0
 
 
 def _storage_error(path: str | Path, code: int) -> RecipeError:
@@ -116,14 +113,14 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Returns whether a file cannot be read. If it does not seem to exist, checks its folder."""
+    """Returns whether a file cannot be read. An unreadable folder makes its files seem missing."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 
 
 @contextmanager
 def explain_storage_errors(folder: Path) -> Iterator[None]:
-    """Raises a ``RecipeError`` instead of an ``OSError`` that the folder's disk caused."""
+    """Replaces an ``OSError`` of the block by a ``RecipeError`` if the folder's disk caused it."""
     try:
         yield
     except OSError as error:
@@ -133,13 +130,10 @@ def explain_storage_errors(folder: Path) -> Iterator[None]:
 
 
 def json_text(value: Any, non_finite: Callable[[float], str | None] = str, **options: Any) -> str:
-    """Returns a value as JSON. JSON has no NaN and no infinity, so these are replaced.
+    """Returns a value as JSON. JSON has no NaN and no infinity, so ``non_finite`` replaces these.
 
-    Args:
-        value: The value, which may contain dicts, lists and tuples.
-        non_finite: Returns the replacement of a NaN or infinity. By default these become strings
-            such as "nan", which pydantic reads as numbers.
-        options: Further arguments of ``json.dumps``.
+    By default they become strings such as "nan", which pydantic reads as numbers. ``options`` are
+    those of ``json.dumps``.
     """
 
     def without_non_finite(item: Any) -> Any:
@@ -183,10 +177,9 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of each file, in the order of ``paths``.
+    """Returns the SHA-256 of each file, in the order of ``paths``. Hashing releases the GIL.
 
-    Threads hash in parallel, because hashing releases the GIL. A file to which several symbolic
-    links point is read once: the splits of a dataset may link to one token file.
+    A file to which several links point is read once: dataset splits may link to one token file.
     """
     files = [path.resolve() for path in paths]
     unique = list(dict.fromkeys(files))
@@ -198,10 +191,9 @@ def sha256_of_each(paths: Sequence[Path]) -> list[str]:
 def folder_bytes(folder: Path) -> int:
     """Returns the total size in bytes of all files below a folder.
 
-    Several hard links to one file count once. Files that another process deletes during the call
-    do not count.
+    Files that another process deletes during the call do not count.
     """
-    sizes = {}
+    sizes = {}  # by device and inode, so that several hard links to one file count once
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
@@ -221,11 +213,7 @@ def digest_files(files: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        RecipeError: The file does not contain a JSON object.
-    """
+    """Reads a JSON object. Raises ``RecipeError`` if the file does not contain one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -236,9 +224,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Reads a file that ``write_yaml`` wrote.
-
-    Raises:
-        yaml.YAMLError: The file is not YAML.
-    """
+    """Reads a YAML file. Raises ``yaml.YAMLError`` if the file is not YAML."""
     return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)

@@ -28,7 +28,7 @@ from recipes.core.snapshot import source_files
 WORKER = "recipes.core.worker"
 """Main module of every stage's process."""
 BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
-"""Fields of ``ast`` nodes that hold lists of statements, or of nodes with such lists."""
+"""Fields of ``ast`` nodes that contain statements, directly or in nodes such as handlers."""
 MAX_HASHED_BYTES = 1 << 20
 """``external_stamp`` does not hash larger files: 140 GB of weights would take minutes per plan."""
 
@@ -42,8 +42,7 @@ def digest(value: object) -> str:
 def result_settings(config: Any) -> dict[str, object]:
     """Returns the settings that affect the result, by field name.
 
-    The metadata of a config's fields decides. Fields with ``resource`` are omitted. In fields with
-    ``path``, paths are made absolute.
+    Omits fields with ``resource`` in their metadata. Makes paths absolute in fields with ``path``.
     """
     settings: dict[str, object] = {}
     for spec in fields(config):
@@ -56,11 +55,9 @@ def result_settings(config: Any) -> dict[str, object]:
 
 
 def with_absolute_path(value: object) -> object:
-    """Makes the path of an existing file or folder absolute; other values are returned unchanged.
+    """Makes the path or glob pattern of existing files absolute; returns other values unchanged.
 
-    Args:
-        value: The value of a field, or a list of values. Options may follow a path, as in
-            ``my.jsonl#text=body`` (see ``recipes/data/sources.py``).
+    Options may follow a path, as in ``my.jsonl#text=body`` (see ``recipes/data/sources.py``).
     """
     if isinstance(value, list):
         return [with_absolute_path(item) for item in value]
@@ -71,15 +68,14 @@ def with_absolute_path(value: object) -> object:
 
 
 def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, object]:
-    """Returns a stamp for each file, which changes when the file changes.
+    """Returns a stamp for each file, by relative path. A stamp changes when its file changes.
+
+    The stamp of a file up to ``MAX_HASHED_BYTES`` is its SHA-256. The stamp of a larger file is its
+    size in bytes and ``mtime_ns``.
 
     Args:
         path: A file or folder from outside the run.
         patterns: Glob patterns of the files of a folder.
-
-    Returns:
-        Stamps by relative path. The stamp of a file up to ``MAX_HASHED_BYTES`` is its SHA-256. The
-        stamp of a larger file is its size in bytes and ``mtime_ns``.
     """
     matches = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     files = [path] if path.is_file() else sorted(matches)
@@ -94,34 +90,27 @@ def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str,
     return stamp
 
 
-@cache
-def code_fingerprint(*modules: str) -> str:
-    """Returns the fingerprint of modules and of all first-party modules that they import."""
-    return digest(imported_code(REPO_ROOT, modules))
-
-
 def module_of(stage: str) -> str:
     """Returns the name of the module of a type of stage, such as ``distill``."""
     return f"recipes.stages.{stage}"
 
 
 def stage_code(stages: Iterable[str]) -> str:
-    """Returns the fingerprint of the code of types of stages and of ``WORKER``."""
+    """Returns the ``code_fingerprint`` of types of stages and of ``WORKER``."""
     return code_fingerprint(WORKER, *map(module_of, stages))
 
 
+@cache
+def code_fingerprint(*modules: str) -> str:
+    """Returns one hash of ``imported_code`` of modules."""
+    return digest(imported_code(REPO_ROOT, modules))
+
+
 def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
-    """Hashes the source of modules and of every first-party module that they import, transitively.
+    """Hashes modules and all modules below ``root`` that they import, directly or indirectly.
 
     Imports inside functions count, imports for type checkers do not. Comments, docstrings and
-    formatting do not change a hash.
-
-    Args:
-        root: Root folder of the repository's code.
-        modules: Full names of modules.
-
-    Returns:
-        Hashes by module name, sorted.
+    formatting do not change a hash. Returns the hashes by module name, sorted.
     """
     hashes: dict[str, str] = {}
     queue = list(modules)
@@ -134,21 +123,64 @@ def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
 
 @cache
 def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
-    """Returns the hash of a module's code and the first-party modules that it imports."""
+    """Returns the hash of a module's code, and the modules below ``root`` that it imports."""
     path = _path_of(root, module)
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
     tree = ast.parse(source_files(root)[path])
-    # ``_imports`` also removes docstrings from the tree, so it must be called before ``_dump``.
-    imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
+    statements = _strip_ignored(tree)
+    imports = frozenset(name for name in _imports(path, statements) if _path_of(root, name))
     return hashlib.sha256(_dump(tree).encode()).hexdigest(), imports
 
 
-def _dump(tree: ast.Module) -> str:
-    """Returns a syntax tree as text, without positions.
+def _path_of(root: Path, module: str) -> str | None:
+    """Returns the path of a module relative to ``root``; ``None`` if it is not below ``root``."""
+    base = module.replace(".", "/")
+    candidates = f"{base}.py", f"{base}/__init__.py"
+    return next((path for path in candidates if path in source_files(root)), None)
 
-    ``ast.dump`` would include empty fields. Newer versions of Python have more of them, so the hash
-    would depend on the version.
+
+def _strip_ignored(tree: ast.Module) -> list[ast.AST]:
+    """Removes ignored statements from a tree in place, and returns all other statements.
+
+    Does not visit expressions: they contain no imports, and visiting them would take most of the
+    time.
+    """
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:  # the loop also visits the nodes that it appends
+        for name in BLOCKS:
+            if statements := getattr(node, name, None):
+                statements[:] = [child for child in statements if not _is_ignored(child)]
+                nodes += statements
+    return nodes
+
+
+def _is_ignored(statement: ast.AST) -> bool:
+    """Returns whether a statement is a docstring, also one of a field, or ``if TYPE_CHECKING``."""
+    match statement:
+        case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+    return False
+
+
+def _imports(path: str, statements: Iterable[ast.AST]) -> Iterator[str]:
+    """Yields the names that the statements of a module import.
+
+    For ``from a import b``, yields ``a`` and ``a.b``, because ``b`` may be a module.
+    """
+    for node in statements:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{path}: relative imports are not followed; name the package")
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def _dump(tree: ast.Module) -> str:
+    """Returns a syntax tree as text, without positions and empty fields.
+
+    ``ast.dump`` would include empty fields, which differ between versions of Python.
     """
     words: list[str] = []
     pending: list[object] = [tree]
@@ -168,51 +200,6 @@ def _dump(tree: ast.Module) -> str:
     return " ".join(words)
 
 
-def _imports(path: str, tree: ast.Module) -> Iterator[str]:
-    """Yields the names that a module imports, and removes ignored statements from its tree.
-
-    For ``from a import b``, yields ``a`` and ``a.b``, because ``b`` may be a module.
-    """
-    for node in _strip_ignored(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                raise ValueError(f"{path}: relative imports are not followed; name the package")
-            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
-
-
-def _strip_ignored(tree: ast.Module) -> Iterator[ast.AST]:
-    """Removes ignored statements from a tree in place, and yields all other statements.
-
-    ``_is_ignored`` says which are ignored. Expressions are not visited: they contain no imports,
-    and visiting them would take most of the time.
-    """
-    nodes: list[ast.AST] = [tree]
-    while nodes:
-        node = nodes.pop()
-        yield node
-        for name in BLOCKS:
-            if statements := getattr(node, name, None):
-                statements[:] = [child for child in statements if not _is_ignored(child)]
-                nodes += statements
-
-
-def _path_of(root: Path, module: str) -> str | None:
-    """Returns the path of a first-party module below ``root``; ``None`` for other modules."""
-    base = module.replace(".", "/")
-    candidates = f"{base}.py", f"{base}/__init__.py"
-    return next((path for path in candidates if path in source_files(root)), None)
-
-
-def _is_ignored(statement: ast.AST) -> bool:
-    """Returns whether a statement is a docstring, also one of a field, or ``if TYPE_CHECKING``."""
-    match statement:
-        case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
-            return True
-    return False
-
-
 def stage_fingerprint(
     settings: Mapping[str, object],
     code: str,
@@ -223,9 +210,9 @@ def stage_fingerprint(
     """Returns the fingerprint of a stage.
 
     Args:
-        settings: The stage's ``result_settings``.
+        settings: ``result_settings`` of the stage.
         code: ``stage_code`` of the stage and of the stages that it starts.
-        libraries: ``result_versions``: versions by library.
+        libraries: ``versions.result_versions``.
         inputs: Fingerprints by input.
         external: ``external_stamp`` of each file or folder from outside the run, by name.
     """

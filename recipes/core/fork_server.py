@@ -35,15 +35,15 @@ from recipes.core.processes import (
 )
 
 STARTED, ENDED = b"s", b"e"
-"""Messages of the server: a child has started (the message carries its pidfd), or has ended."""
+"""Messages of the server: a child has started or has ended. ``STARTED`` carries its pidfd."""
 IMPORT_ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "NUMEXPR_NUM_THREADS": "1",
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Environment variables of the server, which keep imports from starting threads or CUDA. Neither
-survives a fork. Children get the caller's environment instead."""
+"""Environment variables of the server, not of children. They keep imports from starting threads or
+CUDA, which do not survive a fork."""
 MAX_REQUEST_BYTES = 65536
 """A longer request would be truncated. A request has a few paths of at most 4,096 bytes each."""
 STOP_SECONDS = 30
@@ -56,8 +56,8 @@ def fork_server(
 ) -> Iterator[socket.socket]:
     """Starts a server and yields a socket to it, without waiting for the server's imports.
 
-    At its end, the ``with`` block waits until the server and its child have ended. If the block
-    fails or this process dies, the server and its child are killed.
+    After the ``with`` block, waits until the server and its child have ended. If the block fails or
+    this process dies, the server and its child are killed.
 
     Args:
         modules: Modules that the server imports before it forks.
@@ -89,13 +89,10 @@ def fork_server(
 def fork_module(
     server: socket.socket, module: str, arguments: Sequence[str], log: IO[bytes]
 ) -> int | None:
-    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
+    """Starts ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
-    Waits for the child's start, but not for its end. The child's output goes to ``log``. A server
-    has one child at a time.
-
-    Returns:
-        A pidfd of the child, which ``watch_child`` needs; ``None`` if the server cannot fork.
+    The child's output goes to ``log``. A server has one child at a time. Returns a pidfd of the
+    child, which ``watch_child`` needs; ``None`` if the server cannot fork.
     """
     request = json.dumps([module, *arguments]).encode()
     try:
@@ -112,7 +109,7 @@ def fork_module(
 def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
     """Yields a function that returns whether the child has ended; closes the pidfd after the block.
 
-    If the block fails, the child is terminated. If the child was killed, its log says so.
+    If the block fails, terminates the child. If the child is killed, its log says so.
     """
     ended = False
 
@@ -143,7 +140,7 @@ def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[C
 
 
 def main() -> None:
-    """Runs the server: imports modules, then forks a child per request until the client leaves.
+    """Imports modules, then forks a child per request until the client closes its socket.
 
     The arguments of the command are the descriptor of the server's socket and the modules.
     """
@@ -151,7 +148,7 @@ def main() -> None:
     server.set_inheritable(False)
     environment = dict(os.environ)
     os.environ |= IMPORT_ENVIRONMENT
-    # Only the child handles Ctrl-C. This process ends when the client closes the socket.
+    # Only the child handles Ctrl-C.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_imports()
     for module in sys.argv[2:]:
@@ -190,15 +187,15 @@ def main() -> None:
 def _require_forkable() -> None:
     """Exits this process with a message if an import has started threads or CUDA.
 
-    A trial child asks torch whether CUDA was initialised before the fork. On a machine without a
-    GPU, a CUDA build of torch always says yes, so the child's answer is ignored there. OpenBLAS
-    ends its threads at the trial fork and restarts them when needed, so they are not counted.
+    A trial child asks torch whether CUDA was initialised before the fork. OpenBLAS ends its threads
+    at the trial fork and restarts them when needed, so they are not counted.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()
     if pid == 0:
         os._exit(torch is not None and torch.cuda._is_in_bad_fork())
     exit_status = os.waitpid(pid, 0)[1]  # not 0 if the child's torch cannot use CUDA
+    # On a machine without a GPU, a child of a CUDA build of torch can never use CUDA.
     if exit_status and torch.cuda.is_available():
         sys.exit("not forked: an import has initialised CUDA")
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
@@ -208,9 +205,7 @@ def _require_forkable() -> None:
 def _run_module(command: list[str], log: int) -> None:
     """Runs ``python -m COMMAND`` in this process, with its output in a log.
 
-    Args:
-        command: The module and its arguments.
-        log: File descriptor of the log. This function closes it.
+    ``log`` is the log's file descriptor, which this function closes.
     """
     die_with_parent()
     os.dup2(log, 1)
@@ -233,10 +228,7 @@ def _run_module(command: list[str], log: int) -> None:
 
 
 def _flush_c_streams() -> None:
-    """Flushes the output buffers of C.
-
-    A fork would copy their content into the child. A child exits without flushing them.
-    """
+    """Flushes C's output buffers, which a fork would copy and a child does not flush at its end."""
     ctypes.CDLL(None).fflush(None)
 
 

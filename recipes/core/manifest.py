@@ -1,7 +1,7 @@
 """Manifest of a complete stage: its settings, inputs, files and result.
 
-The manifest is written last, by an atomic rename. Without a manifest a stage is not complete. A
-"start" of a stage is one launch of its processes; an interrupted stage needs several starts.
+The manifest is written last. Without a manifest a stage is not complete. A "start" of a stage is
+one launch of its processes; an interrupted stage needs several starts.
 
 This module does not import torch, so a login node can read and check a run.
 """
@@ -15,12 +15,12 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from recipes.core.constraints import type_adapter
 from recipes.core.errors import RecipeError
 from recipes.core.files import json_text, sha256_of_each, sync, write_text_atomically
 
@@ -33,7 +33,7 @@ ARTIFACT = "artifact"
 WORK = "work"
 """Folder in a stage's directory with unfinished work."""
 FORMAT = 3
-"""Format version of a run directory. Increase it when the code cannot read older directories."""
+"""Format version of a run directory. Increase it when new code cannot read older directories."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
@@ -55,8 +55,8 @@ class Acceptance:
     reasons: list[str]
     """Why the result is stale."""
     input_content: dict[str, str] = field(default_factory=dict)
-    """Hashes of the inputs' files at the time of the decision, as in ``Manifest.input_content``.
-    Empty if the same plan computed an input again, because its content was not known yet."""
+    """``Manifest.input_content`` at the time of the decision. Empty if the same plan computed an
+    input again, because the content was not known yet."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Manifest:
     started_at: str
     """Time of the start in ISO format with microseconds, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions of libraries that are part of the fingerprint."""
+    """Versions of libraries in the fingerprint."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of libraries that were installed when the stage ran."""
     git_sha: str | None = None
@@ -108,12 +108,12 @@ class Manifest:
     files: dict[str, FileStamp] = field(default_factory=dict)
     """Stamps of the artifact's files, by path relative to ``artifact/``."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """The result as plain data; ``result`` returns it as a dataclass."""
+    """``Outcome.result`` as plain data. The method ``result`` returns a dataclass."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
-    """Duration of the start that completed the stage, plus that of the starts that it resumed."""
+    """Duration of the start that completed the stage and of the starts that it resumed."""
     peak_rss_bytes: int = 0
     """Sum of the ranks' peak resident memory, without other processes that the stage started."""
     input_content: dict[str, str] = field(default_factory=dict)
@@ -125,20 +125,17 @@ class Manifest:
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user kept and that this result depends on. Maps the name of each such
-    stage to the reasons why its result is stale."""
+    """Stale results that the user kept and that this result depends on: for the name of each stage,
+    why its result is stale."""
 
     def result(self, result_type: type[ResultT]) -> ResultT:
-        """Returns the stage's metrics as a dataclass.
-
-        Args:
-            result_type: The dataclass of the stage's result, or one with some of its fields.
+        """Returns the metrics as the stage's dataclass, or as one with some of its fields.
 
         Raises:
             RecipeError: The result lacks a field, or a field has another type.
         """
         try:
-            result: ResultT = _adapter(result_type).validate_python(self.metrics)
+            result: ResultT = type_adapter(result_type).validate_python(self.metrics)
         except ValidationError as error:
             details = error.errors()[0]
             field_name = ".".join(map(str, details["loc"]))
@@ -157,7 +154,7 @@ class Manifest:
         return self.result(result_type) if self.stage == stage else None
 
     def device_hours(self) -> float:
-        """Returns hours times devices of all nodes that the stage used for the result."""
+        """Returns the hours that the stage took for the result, times devices on all nodes."""
         nodes: int = self.config.get("resources", {}).get("nodes", 1)
         return self.seconds / 3600 * nodes * self.devices
 
@@ -171,11 +168,6 @@ class Manifest:
         return sum(stamp.size for stamp in self.files.values())
 
 
-@cache
-def _adapter(result_type: type[ResultT]) -> TypeAdapter[ResultT]:
-    return TypeAdapter(result_type)
-
-
 def require_format(version: object, path: Path) -> None:
     """Raises ``RecipeError`` if the format version of a run directory's file is not ``FORMAT``."""
     if version != FORMAT:
@@ -187,31 +179,26 @@ def require_format(version: object, path: Path) -> None:
 
 
 def replaced_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns the names of inputs whose content has changed.
+    """Returns the names of inputs whose ``Manifest.input_content`` has changed.
 
-    An input without a hash in ``before`` counts as unchanged. Both arguments are like
-    ``Manifest.input_content``.
+    An input without a hash in ``before`` counts as unchanged.
     """
     return [name for name, content in now.items() if before.get(name) not in (None, content)]
 
 
-def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Writes a manifest atomically. The file ``manifest.json`` makes the stage complete."""
+def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Writes a manifest atomically. The name ``manifest.json`` makes the stage complete."""
     text = json_text({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
-    write_text_atomically(stage_dir / name, text + "\n")
+    write_text_atomically(folder / name, text + "\n")
 
 
-def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
-    """Reads a manifest; returns ``None`` if the file is missing.
-
-    Args:
-        stage_dir: The folder of the file: a stage's directory, or its ``work/``.
-        name: Name of the file.
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
+    """Reads the manifest in a stage's directory or its ``work/``; returns ``None`` without one.
 
     Raises:
         RecipeError: The file is damaged, or has another format.
     """
-    path = stage_dir / name
+    path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         require_format(data.pop("format", None), path)
@@ -231,8 +218,7 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
 def manifest_of(source: str | None) -> Manifest | None:
     """Returns the manifest of an input; ``None`` if it is not the directory of a complete stage.
 
-    Args:
-        source: A stage's directory, the name of a stage in the same chain, or ``None``.
+    ``source`` may also be the name of a stage in the same chain.
     """
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
@@ -240,8 +226,7 @@ def manifest_of(source: str | None) -> Manifest | None:
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Returns a stamp for every file below ``root``, by its relative POSIX path.
 
-    Libraries do not sync the files that they write to disk. So this function also syncs them,
-    before the caller writes the manifest with the stamps.
+    Also syncs the files to disk before the caller writes a manifest. Libraries do not sync them.
     """
     files_and_folders = sorted(root.rglob("*"))
     for path in (root, *files_and_folders):
@@ -263,8 +248,8 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         stamps: Stamps of the expected files, by relative path.
         rehash: Whether to hash every file. If not, a file with the stamp's size and time counts as
             unchanged, and planning a complete chain takes a fraction of a second. A file with
-            another time, for example in a copied run, is hashed. If its hash is unchanged, its time
-            is reset to the stamp's, and later calls need not hash it.
+            another time, for example in a copied run, is hashed. If the hash is the stamp's, the
+            file gets the stamp's time, so that later calls need not hash it.
 
     Returns:
         Entries such as "model.safetensors (changed)".

@@ -1,7 +1,7 @@
 """Progress and metrics of a running stage, as JSON lines.
 
-The stage appends records. The launcher, which may run on another machine, follows the file for
-progress bars and logs. The report plots the records.
+The stage appends records. The launcher, which may run on another machine, and the process of a
+tracker read new records while the stage runs. The report plots all records.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
 RESULT_METRICS = "result_metrics.jsonl"
-"""Metrics of a complete result while the stage runs again. The new start writes ``METRICS``."""
+"""Metrics of the old result while the stage runs again. The new start writes ``METRICS``."""
 ProgressCallback = Callable[[int, int], None]
-"""Function that is called with the number of finished units of work and the total number."""
+"""Called with the numbers of finished and of all units of work."""
 Record = dict[str, Any]
 """One line of a metrics file."""
 
 
 class MetricsLog:
-    """Appends records to a metrics file.
-
-    Args:
-        path: The file; ``None`` on ranks other than 0, which write nothing.
-    """
+    """Appends records to a metrics file. With ``None`` (ranks other than 0), writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
@@ -38,14 +34,11 @@ class MetricsLog:
             self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends a record with the values and the time, and restarts the watchdog's timeout.
-
-        NaN and infinity are written as ``null``.
-        """
+        """Appends a record with the values and the time, and restarts the watchdog's timeout."""
         report_progress()
         if self._file:
             record = {"time": round(time.time(), 3), **values}
-            self._file.write(json_text(record, lambda number: None) + "\n")
+            self._file.write(json_text(record, lambda number: None) + "\n")  # null for NaN and inf
 
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
         """Appends a progress record: ``done`` of ``total`` steps of ``task`` are finished."""
@@ -55,14 +48,8 @@ class MetricsLog:
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
     """Reads the progress records that were appended to a file since the last call.
 
-    A record is a progress record if it has a task.
-
-    Args:
-        path: The metrics file.
-        position: Byte position from which to read: 0, or the position that the last call returned.
-
-    Returns:
-        The progress records, and the position for the next call.
+    ``position`` is 0 or what the last call returned. Returns the records, which all have a task,
+    and the position in bytes for the next call.
     """
     size = path.stat().st_size if path.exists() else 0
     if size < position:  # the stage has started over and deleted its old records
@@ -92,23 +79,19 @@ def read_records(path: Path) -> Iterator[Record]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            continue
 
 
 def steps_of(path: Path, task: str) -> list[Record]:
-    """Returns one progress record of a task per step, sorted by step.
-
-    If a restart repeated a step, the last record of the step counts.
-    """
+    """Returns one progress record of a task per step, sorted by step."""
+    # If a restart repeated a step, the last record of the step counts.
     by_step = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields the dotted name and the value of each entry of nested mappings, such as "a.b", 1."""
+    """Yields the dotted name and the value of each entry of nested dicts, such as ("a.b", 1)."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")

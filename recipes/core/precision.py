@@ -1,4 +1,4 @@
-"""Precisions of weights and activations. The module imports torch only when needed."""
+"""Precisions of weights and activations. Imports torch only when a function needs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def dtype_name(precision: str) -> str:
-    """Returns the name of ``dtype_of(precision)``, without an import of torch."""
+    """Returns the name of ``dtype_of(precision)``. Does not import torch."""
     return "float32" if precision == "32" else "bfloat16"
 
 
@@ -32,12 +32,8 @@ def dtype_name(precision: str) -> str:
 def float32_matmul_of(dtype: torch.dtype) -> Iterator[None]:
     """Lets a CPU run float32 GEMMs in bfloat16, which is faster, if ``dtype`` is bfloat16.
 
-    Float32 inputs that were converted from bfloat16 lose nothing when they are converted back, and
-    sums stay in float32. CUDA ignores this setting. There, ``NVIDIA_TF32_OVERRIDE`` and PyTorch's
-    defaults decide.
-
-    Args:
-        dtype: The dtype of the inputs before their conversion to float32.
+    ``dtype`` is that of the inputs before their conversion to float32. Converting them back to
+    bfloat16 loses nothing, and sums stay in float32. CUDA ignores this setting.
     """
     import torch
 

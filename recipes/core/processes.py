@@ -20,12 +20,11 @@ MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 def death_message(exit_status: int | None) -> str | None:
     """Returns a message about the signal that killed a process; ``None`` if no signal did.
 
-    Args:
-        exit_status: ``None`` if the process is still running. After signal 9, the status is -9 in
-            Python, and 128 + 9 = 137 in a shell and for a docker container.
+    ``exit_status`` is ``None`` if the process is still running.
     """
     if exit_status is None:
         return None
+    # After signal 9, the status is -9 in Python, and 128 + 9 in a shell and for a docker container.
     number = -exit_status if exit_status < 0 else exit_status - 128
     if number not in {*signal.Signals}:
         return None
@@ -48,8 +47,7 @@ def die_with_parent() -> None:
 def sigterm_ignored() -> Iterator[None]:
     """Ignores SIGTERM in a block that waits for a process to end.
 
-    The command ``cancel`` sends SIGTERM repeatedly. The signal's handler raises an exception, which
-    would end the wait.
+    The command ``cancel`` sends SIGTERM repeatedly, and the handler's exception would end the wait.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -59,10 +57,7 @@ def sigterm_ignored() -> Iterator[None]:
 
 
 def make_forks_die_with_parent() -> None:
-    """Makes every process that is forked from this process die with its parent.
-
-    This also applies to forks of forks.
-    """
+    """Makes every fork of this process, and every fork of a fork, die with its parent."""
     parent = 0
 
     def before() -> None:
@@ -78,10 +73,7 @@ def make_forks_die_with_parent() -> None:
 
 
 def cores() -> int:
-    """Returns the number of cores to which this process is bound.
-
-    Ignores quotas of CPU time, such as docker's ``--cpus``.
-    """
+    """Returns the number of cores to which this process is bound. Ignores docker's ``--cpus``."""
     return len(os.sched_getaffinity(0))
 
 
@@ -95,27 +87,27 @@ def prepare_imports() -> None:
       stays, and every later import waits for it forever. The import also initialises CUDA, which
       does not work in a forked process.
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
-      TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
-      disables it. cuBLAS reads this variable only once, so it is set here.
-    - CUDA memory must not fragment when tensor sizes change. PyTorch reads this setting when CUDA
-      starts, which may be while TransformerEngine is imported. The user's value wins.
+      TransformerEngine enable it, whatever PyTorch's settings are. cuBLAS reads
+      ``NVIDIA_TF32_OVERRIDE``, which disables it, only once.
+    - CUDA memory must not fragment when tensor sizes change. PyTorch reads
+      ``PYTORCH_CUDA_ALLOC_CONF`` when CUDA starts, perhaps while TransformerEngine is imported. The
+      user's value wins.
     """
     # ``import wandb`` now raises ImportError.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
-    # The stub replaces the module. It says that managed memory is not available.
     stub = ModuleType(MANAGED_MEMORY)
     stub.has_unified_memory = False  # type: ignore[attr-defined]
     stub.create_unified_mempool = None  # type: ignore[attr-defined]
-    sys.modules.setdefault(MANAGED_MEMORY, stub)
+    sys.modules.setdefault(MANAGED_MEMORY, stub)  # replaces the module
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def return_free_memory() -> None:
-    """Returns glibc's free memory to Linux, including free blocks in the middle of the heap.
+    """Returns glibc's free memory to Linux.
 
-    By default glibc keeps free blocks that lie between used blocks. Stages on a CPU set the
-    environment variable ``MALLOC_TRIM_THRESHOLD_`` for speed. Then glibc keeps all free memory.
+    By default glibc keeps free blocks that lie between used blocks. It keeps all free memory in
+    stages on a CPU, which set ``MALLOC_TRIM_THRESHOLD_`` for speed.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has this function
         trim(0)
@@ -127,7 +119,7 @@ def peak_memory_bytes() -> int:
     ``ru_maxrss`` would be wrong: Linux initialises it with the size of the parent process.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    # The line is, for example, "VmHWM:     1234 kB". HWM means high-water mark; kB are 1,024 bytes.
+    # The line of the peak (high-water mark) is, for example, "VmHWM:     1234 kB".
     [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return int(kibibytes) * 1024
 

@@ -1,7 +1,7 @@
 """Reads and writes the files that hold the state of a run and of its stages.
 
-"How data flows" in CONTRIBUTING.md lists these files. No other module derives states from them. A
-"start" of a stage is one launch of its processes. This module does not import torch.
+"How data flows" in CONTRIBUTING.md lists these files. A "start" of a stage is one launch of its
+processes. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recipes.core.manifest import (
     require_format,
     write_manifest,
 )
-from recipes.core.metrics import METRICS, RESULT_METRICS, Record, read_records, result_metrics
+from recipes.core.metrics import METRICS, RESULT_METRICS, Record, read_records
 from recipes.core.snapshot import CODE, is_snapshot
 from recipes.core.stage import StageConfig
 from recipes.core.versions import result_versions
@@ -43,14 +43,14 @@ TRACKER = "tracker.json"
 REQUEST = "config.yaml"
 """File in a stage's directory with the stage's ``Request``."""
 BEGUN = "begun.json"
-"""File in ``work/`` with the manifest, without results, of the start that wrote this work."""
+"""File in ``work/`` with the manifest, still without results, of the start that wrote the work."""
 OUTCOME = "outcome.json"
 """File in ``work/`` with the reason why the last start ended without a result."""
 
 
 @dataclass(frozen=True)
 class InputRef:
-    """An input of a stage: a stage's directory, and the type and fingerprint that it must have."""
+    """The input that a stage needs: a stage's directory, its artifact's type, its fingerprint."""
 
     directory: Path
     kind: str
@@ -58,11 +58,7 @@ class InputRef:
 
     @classmethod
     def of(cls, stage_dir: Path) -> InputRef:
-        """Returns a reference to the result of a stage.
-
-        Raises:
-            RecipeError: The stage is not complete.
-        """
+        """Returns a reference to a stage's result. Raises ``RecipeError`` if it is not complete."""
         manifest = read_manifest(stage_dir)
         if manifest is None:
             raise RecipeError(f"{stage_dir} is not complete.", "the same command runs it first")
@@ -70,29 +66,29 @@ class InputRef:
 
 
 def content_of(inputs: Mapping[str, InputRef]) -> dict[str, str]:
-    """Returns the content hash in each input's manifest, by input. Omits incomplete inputs."""
+    """Returns the content hash of each input, by name. Omits stages that are not complete."""
     manifests = {name: read_manifest(ref.directory) for name, ref in inputs.items()}
     return {name: m.content_hash() for name, m in manifests.items() if m is not None}
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a stage's process needs to start: the content of ``config.yaml``."""
+    """Everything that a stage's process needs to start: the content of ``config.yaml``.
+
+    ``Manifest`` explains the fields that have no docstring here.
+    """
 
     name: str
+    """The stage's name in its run."""
     fingerprint: str
     code: str
-    """Fingerprint of the stage's code, which is part of ``fingerprint``."""
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the libraries that are in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """As in ``Manifest``: why each stale result that this stage depends on is stale, by stage."""
     snapshot: str | None = None
-    """Hash of the code that the process runs; ``None`` for a stage that another stage starts."""
+    """``None`` for a stage that another stage starts."""
     git_sha: str | None = None
-    """Commit of the checkout from which the snapshot was copied."""
     devices: int = 1
     """Devices per node that the stage uses, which may be more than its processes."""
 
@@ -123,9 +119,9 @@ def request_of(
         name: The stage's name in its run, which is the name of its directory.
         config: The stage's settings.
         inputs: The stage's inputs.
-        starts: Stages that this stage starts. Their code is part of this stage's code fingerprint.
+        starts: Types of stages that this stage starts. Their code counts as this stage's code.
         external: ``external_stamp`` of each path from outside the run, by name.
-        versions: ``result_versions`` of the stage; by default, those of ``result_versions()``.
+        versions: Versions of libraries in the fingerprint; by default ``result_versions()``.
     """
     code, libraries = stage_code([config.stage, *starts]), versions or result_versions()
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
@@ -136,11 +132,7 @@ def request_of(
 
 
 def read_request(stage_dir: Path) -> Request:
-    """Reads the request of a stage.
-
-    Raises:
-        RecipeError: Another version of this repository wrote it.
-    """
+    """Reads a stage's request. Raises ``RecipeError`` if its format is not ``FORMAT``."""
     file = stage_dir / REQUEST
     plain = read_yaml(file)
     require_format(plain.pop("format", None), file)
@@ -158,8 +150,8 @@ class LastPlan:
     stages: Mapping[str, str | None]
     """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """If the plan has ``force``: each stage that it or an unfinished earlier ``force`` runs again.
-    The value is ``started_at`` of the old result; ``None`` if there was none."""
+    """``started_at`` of the old result of each stage that ``force`` runs again, or that an earlier
+    plan with ``force`` did not finish; ``None`` for a stage without an old result."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
@@ -193,7 +185,7 @@ class Status(StrEnum):
     STOPPED = "stopped"
     """The stage stopped at its deadline. Its work is saved, and the next start resumes it."""
     INTERRUPTED = "interrupted"
-    """The stage was killed: it left unfinished work, but recorded no reason."""
+    """The stage was killed: there is unfinished work, but no recorded reason."""
     NOT_STARTED = "not started"
     RUNNING = "running"
     PENDING = "pending"
@@ -226,11 +218,9 @@ class StageState:
 
 
 def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
-    """Returns the state of a stage.
+    """Returns the state of a stage. It is complete if it has a result with the fingerprint.
 
-    Args:
-        stage_dir: The stage's directory.
-        fingerprint: Fingerprint that a result must have to be complete; ``None`` accepts any.
+    If ``fingerprint`` is ``None``, a stage with any result is complete.
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
@@ -271,8 +261,8 @@ def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, Stag
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
-    folders = sorted(file.parent.name for file in run_dir.glob(f"*/{REQUEST}"))
-    names = [n for n in planned if n in folders] + [n for n in folders if n not in planned]
+    requested = {file.parent.name for file in run_dir.glob(f"*/{REQUEST}")}
+    names = [name for name in planned if name in requested] + sorted(requested - planned.keys())
     states = {name: stage_state(run_dir / name, planned.get(name)) for name in names}
     return {n: s for n, s in states.items() if n in planned or n in include or s.started}
 
@@ -295,10 +285,14 @@ def remove_unused_snapshots(run_dir: Path) -> None:
 
 
 def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
-    """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
+    """Prepares ``work/`` for a start, with an empty ``work/artifact/`` and ``begun.json``.
 
     Work with the same fingerprint and inputs stays, so that training can resume. Other work is
     deleted.
+
+    Args:
+        stage_dir: The stage's directory.
+        begun: The start's manifest, with the current ``input_content``.
 
     Returns:
         The manifest in ``begun.json``. Its ``seconds`` is the time that earlier starts spent on
@@ -309,22 +303,19 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         RecipeError: Work with another fingerprint cannot be deleted.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
-    if earlier is not None and (
-        replaced := replaced_inputs(earlier.input_content, begun.input_content)
-    ):
-        names = ", ".join(replaced)
-        print(f"input {names} was replaced, so this stage starts over", flush=True)
-        earlier = None
-    if earlier is None or earlier.fingerprint != begun.fingerprint:
+    replaced = replaced_inputs(earlier.input_content, begun.input_content) if earlier else []
+    if replaced:
+        print(f"input {', '.join(replaced)} was replaced, so this stage starts over", flush=True)
+    if earlier is None or replaced or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
         # Training would resume from what remains. NFS keeps hidden files while they are open.
         if work.is_symlink() or any(work.glob("[!.]*")):
             what = f"{work} cannot be deleted: it is a link, or has files of another user."
             raise RecipeError(what, "delete it, then repeat the command")
-        metrics = stage_dir / METRICS
+        metrics, old_metrics = stage_dir / METRICS, stage_dir / RESULT_METRICS
         has_result = (stage_dir / MANIFEST).exists()
-        if has_result and metrics.exists() and metrics == result_metrics(stage_dir):
-            metrics.rename(stage_dir / RESULT_METRICS)
+        if has_result and metrics.exists() and not old_metrics.exists():
+            metrics.rename(old_metrics)  # the old result stays until this stage is complete
         metrics.unlink(missing_ok=True)
         begun = replace(begun, input_content={})
     else:
@@ -345,11 +336,10 @@ def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
 
 
 def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
-    """Makes ``work/artifact/`` the stage's result.
+    """Makes ``work/artifact/``, whose files the caller has synced, the stage's result.
 
     The old manifest is deleted first and the new manifest is written last, so the stage is
-    incomplete if it is killed in between. Work is deleted after the result is on the disk. The
-    caller's ``stamp_files`` has already synced the result's files.
+    incomplete if it is killed in between. Work is deleted after the result is on the disk.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
     (stage_dir / RESULT_METRICS).unlink(missing_ok=True)
@@ -369,7 +359,7 @@ def record_failure(
 
     Args:
         stage_dir: The stage's directory.
-        error: The reason.
+        error: Why the start ended.
         stopped: Whether the stage stopped at its deadline.
         overwrite: Whether to replace a reason that another rank has recorded.
     """
@@ -380,7 +370,7 @@ def record_failure(
 
 
 def forget_outcome(stage_dir: Path) -> None:
-    """Deletes the recorded reasons why earlier starts ended."""
+    """Deletes the records of why earlier starts ended."""
     work = stage_dir / WORK
     for file in (work / OUTCOME, *work.glob(STACKS.format("*"))):
         file.unlink(missing_ok=True)

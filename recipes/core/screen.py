@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FILE_COLUMNS = 10_000
-"""Width, in characters, of output to a file or pipe: so wide that no table cell is truncated."""
+"""Width, in characters, of output to a file or pipe. No table cell is truncated at this width."""
 
 
 def screen(stderr: bool = False) -> Console:
@@ -19,8 +19,8 @@ def screen(stderr: bool = False) -> Console:
     ``FILE_COLUMNS`` for a file or pipe.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    # With None, rich uses COLUMNS or the terminal's width.
-    width = None if is_terminal or "COLUMNS" in os.environ else FILE_COLUMNS
+    rich_decides = is_terminal or "COLUMNS" in os.environ
+    width = None if rich_decides else FILE_COLUMNS
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
 
 

@@ -18,24 +18,19 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
 CODE = "code"
-"""Folder in a run directory with the snapshots. Each is a subfolder with its hash as the name."""
+"""Folder in a run directory with snapshots. The name of a snapshot's folder is its hash."""
 SNAPSHOT = re.compile(r"[0-9a-f]{64}(\.partial)?")
-"""Matches the name of a snapshot's folder. A launcher that is killed while it writes a snapshot
-leaves a folder with the suffix ``.partial``."""
+"""Matches the name of a snapshot's folder. ``.partial`` marks a snapshot that is not complete."""
 PACKAGES = ("recipes", "nemo_convert")
 """Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
-"""Lock files with library versions, which stages also read."""
+"""Lock files with library versions, which stages read."""
 
 
 def read_source(root: Path) -> Mapping[str, bytes]:
-    """Reads the files of ``PACKAGES`` and ``LOCKS``, except hidden files and compiled code.
+    """Reads the code and lock files of a checkout or snapshot. Omits hidden files and bytecode.
 
-    Args:
-        root: Folder of a checkout or a snapshot.
-
-    Returns:
-        The content of each file by its path relative to ``root``, sorted by path.
+    Returns the content of each file by its path relative to ``root``, sorted by path.
     """
     package_paths = [path for package in PACKAGES for path in (root / package).rglob("*")]
     lock_paths = [root / lock for lock in LOCKS]
@@ -49,11 +44,11 @@ def read_source(root: Path) -> Mapping[str, bytes]:
 
 
 source_files = cache(read_source)
-"""Does the same as ``read_source``, but reads each root only once in a process."""
+"""``read_source`` that reads each root only once in a process."""
 
 
 def hash_source(files: Mapping[str, bytes]) -> str:
-    """Returns one SHA-256 of the names and contents of files, in the order of ``files``."""
+    """Returns one SHA-256 of the names and contents of files, which depends on their order."""
     total = hashlib.sha256()
     for name, content in files.items():
         total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
@@ -67,7 +62,7 @@ def code_hash() -> str:
 
 
 def snapshot_dir(run_dir: Path, code: str) -> Path:
-    """Returns the folder of a snapshot in a run. ``code`` is the snapshot's hash."""
+    """Returns the folder of the snapshot with the hash ``code`` in a run."""
     return run_dir / CODE / code
 
 
@@ -79,12 +74,12 @@ def is_snapshot(path: Path) -> bool:
 def write_snapshot(run_dir: Path) -> None:
     """Stores this process's code as a snapshot, unless the run already has an intact one.
 
-    The caller must hold the run's lock.
+    The caller must hold the run's lock. After a kill, the next launch deletes the partial snapshot.
     """
     target = snapshot_dir(run_dir, code_hash())
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return
-    partial = target.with_suffix(".partial")  # after a kill, the next launch deletes this folder
+    partial = target.with_suffix(".partial")
     for folder in (partial, target):
         shutil.rmtree(folder, ignore_errors=True)
     for name, content in source_files(REPO_ROOT).items():
@@ -96,14 +91,9 @@ def write_snapshot(run_dir: Path) -> None:
 
 
 def require_snapshot(code: str | None) -> None:
-    """Checks that this process runs the code that its stage was planned with.
+    """Raises ``RecipeError`` if this process does not run the snapshot with the hash ``code``.
 
-    Args:
-        code: Hash of the planned code. ``None``, for a stage that another stage starts, accepts any
-            code.
-
-    Raises:
-        RecipeError: The code has another hash.
+    ``None``, for a stage that another stage starts, accepts any code.
     """
     if code is not None and hash_source(read_source(REPO_ROOT)) != code:
         raise RecipeError(

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 DEADLINE = "STAGE_DEADLINE"
-"""Environment variable with the time when a stage must save its work and stop.
+"""Environment variable with the time, in seconds since 1970, when a stage must save and stop.
 
-The unit is seconds since 1970. The Slurm executor sets the variable. A stage that stops is resumed
-later, so the deadline does not change the result.
+The Slurm executor sets it. A stopped stage is resumed later, so the result does not change.
 """
+NEEDS_GPU = "STAGE_NEEDS_GPU"
+"""Environment variable of stages that must run on a GPU, with the name of the hardware profile."""
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
 
 
@@ -73,7 +74,7 @@ class StageConfig:
     """Where the stage runs and on how many devices."""
 
     def __post_init__(self) -> None:
-        """Gives the stage its module's name. The plan and the worker set its name in the recipe."""
+        """Sets the name to the stage's type. The plan and the worker set the name in the recipe."""
         self.name = self.stage  # not a dataclass field, because it is not a setting
 
 
@@ -92,7 +93,7 @@ class InferenceConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Input:
-    """A complete stage that another stage reads."""
+    """A complete stage whose artifact another stage reads."""
 
     directory: Path
     manifest: Manifest
@@ -103,11 +104,7 @@ class Input:
         return self.directory / ARTIFACT
 
 
-Inputs = Mapping[str, Input]
-
-
-NEEDS_GPU = "STAGE_NEEDS_GPU"
-"""Environment variable with the GPU's profile. Only stages that must run on a GPU have it."""
+Inputs = Mapping[str, Input]  # by the input's name
 
 
 class StoppedByDeadlineError(RecipeError):
@@ -125,9 +122,9 @@ def world_size() -> int:
 
 
 def shared_store() -> Store | None:
-    """Returns torchrun's key-value store, or ``None``. The store needs no process group."""
-    # A rehearsal sets WORLD_SIZE, but has no torchrun agent and so no store. A stage with one rank
-    # does not use torchrun, but may inherit the agent's variable from the process that starts it.
+    """Returns torchrun's key-value store; ``None`` without torchrun. Needs no process group."""
+    # A rehearsal sets WORLD_SIZE without torchrun. A stage with one rank does not use torchrun, but
+    # may inherit torchrun's variable from the process that starts it.
     if world_size() == 1 or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed.rendezvous import rendezvous
@@ -139,8 +136,7 @@ def shared_store() -> Store | None:
 def deadline() -> float | None:
     """Returns the deadline in seconds since 1970; ``None`` if there is none.
 
-    Raises:
-        RecipeError: The environment variable is not a number.
+    Raises ``RecipeError`` if the environment variable is not a number.
     """
     text = os.environ.get(DEADLINE)
     try:
@@ -161,9 +157,7 @@ def time_is_up() -> bool:
 def require_time_left(next_step: str) -> None:
     """Raises ``StoppedByDeadlineError`` if the deadline has passed.
 
-    Args:
-        next_step: Name, for the error, of the step that would be next. The caller must have saved
-            all earlier steps.
+    The caller must have saved all steps before ``next_step``, which the error names.
     """
     if time_is_up():
         raise StoppedByDeadlineError(
@@ -172,10 +166,10 @@ def require_time_left(next_step: str) -> None:
 
 
 def metrics_file(out: Path) -> Path:
-    """Returns the metrics file of the stage that writes its artifact to ``out``."""
-    return out.parent.parent / METRICS  # ``out`` is work/artifact in the stage's directory
+    """Returns a stage's metrics file. ``out`` is ``work/artifact`` in the stage's directory."""
+    return out.parent.parent / METRICS
 
 
 def metrics_log(out: Path) -> MetricsLog:
-    """Opens the stage's metrics file. On ranks other than 0, the log writes nothing."""
+    """Opens the ``metrics_file`` for writing. On ranks other than 0, the log writes nothing."""
     return MetricsLog(metrics_file(out) if rank() == 0 else None)

@@ -1,7 +1,7 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher starts the stages of a run with this module. A search stage uses the module to start
-the stages of each candidate; such a stage is called a child.
+The launcher uses this module for the stages of a run. A search stage uses it for the stages of each
+candidate, which are called children.
 """
 
 from __future__ import annotations
@@ -40,21 +40,15 @@ LOGS = "logs"
 POLL_SECONDS = 0.2
 """Time between two checks of whether a stage has ended."""
 STOP_SECONDS = 40
-"""Maximum wait for a stage to end after SIGTERM. Longer than the 30 seconds that torchrun waits for
-its ranks."""
-TAIL_BYTES = 1 << 16
-"""Bytes that ``tail`` reads, in addition to ``LINE_BYTES`` for each requested line."""
-LINE_BYTES = 256
-"""Assumed average length of a line in a log. ``TAIL_BYTES`` allows for longer lines."""
+"""Maximum wait for a stage to end after SIGTERM. torchrun waits 30 seconds for its ranks."""
+TAIL_BYTES, LINE_BYTES = 1 << 16, 256
+"""``tail`` reads ``TAIL_BYTES``, and ``LINE_BYTES`` more for each requested line."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
 """Matches the names of the variables that torchrun sets in a rank."""
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
-"""Environment variables of a stage that runs without torchrun. They replace the variables that the
-stage would inherit from a rank that starts it.
-
-Without torchrun, Lightning takes the tasks of a Slurm job for ranks, unless the job's name is
-``interactive``.
-"""
+"""Environment variables of a stage that runs without torchrun. They replace the variables that a
+child inherits. Lightning takes the tasks of a Slurm job for ranks, unless the job's name is
+``interactive``."""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
@@ -66,21 +60,17 @@ _FAILED_RANK = re.compile(
       exitcode  : -9 (pid: 1235)
 """
 TEARDOWN_SECONDS = 10
-"""A rank that is killed later than this after the first failure was killed by torchrun, which waits
-30 seconds before it kills the other ranks."""
+"""A rank that is killed later than this after the first failed rank was killed by torchrun, which
+kills the other ranks after 30 seconds."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
 """Context manager of a started stage. Yields a function that returns whether the stage has ended.
 Stops the stage if the block raises an exception."""
 
 
 def start_command(module: str, request_file: Path, devices: int, python: str) -> list[str]:
-    """Returns the command that starts a stage on one machine.
+    """Returns the command that starts a stage on this machine.
 
-    Args:
-        module: Module of the stage.
-        request_file: File with the stage's request.
-        devices: Number of ranks. A single rank is started without torchrun, which saves seconds.
-        python: The Python interpreter.
+    ``devices`` is the number of ranks. One rank runs without torchrun, which saves seconds.
     """
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
     return [python, "-m", *(torchrun if devices > 1 else []), WORKER, module, str(request_file)]
@@ -90,10 +80,7 @@ def start_command(module: str, request_file: Path, devices: int, python: str) ->
 def start_process(
     command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[], bool]]:
-    """Starts a command as a ``RunningStage``. Writes its output to ``log``.
-
-    If a signal kills the process, this is also written to ``log``.
-    """
+    """Starts a command as a ``RunningStage``. ``log`` gets its output, and the signal of a kill."""
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -149,25 +136,22 @@ def run_to_end(
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The manifest decides, because torchrun's exit status is 1 for any failure. A forced rerun has
-    # the old result's fingerprint, and the old result stays until the rerun succeeds. So the result
-    # must also be new.
     result = read_manifest(stage_dir)
-    is_new = result is not None and (
-        old_result is None or result.started_at != old_result.started_at
-    )
-    if result is None or result.fingerprint != fingerprint or not is_new:
+    # The manifest decides, because torchrun's exit status is 1 for any failure. A forced rerun has
+    # the old result's fingerprint, and the old result stays until the rerun succeeds.
+    is_old = result and old_result and result.started_at == old_result.started_at
+    if result is None or result.fingerprint != fingerprint or is_old:
         reason = failure(stage_dir, log)  # usually with a fix
         raise RecipeError(f"stage {name} failed: {reason}\n  log: {log}", fix="")
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs another stage as a child of this stage, unless the child is complete.
+    """Runs a stage as a child of this process's stage, unless the child is complete.
 
     Args:
         config: The child's settings. A child with one device runs on this rank's device.
         stage_dir: The child's directory, below this stage's ``work/``.
-        inputs: The stage directory of each of the child's inputs, by input name.
+        inputs: The stage directory of each of the child's inputs, by the input's name.
 
     Raises:
         RecipeError: The child failed, or an input is not complete.
@@ -192,8 +176,8 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
                 lambda log: start_process(command, log, _child_environment(devices)),
             )
     except RecipeError as error:
-        status_and_reason = last_end(stage_dir)
-        if status_and_reason is None or status_and_reason[0] is not Status.STOPPED:
+        status, _ = last_end(stage_dir) or (None, "")
+        if status is not Status.STOPPED:
             raise
         raise StoppedByDeadlineError(f"{name} stopped at the deadline.", error.fix) from error
 
@@ -204,7 +188,7 @@ def _child_environment(devices: int) -> dict[str, str]:
     A child with one device sees only this rank's GPU.
     """
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
-    # This process's own code comes first, then the site's modules, as in ``local.environment``.
+    # This process's code comes first, then the site's modules, as in ``local.environment``.
     paths = [str(REPO_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     if devices == 1:
@@ -213,16 +197,14 @@ def _child_environment(devices: int) -> dict[str, str]:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if visible_gpus is None:
             env["CUDA_VISIBLE_DEVICES"] = local_rank
-        else:
-            # "" and "-1" hide all GPUs. On a CPU, there may be more ranks than GPUs.
-            gpus = visible_gpus.split(",")
-            if int(local_rank) < len(gpus):
-                env["CUDA_VISIBLE_DEVICES"] = gpus[int(local_rank)]
+        # The list may be shorter than the number of ranks: "" and "-1" hide all GPUs.
+        elif int(local_rank) < len(gpus := visible_gpus.split(",")):
+            env["CUDA_VISIBLE_DEVICES"] = gpus[int(local_rank)]
     return env
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns an unused path for a log: the time, and a number if that path exists."""
+    """Returns an unused path for a log. Its name is the time, and a number if necessary."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     log, number = logs / f"{now}.log", 1
@@ -249,8 +231,8 @@ def tail(file: Path, lines: int) -> list[str]:
 def failure(stage_dir: Path, log: Path | None) -> str:
     """Explains why the last start of a stage failed.
 
-    Returns the first that applies: the rank that was killed, the reason that the stage recorded, a
-    problem of the file system, or the log's last lines.
+    Returns the first that is known: the rank that was killed, the reason that the stage recorded, a
+    problem of the disk, or the log's last lines.
     """
     if log is not None and (killed_rank := _killed_rank(log)) is not None:
         return killed_rank
@@ -268,8 +250,8 @@ def failure(stage_dir: Path, log: Path | None) -> str:
 def _killed_rank(log: Path) -> str | None:
     """Says which rank was killed, according to torchrun's report in the log; ``None`` if none was.
 
-    When a rank is killed, the other ranks lose their connection, and their errors would mislead.
-    Ranks that torchrun killed, because another rank had failed, are ignored.
+    The other ranks then lose their connection, and their errors would mislead. Ignores ranks that
+    torchrun killed because another rank had failed.
     """
     failed_ranks = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))

@@ -11,25 +11,23 @@ from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
 """Half the width of a 95% interval of a normal distribution, in standard deviations."""
-MAX_EXPONENT = math.log(sys.float_info.max)
-"""``math.exp`` raises OverflowError for larger numbers."""
 Z80 = NormalDist().inv_cdf(0.8)
 """80% of a normal distribution are below this number of standard deviations above the mean."""
+MAX_EXPONENT = math.log(sys.float_info.max)
+"""``math.exp`` raises OverflowError for larger numbers."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95% interval.
+    """A mean difference ``value`` with its 95% interval from ``low`` to ``high``.
 
-    The interval assumes independent values. Adjacent sequences of a text may come from the same
-    document. The interval is then too narrow.
+    The ends are ``None`` for a single value. The interval assumes independent values. It is too
+    narrow for adjacent sequences of a text, which may come from the same document.
     """
 
     value: float
     low: float | None
     high: float | None
-    """``low`` and ``high`` are the ends of the interval; ``None`` for a single value, which has no
-    interval."""
 
     @property
     def is_negative(self) -> bool:
@@ -45,7 +43,7 @@ class Difference:
     def detectable(self) -> float | None:
         """The smallest true difference for which 80% of repetitions give an interval without 0.
 
-        This holds for many values. For few values, the result is somewhat too large.
+        For few values, the returned difference is somewhat too large.
         """
         if self.low is None or self.high is None:
             return None
@@ -57,7 +55,7 @@ class Difference:
 def standard_error(values: Sequence[float]) -> float | None:
     """Returns the standard error of the mean; ``None`` for fewer than two values.
 
-    Assumes independent values, see ``Difference``. NaN if a value is NaN or infinite.
+    Assumes independent values. The result is NaN if a value is NaN or infinite.
     """
     if len(values) < 2:
         return None
@@ -74,12 +72,7 @@ def perplexity(loss: float) -> float:
 def margin95(error: float | None, values: int) -> float | None:
     """Returns half the width of the 95% interval of a mean, by Student's t-distribution.
 
-    Args:
-        error: Standard error of the mean; ``None`` if unknown.
-        values: Number of values. The fewer values, the wider the interval.
-
-    Returns:
-        ``None`` without an error, or for fewer than two values.
+    Returns ``None`` without the mean's standard ``error``, or for fewer than two ``values``.
     """
     return None if error is None or values < 2 else _t95(values - 1) * error
 
@@ -88,10 +81,7 @@ def margin95(error: float | None, values: int) -> float | None:
 def _t95(degrees: int) -> float:
     """Returns t for which 95% of Student's t-distribution are between -t and t.
 
-    Uses bisection, because a login node does not have scipy.
-
-    Args:
-        degrees: Degrees of freedom.
+    ``degrees`` are the degrees of freedom. Uses bisection, because a login node has no scipy.
     """
     low, high = Z95, 12.8  # t is Z95 for infinitely many degrees of freedom, and 12.71 for one
     for _ in range(40):  # halves the error 40 times, to about 1e-11

@@ -1,9 +1,8 @@
 """Sends a stage's settings, progress records and results to an experiment tracker.
 
-Rank 0 of the stage starts this module as a separate process, which sends each new record of the
-stage's ``metrics.jsonl``. A tracker that fails or waits for a network does not slow the stage. It
-may delay the end of the stage's process by ``worker.TRACKER_SECONDS``, after the result is
-published.
+Rank 0 of the stage starts this module as a separate process, which reads the stage's
+``metrics.jsonl``. A tracker that fails or waits for a network does not slow the stage. It may delay
+the end of rank 0 by ``worker.TRACKER_SECONDS``, after the result is published.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 BOOKKEEPING = ("time", "task", "done", "total")
 """Fields of a record that are not metrics."""
 FINAL = "final"
-"""Task name for a complete stage's results. Progress records have names such as ``evaluate``."""
+"""Task name of a complete stage's results. Progress records have names such as ``evaluate``."""
 REPORT = "report.html"
 """File in the artifact of the stage ``report``."""
 MLFLOW_BATCH = 100
@@ -45,12 +44,11 @@ MLFLOW_BATCH = 100
 MLFLOW_CHARACTERS = 6000
 """Maximum length of a parameter in MLflow."""
 MLFLOW_ID = "recipes_id"
-"""Tag with ``TrackedStage.id``. MLflow chooses the ids of its runs itself."""
+"""Tag of an MLflow run with ``TrackedStage.id``. MLflow chooses its own ids."""
 POLL_SECONDS = 1.0
 """Time between two reads of the metrics file."""
 FINISHED = "FINISHED"
-"""Status that the worker sends to this process when the stage is complete. The other statuses are
-FAILED and KILLED."""
+"""Status of a complete stage. The other statuses that the worker sends are FAILED and KILLED."""
 STDIN = 0
 """File descriptor of the standard input stream."""
 
@@ -62,7 +60,7 @@ class Tracker:
     log: Callable[[str, Mapping[str, float], int, float], None]
     """Logs metrics. Takes the task, values by name, the step, and seconds since 1970."""
     close: Callable[[str], None]
-    """Ends the connection. Takes the stage's status: FINISHED, FAILED or KILLED."""
+    """Ends the connection. Takes the stage's status."""
     store: Callable[[str, str], None] = lambda name, content: None
     """Stores an artifact. Takes its file name and content."""
 
@@ -87,7 +85,7 @@ class TrackedStage:
 
     @property
     def id(self) -> str:
-        """The stage's id in the tracker. It stays the same when a later job resumes the stage."""
+        """The stage's id in the tracker. A start that resumes the stage has the same id."""
         identity = (self.run_id, self.request.name, self.request.fingerprint)
         return hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
 
@@ -108,10 +106,7 @@ class TrackedStage:
 def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> None:
     """Writes ``tracker.json``, which stages read when they start. Keeps an existing run id.
 
-    Args:
-        run_dir: The run.
-        recipe: Name of the run's recipe.
-        settings: The config group ``tracker``; empty for a run without a tracker.
+    ``settings`` is the config group ``tracker``, which is empty without a tracker.
     """
     file = run_dir / TRACKER
     old = read_json(file) if file.exists() else {}
@@ -121,12 +116,9 @@ def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> No
 
 
 def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields dotted names and values of settings, without secrets.
-
-    Yields the names of environment variables (``env``), but not their values.
-    """
+    """Yields dotted names and values of settings, without secrets."""
     for name, value in values.items():
-        if name == "env":
+        if name == "env":  # yields only the names of environment variables
             yield f"{prefix}env", ", ".join(sorted(value or ()))
         elif isinstance(value, dict):
             yield from public_parameters(value, f"{prefix}{name}.")
@@ -144,7 +136,7 @@ def _without_user(value: object) -> object:
 
 
 def public_text(file: Path) -> str:
-    """Returns the content of a file. If it is a manifest, removes secrets from its settings."""
+    """Returns a file's content. Removes secrets from the settings in a manifest."""
     text = file.read_text(encoding="utf-8")
     if file.name != MANIFEST:
         return text
@@ -229,8 +221,8 @@ def mlflow(stage: TrackedStage) -> Tracker:
     library.set_tracking_uri(server or f"sqlite:///{run_dir / 'mlflow.db'}")
     experiment_name = str(stage.settings["experiment"])
     if not server:
-        # Several stages may start at the same time, and MLflow does not lock the database while it
-        # creates the tables. SQLite also uses this type of lock, so the file system supports it.
+        # Stages may start at the same time, and MLflow creates the tables without a lock. SQLite
+        # also uses this type of lock, so the file system supports it.
         with (run_dir / "mlflow.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
             if library.get_experiment_by_name(experiment_name) is None:
@@ -277,8 +269,8 @@ def require_tracker(settings: Mapping[str, str | None], own_python: bool = True)
     """Checks the settings of the tracker.
 
     Args:
-        settings: The config group ``tracker``; empty for a run without a tracker.
-        own_python: Whether stages run with this interpreter. If so, its packages are checked.
+        settings: The config group ``tracker``; empty without a tracker.
+        own_python: Whether stages run with this interpreter, whose packages are then checked.
 
     Raises:
         RecipeError: The tracker is unknown or needs missing packages, or ``uri`` has a password.
@@ -306,9 +298,8 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
     Args:
         stage_dir: The stage's directory.
-        started: Time of this start, in seconds since 1970. Older records are not sent, because an
-            earlier start of the stage has sent them.
-        wait: Waits for up to ``POLL_SECONDS``. Returns the stage's status if the stage has ended,
+        started: Time of this start, in seconds since 1970. Earlier starts have sent older records.
+        wait: Waits for up to ``POLL_SECONDS``. Returns the status of a stage that has ended,
             otherwise ``None``.
     """
     run = read_json(stage_dir.parent / TRACKER)
@@ -320,7 +311,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
     tracker: Tracker | None = attempt(start_tracker, stage)
     if tracker is None:  # it failed to start
         return
-    status, position = None, 0  # position in the metrics file, in bytes
+    status, position = None, 0  # position in the metrics file
     while status is None:
         status = wait()
         records, position = new_records(stage_dir / METRICS, position)
@@ -336,10 +327,8 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 def _error_catcher(name: str) -> Callable[..., Any]:
     """Returns a function ``attempt(function, *arguments)``, which calls ``function``.
 
-    If the call raises an error, ``attempt`` returns ``None``. Only the first error is printed.
-
-    Args:
-        name: The tracker's name, for the warning.
+    If the call raises an error, ``attempt`` returns ``None``. It prints only the first error, with
+    the tracker's name.
     """
     errors: list[Exception] = []
 
@@ -362,7 +351,7 @@ def _numbers(values: Mapping[str, object], excluded: tuple[str, ...] = ()) -> di
 
 
 def _finish(stage_dir: Path, tracker: Tracker) -> None:
-    """Sends a complete stage's results, duration and sizes, its manifest, and its report if any."""
+    """Sends a complete stage's results, time, memory and sizes, its manifest and any report."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         return

@@ -16,19 +16,19 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from recipes.core.files import REPO_ROOT
+from recipes.core.snapshot import LOCKS
 
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
 """Libraries whose code computes the results of stages. Their versions are in every fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
-"""Also computes results, but is not in fingerprints. ``result_versions`` says why."""
+"""Also computes results, but is not in fingerprints, because a login node does not have it."""
 OPENVINO_LIBRARIES = (
     *("openvino", "openvino-genai", "openvino-tokenizers"),
     *("nncf", "optimum", "optimum-intel"),
 )
 """Libraries that build and run OpenVINO engines."""
 STAGE_EXTRAS = ("launcher", "train", "cpu")
-"""Extras of pyproject.toml that stages need. A machine that runs only the launcher needs only
-``launcher``."""
+"""Extras of pyproject.toml that stages need. The launcher needs only ``launcher``."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,10 @@ class Pin:
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the installed version satisfies the requirement.
-
-        Suffixes for builds and pre-releases are ignored, because NGC containers have such builds:
-        2.9.0a0+nv25.9 counts as 2.9.0.
-        """
+        """Whether the installed version satisfies the requirement."""
         if self.installed is None:
             return False
+        # Without suffixes for builds and pre-releases: NGC containers have, say, 2.9.0a0+nv25.9.
         base_version = Version(self.installed).base_version
         return SpecifierSet(self.required).contains(base_version, prereleases=True)
 
@@ -78,10 +75,9 @@ def installed_version(name: str) -> str | None:
 
 @cache
 def program_version(name: str) -> str | None:
-    """Returns the version that a program on ``PATH`` prints; ``None`` if it prints none.
+    """Returns what a program on ``PATH`` prints after ``version:``; ``None`` if nothing.
 
-    Reads only the text after ``version:``. Other lines of the output, such as the list of GPUs,
-    differ between machines.
+    Other lines of the output, such as the list of GPUs, differ between machines.
     """
     try:
         completed = subprocess.run(
@@ -98,18 +94,17 @@ def result_versions(
 ) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library or program.
 
-    The result omits build tags such as ``+cpu``: builds of one version have the same source, and a
-    login node must compute the same fingerprint as a node with GPUs. It omits TransformerEngine,
-    because a login node does not have it. It omits the image's name, because a run may be resumed
-    with another image or without one.
+    A login node must compute the same fingerprint as a node with GPUs. So versions have no build
+    tags such as ``+cpu``: builds of one version have the same source. Fingerprints do not include
+    the image's name, because a run may be resumed with another image or without one.
 
     Args:
-        in_image: Whether the stage runs in a container image. If so, the result has the versions in
-            the lock files. Otherwise it has the installed versions, and locked versions only for
-            libraries that are not installed here, for example on a login node.
+        in_image: Whether the stage runs in a container image. If so, returns locked versions.
+            Otherwise returns installed versions, and locked versions only of libraries that are not
+            installed here, for example on a login node.
         libraries: Further libraries that the stage computes with.
-        programs: Programs that the stage runs. Those that are not on ``PATH`` are omitted, and so
-            are all programs of a stage in an image.
+        programs: Programs that the stage runs. Omits all programs of a stage in an image, and
+            programs that are not on ``PATH``.
     """
     names = (*RESULT_LIBRARIES, "tokenizers", *libraries)
     installed = {name: None if in_image else installed_version(name) for name in names}
@@ -125,10 +120,10 @@ def result_versions(
 
 @cache
 def locked_version(name: str) -> str:
-    """Returns a library's version in the lock files in ``requirements``, which must include it."""
+    """Returns a library's version in the lock files. Raises ``StopIteration`` if it has none."""
     any_separator = re.sub("[-_.]", "[-_.]", name)  # pip treats -, _ and . in names as equal
     pattern = re.compile(rf"^{any_separator}==([^ ;]+)", re.MULTILINE)
-    texts = ((REPO_ROOT / "requirements" / f).read_text() for f in ("stack.txt", "torch.txt"))
+    texts = ((REPO_ROOT / lock).read_text() for lock in LOCKS)
     return next(match[1] for text in texts if (match := pattern.search(text)))
 
 
@@ -142,14 +137,8 @@ def installed_versions() -> dict[str, str]:
 def version_differences(versions: Mapping[str, str]) -> list[str]:
     """Compares the versions in an input's manifest with the installed versions.
 
-    Only libraries that compute results count. Build tags such as ``+cpu`` are ignored, and so are
-    libraries that are not in the manifest or not installed.
-
-    Args:
-        versions: Versions in the manifest, by library.
-
-    Returns:
-        For each library with another version, its name and both versions as a text.
+    Only libraries that compute results count. Ignores build tags such as ``+cpu``, and libraries
+    that are not in the manifest or not installed. Returns texts such as "torch 2.9.0 → 2.9.1".
     """
     installed = installed_versions()
     names = {*RESULT_LIBRARIES, TRANSFORMER_ENGINE} & installed.keys() & versions.keys()

@@ -1,8 +1,7 @@
-"""Detects hangs: dumps all stacks and exits when no progress is reported in time.
+"""Detects hangs: a process dumps its stacks and exits when it reports no progress in time.
 
 The timeout of PyTorch's collectives is not enough. It ends the ranks that wait for a hanging rank,
-but does not show what the hanging rank does. A stage with one rank has no collectives. Each process
-watches itself, so the watchdog works locally, in a container and on Slurm.
+but does not show what the hanging rank does. A stage with one rank has no collectives.
 """
 
 from __future__ import annotations
@@ -19,22 +18,17 @@ from recipes.core.errors import RecipeError
 STACKS = "hung-rank-{}.txt"
 """File in ``work/`` for the stacks of the rank with the number ``{}``. Empty unless it hung."""
 _active_timeouts: list[tuple[float, IO[str]]] = []
-"""Seconds and stack file of each active ``watch_for_hangs``. Only the last one, which is the
-innermost, applies."""
+"""Seconds and stack file of each active ``watch_for_hangs``. Only the last (innermost) applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 """Matches a stack frame in the format of ``faulthandler``."""
 
 
 @contextmanager
 def watch_for_hangs(seconds: float | None, work: Path, rank: int) -> Iterator[None]:
-    """Writes all stacks and ends this process if ``report_progress`` is not called in time.
+    """Ends this process after ``seconds`` without a call of ``report_progress``.
 
-    The timer of ``faulthandler`` runs in C, so it also detects a hang in code that holds the GIL.
-
-    Args:
-        seconds: Maximum time between two calls; ``None`` disables the watchdog.
-        work: Directory for the file ``STACKS``.
-        rank: Rank of this process.
+    First writes all stacks to the file ``STACKS`` in ``work``. ``None`` disables the watchdog. The
+    timer of ``faulthandler`` runs in C, so it also detects a hang in code that holds the GIL.
     """
     if seconds is None:
         yield
@@ -68,10 +62,7 @@ def pause_watchdog() -> Iterator[None]:
 
 
 def hang_error(work: Path) -> RecipeError | None:
-    """Returns an error with the position in the code of each rank that hung.
-
-    Returns ``None`` if no rank hung.
-    """
+    """Returns an error that says where each rank hung; ``None`` if no rank hung."""
     positions = ""
     for file in sorted(work.glob(STACKS.format("*"))):
         stacks = file.read_text(encoding="utf-8", errors="replace")

