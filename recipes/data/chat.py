@@ -20,8 +20,8 @@ from recipes.data.tokenizer import Encoded
 ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""Date for templates that write today's date, so that prepared text does not depend on the day. It
-is the default of Llama 3.1's template."""
+"""Date for templates that write today's date, so that prepared text does not depend on the day. The
+default of Llama 3.1's template."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag with which some templates mark the start of an answer."""
 
@@ -32,8 +32,8 @@ NO_QUESTION = "no question"
 that are stored elsewhere."""
 TEMPLATE_ERROR = "refused by the template"
 ANSWERS_NOT_FOUND = "answers not found"
-"""The tokens of the answers cannot be identified. Either the conversation starts with an answer, or
-the template renders the turns before each answer differently once the answer is there."""
+"""The answers' tokens cannot be identified. Either the conversation starts with an answer, or the
+template renders the turns before each answer differently if the answer follows."""
 SPECIAL_TOKEN = "contains a special token"
 TOO_LONG = "too long"
 """The first answer does not fit in a sequence of ``seq_length`` tokens."""
@@ -72,30 +72,27 @@ class ChatTokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes conversations.
+        """Returns one tokenized conversation per text.
 
-        Each text is the JSON of a conversation's messages, or of a mapping with the reason to leave
+        A text is the JSON of a conversation's messages, or of a mapping with the reason to leave
         the conversation out (``corpus.LEFT_OUT``).
         """
-        return [
-            Encoded.left_out_because(content[LEFT_OUT])
-            if isinstance(content := json.loads(text), dict)
-            else self._encode_conversation(content)
-            for text in texts
-        ]
+        return [self._encode_content(json.loads(text)) for text in texts]
 
-    def _encode_conversation(self, messages: list[dict[str, Any]]) -> Encoded:
+    def _encode_content(self, messages: Any) -> Encoded:
         from jinja2 import TemplateError
 
+        if isinstance(messages, dict):
+            return Encoded.left_out_because(messages[LEFT_OUT])
         if all(message["role"] != ASSISTANT or _is_blank(message) for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
         questions = [message["content"] for message in messages if message["role"] == "user"]
         if questions and not any(map(str.isalnum, questions[0])):
             return Encoded.left_out_because(NO_QUESTION)
-        # A template may render every text of a message, such as ``reasoning_content``.
+        # A template may render every text of a message, such as ``reasoning_content``. The
+        # tokenizer would read the name of a special token in it as that token.
         values = (value for message in messages for value in message.values())
         texts = [value for value in values if isinstance(value, str)]
-        # The tokenizer would read the name of a special token in a message as that token.
         if any(token in text for text in texts for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
         try:
@@ -133,10 +130,7 @@ class ChatTokenizer:
     def _tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Returns token ids and loss mask, without ``end``.
-
-        Returns ``None`` if the answers' tokens cannot be identified (``ANSWERS_NOT_FOUND``).
-        """
+        """Returns token ids and loss mask, without ``end``; ``None`` for ``ANSWERS_NOT_FOUND``."""
         if _GENERATION_TAG.search(self._tokenizer.get_chat_template()):
             return self._tagged_tokens_and_mask(messages)
         if messages[0]["role"] == ASSISTANT:  # templates cannot render an empty prompt
@@ -149,7 +143,6 @@ class ChatTokenizer:
                 continue
             span = self._answer_span(messages, number, ids)
             if span is None:
-                # Later turns change how the template renders this answer or the turns before it.
                 # For example, Qwen3's template removes the reasoning from earlier answers. A model
                 # never generates such an answer, so it is not in the loss.
                 continue
@@ -164,12 +157,13 @@ class ChatTokenizer:
     def _tagged_tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Returns the same as ``_tokens_and_mask``, for a template that marks the answers."""
+        """Does the work of ``_tokens_and_mask`` for a template that marks the answers."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         output = render(self._tokenizer, messages, **options)
         ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT and _is_blank(message):
+                # Templates cannot render the empty prompt of a first answer.
                 span = self._answer_span(messages, number, ids) if number else None
                 if span is None:
                     return None
@@ -181,7 +175,8 @@ class ChatTokenizer:
     ) -> tuple[int, int] | None:
         """Returns where the answer ``messages[number]`` starts and stops in the tokens ``ids``.
 
-        Returns ``None`` if later turns change how the template renders it or the turns before it.
+        Returns ``None`` if the template renders the answer, or the turns before it, differently
+        when later turns follow.
         """
         prompt_ids = render(self._tokenizer, messages[:number], add_generation_prompt=True)
         answered_ids = render(self._tokenizer, messages[: number + 1])
@@ -199,13 +194,10 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: bool) -> A
 def _with_stripped_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the messages, without spaces and line breaks around answers.
 
-    One at the start of an answer could become one token with the template's text before it.
+    The template's text before an answer and a space could become one token.
     """
     return [
-        {**message, "content": message["content"].strip()}
-        if message["role"] == ASSISTANT
-        else message
-        for message in messages
+        m | {"content": m["content"].strip()} if m["role"] == ASSISTANT else m for m in messages
     ]
 
 
@@ -220,9 +212,9 @@ def pack(
 ) -> Iterator[Encoded]:
     """Yields conversations, ordered and padded so that each lies within one sequence.
 
-    The order is that of first-fit decreasing bin packing. The padding at the end of a sequence is
-    prepended to the first conversation of the next sequence. So the last sequence is not padded,
-    and a later call may fill it.
+    Sequences are filled by first-fit decreasing bin packing. The padding at the end of a sequence
+    is prepended to the next conversation. So the last sequence is not padded, and a later call may
+    fill it.
 
     Args:
         conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
@@ -230,7 +222,7 @@ def pack(
         seq_length: Tokens per sequence.
         end: Id of the padding token, which is excluded from the loss.
     """
-    # Element 0 is the sequence that the split ends with. It may already be full.
+    # The first sequence is the unfinished one at the end of the split. It may have no free tokens.
     sequences: list[list[Encoded]] = [[]]
     free_tokens = [-written_tokens % seq_length]  # by sequence
     for conversation in sorted(conversations, key=lambda item: -len(item.ids)):

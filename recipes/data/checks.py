@@ -17,14 +17,10 @@ from recipes.data.corpus import RECORD_TYPES, read_source
 from recipes.data.records import FILES_WITH_FIELDS
 from recipes.data.settings import PrepareDataConfig, default_document_end
 from recipes.data.sources import DIALOGUE, Source, parse_source, source_problem, with_option
-from recipes.data.token_files import (
-    require_document_end,
-    require_first_tokens,
-    require_token_files,
-)
+from recipes.data.token_files import require_document_end, require_first_tokens, require_token_files
 
 CHECKED_RECORDS = 100
-"""Number of documents at the start of a source that ``first_records_problem`` reads."""
+"""Records at the start of a source, or text files, that ``first_records_problem`` checks."""
 CHECKED_BYTES = 1 << 16
 """Bytes at the start of a text file whose encoding ``first_records_problem`` checks."""
 PYARROW_TYPES = (".jsonl.zst", ".parquet")
@@ -36,15 +32,24 @@ def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     if not cfg.sources and not cfg.prefix:
         yield "data.sources is empty", "set data.sources"
     for source in cfg.all_sources():
-        yield from _text_problems(cfg, source)
+        chat = cfg.is_chat(source)
+        if problem := source_problem(source):
+            yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
+        elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
+            yield records_problem
     yield from _weight_problems(cfg)
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             fix = f"for example {with_option(source, 'tokens', 100000)}"
             yield f"'{source}' sets no number of tokens", fix
-    # Sources that differ only in the options below contain the same text.
+    yield from _repetitions(cfg)
+
+
+def _repetitions(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields a problem for each source that repeats an earlier one, each with a fix."""
     seen: set[Source] = set()
     for source in cfg.all_sources():
+        # Sources that differ only in these options contain the same text.
         text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
         if text in seen:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
@@ -52,32 +57,22 @@ def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         seen.add(text)
 
 
-def _text_problems(cfg: PrepareDataConfig, source: str) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with a source's options, files or first records, with a fix."""
-    chat = cfg.is_chat(source)
-    if problem := source_problem(source):
-        yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
-    elif records_problem := first_records_problem(source, cfg.text_field, chat=chat):
-        yield records_problem
-
-
 def first_records_problem(
     source: str, text_field: str, *, chat: bool, strict: bool = False
 ) -> tuple[str, str] | None:
     """Returns what is wrong with the first records of a source, and the fix.
 
-    Checks the file type of conversations and, if the file is on this machine, its first records. At
-    least one of the conversations must be usable; the others are left out. Of a source that the
-    teacher writes, the file with prompts is checked.
+    Checks the file type of conversations and, if the file is on this machine, its first records.
+    For a source that the teacher writes, checks the file with prompts.
 
     Args:
         source: A source with its options.
         text_field: Field with the text of a mapping; see ``read_source``.
         chat: Whether the records must be conversations.
-        strict: Whether all conversations must be usable.
+        strict: Whether all conversations must be usable; otherwise, at least one.
     """
     parsed = parse_source(source)
-    if parsed.prompts:  # this file holds conversations, too
+    if parsed.prompts:
         return first_records_problem(parsed.prompts, text_field, chat=True, strict=True)
     if parsed.hub or parsed.by_teacher:
         return None
@@ -85,19 +80,17 @@ def first_records_problem(
         types = " or ".join(RECORD_TYPES)
         fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
-    has_fields = parsed.file_type in FILES_WITH_FIELDS
-    if not has_fields:  # a file without line breaks would be read as a whole
+    if parsed.file_type not in FILES_WITH_FIELDS:  # plain text, which may be one huge record
         return _encoding_problem(parsed)
-    # A login node does not have pyarrow.
+    # A login node does not have pyarrow. A wheel, which may not be downloaded yet, has no files.
     is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
-    # A wheel, which may not be downloaded yet, has no local files.
     if not (is_readable and parsed.local_files()):
         return None
     try:
         reader = read_source(source, text_field, chat=chat, leave_out=not strict)
         texts = [document.text for document in islice(reader, CHECKED_RECORDS)]
         if chat and texts and all(isinstance(json.loads(text), dict) for text in texts):
-            # None is usable. A strict reader raises an error about the first.
+            # All records are left out. Without ``leave_out``, the first raises an error.
             next(iter(read_source(source, text_field, chat=True)))
     except RecipeError as error:
         return error.what, error.fix
@@ -124,7 +117,7 @@ def prefix_problems(
 ) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with ``data.prefix``, each with a fix.
 
-    Reads the sizes of the files, and compares their first tokens and documents with the tokenizer.
+    Checks the sizes of the files. Compares their first tokens and documents with the tokenizer.
 
     Args:
         cfg: The settings.
@@ -133,11 +126,10 @@ def prefix_problems(
     """
     if not cfg.prefix:
         return
-    # By fix: sources that cannot be combined with a prefix.
-    unsupported = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
-    if any(unsupported.values()):
-        what = "data.prefix cannot be combined with sources or conversations"
-        yield what, " ".join(fix for fix, sources in unsupported.items() if sources)
+    unsupported_by_fix = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
+    fixes = [fix for fix, sources in unsupported_by_fix.items() if sources]
+    if fixes:
+        yield "data.prefix cannot be combined with sources or conversations", " ".join(fixes)
     source = parse_source(cfg.prefix)
     if source != Source(source.path, licence=source.licence):
         yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import IO, Any, Protocol
 
 import ijson
@@ -30,53 +31,51 @@ from recipes.data.records import (
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 SPLITS = ("train", "validation", "calibration", "heldout")
-"""Names of the splits. The splits' files are named after them."""
+"""Names of the splits, and of their files."""
 TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """Types of files that may hold conversations."""
 STRETCH_BYTES = 4 << 20
-"""Approximate size of a stretch in bytes. A stretch is a contiguous section of a source's text.
-Within each stretch, every split is one contiguous range of paragraphs. So every split has text from
-the whole source."""
+"""Approximate bytes of a stretch, which is a contiguous section of a source's text. Within each
+stretch, every split is one range of consecutive paragraphs. So every split has text from the whole
+source."""
 LIMITED_STRETCHES = 8
-"""Approximate minimum number of stretches that are read if a limit truncates the source. The
-training split is last in each stretch, so the start of a single stretch might not have any."""
+"""Approximate minimum number of stretches that are read if a limit truncates the source. A single
+truncated stretch might lack training text, which is last in each stretch."""
 _JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
 """Last words of the fix in an error about a ``.json`` file."""
 LEFT_OUT = "left out"
-"""Key of the JSON of a conversation that cannot be used. Its value is the reason, for reports."""
+"""The text of a record that is no usable conversation is ``{LEFT_OUT: reason}`` as JSON."""
 NOT_A_CONVERSATION, HAS_TOOLS = "not a conversation", "has tools"
-"""Reasons to leave a record out of conversations."""
+"""Reasons, which name the counts in reports."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _HUB_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors of ``datasets``: of the network, of access, of names and of damaged files."""
 _HUB_FIX = "correct the split or config of the source, or check the network and HF_TOKEN"
-_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError)
-"""Errors of a damaged or encrypted wheel, or of an unknown compression method."""
 _UNREADABLE_FILE_ERRORS = (
     *(OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError),
-    *_ZIP_ERRORS,
+    *(zipfile.BadZipFile, RuntimeError),  # of a wheel that is damaged, encrypted or too new
 )
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and, for a paragraph, its position in its stretch (see ``STRETCH_BYTES``)."""
+    """A document of a source."""
 
     text: str
-    """The text, or the JSON of a conversation's messages."""
+    """The text, the JSON of a conversation's messages, or that of ``LEFT_OUT``."""
     position_in_stretch: float | None = None
-    """Start of a paragraph as a fraction of its stretch, in [0, 1). ``None`` for other records,
-    because consecutive records may be unrelated."""
+    """Start of a paragraph as a fraction of its stretch (see ``STRETCH_BYTES``), in [0, 1).
+    ``None`` for other records, because consecutive records may be unrelated."""
 
 
 class Reader(Protocol):
-    """Iterates over the documents of a source. A later reader can resume from its ``state``."""
+    """Iterates over the documents of a source, after those of an earlier reader's ``state``."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents after the state that ``read_source`` got; without a state, all."""
+        """Yields the documents that do not precede the reader's start."""
 
     def state(self) -> Any:
         """Returns JSON values with which a later reader resumes after the last yielded document."""
@@ -106,30 +105,27 @@ def read_source(
         text_field: Field with the text of a mapping, unless the source has the option ``text``.
         state: State of an earlier reader, to resume after its last document.
         chat: Whether all records must be conversations.
-        leave_out: Whether records that are no usable conversations become documents that say so
-            (``LEFT_OUT``). If not, they are errors.
+        leave_out: Whether a record that is no usable conversation becomes a document with
+            ``LEFT_OUT``. If not, it is an error.
         limit_bytes: Approximate number of bytes that the caller will read; see
             ``LIMITED_STRETCHES``.
     """
     parsed = parse_source(source)
-    fields = parsed.text or text_field
-    text_of: TextOf = partial(_text, fields)
-    columns = _columns(fields)
-    if chat or parsed.format == DIALOGUE:
+    columns = {MESSAGES, TOOLS}
+    if chat:
+        text_of: TextOf = _conversation_or_reason if leave_out else _conversation
+    elif parsed.format == DIALOGUE:
         text_of = _dialogue
-        if chat:
-            text_of = _conversation_or_reason if leave_out else _conversation
-        columns = {MESSAGES, TOOLS}
+    else:
+        fields = parsed.text or text_field
+        text_of, columns = partial(_text, fields), _columns(fields)
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
     return _FileReader(parsed, columns, text_of, state, limit_bytes)
 
 
 class _FileReader:
-    """Reads files. The state is the index of the open file and the number of records read from it.
-
-    A resumed reader does not open earlier files.
-    """
+    """Reads files. The state is the index of a file and the number of records read from it."""
 
     def __init__(
         self,
@@ -143,8 +139,9 @@ class _FileReader:
         self._file_index, self._records_to_skip = state or (0, 0)
         self._files = files_of(source)
         self._total_bytes = max(1, sum(file.size for file in self._files))
-        truncated_bytes = limit_bytes if limit_bytes < self._total_bytes else math.inf
-        stretch_bytes = min(STRETCH_BYTES, truncated_bytes / LIMITED_STRETCHES)
+        stretch_bytes: float = STRETCH_BYTES
+        if limit_bytes < self._total_bytes:
+            stretch_bytes = min(STRETCH_BYTES, limit_bytes / LIMITED_STRETCHES)
         self._number_of_stretches = max(1, round(self._total_bytes / stretch_bytes))
         # Bytes of the files before the open one.
         self._bytes_before = sum(file.size for file in self._files[: self._file_index])
@@ -187,8 +184,8 @@ class _FileReader:
         """Checks that a JSON mapping maps names to records, and is not itself a single record.
 
         Raises:
-            RecipeError: The value is not a mapping or a string, or its key is the name of a field
-                to read.
+            RecipeError: A value of the mapping is neither a mapping nor a string, or is a string
+                whose key is the name of a field to read.
         """
         if record.key is None or isinstance(record.value, dict):
             return
@@ -200,10 +197,7 @@ class _FileReader:
             )
 
     def _position_in_stretch(self, offset: int | None) -> float | None:
-        """Returns ``Document.position_in_stretch`` of a paragraph at ``offset`` of the open file.
-
-        Returns ``None`` for other records, which have no offset.
-        """
+        """Returns ``Document.position_in_stretch`` of a record at ``offset`` of the open file."""
         if offset is None:
             return None
         # The integer part is the index of the stretch, the fractional part the position in it.
@@ -253,26 +247,24 @@ def _dialogue(record: object, where: str) -> str:
 def _text(fields: str, record: object, where: str) -> str:
     text = text_of_fields(fields, record)
     if text is None:
-        values = record.items() if isinstance(record, dict) else ()
-        names = ", ".join(f"{name} ({type(value).__name__})" for name, value in values)
+        items = record.items() if isinstance(record, dict) else ()
+        names = ", ".join(f"{name} ({type(value).__name__})" for name, value in items)
+        has_names = f"; it has {names}" if names else ""
         raise RecipeError(
-            f"{where}: no text in field '{fields}'{names and f'; it has {names}'}.",
+            f"{where}: no text in field '{fields}'{has_names}.",
             "set data.text_field to the field that holds the text, or #text=FIELD of this source",
         )
     return text
 
 
 def _columns(fields: str) -> set[str]:
-    """Returns the columns of a table that may hold the fields, whose names are joined by commas.
-
-    The field ``a.b`` is the column ``a.b``, or the field ``b`` of the column ``a``.
-    """
+    """Returns the columns of a table that may hold the fields; see ``text_of_fields``."""
     names = fields.split(",")
     return {*names, *(name.split(".")[0] for name in names)}
 
 
 class _HubReader:
-    """Streams a dataset of the Hugging Face hub. The state is its ``state_dict``."""
+    """Streams a dataset of the Hugging Face hub. The state is the dataset's ``state_dict``."""
 
     def __init__(
         self, hub: HubDataset, revision: str | None, columns: set[str], text_of: TextOf, state: Any
@@ -335,15 +327,13 @@ def digest(text: str, *, chat: bool = False) -> bytes:
 
 
 def split_digest(text: str, *, chat: bool = False) -> bytes:
-    """Returns the digest that decides a document's split, and under which it is held out.
+    """Returns the digest that decides a document's split.
 
     Conversations with the same question have the same digest, whatever the answers, so a question
     of held-out text is never trained on. The question is all that precedes the first answer.
     """
     if chat:
-        messages = json.loads(text)
-        roles = [message["role"] for message in messages]
-        question = messages[: roles.index("assistant")] if "assistant" in roles else messages
+        question = list(takewhile(lambda m: m["role"] != "assistant", json.loads(text)))
         if any(message["role"] == "user" for message in question):
             text = json.dumps(question)
     return digest(text, chat=chat)
@@ -354,8 +344,7 @@ def split_number(document: Document, document_digest: bytes) -> float:
 
     For a paragraph, the number is its position in its stretch. So consecutive paragraphs are mostly
     in the same split, and evaluation text is not scattered among training text. For other records,
-    the number is derived from the digest (see ``split_digest``), so it does not depend on their
-    order or a seed.
+    the number is derived from ``split_digest``, so it does not depend on their order or a seed.
     """
     if document.position_in_stretch is not None:
         return document.position_in_stretch
@@ -367,8 +356,8 @@ def split_of(number: float, fractions: Mapping[str, float]) -> str:
 
     Args:
         number: The document's ``split_number``.
-        fractions: Fraction of each split except ``train``. These splits take consecutive ranges of
-            numbers from 0, and ``train`` takes the remainder.
+        fractions: Fraction of each split except ``train``. They take consecutive ranges of numbers
+            from 0, and ``train`` takes the remainder.
     """
     for split, fraction in fractions.items():
         if number < fraction:

@@ -20,8 +20,8 @@ class Ledger:
     The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
 
     Args:
-        path: SQLite file. SQLite does not lock the file, because some file systems have no locks.
-            The lock of the run directory protects it.
+        path: SQLite file. The lock of the run directory protects it. SQLite does not lock it,
+            because some file systems have no locks.
 
     Raises:
         RecipeError: The file is damaged.
@@ -39,34 +39,31 @@ class Ledger:
                 f"{path} is damaged ({result}). Only it records the documents written so far.",
                 f"delete {path.parent} to prepare the text again",
             )
-        # 256 MiB instead of 2, because random digests are on random pages. With the default cache,
-        # SQLite writes 65 times as many bytes for a million digests.
+        # 256 MiB, because digests are on random pages. With the default of 2 MiB, SQLite writes 65
+        # times as many bytes for a million digests.
         self._database.execute("PRAGMA cache_size = -262144")
         self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID"
-        )
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS held_out (digest BLOB PRIMARY KEY) WITHOUT ROWID"
-        )
+        for table in ("seen", "held_out"):
+            columns = "(digest BLOB PRIMARY KEY) WITHOUT ROWID"
+            self._database.execute(f"CREATE TABLE IF NOT EXISTS {table} {columns}")
         self._database.execute("BEGIN")
 
     def add_if_new(self, digest: bytes) -> bool:
-        """Stores a document's digest; returns whether the document is new."""
+        """Stores a document's ``corpus.digest``; returns whether it is new."""
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
 
     def exclude(self, digests: Iterable[str]) -> None:
-        """Stores digests, given in hexadecimal, so that their documents count as duplicates."""
-        for hexadecimal in digests:
-            self.add_if_new(bytes.fromhex(hexadecimal))
+        """Stores hexadecimal digests, so that their documents count as duplicates."""
+        for digest in digests:
+            self.add_if_new(bytes.fromhex(digest))
 
     def hold_out(self, digest: bytes) -> None:
-        """Stores that a document is held out."""
+        """Stores that the documents with this ``corpus.split_digest`` are held out."""
         self._database.execute("INSERT OR IGNORE INTO held_out VALUES (?)", (digest,))
 
     def is_held_out(self, digest: bytes) -> bool:
-        """Returns whether a document is held out."""
+        """Returns whether documents with this ``corpus.split_digest`` are held out."""
         rows = self._database.execute("SELECT 1 FROM held_out WHERE digest = ?", (digest,))
         return rows.fetchone() is not None
 
@@ -85,12 +82,12 @@ class Ledger:
             digests.writelines(digest for (digest,) in rows)
 
     def progress(self) -> dict[str, Any] | None:
-        """Returns the fields of the last saved state; ``None`` if no state was saved."""
+        """Returns the last state that ``save`` got; ``None`` if there is none."""
         row = self._database.execute("SELECT state FROM progress").fetchone()
         return None if row is None else json.loads(row[0])
 
     def save(self, progress: dict[str, Any]) -> None:
-        """Commits the digests stored so far together with this state."""
+        """Commits the digests stored so far, together with the state of the work."""
         self._database.execute("DELETE FROM progress")
         self._database.execute("INSERT INTO progress VALUES (?)", (json.dumps(progress),))
         self._database.execute("COMMIT")

@@ -19,8 +19,8 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 
     Args:
         sources: Sources, spelled as in the settings.
-        file: JSON file that stores the origins. If it exists, they are read from it, so a resumed
-            process has the same commits.
+        file: JSON file. If it exists, origins are read from it, so a resumed process has the same
+            commits. Otherwise, they are written to it.
     """
     if file.exists():
         return {source: Origin(**origin) for source, origin in read_json(file).items()}
@@ -44,10 +44,9 @@ def pin_commit(source: str, origin: Origin) -> str:
 
 @cache
 def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | None]:
-    """Returns each source's licence from its options, or from its card on the hub.
+    """Returns each source's licence from its options, or from its card on the hub; or ``None``.
 
-    An unknown licence is ``None``. No more requests are sent after an error, so a plan waits for an
-    unreachable hub only once.
+    Sends no more requests after an error, so a plan waits for an unreachable hub only once.
 
     Args:
         entries: Sources.
@@ -63,8 +62,6 @@ def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | 
 
 def origin_of(entry: str, timeout: float | None = None) -> Origin:
     """Returns a source's licence and, for a hub dataset, the commit.
-
-    The commit is that of the option ``revision``, or the newest.
 
     Args:
         entry: The source.
@@ -88,7 +85,7 @@ def origin_of(entry: str, timeout: float | None = None) -> Origin:
         ) from error
     card = info.card_data.to_dict() if info.card_data else {}
     licence = card.get("license")
-    # Cards with licences that the hub does not list have "other", and a name in another field.
+    # If the hub does not list a licence, it is "other", and another field has its name.
     if licence in (None, "other"):
         licence = card.get("license_name") or licence
     licence = ", ".join(licence) if isinstance(licence, list) else licence

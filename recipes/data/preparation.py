@@ -40,7 +40,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 HELD_OUT = "heldout.digests"
 """File with the digests of all held-out documents, sorted."""
 EARLIER = "earlier.digests"
-"""``HELD_OUT`` of an earlier ``prepare_data``, if one is an input. It is held out here, too."""
+"""``HELD_OUT`` of the input ``held_out``, if there is one. Its documents are held out here, too."""
 SAVE_SECONDS = 10.0
 """Minimum time between two saves. A killed process loses the work since the last save."""
 
@@ -60,10 +60,10 @@ EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 
 @dataclass
 class PreparationState:
-    """Counts of the documents written so far, and the position of the next document to read."""
+    """Counts of the text written so far, and the position of the next document to read."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes of tokens and number of documents, by split."""
+    """``SplitWriter.sizes``: bytes of tokens and number of documents, by split."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of tokens by split and source name. Sources are in the order of the split's text."""
     finished_sources: int = 0
@@ -74,7 +74,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counts by source name: conversations used, shortened, and left out by reason; tokens."""
+    """``DatasetResult.conversations``."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Sources:
     """Source or file to read instead of a source."""
 
     def open(self, source: str, reader_state: Any) -> Reader:
-        """Opens a source after the document at which an earlier reader had this state."""
+        """Opens a source after the last document of the reader that had this state."""
         return read_source(
             self.paths.get(source, source),
             self.cfg.text_field,
@@ -107,10 +107,10 @@ class _Sources:
         return closing(encode_on_ranks(encoder, batches, self.cfg.processes))
 
     def require_readable(self) -> None:
-        """Reads a document of each data set of the hub, before hours of work on earlier sources.
+        """Reads a document of each hub dataset, to fail before hours of work on earlier sources.
 
         Raises:
-            RecipeError: A data set cannot be read.
+            RecipeError: A dataset cannot be read.
         """
         for source in self.cfg.all_sources():
             if parse_source(source).hub:
@@ -129,7 +129,7 @@ def prepare(
 
     ``EARLIER`` and held-out sources come first, so their documents stay held out if other sources
     repeat them. Only rank 0 drops duplicates and assigns splits, so the result is the same for any
-    number of ranks and processes. Other ranks only tokenize, and return an empty state.
+    number of ranks and processes. Other ranks tokenize, and return an empty state.
 
     Args:
         cfg: The stage's config.
@@ -139,10 +139,10 @@ def prepare(
         chat: Tokenizes conversations; ``None`` if no source has any.
         paths: Source or file to read instead of a source, by the source as written in the config.
     """
-    named_sources = list(source_names(cfg.all_sources()).items())
     sources = _Sources(cfg, tokenizer, chat, paths or {})
     if rank() != 0:
         return _encode_for_rank_0(sources)
+    named_sources = list(source_names(cfg.all_sources()).items())
     fetch_wheels(cfg.all_sources(), log)
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
@@ -171,7 +171,7 @@ def prepare(
 
 
 def _encode_for_rank_0(sources: _Sources) -> PreparationState:
-    """Encodes this rank's batches of the sources that rank 0 writes. Returns an empty state.
+    """Encodes this rank's batches of the sources that rank 0 writes; returns an empty state.
 
     Raises:
         RecipeError: Rank 0 stopped with this error.
@@ -182,7 +182,7 @@ def _encode_for_rank_0(sources: _Sources) -> PreparationState:
         source_number, reader_state, documents = message
         source = sources.cfg.all_sources()[source_number]
         with sources.encode(source, reader_state, documents) as encoded:
-            for _ in encoded:  # encodes, but yields nothing, because only rank 0 gets batches
+            for _ in encoded:  # yields nothing, because only rank 0 gets batches
                 pass
     return PreparationState()
 
@@ -200,7 +200,7 @@ class _Store:
     def assign_split(
         self, document: Document, fractions: Mapping[str, float], *, chat: bool
     ) -> str:
-        """Returns a document's split. Records a held-out document, so that it stays held out."""
+        """Returns a document's split. Stores the digest of a held-out document in the ledger."""
         document_digest = split_digest(document.text, chat=chat)
         split = split_of(split_number(document, document_digest), fractions)
         if self.ledger.is_held_out(document_digest):
@@ -210,14 +210,14 @@ class _Store:
         return split
 
     def add(self, source_name: str, documents: Iterable[tuple[str, Encoded]]) -> None:
-        """Appends documents to the splits that they are paired with, in order."""
+        """Appends documents of a source to the splits that they are paired with, in order."""
         for split, document in documents:
             self.writer.add(split, document.ids, document.loss_mask)
             tokens = self.state.sources.setdefault(split, {})
             tokens[source_name] = tokens.get(source_name, 0) + len(document.ids)
 
     def save_if_due(self) -> None:
-        """Saves if ``SAVE_SECONDS`` have passed since the last save, or at the deadline.
+        """Saves at the deadline, or if ``SAVE_SECONDS`` have passed since the last save.
 
         Raises:
             StoppedByDeadlineError: The deadline has passed. The work was saved.
@@ -264,8 +264,8 @@ def _write_source(
     store: _Store,
 ) -> Iterator[float]:
     """Writes a source's documents up to its limits; yields the finished fraction of the source."""
-    state, only_heldout = store.state, source in cfg.heldout_sources
-    packer = chat if cfg.is_chat(source) else None
+    state, is_chat = store.state, cfg.is_chat(source)
+    only_heldout = source in cfg.heldout_sources
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
     max_documents = None if only_heldout else cfg.max_documents
     max_tokens = cfg.token_limit(source)
@@ -273,24 +273,23 @@ def _write_source(
         new_documents: list[tuple[str, Encoded]] = []  # with their splits
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
             if encoded.left_out_reason:
-                new_documents.append(("train", encoded))  # only counted, in no split
+                new_documents.append(("", encoded))  # in no split, only counted
                 continue
-            is_chat = packer is not None
             if store.ledger.add_if_new(digest(document.text, chat=is_chat)):
                 split = store.assign_split(document, fractions, chat=is_chat)
                 new_documents.append((split, encoded))
                 state.tokens += len(encoded.ids)
             if state.tokens >= max_tokens:
                 break
-        if packer is not None:
-            new_documents = list(_pack_splits(packer, new_documents, name, store))
+        if is_chat and chat:
+            new_documents = list(_pack_splits(chat, new_documents, name, store))
         store.add(name, new_documents)
         if state.tokens >= max_tokens:
             return  # the caller saves, with ``finish_source``
         state.documents += len(batch.documents)
         state.reader_state = batch.reader_state
         store.save_if_due()
-        yield max(  # the source ends, or a limit is reached
+        yield max(  # the source ends when one of these reaches 1
             batch.fraction,
             state.documents / max_documents if max_documents else 0,
             state.tokens / max_tokens,
@@ -300,17 +299,15 @@ def _write_source(
 def _pack_splits(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], name: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Yields the usable conversations of each split, packed by ``pack``. Updates the counts."""
+    """Yields each split's conversations, packed by ``pack``. Updates the counts of ``name``."""
     counts = Counter(store.state.conversations.get(name, {}))
     for split in SPLITS:
         usable = [
-            encoded
-            for document_split, encoded in conversations
-            if document_split == split and not encoded.left_out_reason
+            encoded for split_of_encoded, encoded in conversations if split_of_encoded == split
         ]
         tokens = sum(len(encoded.ids) for encoded in usable)
-        written_tokens = store.writer.sizes[split][0] // TOKEN_BYTES
-        packed = list(pack(usable, written_tokens, chat.seq_length, chat.end))
+        written_bytes, _ = store.writer.sizes[split]
+        packed = list(pack(usable, written_bytes // TOKEN_BYTES, chat.seq_length, chat.end))
         counts["used"] += len(usable)
         counts["shortened"] += sum(encoded.shortened for encoded in usable)
         counts["tokens"] += tokens
@@ -323,7 +320,7 @@ def _pack_splits(
 
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """Yields batches, each as its texts and a ``_Batch``; at most ``limit`` documents in all."""
+    """Yields batches of at most ``limit`` documents in all, each as its texts and a ``_Batch``."""
     remaining_documents = islice(reader, limit)
     while True:
         documents, characters = list[Document](), 0

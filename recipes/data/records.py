@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import IO, Any
 
 import ijson
 
 LONGEST_PARAGRAPH = 1 << 14
-"""Bytes after which text without blank lines is split at the end of a line. It is small compared to
-``corpus.STRETCH_BYTES``, so that every split of a stretch gets some of the text."""
+"""Bytes after which a paragraph ends at the next line, even without a blank line. Paragraphs are
+assigned to splits as a whole, so they must be small compared to a source."""
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
 BUFFER_BYTES = 1 << 20
@@ -29,7 +29,7 @@ MESSAGES = "messages"
 TOOLS = "tools"
 """Field of a conversation with the definitions of tools, which are not supported."""
 SPEAKERS = {"user": "A", "assistant": "B"}
-"""Labels of the two people of a dialogue in plain text, by their roles in a conversation."""
+"""Labels of the two speakers in ``dialogue_text``, by their roles in a conversation."""
 
 
 class HasToolsError(ValueError):
@@ -41,7 +41,7 @@ class Record:
     """A record of a file."""
 
     value: object
-    """The parsed record: a mapping, a string, or another JSON value."""
+    """A mapping, a string, or another JSON value."""
     where: str
     """Location in the file, for error messages, such as ``line 3``; empty for a paragraph."""
     offset: int | None = None
@@ -52,14 +52,15 @@ class Record:
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
     """Yields the paragraphs of a text, which are separated by blank lines."""
-    offset, start, lines = 0, 0, list[bytes]()
+    lines = list[bytes]()  # of the current paragraph, which starts at byte ``start``
+    start = offset = 0
     for line in file:
         blank = not line.strip()
         if lines and (blank or offset - start > LONGEST_PARAGRAPH):
             yield Record(_decode(b"".join(lines)), "", start)
             lines = []
         if not blank:
-            if not lines:  # the first line of a paragraph
+            if not lines:
                 start = offset
             lines.append(line)
         offset += len(line)
@@ -67,12 +68,12 @@ def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
         yield Record(_decode(b"".join(lines)), "", start)
 
 
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8-sig").replace("\r\n", "\n")  # without a byte-order mark
+
+
 def _whole_file(file: IO[bytes]) -> Iterator[Record]:
     yield Record(_decode(file.read()), "the file")
-
-
-def _decode(text: bytes) -> str:
-    return text.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def _json_records(file: Any) -> Iterator[Record]:
@@ -80,8 +81,7 @@ def _json_records(file: Any) -> Iterator[Record]:
     if file.peek(1024).startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))
     first_character = file.peek(1024).lstrip()[:1]
-    # ``ijson`` does not load the whole file. "item" selects the items of the outer list, and ""
-    # selects the outer mapping.
+    # For ``ijson``, "item" selects the items of the outer list, and "" selects the outer mapping.
     if first_character == b"[":
         items = ((None, value) for value in ijson.items(file, "item", use_float=True))
     elif first_character == b"{":
@@ -114,12 +114,12 @@ def _zstd_lines(file: IO[bytes]) -> Iterator[Record]:
 
 
 def parquet_rows(file: IO[bytes], columns: Collection[str] = ()) -> Iterator[Record]:
-    """Yields the rows of a table with those of ``columns`` that it has, or else with all."""
+    """Yields a table's rows. Reads only ``columns``, or all if the table has none of these."""
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
-    columns_to_read = [name for name in table.schema_arrow.names if name in columns]
-    batches = table.iter_batches(PARQUET_ROWS, columns=columns_to_read or None)
+    columns_to_read = [name for name in table.schema_arrow.names if name in columns] or None
+    batches = table.iter_batches(PARQUET_ROWS, columns=columns_to_read)
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
         yield Record(row, f"row {number}")
@@ -129,8 +129,8 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns.
 
     Raises:
-        ValueError: A row does not have one cell per column; or the delimiter is a tab, and a quoted
-            cell contains a tab or a line break. In many .tsv files, a quotation mark is an ordinary
+        ValueError: A row does not have one cell per column; or the delimiter is a tab, and a cell
+            contains a tab or a line break. In many .tsv files, a quotation mark is an ordinary
             character. The reader would join all rows between two such marks into one cell.
     """
     csv.field_size_limit(LONGEST_FIELD)
@@ -144,10 +144,11 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
                 f"but the first line names {len(columns)} columns"
             )
         if delimiter == "\t" and any(mark in cell for cell in row for mark in "\t\n\r"):
-            row_name = f"row {number}, up to line {rows.line_num},"
-            problem = f"{row_name} has a tab or a line break in quotes"
-            fix = "if a cell starts with a quotation mark, quote the cell and double its marks"
-            raise ValueError(f'{problem}; {fix} ("""Yes"" …"), or save the table as .csv')
+            raise ValueError(
+                f"row {number}, up to line {rows.line_num}, has a tab or a line break in quotes; "
+                "if a cell starts with a quotation mark, quote the cell and double its marks "
+                '("""Yes"" …"), or save the table as .csv'
+            )
         yield Record(dict(zip(columns, row, strict=True)), f"row {number}")
 
 
@@ -187,15 +188,13 @@ def text_of_fields(fields: str, record: object) -> str | None:
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
     values = [value for name in fields.split(",") for value in _values(name, record)]
-    texts_or_none = [_text(value) for value in values if value is not None]
-    texts = [text for text in texts_or_none if text is not None]
-    all_are_text = len(texts) == len(texts_or_none)
-    return "\n".join(texts) if values and all_are_text else None
+    texts: list[Any] = [_text(value) for value in values if value is not None]
+    return "\n".join(texts) if values and None not in texts else None
 
 
 def _values(name: str, record: Any) -> list[Any]:
     """Returns a list with a field's value, or an empty list if the record lacks the field."""
-    # A name with a dot may itself be a key of the record. Otherwise it is a path of nested keys.
+    # A name with a dot may itself be a key. Otherwise it is a path of nested keys.
     keys = [name] if name in record else name.split(".")
     for key in keys:
         if not isinstance(record, dict) or key not in record:
@@ -214,9 +213,9 @@ def _text(value: Any) -> str | None:
 def messages_of(record: object) -> list[dict[str, Any]]:
     """Returns the messages of a conversation, each with ``role`` and ``content``.
 
-    A record may also be a dialogue between two people, whose messages have ``sender`` and ``text``.
-    The person who speaks first becomes the user, the other person the assistant. A dialogue's list
-    of messages may contain lists of messages.
+    A record may also be a dialogue, whose messages have ``sender`` and ``text``. Its list of
+    messages may contain lists of messages. The first speaker becomes the user, the second the
+    assistant.
 
     Raises:
         HasToolsError: The record has tools or tool calls.
@@ -227,8 +226,8 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     messages = record.get(MESSAGES)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"there is no list of messages in '{MESSAGES}'")
-    groups = [item if isinstance(item, list) else [item] for item in messages]
-    flat_messages = [message for group in groups for message in group]
+    lists = (item if isinstance(item, list) else [item] for item in messages)
+    flat_messages = list(chain.from_iterable(lists))
     if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat_messages):
         return _messages_of_dialogue(flat_messages)
     has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # may be JSON in a string
@@ -239,8 +238,8 @@ def messages_of(record: object) -> list[dict[str, Any]]:
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise ValueError(f"message {number} has no text as its '{key}'")
-    # In a Parquet file, every message has the keys of all messages, with null values. Templates
-    # fail on a null or an empty list of tool calls.
+    # In a Parquet file, every message has the keys of all messages, some with null values.
+    # Templates fail on a null or an empty list of tool calls.
     return [
         {key: value for key, value in message.items() if value not in (None, [], {})}
         for message in messages
@@ -249,13 +248,13 @@ def messages_of(record: object) -> list[dict[str, Any]]:
 
 def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replaces senders by roles, and joins consecutive messages of a sender by line breaks."""
+    allowed_types = (("sender", str | int, "str or int"), ("text", str, "str"))
     for number, message in enumerate(messages, 1):
-        for key, types in (("sender", (str, int)), ("text", (str,))):
-            if not isinstance(message[key], types):
-                allowed = " or ".join(allowed_type.__name__ for allowed_type in types)
-                raise ValueError(f"'{key}' of message {number} is {message[key]!r}, not {allowed}")
+        for key, allowed, names in allowed_types:
+            if not isinstance(message[key], allowed):
+                raise ValueError(f"'{key}' of message {number} is {message[key]!r}, not {names}")
     # In order of their first message.
-    senders = list(dict.fromkeys(message["sender"] for message in messages))
+    senders = dict.fromkeys(message["sender"] for message in messages)
     if len(senders) > len(SPEAKERS):
         raise ValueError(f"{len(senders)} people speak, not two")
     roles = dict(zip(senders, SPEAKERS, strict=False))  # there may be only one sender
@@ -266,20 +265,17 @@ def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a conversation as plain text, one line per message.
-
-    Returns an empty string if there is only one message, because that is no dialogue.
+    """Returns a conversation as plain text, one line per message; an empty text for one message.
 
     Raises:
         ValueError: The record is not a conversation, see ``messages_of``.
     """
     messages = messages_of(record)
-    if len(messages) == 1:
+    if len(messages) == 1:  # no dialogue
         return ""
     lines = []
     for message in messages:
-        role = message["role"]
-        label = SPEAKERS.get(role, role.capitalize())
-        one_line = " ".join(message["content"].split())  # without line breaks
-        lines.append(f"{label}: {one_line}")
+        label = SPEAKERS.get(message["role"], message["role"].capitalize())
+        text_without_breaks = " ".join(message["content"].split())
+        lines.append(f"{label}: {text_without_breaks}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ class SourceTokens:
     """Number of tokens of a source in one split."""
 
     source: str
+    """Name from ``source_names``."""
     tokens: int
 
 
@@ -28,11 +29,10 @@ class TrainedSource:
 
     source: str
     tokens: int
-    """Tokens of the source that the run trains on. With weights, the number is accurate to one
-    sequence. Without weights, it is the expected number, because the order of sequences is random.
-    """
+    """Number of trained tokens. With weights, it is accurate to one sequence. Without weights, it
+    is the expected number, because the order of sequences is random."""
     epochs: float
-    """Average number of times that the run trains on each training token of the source."""
+    """Average number of times that the run trains on each token of the source."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,20 @@ class DatasetResult:
     source_tokens: dict[str, list[SourceTokens]]
     """Tokens of each source by split, in the order of the split's text."""
     document_end: int
-    """Id of the token after every document. The prediction of the token that follows it is not in
-    the loss."""
+    """Id of the token after every document. The prediction after it is not in the loss."""
     document_begin: int | None = None
-    """Id of the token before every document; ``None`` if there is no such token."""
+    """Id of the token before every document, if any."""
     seq_length: int | None = None
-    """Length in tokens of packed sequences; ``None`` if there are no conversations."""
+    """Tokens of a packed sequence; ``None`` if there are no conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counts by source: conversations used, shortened, and left out by reason; tokens."""
+    """Counts by source: conversations used, shortened, and left out by reason; and tokens."""
     sample: str = ""
     """First tokens of ``data.prefix``, decoded. If the tokenizer fits, the text is readable."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source. The keys are the sources as written in the settings."""
 
     def with_sequences(self, numbers: Iterable[int], seq_length: int) -> DatasetResult:
-        """Returns a copy that counts only some sequences of the training split.
+        """Returns a copy whose tokens in the training split are those of some sequences.
 
         All tokens of a sequence count for the source of its first token.
 
@@ -84,9 +83,10 @@ class DatasetResult:
         train = self.source_tokens["train"]
         # The position in the split at which each source ends.
         ends = list(accumulate(entry.tokens for entry in train))
-        sequences = Counter(bisect_right(ends, int(number) * seq_length) for number in numbers)
+        source_indices = (bisect_right(ends, int(number) * seq_length) for number in numbers)
+        sequences = Counter(source_indices)
         counted = [
-            SourceTokens(entry.source, sequences[index] * seq_length)
+            replace(entry, tokens=sequences[index] * seq_length)
             for index, entry in enumerate(train)
         ]
         return replace(self, source_tokens=self.source_tokens | {"train": counted})
@@ -105,7 +105,7 @@ class DatasetResult:
         return [
             TrainedSource(name, round(trained), trained / available[name])
             for name, trained in trained_tokens.items()
-            if available.get(name)  # all text of a source may be in other splits
+            if available.get(name)  # a source may have no training text
         ]
 
     def licence(self, source: str) -> str:

@@ -12,13 +12,7 @@ from recipes.core.constraints import Count, Fraction, Tokens, matching, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
-from recipes.data.sources import (
-    CHAT,
-    FORMATS,
-    parse_source,
-    source_names,
-    without_weight,
-)
+from recipes.data.sources import CHAT, FORMATS, parse_source, source_names, without_weight
 
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
 
@@ -27,8 +21,7 @@ BYTES_PER_TOKEN, BYTES_PER_PARAGRAPH = 4.0, 400.0
 to have at least 50,000 tokens."""
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-"""Common names of the token that separates documents in pretraining. They are tried before
-``eos_token``, which in an instruct model often ends a turn instead."""
+"""Common names of the token that separates documents in pretraining."""
 
 Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and letters from a to f")]
 
@@ -79,31 +72,27 @@ class PrepareDataConfig(StageConfig):
     """Tokenizer worker processes; does not affect the result."""
 
     def token_limit(self, source: str) -> float:
-        """Returns how many tokens of a source are used at most; infinite without a limit.
-
-        The option ``tokens`` of a teacher source is not such a limit. It sets how many tokens the
-        teacher writes.
-        """
+        """Returns how many tokens of a source are used at most; infinite without a limit."""
         parsed = parse_source(source)
-        limit_of_source = math.inf
+        limits = [math.inf]
+        # In a teacher source, the option ``tokens`` is the number of tokens that are generated.
         if parsed.tokens and not parsed.by_teacher:
-            limit_of_source = float(parsed.tokens)
-        # ``max_tokens`` does not limit held-out sources.
-        limit_of_stage = self.max_tokens if source in self.sources else None
-        return min(limit_of_source, limit_of_stage or math.inf)
+            limits.append(float(parsed.tokens))
+        if self.max_tokens and source in self.sources:  # does not limit held-out sources
+            limits.append(self.max_tokens)
+        return min(limits)
 
     def limit_bytes(self, source: str) -> float:
         """Estimates how many bytes of a source the limits allow; infinite without limits."""
-        max_paragraphs = self.max_documents or math.inf
-        bytes_of_tokens = BYTES_PER_TOKEN * self.token_limit(source)
-        return min(bytes_of_tokens, BYTES_PER_PARAGRAPH * max_paragraphs)
+        bytes_of_documents = BYTES_PER_PARAGRAPH * (self.max_documents or math.inf)
+        return min(BYTES_PER_TOKEN * self.token_limit(source), bytes_of_documents)
 
     def all_sources(self) -> list[str]:
         """Returns the held-out sources, followed by the sources for training."""
         return [*self.heldout_sources, *self.sources]
 
     def texts(self) -> list[str]:
-        """Returns the text for training: the sources, or else the prefix."""
+        """Returns the text for training: the prefix if it is set, or else the sources."""
         return [self.prefix] if self.prefix else self.sources
 
     @property
@@ -150,11 +139,11 @@ class PrepareDataConfig(StageConfig):
 
     def fractions(self) -> dict[str, float]:
         """Returns the fraction of each split except ``train``, which gets the remainder."""
-        splits = (split for split in corpus.SPLITS if split != "train")
+        _train, *splits = corpus.SPLITS
         return {split: getattr(self, f"{split}_fraction") for split in splits}
 
 
 def default_document_end(vocabulary: Container[str], eos_token: str | None) -> str | None:
-    """Returns the token that separates documents by default; ``None`` if there is none."""
+    """Returns the default of ``document_end``; ``None`` if the vocabulary has no such token."""
     candidates = (*ENDS_OF_TEXT, eos_token or "")
     return next((token for token in candidates if token in vocabulary), None)

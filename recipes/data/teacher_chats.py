@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ from recipes.data.chat import ASSISTANT, render
 from recipes.data.corpus import read_source
 
 MIN_BATCH = 32
-"""Smallest number of conversations generated together. A generation step costs nearly the same for
-many sequences as for one. The generated text depends on this constant and on ``BATCH_TOKENS``,
-because each batch has its own random seed."""
+"""Smallest number of conversations in a batch. A generation step costs nearly the same for many
+sequences as for one. The generated text depends on the batch size, because each batch has its own
+random seed."""
 BATCH_TOKENS = 1 << 15
 """Maximum tokens of a batch of more than ``MIN_BATCH`` conversations."""
 MAX_EMPTY_BATCHES = 5
-"""The stage fails if the first ``MAX_EMPTY_BATCHES`` batches have no finished conversation."""
+"""The stage fails if so many batches at the start have no finished conversation."""
 BLANK = "\0"
-"""Placeholder for a user's message. It marks where the chat template inserts the message."""
+"""Placeholder for a user's message."""
 FILE = "chats.jsonl"
 """All conversations of a request, in its folder of the cache."""
 Messages = list[dict[str, Any]]
@@ -49,8 +49,8 @@ class ChatRequest:
     seq_length: int
     """Maximum tokens of a conversation, special tokens included."""
     prompts: str | None = None
-    """Source of conversations. Only the turns before the first assistant turn are used; the teacher
-    answers them. Without a source, the teacher also invents the user's turn."""
+    """Source of conversations. The teacher answers the turns before their first assistant turn.
+    Without a source, the teacher also invents the user's turn."""
 
     def batch_size(self) -> int:
         """Returns the number of conversations per batch."""
@@ -71,7 +71,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
     """Writes a request's conversations, one per line, and returns the path of the file.
 
     Generation stops at ``request.tokens`` tokens, or after the last conversation of
-    ``request.prompts``. Finished batches are stored in the cache. A repeated request generates
+    ``request.prompts``. Finished batches are stored in the cache, so a repeated request generates
     nothing, and a killed process resumes after the last finished batch.
 
     Raises:
@@ -107,15 +107,15 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
 
 
 def _documents(request: ChatRequest) -> Iterator[Any]:
-    """Reads ``request.prompts``. A document's text is the JSON of a conversation's messages."""
+    """Yields the conversations of ``request.prompts``, each with the JSON of its messages."""
     assert request.prompts is not None
     return iter(read_source(request.prompts, "", chat=True))
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches as ``_write_batch`` returns them.
+    """Yields what ``_write_batch`` returns for each batch. Stores it in a file of ``folder``.
 
-    A batch that has a file in the folder is read; other batches are generated and stored there.
+    A batch that already has a file is read from it instead.
     """
     all_openings = iter(_openings(request, writer)) if request.prompts else None
     size = request.batch_size()
@@ -135,17 +135,17 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
 def _openings(request: ChatRequest, writer: ChatWriter) -> list[Messages]:
     """Returns the opening of each conversation: its messages before the first answer.
 
-    Leaves out openings that the chat template refuses, and those of more than half a sequence. All
-    answers of a batch have the same maximum length, so one long opening would shorten all of them.
+    Leaves out openings that the chat template refuses, and those of more than half a sequence. One
+    long opening would shorten all answers of a batch, because they have the same maximum length.
 
     Raises:
         RecipeError: All openings are left out.
     """
-    max_tokens, openings, too_long, refused = request.seq_length // 2, list[Messages](), 0, 0
+    max_tokens = request.seq_length // 2
+    openings: list[Messages] = []
+    too_long = refused = 0
     for document in _documents(request):
-        messages = json.loads(document.text)
-        roles = [message["role"] for message in messages]
-        opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
+        opening = list(takewhile(lambda m: m["role"] != ASSISTANT, json.loads(document.text)))
         try:
             if opening and len(_prompt_tokens(writer, opening)) > max_tokens:
                 too_long += 1
@@ -174,7 +174,7 @@ def _prompt_tokens(writer: ChatWriter, opening: Messages) -> list[int]:
 def _write_batch(
     request: ChatRequest, writer: ChatWriter, openings: list[Messages] | None
 ) -> Mapping[str, Any]:
-    """Generates one answer to each opening. If ``openings`` is ``None``, generates these first.
+    """Generates an answer to each opening. If ``openings`` is ``None``, generates openings first.
 
     Returns:
         - ``conversations``: The messages of each finished conversation.
@@ -206,9 +206,9 @@ def _write_batch(
 
 
 def _user_prefix(writer: ChatWriter) -> list[int]:
-    """Returns the chat template's tokens before a user's message. The teacher continues them.
+    """Returns the chat template's tokens before a user's message.
 
-    The continuation is a user's message, as in Magpie, arXiv:2406.08464.
+    The teacher continues them with a user's message, as in Magpie, arXiv:2406.08464.
     """
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(render(writer.tokenizer, turn, tokenize=False))
@@ -231,11 +231,11 @@ def _write_turns(
     turns = []
     for row in _generate(writer, prompts, new_tokens):
         ids = row[: row.index(end)] if end in row else []
-        text = writer.tokenizer.decode(
+        decoded = writer.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        stripped = str(text).strip()
-        turns.append((stripped, len(ids) if stripped else 0))
+        text = str(decoded).strip()
+        turns.append((text, len(ids) if text else 0))
     return turns
 
 
@@ -243,15 +243,15 @@ def _write_turns(
 def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens.
 
-    Shorter rows are padded after the end-of-turn token.
+    Shorter continuations are padded after the end-of-turn token.
     """
-    longest, last_tokens = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
     # Padding is masked, so any token works. But transformers warns if a prompt ends with the
     # padding token, so this is the smallest id with which no prompt ends.
-    pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
-    padding = [longest - len(prompt) for prompt in prompts]  # number of tokens on the left
-    rows = [[pad] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * count + [1] * (longest - count) for count in padding]
+    last_tokens = {prompt[-1] for prompt in prompts}
+    pad = next(token for token in count() if token not in last_tokens)
+    longest = max(map(len, prompts))
+    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     device = writer.model.device
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,

@@ -2,9 +2,8 @@
 
 The text is a pair of Megatron's files: tokens in ``.bin``, and an index in ``.idx``. Each split is
 a range of documents, as with Megatron's setting ``split``, and gets its own index. The ``.bin`` of
-a split is a link to the whole ``.bin``, so no token is copied. Planning calls
-``require_token_files``, ``require_first_tokens`` and ``require_document_end`` on login nodes, which
-do not have NumPy, so NumPy is imported inside functions.
+a split is a link to the whole ``.bin``, so no token is copied. Functions import NumPy only if they
+need it, because planning calls others on login nodes, which do not have NumPy.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 sequences and of document boundaries. The arrays ``lengths``, ``pointers`` and ``documents`` of
 ``TokenFiles`` follow it."""
 DTYPES = {4: "i", 5: "q", 8: "H"}
-"""Supported data types of tokens, by Megatron's code: int32, int64 and uint16, as ``array``,
-``struct`` and NumPy name them."""
+"""Supported data types of tokens by Megatron's code: int32, int64 and uint16. ``array``, ``struct``
+and NumPy all use these names."""
 BLOCK = 1 << 24
 """Tokens that ``require_valid`` checks at once: 32 to 128 MiB of memory."""
 SAMPLED_TOKENS = 200
@@ -37,16 +36,12 @@ SAMPLED_TOKENS = 200
 FIRST_TOKENS = 1 << 16
 """Tokens from the start of the text that planning compares with the vocabulary."""
 CHECKED_ENDS = 1000
-"""Number of documents, from the first, whose last token is compared with the tokenizer's end of
-text."""
+"""Documents from the start of the text whose last token ``require_document_end`` checks."""
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Memory-mapped arrays of the index, and the memory-mapped tokens.
-
-    In Megatron, a document consists of one or more sequences.
-    """
+    """A pair of files, memory-mapped. A document consists of sequences, usually of one."""
 
     prefix: Path
     """Path of both files without the suffix."""
@@ -64,7 +59,7 @@ class TokenFiles:
     def start(self, document: int) -> int:
         """Returns the index in ``tokens`` of a document's first token.
 
-        For the number of documents, returns the number of tokens.
+        If ``document`` is the number of documents, returns the number of tokens.
         """
         sequence = int(self.documents[document])
         if sequence == len(self.pointers):
@@ -79,8 +74,6 @@ def paths_of(prefix: Path) -> dict[str, Path]:
 
 def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
     """Compares the header and the last sequence of an index with the sizes of both files.
-
-    Reads only a few bytes of the index and none of the tokens.
 
     Returns:
         Code of the data type, and numbers of sequences, document boundaries and tokens.
@@ -109,8 +102,7 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
                 f"{index} has {index.stat().st_size:,} bytes, but {sequences:,} sequences in "
                 f"{boundaries - 1:,} documents take {expected:,}"
             )
-        # The text ends after the last sequence. Its length and its pointer are the last entries of
-        # their arrays: ``lengths`` of 4 bytes per sequence, then ``pointers`` of 8 bytes.
+        # The last sequence has the last entries of ``lengths`` (4 bytes each) and ``pointers``.
         file.seek(_HEADER.size + 4 * (sequences - 1))
         [last_length] = struct.unpack("<i", file.read(4))
         file.seek(_HEADER.size + 12 * sequences - 8)
@@ -125,7 +117,7 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
 
 
 def open_token_files(prefix: Path) -> TokenFiles:
-    """Checks a pair of files with ``require_token_files``, and maps them into memory."""
+    """Checks a pair of files with ``require_token_files``, and memory-maps them."""
     import numpy as np
 
     code, sequences, boundaries, _ = require_token_files(prefix)
@@ -156,12 +148,11 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         progress: Called with the number of checked tokens and the number of all tokens.
 
     Raises:
-        RecipeError: The arrays of the index do not fit together, or a token is not in the
-            vocabulary.
+        RecipeError: The index is inconsistent, or a token is not in the vocabulary.
     """
     import numpy as np
 
-    # Byte after each sequence. The next sequence must start there.
+    # The byte after each sequence, where the next sequence must start.
     ends = np.cumsum(files.lengths, dtype=np.int64) * files.tokens.itemsize
     is_consistent = (
         int(files.lengths.min()) >= 0
@@ -214,7 +205,7 @@ def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) 
 
     Args:
         prefix: Path of both files without the suffix.
-        end: The tokenizer's end of text.
+        end: Token that should separate documents.
         name_of: Returns the text of a token, for the error message.
 
     Raises:
@@ -222,7 +213,8 @@ def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) 
             the index is damaged, or ``require_token_files`` raises an error.
     """
     last_tokens = _last_tokens(prefix)
-    if len(set(last_tokens)) == 1 and end not in last_tokens and len(last_tokens) > 1:
+    all_are_equal = len(last_tokens) > 1 and len(set(last_tokens)) == 1
+    if all_are_equal and last_tokens[0] != end:
         last = last_tokens[0]
         raise _problem(
             f"documents end with token {last} ({name_of(last)}), not with {end} ({name_of(end)})",
@@ -235,18 +227,19 @@ def _last_tokens(prefix: Path) -> list[int]:
     """Returns the last token of each of the first ``CHECKED_ENDS`` documents that have tokens."""
     code, sequences, boundaries, total = require_token_files(prefix)
     index, data = paths_of(prefix).values()
-    itemsize, last_tokens = struct.calcsize(DTYPES[code]), {}
+    itemsize = struct.calcsize(DTYPES[code])
+    last_tokens = {}  # by the byte at which the document stops
     with index.open("rb") as index_file, data.open("rb") as data_file:
 
         def read_pointers(position: int, count: int) -> array[int]:
-            """Returns int64 numbers that start ``position`` bytes after the lengths."""
+            """Returns ``count`` int64 numbers from ``position`` bytes after ``lengths``."""
             index_file.seek(_HEADER.size + 4 * sequences + position)
             numbers = array("q")
             numbers.fromfile(index_file, count)
             return numbers
 
-        # A document stops before the first sequence of the next one. Documents without tokens stop
-        # where the previous document does.
+        # ``documents`` follows ``pointers``. Its entry 1 is where the first document stops: before
+        # this sequence. Documents without tokens stop where the previous document does.
         checked = min(CHECKED_ENDS, boundaries - 1)
         for sequence in read_pointers(8 * (sequences + 1), checked):
             if not 0 <= sequence <= sequences:
@@ -275,17 +268,17 @@ def split_ranges(
         max_documents: Number of documents to use, from the first; ``None`` uses all.
         max_tokens: Number of tokens to use, rounded up to whole documents; ``None`` uses all.
     """
-    # Number of documents in all splits.
-    limit = min(len(files.documents) - 1, max_documents or len(files.documents))
+    all_documents = len(files.documents) - 1
+    limit = min(all_documents, max_documents or all_documents)
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))  # at least one document
-    # ``end_fraction`` is the fraction of the tokens before the end of the current split.
-    total, end_fraction = files.start(limit), 1 - sum(fractions.values())
-    ranges = {"train": range(min(limit, _document_at(files, total * end_fraction)))}
+    tokens = files.start(limit)
+    end_fraction = 1 - sum(fractions.values())  # of the tokens, at the end of the current split
+    ranges = {"train": range(min(limit, _document_at(files, tokens * end_fraction)))}
     for split, fraction in fractions.items():
         end_fraction += fraction
         is_last = end_fraction > 1 - 1e-9  # sums of fractions have rounding errors
-        stop = limit if is_last else min(limit, _document_at(files, total * end_fraction))
+        stop = limit if is_last else min(limit, _document_at(files, tokens * end_fraction))
         first = max(documents.stop for documents in ranges.values())
         ranges[split] = range(first, max(first, stop))
     return ranges
@@ -295,7 +288,6 @@ def _document_at(files: TokenFiles, position: float) -> int:
     """Returns the first document that starts at or after a position, counted in tokens."""
     import numpy as np
 
-    # First sequence that starts at or after the position, then first document from there on.
     sequence = np.searchsorted(files.pointers, position * files.tokens.itemsize)
     return int(np.searchsorted(files.documents, sequence))
 
@@ -311,7 +303,7 @@ def write_split(files: TokenFiles, documents: range, target: Path) -> int:
     Returns:
         The number of tokens in the split.
     """
-    # Range of sequences. Pointers do not change, since the link leads to the whole ``.bin``.
+    # Range of sequences. Their pointers do not change, because ``.bin`` is the whole file.
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
     boundaries = files.documents[documents.start : documents.stop + 1] - first
     index, data = paths_of(target).values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class TextSequences:
     prediction_mask: Tensor
     """bool [sequences, seq_length - 1]: which next-token predictions are in the loss."""
     sources: dict[str, slice] = field(default_factory=dict)
-    """Range of sequences of each source."""
+    """Range of sequences of each source; empty if the sources are not known."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,8 +44,8 @@ class TextSequences:
         """Selects the first ``count / sources`` sequences of each source, rounded up."""
         spans = list(self.sources.values()) or [slice(0, len(self))]
         per_source = math.ceil(count / len(spans))
-        firsts = [range(span.start, span.stop)[:per_source] for span in spans]
-        return self[[index for indices in firsts for index in indices]]
+        ranges = (range(span.start, span.stop)[:per_source] for span in spans)
+        return self[list(chain.from_iterable(ranges))]
 
     @property
     def predictions(self) -> int:
@@ -69,7 +70,7 @@ def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = 
 
     The token after ``end`` starts another document and cannot be predicted (``eod_mask_loss`` in
     ``megatron/core/datasets/gpt_dataset.py``). In a conversation, only predictions of the
-    assistant's tokens are in the loss. Training, evaluation, scores and the search use this mask.
+    assistant's tokens are in the loss.
 
     Args:
         tokens: int64 [..., n].
@@ -98,25 +99,25 @@ def sequences_by_source(
     spans, start = {}, 0
     for entry in sources:
         stop = start + entry.tokens
-        # From the first sequence that starts in the source to the last that ends in it.
-        # ``-(-a // b)`` is a / b rounded up.
-        if span := range(-(-start // seq_length), stop // seq_length):
+        first = -(-start // seq_length)  # rounded up: the first sequence that starts in the source
+        if span := range(first, stop // seq_length):
             spans[entry.source] = span
         start = stop
-    per_source = None if count is None or not spans else math.ceil(count / len(spans))
+    if count is None or not spans:
+        return spans
+    per_source = math.ceil(count / len(spans))
     return {name: span[:per_source] for name, span in spans.items()}
 
 
 def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -> None:
     """Checks that each held-out source has a whole sequence.
 
-    Does not check with the input ``held_out``. Models are then evaluated on the held-out text of
-    that input instead.
+    Checks nothing with the input ``held_out``, because models are then evaluated on its text.
 
     Args:
         cfg: Settings of the text.
-        tokens: Number of tokens by source, in the order of the held-out split. The split starts
-            with the held-out sources, so the result does not depend on later sources.
+        tokens: Number of tokens by source, in the order of the split ``heldout``. The held-out
+            sources come first, so the tokens of later sources may be missing.
 
     Raises:
         RecipeError: A held-out source has no whole sequence.
@@ -131,7 +132,7 @@ def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -
 
 
 def _shorter_sequences(seq_length: int) -> str:
-    """Returns the second half of the fix for sources without a whole sequence."""
+    """Returns a fix for sources without a whole sequence."""
     return (
         "lower data.seq_length. Sequences start at multiples of seq_length, so "
         f"{2 * seq_length - 1} tokens always suffice"
@@ -148,7 +149,7 @@ def warn_of_short_sources(
         source_tokens: ``DatasetResult.source_tokens``.
     """
     for split, entries in source_tokens.items():
-        # Also sources without text in the split, for example if all of it repeats earlier sources.
+        # Sources without text in the split have no entry, for example if it repeats other text.
         expected = _heldout_names(cfg) if split == "heldout" else cfg.training_names()
         names = [*(entry.source for entry in entries), *expected]
         if missing := _without_sequence(entries, names, cfg.seq_length):
@@ -158,8 +159,7 @@ def warn_of_short_sources(
 
 
 def _heldout_names(cfg: PrepareDataConfig) -> list[str]:
-    """Returns the names of the sources that are not trained on."""
-    # With ``prefix``, the training text may have the name of a held-out source.
+    """Returns the names of the held-out sources."""
     sources = source_names(cfg.all_sources()).items()
     return [name for name, source in sources if source in cfg.heldout_sources]
 
@@ -168,8 +168,8 @@ def _without_sequence(
     entries: Sequence[SourceTokens], names: Iterable[str], seq_length: int
 ) -> list[str]:
     """Returns those of the sources ``names`` that have no whole sequence."""
-    present = sequences_by_source(entries, seq_length)
-    return [name for name in dict.fromkeys(names) if name not in present]
+    by_source = sequences_by_source(entries, seq_length)
+    return [name for name in dict.fromkeys(names) if name not in by_source]
 
 
 def read_sequences(
@@ -180,9 +180,8 @@ def read_sequences(
     Args:
         data: Output of ``prepare_data``.
         split: Name of the split.
-        seq_length: Tokens of a sequence.
-        count: Number of sequences, rounded up to the same number for each source; ``None`` reads
-            all.
+        seq_length: Tokens per sequence.
+        count: Number of sequences, as in ``sequences_by_source``; ``None`` reads all.
 
     Raises:
         RecipeError: No source has a whole sequence, or the text has conversations packed for
@@ -208,9 +207,9 @@ def read_sequences(
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
-    """Returns the sequences with the indices ``numbers``, [sequences, seq_length].
+    """Returns the sequences ``numbers`` of a split's token ids or loss mask ``values`` [tokens].
 
-    ``values`` has one entry for each token of the split, such as its id.
+    The shape is [sequences, seq_length].
     """
     sequences = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
     return torch.from_numpy(sequences[numbers])
@@ -244,9 +243,9 @@ def first_sequences(
 def read_tokens(artifact: Path, split: str) -> np.ndarray:
     """Returns all tokens of a split as a memory-mapped array [tokens].
 
-    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``), so a
-    split is one range of it. Splits of text that was already tokenized are ranges of the same file
-    (``token_files.py``).
+    The split is one range of ``.bin``, because documents have no gaps between them
+    (``_IndexWriter._sequence_pointers``). Splits of text that was already tokenized are ranges of
+    the same file (``token_files.py``).
     """
     path = str(artifact / split)
     index = IndexedDataset(path).index
@@ -265,7 +264,7 @@ def read_loss_mask(artifact: Path, split: str) -> np.ndarray | None:
 
 
 def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
-    """Returns the number of training sequences. Each needs one more token as its last label."""
+    """Returns a split's number of training sequences. The last needs one more token as label."""
     return (len(tokens) - 1) // seq_length
 
 
@@ -294,8 +293,8 @@ def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np
     """Returns the sequence indices ``numbers``, int64 [n], in the random order of an epoch.
 
     The order depends on ``seed``, ``epoch`` and ``total``, the number of sequences in the split.
-    Two sequences have the same relative order in any subset ``numbers``. So training on cached
-    logits of an epoch's first sequences has the same batches as without a cache.
+    Two sequences have the same relative order in any ``numbers``. So training on cached logits of
+    an epoch's first sequences has the same batches as without a cache.
     """
     sort_keys = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = numbers[np.argsort(sort_keys[numbers], kind="stable")]
@@ -310,8 +309,8 @@ def weighted_sequences(
     Args:
         weights: Weights by source.
         sources: All sources of the split, in the order of the text.
-        seq_length: Tokens of a sequence.
-        total: Number of training sequences in the split, see ``count_sequences``.
+        seq_length: Tokens per sequence.
+        total: The split's ``count_sequences``.
 
     Returns:
         One array int64 [n] per source, in the order of ``weights``.
@@ -319,7 +318,7 @@ def weighted_sequences(
     Raises:
         RecipeError: A source has no whole sequence with a next token.
     """
-    # If no token follows the split's last sequence, ``total`` and these ranges exclude it.
+    # If no token follows the split's last sequence, ``total`` excludes it.
     spans = {
         name: np.arange(span.start, min(span.stop, total))
         for name, span in sequences_by_source(sources, seq_length).items()
@@ -331,8 +330,7 @@ def weighted_sequences(
                 f"source '{name}' has a weight, but not one sequence of {seq_length} tokens and "
                 "a next token.",
                 "remove the weight, or give the source more text that does not repeat earlier "
-                "sources; sources with a sequence: "
-                f"{', '.join(spans)}",
+                f"sources; sources with a sequence: {', '.join(spans)}",
             )
     return [spans[name] for name in weights]
 
@@ -341,12 +339,12 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
     """Assigns samples to sources as Megatron's ``BlendedDataset`` does.
 
     A source's fraction is its weight divided by the sum of weights. Each sample is assigned to the
-    source whose number of samples is furthest below its fraction of the samples so far.
+    source whose number of samples is furthest below its fraction of the samples so far. So among
+    the first n samples, for any n, a source has less than 1 sample more than its fraction of n.
 
     Returns:
         The source of each sample, int16 [samples], as an index in ``weights``, and the sample's
-        index within its source, int64 [samples]. Among the first n samples, for any n, a source
-        has less than 1 sample more than its fraction of n.
+        index within its source, int64 [samples].
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

@@ -47,7 +47,7 @@ class Encoded:
 
     @classmethod
     def left_out_because(cls, reason: str) -> Encoded:
-        """Makes an ``Encoded`` without tokens for a document that is not used."""
+        """Returns an ``Encoded`` without tokens for a document that is not used."""
         return cls(np.empty(0, np.int32), left_out_reason=reason)
 
 
@@ -58,7 +58,7 @@ class Encoder(Protocol):
     """
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes one document per text."""
+        """Returns one tokenized document per text."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class DocumentTokenizer:
         tokenizer = Tokenizer.from_str(self.definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # "<|endoftext|>" in a document is ordinary text. In a Unigram model it still becomes the
-        # special token, because that token is also a piece of the model's vocabulary.
+        # Makes "<|endoftext|>" in a document ordinary text, except in a Unigram model, where the
+        # special token is also a piece of the vocabulary.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -97,7 +97,7 @@ class DocumentTokenizer:
         return text
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes documents and adds the tokens around them."""
+        """Returns the documents' tokens between ``begin`` and ``end``."""
         begin = [] if self.begin is None else [self.begin]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [Encoded(np.array([*begin, *t.ids, self.end], dtype=np.int32)) for t in encoded]
@@ -108,8 +108,7 @@ def encode_all(
 ) -> Iterator[tuple[list[Encoded], ItemT]]:
     """Yields encoded batches in order. Encodes in worker processes if ``processes`` is above 1.
 
-    A batch is a pair: a list of texts, and any item of the caller. The item is not read, and is
-    yielded with the encoded texts.
+    A batch is a list of texts and any item, which is yielded unchanged with the encoded texts.
 
     Raises:
         RecipeError: A worker process was killed.
@@ -135,7 +134,7 @@ def encode_all(
                 encoded, item = queue.popleft()
                 yield encoded.result(), item
         except BrokenProcessPool as error:
-            # The pool does not tell the signal. SIGKILL, when memory runs out, is the usual one.
+            # The pool does not tell the signal. It is usually SIGKILL, because memory ran out.
             raise RecipeError(
                 f"a tokenizer process was {death_message(-signal.SIGKILL)}.",
                 "run the same command to resume; fewer processes take less memory",
@@ -150,8 +149,8 @@ def encode_on_ranks(
     """Encodes batches in order on all ranks; only rank 0 yields them.
 
     Every rank reads all batches. A group is as many consecutive batches as there are ranks, and
-    rank r encodes batch r of each group. After each group, rank 0 tells the other ranks whether to
-    continue: they stop when the caller on rank 0 closes the generator.
+    rank r encodes batch r of each group. All ranks stop when the caller on rank 0 closes the
+    generator.
     """
     if world_size() == 1:
         yield from encode_all(encoder, batches, processes)
@@ -166,7 +165,7 @@ def encode_on_ranks(
             broadcast(False)
             raise
         report_progress()
-        if not broadcast(True):
+        if not broadcast(True):  # whether to continue
             return
 
 
@@ -175,7 +174,7 @@ def _groups(
 ) -> Iterator[tuple[list[str], list[ItemT]]]:
     """Yields for each group the texts of this rank's batch, and the items of all its batches.
 
-    The last group may have fewer batches than there are ranks. The last ranks then have no texts.
+    If the last group has fewer batches than there are ranks, the last ranks have no texts.
     """
     while group := list(islice(batches, world_size())):
         texts = group[rank()][0] if rank() < len(group) else []
@@ -192,7 +191,7 @@ def broadcast(value: Any) -> Any:
 
 
 def torch_distributed() -> Any:
-    """Returns ``torch.distributed``; first creates the process group of all ranks if needed."""
+    """Returns ``torch.distributed``. Creates the process group of all ranks if there is none."""
     from torch import distributed
 
     if not distributed.is_initialized():
@@ -201,7 +200,7 @@ def torch_distributed() -> Any:
 
 
 _worker_encoder: list[Encoder] = []
-"""The encoder of this worker process, set when the process starts."""
+"""The encoder of this worker process; empty in other processes."""
 
 
 def _initialize_worker(encoder: Encoder, parent: int) -> None:
@@ -222,8 +221,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
 
     Args:
         folder: The folder.
-        document_end: Name of the token after every document; see
-            ``default_document_end`` for the default.
+        document_end: Token after every document; ``None``: that of ``default_document_end``.
 
     Raises:
         RecipeError: The vocabulary does not have the token, or there is no ``tokenizer.json``.
@@ -243,7 +241,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             f"the tokenizer in {folder} has no token {end or tokenizer.eos_token or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
-    # A tokenizer may define ``bos_token`` but not add it to texts, so this tokenizes a short text.
+    # A tokenizer may define ``bos_token`` but not add it. A short text shows whether it does.
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
     return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, vocabulary[end])
