@@ -46,7 +46,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(compute_norm())
-            # Read this step's learning rate now: the update replaces it by the next step's.
+            # The update after this replaces the step's learning rate by the next step's.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -54,7 +54,7 @@ class StepLogger(Callback):
         optimizer.step_with_ready_grads = lambda: self._update_if_finite(update, trainer, pl_module)
 
     def _update_if_finite(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
-        """Updates the weights if the gradient norm is finite. The norm is equal on all ranks.
+        """Updates the weights if the gradient norm, which is equal on all ranks, is finite.
 
         Returns:
             The result of ``update``; ``False`` tells Megatron that the update was skipped.
@@ -65,22 +65,20 @@ class StepLogger(Callback):
         if math.isfinite(self._norm):
             return update()
         model.skipped_steps += 1
-        if model.skipped_steps > self._cfg.max_nonfinite_steps:
-            finish_saving(trainer)  # the error below ends the process
-            losses = ", ".join(
-                f"{name} {value:.4g}" for name, value in model.share_losses().items()
-            )
-            # May exceed the limit by more than 1, if the run was resumed with a lower limit.
-            steps = model.skipped_steps
-            raise RecipeError(
-                f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
-                + (f", and {steps - 1} such step(s) were skipped before." if steps > 1 else ".")
-                + " The weights were not updated; the last checkpoint is usable.",
-                f"set stages.{self._cfg.name}.max_nonfinite_steps={steps} to resume from the last "
-                "checkpoint and skip this step; if that does not help, start over with a lower "
-                f"stages.{self._cfg.name}.lr",
-            )
-        return False
+        # May exceed the limit by more than 1, if the run was resumed with a lower limit.
+        steps = model.skipped_steps
+        if steps <= self._cfg.max_nonfinite_steps:
+            return False
+        finish_saving(trainer)  # the error below ends the process
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in model.share_losses().items())
+        raise RecipeError(
+            f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
+            + (f", and {steps - 1} such step(s) were skipped before." if steps > 1 else ".")
+            + " The weights were not updated; the last checkpoint is usable.",
+            f"set stages.{self._cfg.name}.max_nonfinite_steps={steps} to resume from the last "
+            "checkpoint and skip this step; if that does not help, start over with a lower "
+            f"stages.{self._cfg.name}.lr",
+        )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
         """Logs the step's losses, gradient norm, learning rate and speed."""
@@ -103,7 +101,7 @@ class StepLogger(Callback):
         Both are means over all tokens: batches are weighted by their number of tokens.
         """
         tokens, losses = zip(*self._validation, strict=True)
-        # If all tokens are masked, all losses are 0, and ``fmean`` fails with weights of 0.
+        # If all tokens are masked, all losses are 0, and ``fmean`` would fail with weights of 0.
         weights = tokens if any(tokens) else None
         values = {
             f"val_{name}": fmean((batch[name] for batch in losses), weights)
@@ -120,13 +118,10 @@ def finish_saving(trainer: Any) -> None:
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
 
-def gather_weights(model: Any) -> None:
-    """Gathers the weights on all ranks. Each data-parallel rank has updated its shard of them.
+def gather_weights(model: KDModel) -> None:
+    """Gathers the weights on all ranks, since each data-parallel rank has updated only its shard.
 
     Training itself gathers the shards only when the next step or a validation starts.
-
-    Args:
-        model: NeMo's model, whose ``module`` Megatron has wrapped for training.
     """
     model.module.start_param_sync(force_sync=True)
 
@@ -139,7 +134,7 @@ class SaveStudents(Callback):
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
-        """``save`` writes the student to a path; all ranks call it."""
+        """All ranks call ``save`` with the path that the student is written to."""
         self._steps, self._folder, self._save = steps, folder, save
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
@@ -160,7 +155,7 @@ class SaveStudents(Callback):
         partial = student.with_name(student.name + PARTIAL)
         self._save(partial)
         if rank() == 0:
-            # A run that resumed from an earlier checkpoint replaces its earlier student.
+            # A run that resumed from an earlier checkpoint saves the student again.
             shutil.rmtree(student, ignore_errors=True)
             partial.rename(student)
 
@@ -168,8 +163,8 @@ class SaveStudents(Callback):
 class StopAtRecovered(Callback):
     """Stops once training has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    The decision depends only on the metrics file. So if a run stops early and is killed while it
-    saves its result, the restarted run stops again without another step.
+    ``stop_reason`` decides from the metrics file alone. So if a run stops early and is killed while
+    it saves its result, the restarted run stops again without another step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
@@ -194,9 +189,8 @@ class StopAtRecovered(Callback):
 class StopAtDeadline(Callback):
     """Saves a checkpoint and raises ``StoppedByDeadlineError`` when the deadline is reached.
 
-    NeMo's own timer is not used, because it ends training normally. The stage would then count as
-    complete, and later stages would use a half-trained model. Signals are not used, because they
-    would have to reach every rank inside its container.
+    NeMo's own timer ends training normally, so the stage would count as complete. Signals would
+    have to reach every rank inside its container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -234,8 +228,8 @@ class CollectGarbage(Callback):
     """Runs Python's garbage collector on all ranks in the same step.
 
     Otherwise, each rank would collect in different steps, and all other ranks would wait for it.
-    Also returns free memory to the system before validations and checkpoints. Their blocks have
-    other sizes than those of training steps, so they could not reuse the free blocks.
+    Also returns free memory to the system before validations and checkpoints, whose blocks do not
+    have the sizes of a training step's free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -258,7 +252,7 @@ class CollectGarbage(Callback):
         return_free_memory()
 
     def on_train_end(self, trainer: object, pl_module: object) -> None:
-        """Returns free memory before the last checkpoint and the result."""
+        """Returns free memory before the last checkpoint and the trained model are saved."""
         return_free_memory()
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
@@ -271,9 +265,9 @@ class CollectGarbage(Callback):
 
 
 class Profile(Callback):
-    """Writes a profiler trace of a range of steps, for https://ui.perfetto.dev.
+    """Writes a profiler trace, for https://ui.perfetto.dev, of the steps from first to last.
 
-    The range is the first and the last step, both included and counted from 1.
+    Both steps are included, and counted from 1.
     """
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
@@ -282,10 +276,7 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Starts the profiler at the first step of the range that this process trains.
-
-        If a run resumes within the range, this is a later step than the range's first.
-        """
+        """Starts the profiler at the first step, or later if the run resumes within the range."""
         step = trainer.global_step + 1  # ``global_step`` counts the finished steps
         if not self._running and self._first <= step <= self._last:
             self._profiler.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -41,10 +41,10 @@ TEACHER_PREFIX = "teacher_"
 class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
-    The number of a sequence is its index in the split. Each epoch has its own order of sequences.
-    Without ``weights``, sample i is the sequence at position i mod n in the order of epoch i // n.
-    With ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs.
-    Sequences that span two sources are then omitted.
+    The number of a sequence is its index in the split. Without ``weights``, sample i is the
+    sequence at position i mod n in the order of epoch i // n. With ``weights``, ``blend`` assigns
+    samples to sources, each source has its own epochs, and sequences that span two sources are
+    omitted.
     """
 
     tokens: np.ndarray
@@ -55,8 +55,8 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents. Predictions of the token after it are not in the loss.
-    ``None`` masks no prediction. If ``loss_mask`` is set, ``document_end`` is not read."""
+    """Id of the token that ends documents. The token after it is not a target of the loss. ``None``
+    masks no token. If ``loss_mask`` is set, ``document_end`` is not read."""
     loss_mask: np.ndarray | None = None
     """For each token of the split, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
@@ -66,7 +66,7 @@ class TrainingSequences(Dataset):
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by source. If empty, the whole split counts as one source."""
+    """Weights by source; empty treats the whole split as one source."""
     sources: Sequence[SourceTokens] = ()
     """Sources of the split; only read with ``weights``."""
     used_numbers: np.ndarray = field(init=False)
@@ -82,7 +82,12 @@ class TrainingSequences(Dataset):
         if self.weights:
             by_source = weighted_sequences(self.weights, self.sources, self.seq_length, total)
             self._numbers_by_source = [np.intersect1d(numbers, used) for numbers in by_source]
-            _require_sequences(self.weights, self._numbers_by_source)
+            for name, numbers in zip(self.weights, self._numbers_by_source, strict=True):
+                if not len(numbers):
+                    raise RecipeError(
+                        f"the cached teacher has no sequence of source '{name}'.",
+                        "raise num_sequences of cache_logits",
+                    )
             self._blend = blend(list(self.weights.values()), self.num_samples)
             used = np.concatenate(self._numbers_by_source)
         self.used_numbers = used
@@ -95,21 +100,22 @@ class TrainingSequences(Dataset):
         return self.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
-        """Returns the tensors of one sample of S tokens.
+        """Returns the tensors of ``sequence``, and ``attention_mask`` if it is set.
 
-        Returns:
-            The tensors of ``sequence``, and ``attention_mask`` if it is set. With a cached teacher
-            also the tensors of ``TopK`` [S, …]. Their names have the prefix ``TEACHER_PREFIX``.
+        With a cached teacher, the result also has the tensors of ``TopK`` [seq_length, …]. Their
+        names start with ``TEACHER_PREFIX``.
         """
         number = self.number_of(sample)
         item = self.sequence(number)
         if self.attention_mask is not None:
             item["attention_mask"] = self.attention_mask
-        cached = {} if self.cache is None else self.cache.rows(number)
-        return item | {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in cached.items()}
+        if self.cache is not None:
+            top_k = self.cache.rows(number)
+            item |= {f"{TEACHER_PREFIX}{name}": tensor for name, tensor in top_k.items()}
+        return item
 
     def sequence(self, number: int) -> dict[str, Tensor]:
-        """Returns ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S]."""
+        """Returns tensors [seq_length] by name: ``loss_mask`` is float32, the other ones int64."""
         tokens = torch.from_numpy(sequence_tokens(self.tokens, self.seq_length, number))
         mask = sequence_prediction_mask(
             self.tokens, self.loss_mask, self.seq_length, number, self.document_end
@@ -123,13 +129,11 @@ class TrainingSequences(Dataset):
 
     def number_of(self, sample: int) -> int:
         """Returns the number of a sample's sequence."""
-        source = 0
+        source, index_in_source = 0, sample
         if self.weights:
-            # From here on, ``sample`` counts only the samples of this source.
-            source_of_sample, index_in_source = self._blend
-            source, sample = int(source_of_sample[sample]), int(index_in_source[sample])
+            source, index_in_source = (int(values[sample]) for values in self._blend)
         numbers = self._numbers_by_source[source]
-        epoch, position = divmod(sample, len(numbers))
+        epoch, position = divmod(index_in_source, len(numbers))
         if self.seed is None:
             return int(numbers[position])
         last_epoch, order = self._orders[source]
@@ -139,27 +143,12 @@ class TrainingSequences(Dataset):
         return int(order[position])
 
 
-def _require_sequences(weights: Iterable[str], by_source: Iterable[np.ndarray]) -> None:
-    """Checks that a cached teacher has sequences of every weighted source.
-
-    Args:
-        weights: Names of the weighted sources.
-        by_source: Numbers of the sequences of each of these sources.
-    """
-    for name, numbers in zip(weights, by_source, strict=True):
-        if not len(numbers):
-            raise RecipeError(
-                f"the cached teacher has no sequence of source '{name}'.",
-                "raise num_sequences of cache_logits",
-            )
-
-
 class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     """NeMo's data module with ``TrainingSequences`` instead of Megatron's ``GPTDataset``.
 
     The sequences of ``GPTDataset`` depend on the seed and the number of steps, but a cached teacher
-    needs fixed sequences. NeMo still distributes the samples over data-parallel ranks. A resumed
-    run continues after the samples that were already used.
+    needs fixed sequences. As with ``GPTDataset``, NeMo distributes the samples over data-parallel
+    ranks, and a resumed run continues after the samples that were already used.
     """
 
     def __init__(
@@ -172,8 +161,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         weights: Mapping[str, float],
         **settings: Any,
     ) -> None:
-        """Stores the settings. ``sources`` is by split; ``settings`` are for the base class."""
-        # The base class requires existing paths; ``setup`` reads the splits.
+        """``sources`` is by split, ``weights`` by source; ``settings`` are for the base class."""
+        # The base class requires existing paths, but ``setup`` reads the splits from ``artifact``.
         super().__init__(paths=[str(artifact / "train")], num_workers=0, **settings)
         self._artifact, self._document_end, self._cache = artifact, document_end, cache
         self._sources, self._weights = sources, weights
@@ -239,7 +228,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
                 "add text, raise stages.prepare_data.validation_fraction, or lower data.seq_length",
             )
         # Only whole batches are used. Less than one batch is filled by repeating its sequences.
-        whole_batches = max(1, len(self._validation_ds.used_numbers) // batch_size)
+        whole_batches = len(self._validation_ds.used_numbers) // batch_size
         batches = max(1, min(self.trainer.limit_val_batches, whole_batches))
         self._validation_ds.num_samples = batches * batch_size
         self._test_ds = self._validation_ds
@@ -260,7 +249,6 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
 
     def _require_batch(self, sequences: int, batch_size: int) -> None:
-        """Checks that there are training sequences for at least one batch."""
         if sequences >= batch_size:
             return
         if self._cache is None:

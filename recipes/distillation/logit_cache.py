@@ -1,10 +1,10 @@
-"""Cache of a teacher's top-k: its k most likely next tokens at every position of a text.
+"""Cache of a teacher's top-k: its k likeliest next tokens at every position of a text.
 
 The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … A shard has n
 sequences, in these tensors:
 
-- ``sequences`` int32 [n]: numbers of the sequences, see ``data.TrainingSequences``;
-- ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
+- ``sequences`` int32 [n]: for each sequence, its index in the text;
+- ``indices`` uint16 or int32 [n, seq_length, k]: the k likeliest tokens, the likeliest first;
 - ``log_probs`` float16 [n, seq_length, k + 1]: the log-probabilities of these tokens, and of the
   tail, which is all other tokens together;
 - if the tail was sampled, ``draws`` uint16 or int32 [n, seq_length, draws]: the sampled tokens;
@@ -44,15 +44,15 @@ class CacheIndex:
     seq_length: int
     top_k: int
     temperature: float
-    """The teacher's logits were divided by the temperature before the softmax."""
+    """The teacher's logits were divided by this before the softmax."""
     shards: int
     """Number of shards."""
     tail_draws: int = 0
-    """Tokens sampled from the tail at each position; 0 samples none."""
+    """Number of tokens sampled from the tail at each position."""
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Returns dtype and last dimension, by name, of each stored tensor of ``TopK``."""
+        """Maps the name of each stored tensor of ``TopK`` to its dtype and last dimension."""
         id_type = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
         top_k = {"indices": (id_type, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
         samples = {"draws": (id_type, self.tail_draws), "tail_entropy": (torch.float16, 1)}
@@ -72,15 +72,15 @@ def write_shard(
     teacher_loss: float,
     loss_tokens: int,
 ) -> None:
-    """Writes one shard atomically. Its metadata has the two metrics of ``cache_metrics``.
+    """Writes one shard atomically. Its metadata has the metrics that ``cache_metrics`` reads.
 
     Args:
         path: The shard's file.
         index: Settings of the cache.
         sequences: Numbers of the n sequences.
         top: The teacher's top-k, [n, seq_length, …].
-        teacher_loss: The teacher's mean LM loss on these sequences.
-        loss_tokens: Number of tokens in this mean; masked tokens are not.
+        teacher_loss: The teacher's mean LM loss over the unmasked tokens of these sequences.
+        loss_tokens: Number of these tokens.
     """
     partial = path.with_suffix(".partial")
     tensors = {"sequences": torch.tensor(sequences, dtype=torch.int32)} | {
@@ -96,7 +96,7 @@ def write_shard(
 
 def is_complete(path: Path) -> bool:
     """Returns whether a shard exists and is not truncated."""
-    try:  # opening compares the header with the size of the file
+    try:  # opening fails if the header does not fit the size of the file
         with safe_open(path, framework="pt"):
             return True
     except (OSError, SafetensorError):
@@ -106,9 +106,8 @@ def is_complete(path: Path) -> bool:
 def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
     """Averages the metrics of all shards.
 
-    Returns:
-        ``teacher_loss``, the teacher's mean LM loss over unmasked tokens, and ``tail_mass``, the
-        mean probability of the tail over all tokens.
+    Returns ``teacher_loss``, the teacher's mean LM loss over unmasked tokens, and ``tail_mass``,
+    the mean probability of the tail over all tokens.
     """
     loss = tail = 0.0
     loss_tokens = sequences = 0
@@ -132,8 +131,8 @@ class TeacherCache:
         numbers_by_shard = [
             self._open(shard).get_tensor("sequences").tolist() for shard in range(self.index.shards)
         ]
-        # Shard, and row in the shard, of each sequence number.
-        self._rows = {
+        # Maps the number of each sequence to its shard and its row in the shard.
+        self._locations = {
             number: (shard, row)
             for shard, numbers in enumerate(numbers_by_shard)
             for row, number in enumerate(numbers)
@@ -143,12 +142,8 @@ class TeacherCache:
         tensors."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
-        """Reads the tensors of ``TopK`` for the sequence with a number, float32 or int64.
-
-        Returns:
-            Tensors [seq_length, …] by name.
-        """
-        shard, row = self._rows[sequence]
+        """Reads the tensors of ``TopK`` [seq_length, …], by name, for the sequence of a number."""
+        shard, row = self._locations[sequence]
         file = self._open(shard)
         return {
             name: file.get_slice(name)[row].to(
@@ -158,7 +153,7 @@ class TeacherCache:
         }
 
     def _open(self, shard: int) -> Any:
-        """Opens a shard, and keeps it open: it is memory-mapped, so this takes no memory."""
+        """Opens a shard, and leaves it open. It is memory-mapped, so this takes no memory."""
         if shard not in self._files:
             self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
         return self._files[shard]

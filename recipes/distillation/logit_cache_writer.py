@@ -1,7 +1,4 @@
-"""Runs a teacher over sequences of text and caches its top-k tokens, shard by shard.
-
-``vocabulary.TopK`` describes what is stored for each token.
-"""
+"""Runs a teacher over sequences of text and caches its top-k tokens, shard by shard."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from torch.utils.data import default_collate
 from nemo_convert import nemo
 from recipes.core.files import link_or_copy
 from recipes.core.metrics import MetricsLog
+from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, StoppedByDeadlineError, deadline, rank, time_is_up
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_sequences import (
@@ -54,7 +52,7 @@ def cache_logits(
         teacher: Checkpoint of the teacher.
         data: The tokenized text, which is the artifact of ``prepare_data``.
         work: Folder in which shards are written. A restart keeps complete shards.
-        out: Folder of the artifact. Shards are linked into it when all of them are complete.
+        out: Folder of the artifact. Shards are linked into ``out`` when all are complete.
         log: Receives progress.
 
     Returns:
@@ -65,7 +63,8 @@ def cache_logits(
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
-    core = nemo.build_core(nemo.restore_model(teacher), parallel, cfg.dtype, training=True).eval()
+    model, dtype = nemo.restore_model(teacher), dtype_of(cfg.precision)
+    core = nemo.build_core(model, parallel, dtype, training=True).eval()
     nemo.load_weights(core, teacher)
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
@@ -85,7 +84,7 @@ def cache_logits(
     )
     work.mkdir(exist_ok=True)
     wrote_all = _write_shards(cfg, core, dataset, index, work, log)
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # rank 0 links the shards of all ranks
     if _any_rank_stops(not wrote_all, next(core.parameters()).device):
         raise StoppedByDeadlineError(
             f"stopped at the deadline before all {shards} shards were written; complete shards are "
@@ -111,8 +110,8 @@ def _numbers_to_cache(
 ) -> list[int]:
     """Returns the numbers of the sequences to cache, in the order in which training reads them.
 
-    These are the sequences of the first ``num_sequences`` training samples, or all sequences. A
-    sequence's number is its index in the text. A sequence that is read again is listed once.
+    These are the sequences of the first ``num_sequences`` training samples, without repetitions, or
+    all sequences. A sequence's number is its index in the text.
     """
     samples = cfg.num_sequences or 0
     dataset = TrainingSequences(
@@ -136,15 +135,12 @@ def _write_shards(
 ) -> bool:
     """Writes this data-parallel rank's shards, except those that an earlier run completed.
 
-    Data-parallel ranks take shards in turn.
-
     Returns:
         ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
     """
     start, done = time.monotonic(), 0  # ``done`` counts sequences
-    replica = parallel_state.get_data_parallel_rank()
-    replicas = parallel_state.get_data_parallel_world_size()
-    for shard in range(replica, index.shards, replicas):
+    first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks alternate
+    for shard in range(first_shard, index.shards, parallel_state.get_data_parallel_world_size()):
         path = work / SHARD.format(shard)
         if is_complete(path):
             continue
@@ -154,8 +150,8 @@ def _write_shards(
         if result is None:
             return False
         top, loss, loss_tokens = result
-        # Only the first shard is checked. If all were, a good teacher could fail the check on one
-        # shard that has few sequences which are hard to predict.
+        # Only the first shard is checked, because a good teacher could fail the check on a later
+        # shard with a few sequences that are hard to predict.
         if done == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -169,10 +165,10 @@ def _write_shards(
 def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
     """Returns the quantiles [seq_length, draws] at which to sample each position's tail.
 
-    The tail is all tokens outside the top-k. Sampling is systematic: the first quantile is random,
-    and the others follow at equal distances. A token's expected number of draws is the same as with
-    independent samples, and the variance is lower. The random numbers depend only on the seed and
-    the sequence's number, so all ranks compute the same quantiles.
+    Sampling is systematic: the first quantile is random, and the next ones follow at equal
+    distances. A token's expected number of draws is the same as with independent samples, and the
+    variance is lower. The random numbers depend only on the seed and the sequence's number, so all
+    tensor-parallel ranks compute the same quantiles.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
@@ -200,11 +196,9 @@ def _evaluate_teacher(
 ) -> tuple[TopK, float, int] | None:
     """Runs the teacher on the n sequences with these numbers.
 
-    As in training, the loss excludes masked predictions.
-
     Returns:
-        The top-k tokens [n, seq_length, …], the mean LM loss in nats per token, and the number of
-        tokens in this mean; ``None`` if the deadline was reached.
+        The top-k tokens [n, seq_length, …], the mean LM loss over unmasked tokens in nats, and the
+        number of unmasked tokens; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
     # With one tensor-parallel rank, ``group`` is ``None``, which ``all_reduce`` would take as all
@@ -221,18 +215,10 @@ def _evaluate_teacher(
         quantiles = None
         if cfg.tail_draws:
             quantiles = torch.cat([_quantiles(cfg, number) for number in micro_batch]).to(device)
-
         tops.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=quantiles))
         losses.append(token_cross_entropy(logits, batch["labels"].flatten(), group))
         masks.append(batch["loss_mask"].flatten())
-    # Concatenates each field of ``TopK`` over the micro batches. Fields without samples are None.
-    shape = (len(numbers), cfg.seq_length, -1)
-    top = TopK(
-        *(
-            None if tensors[0] is None else torch.cat(tensors).view(shape)
-            for tensors in zip(*tops, strict=True)
-        )
-    )
+    top = TopK.concatenate(tops).map(lambda t: t.view(len(numbers), cfg.seq_length, -1))
     mask = torch.cat(masks)
     loss_tokens = mask.sum()
     mean = (torch.cat(losses) * mask).sum() / loss_tokens.clamp_min(1)

@@ -10,7 +10,7 @@ from recipes.distillation.settings import TERMS, DistillConfig
 from recipes.planning import rules
 from recipes.planning.rules import Problem
 
-NEEDED: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
+REQUIREMENTS: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
     "logits_loss": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
     "temperature": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
     "top_k": ("kd_weight above 0", lambda cfg: cfg.kd_weight),
@@ -30,9 +30,7 @@ NEEDED: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
 def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
     """Finds a loss without KD and LM terms, and settings that cannot work or have no effect.
 
-    Args:
-        cfg: Settings of the distillation.
-        vocabulary: The teacher's vocabulary size.
+    ``vocabulary`` is the size of the teacher's vocabulary.
     """
     if not (cfg.kd_weight or cfg.lm_weight):
         yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
@@ -43,12 +41,13 @@ def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
             "use recompute_granularity=none or selective, or hidden_weight=0",
         )
     default = DistillConfig()
-    for name, (needed, has_effect) in NEEDED.items():
-        if (value := getattr(cfg, name)) != getattr(default, name) and not has_effect(cfg):
+    for name, (requirement, is_met) in REQUIREMENTS.items():
+        value = getattr(cfg, name)
+        if value != getattr(default, name) and not is_met(cfg):
             yield Problem(
                 rules.NO_EFFECT,
-                f"{name}={value} of {cfg.name} has no effect without {needed}",
-                f"leave {name} out, or set {needed}",
+                f"{name}={value} of {cfg.name} has no effect without {requirement}",
+                f"leave {name} out, or set {requirement}",
             )
     if cfg.top_k is not None and cfg.top_k >= vocabulary:
         yield Problem(
@@ -61,10 +60,9 @@ def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
 def pair_problems(
     cfg: DistillConfig, student: Architecture, teacher: Architecture, cost: str = ""
 ) -> Iterator[Problem]:
-    """Checks that no layer is in two pairs, and that all are on the last pipeline stage.
+    """Finds layers that are in two pairs, or are not on the last pipeline stage.
 
-    That stage computes the loss. ``cost`` says how long training takes without pipeline
-    parallelism; "" omits this.
+    ``cost`` says how long training takes without pipeline parallelism; "" omits this.
     """
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
@@ -88,7 +86,7 @@ def pair_problems(
     name = "intermediate_layer_pairs" if cfg.intermediate_layer_pairs else "hidden_pipeline_stages"
     for index, (role, shape) in enumerate((("student", student), ("teacher", teacher))):
         if shape.num_layers < stages:
-            continue  # ``layout_problems`` reports this
+            continue  # ``planning.layouts.layout_problems`` reports this
         allowed = last_stage_layers(shape.num_layers, stages)
         defaults = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
         layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or defaults

@@ -3,11 +3,11 @@
 A loss is over the whole vocabulary, or over the teacher's top-k tokens and the tail, which is all
 other tokens. The tail counts as one class, or a few sampled tokens represent it. Values and
 gradients are computed together, a chunk of tokens at a time, so no float32 tensor of a whole
-batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) differ in
-three points: they hold several float32 tensors of this size, they lack the factor T², and they
-renormalise the top-k, which ignores the tail's probability.
+batch's logits exists. The module ``vocabulary`` explains shapes and ``group``.
 
-The module ``vocabulary`` explains shapes and ``group``.
+ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) hold several float32 tensors of
+a whole batch's logits. They lack the factor T², and they renormalise the top-k, which ignores the
+tail's probability.
 
 Gradients: let z be the student's logits, T the temperature, q = softmax(z / T), and p the teacher's
 probabilities, computed in the same way. Because ∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q)
@@ -24,7 +24,6 @@ same size at any T (Hinton et al., arXiv:1503.02531). The derivative of z / T by
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,9 +68,9 @@ class LogitsLoss:
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""A divergence f [n, 1] without T², and a function that returns the gradient (1) [n, classes].
-Classes are tokens, or the top-k and the tail. The function overwrites tensors that it needs, so it
-can be called only once."""
+"""A divergence f [n, 1], and a function that returns the gradient (1) [n, classes]. Classes are
+tokens, or the top-k and the tail. The function overwrites tensors that it needs, so it can be
+called only once."""
 
 
 def _forward_kl(
@@ -123,8 +122,8 @@ def _top_k_divergence(
     """Computes the divergence over k + 1 classes: the teacher's top-k tokens, and the tail.
 
     The returned gradient is for all logits [n, vocabulary/tp]. The logit of the tail's class is
-    u = log Σ_tail exp(z / T), so ∂u / ∂(z_j / T) = q_j / q_tail: a token j of the tail gets the
-    fraction q_j / q_tail of the class's gradient.
+    u = log Σ exp(z / T) over the tail, so ∂u / ∂(z_j / T) = q_j / q_tail: a token j of the tail
+    gets the fraction q_j / q_tail of the class's gradient.
     """
     student = split_tail(log_q, teacher.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
@@ -135,11 +134,13 @@ def _top_k_divergence(
     value, compute_class_gradient = divergence(teacher_log_probs, log_probs, loss, None)
 
     def gradient() -> Tensor:
-        classes = compute_class_gradient()
-        # q_j / q_tail times the tail's gradient. ``student.tail`` is log q of each token, but -inf
-        # for top-k tokens, so these get 0.
-        all_tokens = student.tail.sub_(log_tail).exp_().mul_(classes[:, -1:])
-        return all_tokens.scatter_add_(1, student.columns, classes[:, :-1] * student.is_local)
+        class_gradient = compute_class_gradient()
+        # q_j / q_tail. ``student.tail`` is log q of each token, but -inf for top-k tokens, so their
+        # fraction is 0.
+        tail_fractions = student.tail.sub_(log_tail).exp_()
+        token_gradient = tail_fractions.mul_(class_gradient[:, -1:])
+        top_k_gradient = class_gradient[:, :-1] * student.is_local
+        return token_gradient.scatter_add_(1, student.columns, top_k_gradient)
 
     return value, gradient
 
@@ -151,9 +152,9 @@ def _sampled_forward_kl(
 
     p is replaced by an estimate p̂, which is exact for the top-k and gives each sample an equal
     fraction of the tail's probability. E[p̂] = p. The cross-entropy -Σ p̂·log q and its gradient
-    q - p̂ are linear in p̂, so they are unbiased estimates. The entropy of p is exact, because the
-    cache stores the tail's entropy. Sparse Logit Sampling (arXiv:2503.16870) samples all tokens;
-    the exact top-k here lowers the variance.
+    q - p̂ are linear in p̂, so they are unbiased estimates. The entropy of p is exact, because
+    ``tail_entropy`` [n, 1] is. Sparse Logit Sampling (arXiv:2503.16870) samples all tokens; the
+    exact top-k here lowers the variance.
     """
     log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
         [teacher.indices.shape[1], 1], dim=1
@@ -182,11 +183,10 @@ class LossTargets(NamedTuple):
 
     def at(self, rows: slice) -> LossTargets:
         """Returns the targets of these rows of the logits."""
-        take = operator.itemgetter(rows)
-        teacher = self.teacher
+        teacher, labels = self.teacher, self.labels
         return self._replace(
-            teacher=teacher.map(take) if isinstance(teacher, TopK) else take(teacher),
-            labels=None if self.labels is None else take(self.labels),
+            teacher=teacher.map(lambda t: t[rows]) if isinstance(teacher, TopK) else teacher[rows],
+            labels=None if labels is None else labels[rows],
         )
 
 
@@ -204,27 +204,6 @@ def _lm_loss(
     return value, log_q.exp().scatter_add_(1, columns, -is_local.to(log_q))
 
 
-def _compute_chunk(
-    losses: Tensor,
-    student: Tensor,
-    targets: LossTargets,
-    loss: LogitsLoss,
-    group: ProcessGroup | None,
-    needs_gradient: bool,
-) -> None:
-    """Writes a chunk's KD and LM losses to ``losses`` [2, n, 1].
-
-    If a gradient is needed, it overwrites the logits ``student``. This is a separate function, so
-    that a chunk's buffers are freed before the next chunk.
-    """
-    # A compiled kernel cannot include collectives.
-    chunk_losses = _compiled_chunk_losses if group is None else _chunk_losses
-    kd_loss, lm_loss = chunk_losses(student, targets, loss, group, needs_gradient)
-    losses[0] = kd_loss
-    if lm_loss is not None:
-        losses[1] = lm_loss
-
-
 def _chunk_losses(
     student: Tensor,
     targets: LossTargets,
@@ -232,10 +211,10 @@ def _chunk_losses(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes KD losses [n, 1] without T², and LM losses [n, 1]; ``None`` without labels.
+    """Computes KD losses [n, 1] without T², and LM losses [n, 1] (``None`` without labels).
 
-    If needed, the gradient of the weighted sum overwrites ``student``. There is no separate
-    output argument, because the compiler would check whether it shares memory with ``student``.
+    If needed, the gradient of their weighted sum overwrites the logits ``student``. There is no
+    separate output argument, because the compiler would check whether it shares memory with them.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
@@ -296,10 +275,16 @@ class _Distillation(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         must_copy = needs_gradient and not reuse_logits
         logits = student.detach().clone() if must_copy else student.detach()
+        # A compiled kernel cannot include collectives.
+        compute_losses = _compiled_chunk_losses if group is None else _chunk_losses
         for rows in chunks(logits):
-            # Slices are views: a chunk writes to ``losses``, and its gradient to ``logits``.
-            chunk = losses[:, rows], logits[rows], targets.at(rows)
-            _compute_chunk(*chunk, loss, group, needs_gradient)
+            # ``logits[rows]`` is a view, so the gradient overwrites these rows of ``logits``.
+            kd_loss, lm_loss = compute_losses(
+                logits[rows], targets.at(rows), loss, group, needs_gradient
+            )
+            losses[0, rows] = kd_loss
+            if lm_loss is not None:
+                losses[1, rows] = lm_loss
         ctx.save_for_backward(logits if needs_gradient else None)  # they contain the gradient now
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
@@ -324,14 +309,9 @@ def distillation_loss(
 ) -> Tensor:
     """Computes the KD loss per token [n] in float32, equal on all ranks.
 
-    Only one backward pass is possible.
-
-    Args:
-        student: Finite logits [n, vocabulary/tp] of any float type.
-        teacher: As in ``LossTargets``.
-        loss: Settings of the loss.
-        group: Tensor-parallel ranks.
-        reuse_logits: Overwrites the student's logits with the gradient, which saves memory.
+    The student's logits [n, vocabulary/tp] must be finite. ``teacher`` is as in ``LossTargets``.
+    ``reuse_logits`` overwrites the student's logits with the gradient, which saves memory. Only one
+    backward pass is possible.
 
     Raises:
         RecipeError: The shapes differ, or the loss cannot use samples of the teacher's tail.
@@ -348,7 +328,7 @@ def combined_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes the KD loss, the LM loss, and one gradient of their weighted sum.
 
-    The other arguments and errors are those of ``distillation_loss``.
+    ``distillation_loss`` explains the other arguments and the errors.
 
     Returns:
         The weighted sum per token [n], which is differentiable; and the KD and LM losses [2, n],
@@ -384,10 +364,10 @@ def token_cross_entropy(
 ) -> Tensor:
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
-    This is the forward KL from a teacher that gives the label a probability of 1.
     ``distillation_loss`` explains ``reuse_logits``.
     """
-    # The label is the teacher's top-1 with log 1; the tail, which is all other tokens, has log 0.
+    # The LM loss is the forward KL from a teacher that gives the label a probability of 1, and all
+    # other tokens, the tail, a probability of 0.
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
     teacher = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
     return distillation_loss(logits, teacher, LogitsLoss(), group, reuse_logits)

@@ -2,8 +2,8 @@
 
 A live teacher runs in every training step. A cached teacher's logits are read from files instead.
 The student's ``compute_language_model_loss`` is replaced by a function that computes the losses on
-logits. ModelOpt's ``DistillationModel`` computes a loss on hidden states. The model returns
-per-token losses instead of logits: one row for the weighted total, and one row for each term.
+logits. ModelOpt's ``DistillationModel`` runs a live teacher, and computes the loss on hidden
+states. The model returns losses [1 + terms, batch, sequence]: the weighted total, then each term.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 from nemo_convert import nemo
-from nemo_convert.pipeline import pipeline_split
+from nemo_convert.pipeline import last_stage_layers
 from recipes.backend.device import device
 from recipes.backend.local_layers import adapt_config
 from recipes.backend.patches import Patch, apply_to, replace_with
@@ -48,7 +48,7 @@ LANGUAGE_MODEL_LOSS = (
 )
 LOSS_HASH = "01ec0b6356cd"
 """``Patch.source_hash`` of ``LANGUAGE_MODEL_LOSS``."""
-FORWARD = "modelopt.torch.distill.distillation_model:DistillationModel.forward"
+MODELOPT_FORWARD = "modelopt.torch.distill.distillation_model:DistillationModel.forward"
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -70,7 +70,7 @@ run a float32 teacher with a bfloat16 student."""
 
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
-    """A NeMo model trained on an ``Objective``. Checkpoints have only the student."""
+    """A NeMo model that is trained on an ``Objective``. Checkpoints have only the student."""
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)
@@ -78,11 +78,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        # Validation logs the KL, but the total is the LM loss alone.
+        # Validation may measure the KL, but its total is the LM loss alone.
         kl_weight = {"kd": 0.0} if self._teacher.runs_in_validation else {}
         self._validation_reduction = LossReduction(Objective({"lm": 1.0, **kl_weight}))
         self._cached_top_k: TopK | None = None
-        """A cached teacher's top-k tokens for the current micro batch."""
+        """A cached teacher's top-k tokens of the current micro batch."""
         self._loss_mask: Any = None
         """Mask [batch, sequence] of the current micro batch: 1 for tokens in the loss, else 0."""
         self.teacher_loss: float | None = None
@@ -102,7 +102,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> LossReduction:
-        """Returns the reduction of validation losses: LM, and KL if the teacher also runs."""
+        """Returns the reduction of validation losses: LM, and the KL if a teacher runs."""
         return self._validation_reduction
 
     def validation_batch(self) -> tuple[float, dict[str, float]]:
@@ -115,8 +115,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         """Broadcasts the last step's losses from the last pipeline stage to all stages.
 
         Returns:
-            The mean of the total by the name ``loss``, the mean of each term by the term's name,
-            and ``teacher_loss`` if it was measured.
+            The means of ``LossReduction.last_means``, and ``teacher_loss`` if it was measured.
         """
         reduction = self._reduction
         # Rank 0 logs the losses and saves ``finite_means``, but may be on another pipeline stage.
@@ -127,7 +126,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return {**losses, **teacher_loss}
 
     def without_loss_modules(self) -> AbstractContextManager[None]:
-        """Returns a context in which weights are loaded or saved without the loss's parameters."""
+        """Returns a context in which the model lacks the parameters of the loss."""
         core = self.core_module
         hide: AbstractContextManager[None] = (
             core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
@@ -148,12 +147,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
                 return self._token_losses(core, labels, logits)
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
-                return torch.stack([lm_loss, lm_loss])
+                return torch.stack([lm_loss, lm_loss])  # the total, and its only term
             # Validation always measures the forward KL at temperature 1, as evaluation and healing
             # do. The KD loss of training may be another one.
             flat, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
             kl = distillation_loss(flat, teacher, LogitsLoss(), nemo.tensor_group())
-            # The rows are those of ``_token_losses``: the total, which is LM here, then LM and KL.
             return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])
 
         reason = "training minimises the losses of the recipe"
@@ -171,8 +169,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         # gradient norm would count only one rank's shard of a weight.
         config.perform_initialization = False
         settings = {
+            # ModelOpt calls the function with these arguments.
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
-            "criterion": self._hidden_losses(student, teacher_config=config),
+            "criterion": self._hidden_losses(config),
             # ModelOpt requires a balancer. It is not used, since ``Objective`` has the weights.
             "loss_balancer": mtd.StaticLossBalancer(1.0),
         }
@@ -184,16 +183,13 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         apply_to(teacher, Patch(LANGUAGE_MODEL_LOSS, reason, LOSS_HASH, return_logits))
         core.runs_in_validation = self._teacher.runs_in_validation
         reason = "NeMo's forward pass drops the teacher's logits"
-        apply_to(core, Patch(FORWARD, reason, "5a571efc433c", replace_with(_forward_both)))
+        apply_to(core, Patch(MODELOPT_FORWARD, reason, "5a571efc433c", replace_with(_forward_both)))
         return core
 
-    def _hidden_losses(
-        self, student: nn.Module, teacher_config: Any
-    ) -> dict[tuple[str, str], HiddenLoss]:
+    def _hidden_losses(self, teacher_config: Any) -> dict[tuple[str, str], HiddenLoss]:
         """Maps each pair (student's layer name, teacher's layer name) to the loss on hidden states.
 
-        All pairs share one loss module. Only the last pipeline stage has pairs. In ModelOpt's
-        names, layers are counted from 0, which is the first layer of this pipeline stage.
+        All pairs share one loss module. Only the last pipeline stage has pairs.
         """
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
@@ -204,11 +200,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             dtype=self.config.params_dtype,
         )
-        # The numbers of the first layers on this stage, counted from 1 over all stages.
-        student_first = self.config.num_layers - len(student.decoder.layers) + 1
-        teacher_layers = teacher_config.num_layers
-        split = pipeline_split(teacher_layers, teacher_config.pipeline_model_parallel_size)
-        teacher_first = teacher_layers - split[-1] + 1
+        # Pairs count layers from 1 over all stages. Names count them from 0 on this stage.
+        student_first, teacher_first = (
+            last_stage_layers(config.num_layers, config.pipeline_model_parallel_size).start
+            for config in (self.config, teacher_config)
+        )
         return {
             (
                 f"decoder.layers.{student_layer - student_first}",
@@ -246,7 +242,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
         The first row is the weighted total, which training minimises. The other rows are the terms,
-        without gradients. Their means are logged, and determine dynamic weights of the next step.
+        without gradients. ``LossReduction`` computes their means.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -271,8 +267,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     ) -> tuple[Tensor, ...]:
         """Returns three losses [batch, sequence]: the weighted sum of KD and LM, then KD, then LM.
 
-        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence]. ``weights``
-        are those of KD and LM. Without labels the LM loss is 0.
+        ``weights`` are those of KD and LM. Without labels the LM loss is 0.
         """
         targets = LossTargets(
             self._cached_top_k or core.teacher_logits.flatten(0, 1),
@@ -304,7 +299,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         """Stores the teacher's mean LM loss on the micro batch, if it has unmasked tokens.
 
         Raises:
-            RecipeError: The loss is near the loss of a uniform guess.
+            RecipeError: The loss is near that of a uniform guess.
         """
         tokens = self._loss_mask.sum().item()
         if not tokens:
@@ -314,7 +309,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the number of skipped steps, and the means that determine dynamic weights."""
+        """Saves the number of skipped steps, and the means that dynamic weights depend on."""
         checkpoint["loss_sizes"] = self._reduction.finite_means
         checkpoint["skipped_steps"] = self.skipped_steps
 
@@ -330,7 +325,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
 
 def _from_last_stage(values: list[Any]) -> list[Any]:
-    """Broadcasts values from the last pipeline stage, which has the losses; returns them."""
+    """Returns the values of the last pipeline stage, which has the losses. All stages call this."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast_object_list(
             values,
@@ -356,7 +351,7 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 
 
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Replaces ``DistillationModel.forward``: stores the teacher's logits, runs the student.
+    """Replaces ``DistillationModel.forward``: stores the teacher's output, runs the student.
 
     Returns:
         The student's output. In training, pipeline stages before the last return the hidden states
@@ -365,13 +360,13 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                # ModelOpt's hooks warn about outputs of an earlier forward pass. A validation of
-                # the student alone leaves such outputs.
+                # ModelOpt's hooks warn if a layer still has an output of an earlier forward pass,
+                # as it has after a validation of the student alone.
                 layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)
-        core.teacher_logits = teacher_output
+        core.teacher_logits = teacher_output  # logits on the last pipeline stage
     with core.only_student_forward():
         # Only the instance is patched, so the class still has the original ``forward``.
         student_output: Tensor = type(core).forward(core, *args, **kwargs)

@@ -44,24 +44,17 @@ def layer_pairs(
     num_teacher_layers: int,
     teacher_kept: Sequence[int] | None = None,
 ) -> Pairs:
-    """Returns the pairs of layers to compare.
+    """Returns the configured pairs of layers, or the default pairs.
 
-    These are the configured pairs. Without configured pairs, each student layer is compared with
-    the teacher layer that it comes from. Both must be on the last of ``hidden_pipeline_stages``
-    stages, because only the last pipeline stage computes the loss.
-
-    Args:
-        cfg: Settings of the distillation.
-        student_kept: The student's ``KeptLayers.kept_layers``.
-        num_student_layers: Number of the student's layers.
-        num_teacher_layers: Number of the teacher's layers.
-        teacher_kept: The teacher's ``KeptLayers.kept_layers``; ``None`` if it was not pruned.
+    By default, each student layer is compared with the teacher layer that it comes from, if both
+    are on the last of ``hidden_pipeline_stages`` stages. ``student_kept`` and ``teacher_kept`` are
+    the models' ``KeptLayers.kept_layers``.
 
     Raises:
         RecipeError: No pairs are configured, and none can be derived.
     """
     if cfg.intermediate_layer_pairs:
-        return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
+        return [(student, teacher) for student, teacher in cfg.intermediate_layer_pairs]
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
     student_last_stage = last_stage_layers(num_student_layers, min(stages, num_student_layers))
     teacher_last_stage = last_stage_layers(num_teacher_layers, min(stages, num_teacher_layers))
@@ -76,11 +69,10 @@ def layer_pairs(
             "does not have them.",
             "set intermediate_layer_pairs, for example [[24,30]]",
         )
-    all_pairs = enumerate((teacher_layer_of[layer] for layer in student_kept or ()), start=1)
     pairs = [
-        (student_layer, teacher_layer)
-        for student_layer, teacher_layer in all_pairs
-        if student_layer in student_last_stage and teacher_layer in teacher_last_stage
+        (student_layer, teacher_layer_of[original])
+        for student_layer, original in enumerate(student_kept or (), start=1)
+        if student_layer in student_last_stage and teacher_layer_of[original] in teacher_last_stage
     ]
     if not pairs:
         raise RecipeError(
@@ -98,14 +90,13 @@ class TeacherSource:
 
     checkpoint: Path | None = None
     pairs: Pairs = ()
-    """Pairs of layers whose hidden states are compared."""
     cache: TeacherCache | None = None
     runs_in_validation: bool = False
     """Whether a live teacher also runs in validation."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the source that a config requires; neither if the LM loss is the only term."""
+        """Returns the source that a config requires; an empty one if LM is the only term."""
         if not uses_teacher(vars(cfg)):
             return cls()
         source = inputs["teacher"]
@@ -124,9 +115,9 @@ class TeacherSource:
 
 
 def _require_same_text(cache: Input, data: Input) -> None:
-    """Raises ``RecipeError`` if the teacher was cached for text other than the training text.
+    """Checks that a teacher was cached for the training text.
 
-    The check before a run only compares settings of the text. This function compares the content.
+    The check before a run only compares settings of the text, not its content.
     """
     if cache.manifest.input_content.get("data") != data.manifest.content_hash():
         raise RecipeError(
@@ -174,13 +165,13 @@ class Objective:
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
-        first, *rest = weights
+        first = next(iter(weights))  # KD; the hidden loss without KD; the LM loss if it is alone
         # Weighted sum of the terms with a teacher (KD, hidden), divided by the weight of ``first``.
         teacher_terms = means[first]
-        if first == "kd" and "hidden" in rest:
+        if "kd" in weights and "hidden" in weights:
             weights["hidden"] *= weights["kd"] * _scale_factor(means["kd"], means["hidden"])
             teacher_terms += self.weights["hidden"] * means["kd"]
-        if first != "lm" and "lm" in rest:
+        if "lm" in weights:
             for name in weights.keys() - {"lm"}:
                 weights[name] *= _scale_factor(means["lm"], teacher_terms)
         return weights
@@ -197,10 +188,9 @@ def _scale_factor(size: float, mean: float) -> float:
 class HiddenLoss(_Loss):
     """Distance of the student's hidden states from the teacher's, per token.
 
-    ``cosine`` is 1 - the cosine of the angle between the states; ``mse`` is the mean of the squared
-    differences over the teacher's hidden size. If the hidden sizes differ, a learned projection
-    maps the student's states to the teacher's size. All pairs of layers share one module and one
-    projection, because all layers write to one residual stream with one basis.
+    If the hidden sizes differ, a learned projection maps the student's states to the teacher's
+    size. All pairs of layers share one module and one projection, because all layers write to one
+    residual stream with one basis.
 
     With ``sequence_parallel`` each tensor-parallel rank has a shard of the sequence. The projection
     is then marked, so that Megatron sums the projection's gradient over the ranks
@@ -235,14 +225,10 @@ class HiddenLoss(_Loss):
     ) -> Tensor:
         """Computes the loss per token [batch, sequence] in float32.
 
-        With sequence parallelism, ``sequence`` is the length of this rank's shard. The teacher gets
-        no gradient.
-
-        Args:
-            student: Hidden states [sequence, batch, hidden size] of any float type, or the tuple
-                (hidden states, context) that Megatron's TransformerLayer returns. The context is
-                ignored.
-            teacher: The same of the teacher.
+        Both arguments are hidden states [sequence, batch, hidden size] of any float type, or the
+        tuple (hidden states, context) that Megatron's TransformerLayer returns. The context is
+        ignored. With sequence parallelism, ``sequence`` is the length of this rank's shard. The
+        teacher gets no gradient.
         """
         states = student[0] if isinstance(student, tuple) else student
         targets = teacher[0] if isinstance(teacher, tuple) else teacher
@@ -270,8 +256,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self.last_tokens = 0.0
         """Number of unmasked tokens of the last global batch."""
         self.finite_means: dict[str, float] = {}
-        """``last_means`` of the last step whose means were all finite. The next step's weights
-        depend on these means if the weights are dynamic."""
+        """``last_means`` of the last step whose means were all finite. Dynamic weights of the next
+        step depend on them."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""
@@ -282,7 +268,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sums losses [1 + terms, batch, sequence] over the unmasked tokens of a micro batch.
 
-        The first row of losses is the weighted total. The other rows are the terms.
+        The first row is the weighted total. The other rows are the terms.
 
         Returns:
             The sum of the first row; the number of unmasked tokens; and a dictionary for
@@ -299,8 +285,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
         """Stores the means over the unmasked tokens of the global batch.
 
-        Args:
-            micro_batches: Results of ``forward`` for this rank's micro batches.
+        ``micro_batches`` are the dictionaries of ``forward`` for this rank's micro batches.
 
         Returns:
             The mean of the weighted total.

@@ -33,7 +33,8 @@ class TrainingResult:
     sources: list[TrainedSource] = field(default_factory=list, kw_only=True)
     """Tokens and epochs of each source of text."""
     kept_layers: list[int] | None = field(default=None, kw_only=True)
-    """As in ``KeptLayers``, for the trained model. Another pruning of this model reads it."""
+    """For each layer of the trained model, its number in the model before all pruning, counted
+    from 1; ``None`` if the model was not pruned, or if unknown."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class KeptLayers:
     """Reads the field that the results of pruning and of training have in common."""
 
     kept_layers: list[int] | None = None
-    """For each layer of the model, its number in the model before all pruning, counted from 1;
-    ``None`` if the model was not pruned, or if unknown."""
+    """As in ``TrainingResult``."""
 
 
 @dataclass(frozen=True)

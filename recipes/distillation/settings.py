@@ -40,8 +40,8 @@ FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8"
 """Maps each FP8 scaling recipe to the lowest CUDA compute capability with which TransformerEngine
 supports it."""
 TERMS = ("kd", "hidden", "lm")
-"""Terms of the loss: on logits, on hidden states, and next-token (LM). Each is logged by its name,
-and has the setting ``…_weight``."""
+"""Terms of the loss: on logits, on hidden states, and next-token (LM). Each term is logged by this
+name, and ``…_weight`` is the setting of its weight."""
 RESOURCE = {"resource": True}
 """Metadata of settings that do not change a stage's result. They change speed, memory, disk space,
 or when the stage fails."""
@@ -54,6 +54,8 @@ Weight = Annotated[float, between(0, 1e6)]
 """Weight of a term of the loss."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Decay rate of a moment of Adam."""
+SMALL_VOCABULARY = 1 << 16
+"""Largest vocabulary whose token ids are stored in two bytes."""
 
 
 @dataclass
@@ -160,17 +162,13 @@ class TrainingConfig(StageConfig):
     @property
     def recomputes_feed_forward(self) -> bool:
         """Whether ``selective`` recomputation includes the feed-forward network."""
-        modules = set(FEED_FORWARD) & set(self.recompute_modules)
-        return self.recompute_granularity == "selective" and bool(modules)
+        has_module = any(module in self.recompute_modules for module in FEED_FORWARD)
+        return self.recompute_granularity == "selective" and has_module
 
     @property
     def splits_sequence(self) -> bool:
         """Whether ``sequence_parallel`` has an effect."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
-
-
-SMALL_VOCABULARY = 1 << 16
-"""Largest vocabulary whose token ids are stored in two bytes."""
 
 
 @dataclass
@@ -203,22 +201,18 @@ class CacheLogitsConfig(StageConfig):
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer of the teacher."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        return dtype_of(self.precision)
-
 
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
     """Returns the bytes per token in a teacher's cache. ``logit_cache`` explains the format."""
     id_bytes = 2 if vocabulary <= SMALL_VOCABULARY else 4
-    # Ids, and numbers in float16: k + 1 log-probabilities, and with draws the tail's entropy.
-    return (top_k + draws) * id_bytes + (top_k + 1 + (draws > 0)) * 2
+    # Log-probabilities of the top-k and of the tail; the tail's entropy only with draws.
+    float16_numbers = top_k + 1 + (1 if draws else 0)
+    return (top_k + draws) * id_bytes + float16_numbers * 2
 
 
 @dataclass
 class CorrectTeacherConfig(TrainingConfig):
-    """Settings of ``correct_teacher``."""
+    """Settings of ``correct_teacher``, which trains the teacher on the LM loss."""
 
 
 CACHE_KIND = "logit_cache"
@@ -288,12 +282,15 @@ CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
 def hidden_state_bytes(cfg: DistillConfig, student_layers: int, teacher_layers: int) -> int:
     """Returns the bytes that the loss on hidden states keeps per token and channel of the teacher.
 
-    The loss compares the configured pairs of layers. Without configured pairs, it compares at most
-    as many pairs as the model with fewer layers on the last pipeline stage has layers there.
+    Without configured pairs of layers, this is an upper limit: each layer on the last pipeline
+    stage is in one pair at most.
     """
     if not cfg.hidden_weight:
         return 0
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
-    last_layers = (last_stage_layers(n, min(stages, n)) for n in (student_layers, teacher_layers))
-    pairs = len(cfg.intermediate_layer_pairs) or min(map(len, last_layers))
+    max_pairs = min(
+        len(last_stage_layers(layers, min(stages, layers)))
+        for layers in (student_layers, teacher_layers)
+    )
+    pairs = len(cfg.intermediate_layer_pairs) or max_pairs
     return pairs * HIDDEN_LOSSES[cfg.hidden_loss]

@@ -63,25 +63,28 @@ def train(
         out: Path of the trained model, in the folder ``artifact`` of the stage's work folder.
         log: Receives the losses and the speed of each step.
     """
-    _prepare_process(cfg)
+    _set_environment(cfg)
+    select_gpu()
+    enable_patches_without_cuda()
+    mend()  # patches faults of Megatron
     work = out.parent.parent  # also gets the training checkpoints
     start_model = _restore_for_training(cfg, start)
     model = KDModel(start_model, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
     # Callbacks are added here, because NeMo would copy those that the trainer's constructor gets.
-    # The first two must run before the trainer's own callback saves a checkpoint: the first frees
-    # memory, the second sends the losses to rank 0, which stores them in the checkpoint.
+    # The first two must run before the trainer's own callback saves a checkpoint. ``StepLogger``
+    # sends the losses to rank 0, which stores them in the checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
     save = partial(_save_trained, cfg, model, start_model, start)
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Before a checkpoint is saved, too, so a run that resumes from it has all earlier students.
+        # Also before the callback that saves checkpoints; see ``SaveStudents``.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
-    if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):  # stop_at_recovered
+    if isinstance(cfg, DistillConfig) and objective.teacher.runs_in_validation:
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
-    # The weights are gathered when training ends. After that, Lightning moves them from a GPU to
-    # the CPU. There they do not share Megatron's buffers, so their shards cannot be gathered.
+    # Weights must be gathered before Lightning moves them from a GPU to the CPU when training has
+    # ended. There they do not share Megatron's buffers, so their shards cannot be gathered.
     trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
@@ -105,8 +108,8 @@ def train(
         )
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
-        # The students are linked, not moved, so that the work folder keeps them. If the run is
-        # killed before it writes the manifest, a restart empties the artifact's folder.
+        # Students are linked, not moved: if the run is killed before it writes the manifest, a
+        # restart empties the artifact's folder, but not the work folder.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
 
@@ -114,28 +117,19 @@ def _restore_for_training(cfg: TrainingConfig, start: Path) -> Any:
     """Returns NeMo's model of a checkpoint, without weights, with a config for this training."""
     model = nemo.restore_model(start)
     model.config.seq_length = cfg.seq_length
-    # Megatron would add a loss that balances the load of experts. It is computed for each micro
-    # batch, also on masked tokens, so results would depend on the size of micro batches.
+    # Omits the loss that balances the load of experts. Megatron computes it for each micro batch,
+    # also on masked tokens, so results would depend on the size of micro batches.
     model.config.moe_aux_loss_coeff = 0.0
     _set_recompute(model.config, cfg.recompute_granularity)
     model.config.recompute_modules = cfg.recompute_modules
     return model
 
 
-def _prepare_process(cfg: TrainingConfig) -> None:
-    """Sets environment variables, selects this rank's GPU, and patches libraries."""
-    _set_environment(cfg)
-    select_gpu()
-    enable_patches_without_cuda()
-    mend()
-
-
 def _set_environment(cfg: TrainingConfig) -> None:
     """Sets the variables that PyTorch, NCCL, TransformerEngine and NeMo read when they start.
 
-    Variables that are set already keep their values. The launcher sets
-    ``CUDA_DEVICE_MAX_CONNECTIONS`` from the hardware profile: the best value depends on the GPU,
-    which is unknown before CUDA starts.
+    Variables that are set already keep their values. ``CUDA_DEVICE_MAX_CONNECTIONS`` depends on
+    the GPU, which is unknown before CUDA starts: the launcher sets it from the hardware profile.
     """
     defaults = {
         # With a normal priority, collectives would wait for kernels that they should overlap with.
@@ -155,16 +149,16 @@ def _set_environment(cfg: TrainingConfig) -> None:
 def _save_trained(
     cfg: TrainingConfig, model: KDModel, start_model: Any, start: Path, out: Path
 ) -> None:
-    """Writes the model without the optimizer, with weights in ``cfg.dtype``.
+    """Writes the trained model without the optimizer, with weights in ``cfg.dtype``.
 
     The caller must gather the weights before this.
 
     Args:
         cfg: Settings.
         model: The trained model.
-        start_model: The model that ``model`` was built from. The checkpoint gets its config.
-        start: The initial checkpoint, whose tokenizer and config are copied.
-        out: Path of the checkpoint.
+        start_model: The model that ``model`` was built from.
+        start: The initial checkpoint, whose tokenizer and Hugging Face config are copied.
+        out: Path of the new checkpoint.
     """
     saved_config = start_model.__io__.config  # NeMo's record of the config, which checkpoints store
     saved_config.params_dtype, saved_config.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
@@ -179,7 +173,7 @@ def _save_trained(
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(nemo.side_folder(start), staged)
         config = read_json(staged / "config.json")
-        config.pop("dtype", None)  # newer versions of transformers use this name for torch_dtype
+        config.pop("dtype", None)  # the name of torch_dtype in newer versions of transformers
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
         write_json(staged / "config.json", config, indent=2)
         nemo.save_checkpoint(out, start_model, model.core_module, staged, rank())
@@ -199,8 +193,7 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
     def selective_restore(self) -> None:
         """Loads the initial weights into the model and the optimizer.
 
-        The initial checkpoint lacks the parameters of the loss, such as ``HiddenLoss.projection``.
-        So they are removed from the model while it loads.
+        The checkpoint lacks the parameters of the loss, such as ``HiddenLoss.projection``.
         """
         model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
         start = Path(self.restore_config.path)
@@ -214,10 +207,9 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     """Loads the optimizer's float32 main weights from a checkpoint more precise than bfloat16.
 
-    Otherwise main weights would be copies of bfloat16 weights. An update smaller than half the
-    distance between neighboring bfloat16 numbers would then at first not change the model.
-    Megatron's ``reload_model_params(state)`` is not used: it matches names by substring, so it
-    would also find the teacher's weights.
+    Otherwise main weights would be copies of bfloat16 weights, and small updates would at first not
+    change the bfloat16 weights. Megatron's ``reload_model_params(state)`` is not used: it matches
+    names by substring, so it would also find the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
     to_read = {}  # the weights that the model has in lower precision than the checkpoint
@@ -265,9 +257,8 @@ def _trainer(cfg: TrainingConfig) -> Any:
         ckpt_optim_fully_reshardable=True,  # a run may resume with another TP and PP
         gradient_as_bucket_view=True,
     )
-    devices = int(world_size() // cfg.resources.nodes)
     trainer = nl.Trainer(
-        devices=devices,
+        devices=int(world_size() // cfg.resources.nodes),
         num_nodes=cfg.resources.nodes,
         accelerator=device(),
         strategy=strategy,
@@ -350,8 +341,7 @@ def _resume(checkpoints: Path, start: Path, keep: int) -> Any:
     """
     store = shared_store()
     if store is not None and rank() != 0:
-        # Waits until rank 0 has chosen.
-        newest = store.get(CHECKPOINTS).decode()
+        newest = store.get(CHECKPOINTS).decode()  # waits until rank 0 has chosen
     else:
         complete = sorted(complete_checkpoints(checkpoints), key=steps_of_checkpoint)
         newest = str(complete[-1]) if complete else ""

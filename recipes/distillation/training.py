@@ -37,7 +37,7 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Training on a CPU with this many steps or more is compiled by default. With fewer, compiling
+"""Fewest steps with which training on a CPU is compiled by default. With fewer steps, compiling
 saves no time."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory with checkpoints of training, in the stage's work directory."""
@@ -51,7 +51,7 @@ UNFINISHED = "-unfinished"
 
 
 def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
-    """Sets ``weights`` to those of the stage ``data``, if it exists, unless they are set."""
+    """Sets empty ``weights`` to those of the stage ``data``, if the run has this stage."""
     prepare_data = chain.stages.get(data)
     if cfg.weights or not isinstance(prepare_data, PrepareDataConfig):
         return cfg
@@ -59,9 +59,9 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
 
 
 def with_hidden_stages(cfg: DistillConfig) -> DistillConfig:
-    """Sets the default of ``hidden_pipeline_stages``, from which the default layer pairs follow.
+    """Sets ``hidden_pipeline_stages``, which the default layer pairs depend on, to its default.
 
-    Fingerprints cover this setting, but not ``pipeline_model_parallel_size``, a resource.
+    A stage's fingerprint then has it. ``pipeline_model_parallel_size`` is not in the fingerprint.
     """
     uses_default_pairs = cfg.hidden_weight > 0 and not cfg.intermediate_layer_pairs
     if not uses_default_pairs or cfg.hidden_pipeline_stages:
@@ -87,10 +87,7 @@ def training_problems(
 ) -> Iterator[Problem]:
     """Finds settings that would fail once training has started.
 
-    Args:
-        cfg: The settings.
-        chain: The stages of the run.
-        shapes: All shapes that the trained model may have.
+    ``shapes`` are all shapes that the trained model may have.
     """
     yield from _schedule_problems(cfg)
     yield from weight_problems(cfg.name, cfg.weights, cfg.inputs.get("data", ""), chain)
@@ -123,7 +120,7 @@ def weight_problems(
     prepare_data, manifest = chain.stages.get(data), manifest_of(data)
     if isinstance(prepare_data, PrepareDataConfig):
         known = prepare_data.training_names()
-    elif manifest is not None:
+    elif manifest is not None:  # of another run
         known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
         if len(known) > 1 and not weights:
             example = ", ".join(f"{source}: 1" for source in known)
@@ -134,7 +131,7 @@ def weight_problems(
                 f"to set weights: '+stages.{name}.weights={{{example}}}'",
             )
     else:
-        return
+        return  # the names of the sources are not known yet
     for source in weights:
         if source not in known:
             yield Problem(
@@ -169,7 +166,7 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _recompute_problems(cfg: TrainingConfig, is_moe: bool) -> Iterator[Problem]:
-    """Finds ``recompute_modules`` that the model does not have. Megatron ignores them silently."""
+    """Finds ``recompute_modules`` that the model does not have: Megatron would ignore them."""
     dense, experts = FEED_FORWARD
     present, absent = (experts, dense) if is_moe else (dense, experts)
     if cfg.recompute_granularity == "selective" and absent in cfg.recompute_modules:
@@ -195,7 +192,7 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _fp8_size_problems(cfg: TrainingConfig, shape: Architecture) -> Iterator[Problem]:
-    """Finds dimensions that FP8 kernels cannot multiply."""
+    """Finds sizes of matrices that FP8 kernels do not support."""
     divisor = FP8_RECIPES[cfg.fp8_recipe]
     for name, size in _fp8_sizes(cfg, shape).items():
         if size % divisor:
@@ -208,7 +205,7 @@ def _fp8_size_problems(cfg: TrainingConfig, shape: Architecture) -> Iterator[Pro
 
 
 def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
-    """Returns the dimensions of a rank's matrix multiplications, by name."""
+    """Returns the sizes of a rank's matrices, by name."""
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
     qkv_heads = shape.num_attention_heads + 2 * shape.num_query_groups
@@ -243,11 +240,8 @@ def training_workload(
 ) -> Workload:
     """Returns the workload of a training run, from which plans estimate time and memory.
 
-    Args:
-        cfg: Settings.
-        trained: Shape of the trained model.
-        teacher: Shape of a live teacher; ``None`` without one.
-        terms: Number of terms of the loss on logits (KD and LM).
+    ``teacher`` is the shape of a live teacher. ``terms`` is the number of terms of the loss on
+    logits (KD and LM).
     """
     bf16 = cfg.precision == "bf16-mixed"
     return Workload(
@@ -258,11 +252,13 @@ def training_workload(
         global_batch_size=cfg.global_batch_size,
         steps=cfg.max_steps,
         bf16=bf16,
-        # A row-wise and a column-wise copy (``_fp8_workspaces`` in TransformerEngine's modules).
+        # A row-wise and a column-wise copy of each weight in FP8 (``_fp8_workspaces`` in
+        # TransformerEngine's modules).
         weight_copy_bytes=2 if cfg.fp8 else 0,
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 or not bf16 else 2,
         validation_batches=cfg.limit_val_batches,
-        # A round of successive halving may have 0 steps here; the stage's check refuses this.
+        # ``max`` avoids a division by 0: ``max_steps`` is 0 in a round of successive halving that
+        # the stage's check refuses.
         validations=cfg.max_steps // max(min(cfg.val_check_interval, cfg.max_steps), 1),
         checkpoints=cfg.max_steps // cfg.checkpoint_interval,
         terms=terms,
@@ -270,12 +266,10 @@ def training_workload(
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
-    """Returns the bytes on disk of the trained model and its checkpoints.
-
-    A new checkpoint is written before the oldest one is deleted.
-    """
+    """Returns the bytes on disk of the trained model and its checkpoints."""
     model_bytes = 4  # per parameter, in float32
-    return parameters * (model_bytes + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
+    checkpoints = cfg.keep_checkpoints + 1  # a new one is written before the oldest one is deleted
+    return parameters * (model_bytes + CHECKPOINT_BYTES * checkpoints)
 
 
 def training_progress(work: Path) -> str | None:
@@ -291,15 +285,14 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def steps_of_checkpoint(checkpoint: Path) -> int:
-    """Returns the steps before a checkpoint: N + 1 for the name ``step=N`` or ``step=N-last``."""
+    """Returns the number of steps before a checkpoint: N + 1 for ``step=N`` and ``step=N-last``."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
     """Reads the result of training from the metrics file.
 
-    The file also has the steps before a restart, which this process did not train. A run that was
-    killed after its last step resumes without any step to train.
+    The file also has the steps before a restart, which this process did not train.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
     # The last step with a finite loss: the file has ``null`` for NaN and infinity.
@@ -322,7 +315,7 @@ def trained_sources(
 ) -> list[TrainedSource]:
     """Returns the tokens and epochs of each source that training read.
 
-    ``cached``: numbers of the sequences in the logit cache. With a cache, only these are read.
+    ``cached`` has the numbers of the sequences in the logit cache, if the teacher is cached.
     """
     data = inputs["data"].manifest.result(DatasetResult)
     if cached is not None:
@@ -334,16 +327,15 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Returns why a distillation stops after ``step``, or "" if it continues.
 
     It stops once healing and training together have recovered enough of the KL added by pruning.
-    Validations measure the KL to the teacher on the same sequences, before the first step and
-    later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run makes
-    the same decision as the first start.
+    All validations measure the KL to the teacher on the same sequences. Only records of the metrics
+    ``file`` up to ``step`` are read, so a restarted run makes the same decision as the first start.
     """
-    measured = [v for v in steps_of(file, VALIDATE) if v.get("val_kd") is not None]
-    validations = [v for v in measured if v["done"] <= step]
-    if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
-        # Needs two validations, so that at least one step is trained even if healing recovered
-        # enough. A stop at ``max_steps`` is not early.
+    if cfg.stop_at_recovered is None or step >= cfg.max_steps:  # a stop at the end is not early
         return ""
+    records = steps_of(file, VALIDATE)
+    validations = [r for r in records if r["done"] <= step and r.get("val_kd") is not None]
+    if len(validations) < 2:
+        return ""  # at least one step is trained, even if healing recovered enough
     first, last = validations[0], validations[-1]
     # Fraction of the KL after healing (the first validation) that remains after training.
     remaining = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0

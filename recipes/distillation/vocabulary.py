@@ -1,15 +1,15 @@
 """Operations on vocabulary-parallel logits: log-softmax, sums, top-k, samples of the tail.
 
-The tail is all tokens outside the top-k.
-Logits have the shape [n, vocabulary/tp] for n tokens. Each tensor-parallel rank of ``group`` holds
-vocabulary/tp columns, in the order of ranks, as in Megatron's output layer. ``group=None`` means
-tp=1: this rank has the whole vocabulary.
+The tail is all tokens outside the top-k. Logits have the shape [n, vocabulary/tp] for n positions
+of a text. ``group`` is the tensor-parallel ranks. Each rank holds vocabulary/tp columns, in the
+order of ranks, as in Megatron's output layer. ``group=None`` means tp=1: this rank has the whole
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,8 @@ class TopK(NamedTuple):
     log_probs: Tensor
     """Log-probabilities [n, k + 1], float32. The last column is for the tail as a whole."""
     draws: Tensor | None = None
-    """Ids [n, draws] of samples of the tail, int64. Each sample represents an equal fraction of the
-    tail's probability. Without samples the whole tail counts as one token."""
+    """Ids [n, draws] of tokens sampled from the tail, int64. Each sample represents an equal
+    fraction of the tail's probability. ``None`` makes the whole tail count as one token."""
     tail_entropy: Tensor | None = None
     """-Σ p·log p over the tail [n, 1], float32; ``None`` without samples."""
 
@@ -42,12 +42,18 @@ class TopK(NamedTuple):
         """Applies a function to every tensor, and returns the results as a new ``TopK``."""
         return TopK(*(None if tensor is None else function(tensor) for tensor in self))
 
+    @classmethod
+    def concatenate(cls, items: Sequence[TopK]) -> TopK:
+        """Concatenates each of the tensors along its first dimension."""
+        fields = zip(*items, strict=True)
+        return cls(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
+
 
 def chunks(logits: Tensor) -> Iterator[slice]:
     """Yields one slice of rows for each chunk of logits [n, vocabulary/tp].
 
-    The slices depend only on shape and device type, so all ranks of ``group`` have the same chunks.
-    They must, because they communicate in each chunk.
+    All tensor-parallel ranks get the same slices, which depend only on shape and device type. They
+    need the same slices, because they communicate in each chunk.
     """
     row_bytes = 4 * logits.shape[-1]  # in float32
     rows = max(1, CHUNK_BYTES[logits.device.type] // row_bytes)
@@ -112,7 +118,7 @@ def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tu
 
 
 def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Selects the values [n, k] of tokens from ``values`` [n, vocabulary/tp], for every rank.
+    """Returns the values [n, k] of k tokens a row, from ``values`` [n, vocabulary/tp] of all ranks.
 
     ``columns`` and ``is_local`` are the results of ``local_columns`` for these tokens.
     """
@@ -124,7 +130,7 @@ def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGrou
 
 
 def split_tail(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
-    """Splits log-probabilities [n, vocabulary/tp] into the selected tokens ``indices`` and a tail.
+    """Splits log-probabilities [n, vocabulary/tp] into the tokens ``indices`` [n, k] and a tail.
 
     The tail overwrites ``log_probs``.
     """
@@ -149,6 +155,9 @@ def top_k(
 
     With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. Each
     sample is the token at a quantile of the tail's distribution over the tokens in order of id.
+
+    Raises:
+        RecipeError: ``k`` is below 1, or above the size of the vocabulary.
     """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
@@ -157,10 +166,7 @@ def top_k(
             f"invalid top_k={k}: must be from 1 to the size of the vocabulary, {vocabulary}.",
             "set top_k lower" if k > 1 else "set top_k to 1 or more",
         )
-    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
-    log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
-    draws = None if quantiles is None else torch.empty_like(quantiles, dtype=torch.int64)
-    entropy = None if quantiles is None else torch.empty_like(log_probs[:, :1])
+    chunk_results = []
     for rows in chunks(logits):
         all_log_probs = log_softmax(logits[rows], temperature, group)
         values, ids = all_log_probs.topk(min(k, width), dim=-1)
@@ -168,24 +174,18 @@ def top_k(
             # The candidates are the top-k of each rank, which has ids from rank · width on.
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
-        indices[rows] = ids
-        distribution = split_tail(all_log_probs, ids, group)
-        log_probs[rows] = distribution.log_probs
-        if quantiles is not None and draws is not None and entropy is not None:
-            draws[rows], entropy[rows] = _sample(distribution.tail, quantiles[rows], group)
-    return TopK(indices, log_probs, draws, entropy)
+        split = split_tail(all_log_probs, ids, group)
+        samples = () if quantiles is None else _sample(split.tail, quantiles[rows], group)
+        chunk_results.append(TopK(ids, split.log_probs, *samples))
+    return TopK.concatenate(chunk_results)
 
 
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Samples tokens from a tail at quantiles [n, draws] of the tail's probability mass.
 
-    First each quantile selects a rank: the first rank at which the cumulative mass of the ranks
-    exceeds the quantile. Then it selects, in the same way, a column of the selected rank.
-
-    Args:
-        tail: Log-probabilities [n, vocabulary/tp], -inf for tokens outside the tail.
-        quantiles: Fractions of the tail's mass [n, draws].
-        group: Tensor-parallel ranks.
+    Each quantile selects the first rank at which the cumulative mass of the ranks exceeds the
+    quantile, and then, in the same way, a column of this rank. ``tail`` [n, vocabulary/tp] has
+    log-probabilities, -inf for tokens outside the tail.
 
     Returns:
         Ids [n, draws], and the tail's entropy -Σ p·log p [n, 1].
@@ -196,7 +196,7 @@ def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tupl
     local_mass = cumulative[:, -1:]
     masses = local_mass if group is None else gather(local_mass.contiguous(), group)  # [n, ranks]
     ends = masses.cumsum(dim=-1)  # cumulative mass at the last column of each rank
-    targets = quantiles.to(tail) * ends[:, -1:]
+    targets = quantiles.to(tail) * ends[:, -1:]  # cumulative mass of the selected tokens
     target_ranks = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
     rank_start, rank_mass = (ends - masses)[:, rank, None], masses[:, rank, None]

@@ -1,8 +1,8 @@
 """Adds layers of the teacher to a student that lacks them, without training.
 
-A student that was pruned in depth only and then distilled keeps the teacher's residual stream. So
-the teacher's layers fit between the student's layers. Adding one after the other gives models of
-all sizes between student and teacher ("Boomerang distillation", arXiv:2510.05064).
+A student that was pruned in depth only, and then distilled, keeps the teacher's residual stream. So
+the teacher's layers fit between the student's layers. Adding them one by one gives models of all
+sizes between student and teacher ("Boomerang distillation", arXiv:2510.05064).
 """
 
 from __future__ import annotations
@@ -38,13 +38,8 @@ def layers_of_student(
 ) -> list[int]:
     """Returns the teacher's layer, counted from 1, that each layer of the student comes from.
 
-    The arguments number layers as in the model before all pruning; the result numbers them as in
-    the teacher.
-
-    Args:
-        student_layers: ``KeptLayers.kept_layers`` of the student; ``None`` if it is not known.
-        teacher_layers: ``KeptLayers.kept_layers`` of the teacher; all its layers if it was not
-            pruned.
+    The arguments number layers as in the model before all pruning: they are
+    ``KeptLayers.kept_layers`` of both models, or all layers of a teacher that was not pruned.
 
     Raises:
         RecipeError: The origin of the student's layers is not known, or is another model.
@@ -61,10 +56,8 @@ def layers_by_size(kept: Collection[int], num_layers: int) -> list[list[int]]:
     """Returns the layers of each model, from the student to one layer less than the teacher.
 
     Each model adds one layer to the model before: the teacher's first layer that is still missing.
-
-    Args:
-        kept: The teacher's layers that the student has, counted from 1.
-        num_layers: Number of the teacher's layers.
+    ``kept`` are the teacher's layers that the student has. ``num_layers`` is the teacher's number
+    of layers. Layers are counted from 1, as in the teacher.
     """
     dropped = [layer for layer in range(1, num_layers + 1) if layer not in kept]
     return [sorted({*kept, *dropped[:count]}) for count in range(len(dropped))]
@@ -81,7 +74,7 @@ def combine_weights(
         kept: The teacher's layer that each layer of the student comes from, counted from 1.
         layers: The layers of the combined model, also as numbers of the teacher's layers.
     """
-    # Names of weights count layers from 0. Each mapping is from an old index to the new one.
+    # Names of weights count layers from 0. Each mapping is from the old index to the new one.
     teacher_indices = {layer - 1: layers.index(layer) for layer in layers if layer not in kept}
     student_indices = {index: layers.index(layer) for index, layer in enumerate(kept)}
     # Both have embeddings, final norm and head. The student's are last, so they are used.
@@ -92,7 +85,7 @@ def combine_weights(
 
 
 def _renumbered_weights(checkpoint: Path, new_indices: Mapping[int, int]) -> dict[str, Tensor]:
-    """Returns the weights outside layers, and those of layers in ``new_indices``, by new name."""
+    """Returns weights by new name: those outside layers, and those of layers in ``new_indices``."""
     weights = {}
     for name, weight in hf_weights(checkpoint):
         match = LAYER_INDEX.search(name)
@@ -113,13 +106,8 @@ def measure_sizes(
 ) -> dict[int, SizeQuality]:
     """Compares each model of ``layers_by_size`` with the teacher.
 
-    Args:
-        cfg: The stage's config.
-        student: NeMo checkpoint.
-        teacher: NeMo checkpoint.
-        kept: The teacher's layer that each layer of the student comes from, counted from 1.
-        text: Sequences on which the models are compared.
-        progress: Called with the number of models that were run, and the number of all models.
+    ``student`` and ``teacher`` are NeMo checkpoints. ``kept`` has the teacher's layer, counted from
+    1, that each layer of the student comes from. ``progress`` is called after each model.
 
     Returns:
         The quality of each model by its number of layers.
@@ -127,10 +115,10 @@ def measure_sizes(
     dtype = dtype_of(cfg.precision)
     model = load_transformers(teacher, dtype)
     teacher_states = compute_states(Predictor.of(model), text, cfg.micro_batch_size)
-    all_layers = dict(enumerate(model.model.layers, start=1))
-    layer_lists = layers_by_size(kept, len(all_layers))
-    modules = {layer: all_layers[layer] for layer in all_layers if layer not in kept}
-    del model, all_layers  # frees the teacher's other layers, which the student replaces
+    teacher_modules = dict(enumerate(model.model.layers, start=1))
+    layer_lists = layers_by_size(kept, len(teacher_modules))
+    modules = {layer: module for layer, module in teacher_modules.items() if layer not in kept}
+    del model, teacher_modules  # frees the layers that the student replaces
     gc.collect()
     model = load_transformers(student, dtype)
     modules |= dict(zip(kept, model.model.layers, strict=True))

@@ -43,12 +43,10 @@ class LeastSquares:
     """Normal equations of a change to a weight, summed over tokens in float64.
 
     ``cross`` is C [outputs, inputs], and ``gram`` is G [inputs, inputs]; see the module's algebra.
-
-    Args:
-        weight: Gives the shape [outputs, inputs] and the device. Its values are not used.
     """
 
     def __init__(self, weight: Tensor) -> None:
+        """Only the shape [outputs, inputs] and the device of ``weight`` are used."""
         self.cross = torch.zeros_like(weight, dtype=torch.float64)
         self.gram = self.cross.new_zeros(weight.shape[1], weight.shape[1])
         self.tokens = 0
@@ -85,13 +83,10 @@ class Decoder:
 
     ``decoder[name]`` is a weight, where ``name`` is its Hugging Face name without ``.weight``.
     Reading returns a float32 copy on the device. Writing converts to the stored dtype.
-
-    Args:
-        config: The model's ``config.json``.
-        weights: All weights by Hugging Face name. Writing replaces items of this dictionary.
     """
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
+        """``config`` is the model's ``config.json``. Writing replaces items of ``weights``."""
         hf_config = AutoConfig.for_model(**config)
         self.device = device()
         with torch.device("meta"):  # allocates no weights: ``attend`` assigns those of one layer
@@ -125,9 +120,9 @@ class Decoder:
         return functional.rms_norm(stream, weight.shape, weight, self._eps)
 
     def attend(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields the attention heads' outputs for normalized inputs, batch by batch.
+        """Yields the attention heads' outputs [b, s, heads·head_size] for each batch of inputs.
 
-        They are [b, s, heads·head_size], before the output projection.
+        Inputs are normalized. Outputs are those before the output projection.
         """
         prefix = f"{layer}self_attn."
         layer_weights = {
@@ -142,7 +137,7 @@ class Decoder:
             yield self._attention(batch, position_embeddings=rotary, attention_mask=None)[0]
 
     def activate(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields the gated activations [b, s, ffn] for normalized inputs, batch by batch."""
+        """Yields the gated activations [b, s, ffn] for each batch of normalized inputs."""
         gate, up = self[f"{layer}mlp.gate_proj"], self[f"{layer}mlp.up_proj"]
         for batch in inputs:
             yield functional.silu(batch @ gate.T) * (batch @ up.T)
@@ -156,8 +151,8 @@ class HalfLayer:
     input_weights: tuple[str, ...]
     """Weights that read the normalized residual stream."""
     compute: Callable[[Decoder, str, Sequence[Tensor]], Iterator[Tensor]]
-    """Computes the inputs of ``output_weight`` from the normalized stream. The text is the layer's
-    prefix, such as ``model.layers.3.``."""
+    """Computes the inputs of ``output_weight`` from the model, the prefix of the layer's weights
+    (such as ``model.layers.3.``) and the normalized stream."""
     output_weight: str
     """Weight whose output is added to the residual stream."""
 
@@ -182,8 +177,7 @@ class Reconstruction:
     """Reconstructs a student in place, layer by layer, with the residual streams of both models.
 
     Each model's residual stream is a list with one tensor [b, s, hidden] for each batch. A layer is
-    named by the prefix of its weights, such as ``model.layers.3.``. The arguments are those of
-    ``heal``.
+    named by the prefix of its weights. ``heal`` explains the arguments.
     """
 
     def __init__(
@@ -207,14 +201,14 @@ class Reconstruction:
         for half in HALVES:
             inputs = [self._teacher.normalize(layer + half.norm, x) for x in self._teacher_streams]
             weight = self._teacher[layer + half.output_weight]
-            for i, outputs in enumerate(half.compute(self._teacher, layer, inputs)):
-                self._teacher_streams[i] = self._teacher_streams[i] + outputs @ weight.T
+            for i, features in enumerate(half.compute(self._teacher, layer, inputs)):
+                self._teacher_streams[i] = self._teacher_streams[i] + features @ weight.T
 
     def reconstruct(self, half: HalfLayer, teacher_layer: str, student_layer: str) -> None:
         """Changes the student's weights of half a layer, and runs both streams through this half.
 
-        Let x be the teacher's inputs, y the student's, and E·y the student's inputs with zeros in
-        the pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So
+        Let x be the teacher's normalized stream, y the student's, and E·y the student's with zeros
+        in the pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So
         W·x ≈ (W·E + W·D)·y for each teacher's weight W that reads x. The pruned weight is W·E, so
         W·D is added to it.
         """
@@ -232,8 +226,8 @@ class Reconstruction:
                 self._kept,
                 self._teacher.head_size,
             )
-            pruned_weight = self._student[student_layer + name]
-            self._student[student_layer + name] = pruned_weight + weight_change
+            student_name = student_layer + name
+            self._student[student_name] = self._student[student_name] + weight_change
         self._reconstruct_output(half, teacher_layer, student_layer, teacher_inputs, student_inputs)
 
     def _reconstruct_output(
@@ -249,18 +243,19 @@ class Reconstruction:
         weight = self._student[student_layer + half.output_weight]
         fit = LeastSquares(weight)
         # The student already has the input weights that ``reconstruct`` changed.
-        inputs = list(half.compute(self._student, student_layer, student_inputs))
-        for i, features in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
-            self._teacher_streams[i] = self._teacher_streams[i] + features @ teacher_weight.T
-            self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
+        features = list(half.compute(self._student, student_layer, student_inputs))
+        teacher_features = half.compute(self._teacher, teacher_layer, teacher_inputs)
+        for i, teacher_batch in enumerate(teacher_features):
+            self._teacher_streams[i] = self._teacher_streams[i] + teacher_batch @ teacher_weight.T
+            self._student_streams[i] = self._student_streams[i] + features[i] @ weight.T
             # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
             # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             missing = self._teacher_streams[i][..., self._channels] - self._student_streams[i]
-            fit.add(inputs[i] / rms, missing / rms)
+            fit.add(features[i] / rms, missing / rms)
         change = fit.change(self._ridge_tokens)
         self._student[student_layer + half.output_weight] = weight + change
-        for i, batch in enumerate(inputs):
+        for i, batch in enumerate(features):
             self._student_streams[i] = self._student_streams[i] + batch @ change.T
 
     def reconstruct_head(self) -> None:
@@ -296,7 +291,7 @@ class Reconstruction:
         student_inputs = [self._student.normalize(student_norm, x) for x in self._student_streams]
         fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._channels)))
         for teacher_input, student_input in zip(teacher_inputs, student_inputs, strict=True):
-            difference = teacher_input.clone()  # the caller needs the teacher's inputs unchanged
+            difference = teacher_input.clone()  # because ``teacher_inputs`` are returned
             difference[..., self._channels] -= student_input
             fit.add(student_input, difference)
         return teacher_inputs, student_inputs, fit
@@ -343,15 +338,10 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Reconstructs a student's weights in place.
+    """Runs ``heal`` for a teacher in a NeMo checkpoint, and a student of a shape.
 
-    Args:
-        teacher: NeMo checkpoint.
-        student: Shape of the pruned model.
-        kept: The layers and indices that pruning kept.
-        weights: All weights of the pruned model by Hugging Face name; reconstruction replaces them.
-        batches: Calibration tokens, each [b, s].
-        progress: Called after every layer of the teacher.
+    ``weights`` are all weights of the student by Hugging Face name. Healing replaces them in this
+    dictionary. ``heal`` explains the other arguments.
     """
     config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

@@ -1,15 +1,14 @@
 """Selects the layers, rows and columns to keep by importance, and prunes weights to them.
 
 ModelOpt prunes in memory, directly after scoring. It stores its scores as a pickle for one pipeline
-size. Here a file stores the kept indices, so they can be inspected and compared with the teacher's
-weights. For another shape, indices are selected by the stored scores, without a forward pass.
-Unlike in ModelOpt, whole query groups can be pruned.
+size. Here files store the scores and the kept indices. So indices for another shape are selected
+without a forward pass. Unlike in ModelOpt, whole query groups can be pruned.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""The axis of each dimension of a Hugging Face weight; ``None`` if the dimension is never pruned.
-Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
+"""Maps the end of a Hugging Face weight's name to the axis of each dimension, or ``None`` for a
+dimension that is never pruned. In an expert, ``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
 LAYER_INDEX = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 """Index of a layer, counted from 0, in the name of a weight."""
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
@@ -69,10 +68,10 @@ class Importance:
     """LM loss of the unpruned model, in nats."""
     layers: dict[str, dict[int, float]]
     """Scores of layers: {method: {layer: score}}. The methods are ``block_influence`` (see
-    ``scoring``) and ``loss``, the rise of the loss without the layer, in nats."""
+    ``scoring``) and ``loss``, the rise of the LM loss without the layer, in nats."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
-    """``blocks[n][i]`` is the rise of the loss without ``n`` adjacent layers, in nats. The first of
-    these layers is ``i``."""
+    """``blocks[n][i]`` is the rise of the LM loss, in nats, without ``n`` adjacent layers, of which
+    ``i`` is the first."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of channels and heads. Keys, with the tensors' shapes: ``hidden_size`` [hidden],
     ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]. An MoE has
@@ -112,13 +111,14 @@ def importance_of(inputs: Inputs) -> Importance:
         RecipeError: The scores are of another run and of another model.
     """
     scores, model = inputs["importance"], inputs["checkpoint"]
-    # In one run, scores that the user accepts may be of an earlier model.
+    # Within a run, the user may accept scores of an earlier model.
     is_same_run = scores.directory.parent == model.directory.parent
-    scored = scores.manifest.inputs.get("checkpoint")
+    scored_fingerprint = scores.manifest.inputs.get("checkpoint")
     scored_content = scores.manifest.input_content.get("checkpoint")
-    # The same files have another fingerprint if other code has imported them.
     is_same_model = (
-        scored == model.manifest.fingerprint or scored_content == model.manifest.content_hash()
+        scored_fingerprint == model.manifest.fingerprint
+        # The same files have another fingerprint if other code has imported them.
+        or scored_content == model.manifest.content_hash()
     )
     if not (is_same_run or is_same_model):
         raise RecipeError(
@@ -138,23 +138,20 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     num_dropped = len(layers) - count
     if num_dropped == 0:
         return layers
-    if method == "block":
-        is_measured, setting = num_dropped in importance.blocks, f"block_sizes=[{num_dropped}]"
+    if method == "block":  # scores by the first layer of the block
+        scores, setting = importance.blocks.get(num_dropped), f"block_sizes=[{num_dropped}]"
     else:
-        is_measured, setting = method in importance.layers, "num_loss_samples=8"
-    if not is_measured:
+        scores, setting = importance.layers.get(method), "num_loss_samples=8"
+    if scores is None:
         raise RecipeError(
             f"layer_importance={method}: the stored scores do not say which {num_dropped} layers "
             "to drop.",
             f"set stages.score.{setting}",
         )
+    ranking = sorted(sorted(scores), key=scores.__getitem__)  # the least important first
+    dropped: Collection[int] = ranking[:num_dropped]
     if method == "block":
-        loss_rises = importance.blocks[num_dropped]
-        first = min(loss_rises, key=lambda start: loss_rises[start])
-        dropped = set(range(first, first + num_dropped))
-    else:
-        scores = importance.layers[method]
-        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:num_dropped])
+        dropped = range(ranking[0], ranking[0] + num_dropped)
     return [layer for layer in layers if layer not in dropped]
 
 
@@ -206,9 +203,10 @@ def select_indices(
     rankings = sort_indices(scores, teacher).indices
     selected = {}
     for name, ranking in rankings.items():
-        layer, axis = _LAYER_KEY.match(name), name.rpartition(".")[2]
+        axis = name.rpartition(".")[2]
         count = getattr(student, axis)
-        is_dropped_layer = layer is not None and int(layer[1]) not in layers
+        layer_match = _LAYER_KEY.match(name)
+        is_dropped_layer = layer_match is not None and int(layer_match[1]) not in layers
         if is_dropped_layer or count == getattr(teacher, axis):
             continue
         if axis == HEADS:
@@ -227,10 +225,7 @@ def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptInd
 
     If a weight is sorted in this order, its first rows and columns are the pruned weight. Query
     groups are sorted by the sum of their heads' squared scores, heads only within their group.
-
-    Args:
-        scores: ``Importance.widths`` of the teacher.
-        teacher: The teacher's shape.
+    ``scores`` are ``Importance.widths`` of the teacher.
     """
     layers = list(range(1, teacher.num_layers + 1))
     order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
@@ -251,12 +246,12 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     Raises:
         RecipeError: The name is unknown.
     """
-    last_two_parts = ".".join(name.split(".")[-2:])  # such as "q_proj.weight"
-    if last_two_parts not in AXES:
+    name_end = ".".join(name.split(".")[-2:])  # such as "q_proj.weight"
+    if name_end not in AXES:
         raise RecipeError(
             f"weight {name} cannot be pruned.", "add its axes to AXES in recipes/pruning/kept.py"
         )
-    return AXES[last_two_parts]
+    return AXES[name_end]
 
 
 def student_name(name: str, kept: KeptIndices) -> str | None:
@@ -311,15 +306,10 @@ def _channels_of_heads(heads: Tensor, head_size: int) -> Tensor:
 def leading_submatrix(
     name: str, weight: Tensor, student: Architecture, teacher: Architecture
 ) -> Tensor:
-    """Returns the part of a sorted weight that the student has. Dense models only.
+    """Returns the student's rows and columns of a teacher's weight. Dense models only.
 
-    The result is a view, unless heads are pruned within groups.
-
-    Args:
-        name: The weight's Hugging Face name.
-        weight: The teacher's weight, sorted in the order of ``sort_indices``.
-        student: The student's shape.
-        teacher: The teacher's shape.
+    ``name`` is the weight's Hugging Face name. ``weight`` must be sorted in the order of
+    ``sort_indices``. The result is a view, unless heads are pruned within groups.
     """
     for dim, axis in enumerate(axes_of(name)):
         if axis in (HIDDEN, FFN):
@@ -332,7 +322,7 @@ def leading_submatrix(
 
 
 def _first_heads(weight: Tensor, dim: int, student: Architecture, teacher: Architecture) -> Tensor:
-    """Returns the student's number of first heads, from each of its number of first groups."""
+    """Returns the channels of the student's heads: the first heads of each of the first groups."""
     # Channels of the query heads of one group
     teacher_channels, student_channels = (
         arch.num_attention_heads // arch.num_query_groups * teacher.kv_channels

@@ -14,7 +14,7 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.hf import copy_side_files
 from nemo_convert.hf_config import with_shape
 from nemo_convert.streaming import StreamedSave
-from recipes.backend.without_cuda import enable
+from recipes.backend.without_cuda import enable as enable_patches_without_cuda
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.pruning.kept import KeptIndices, prune_weight, student_name
@@ -35,13 +35,13 @@ def save_weights(
     Raises:
         RecipeError: A weight is missing, or does not have the shape that ``shape`` implies.
     """
-    enable()  # without a GPU, Megatron needs patches
+    enable_patches_without_cuda()
     nemo.initialize(nemo.Parallelism())
     model = nemo.restore_model(like)
     config = with_shape(nemo.read_config(like), shape)
     for name in shape.megatron_to_hf():
-        setattr(model.config, name, getattr(shape, name))
-        setattr(model.__io__.config, name, getattr(shape, name))  # the copy that is saved
+        for megatron_config in (model.config, model.__io__.config):  # the second one is saved
+            setattr(megatron_config, name, getattr(shape, name))
     core = nemo.build_core(model, nemo.Parallelism())
     _require_shapes(weights, shape)
     source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])
@@ -66,7 +66,7 @@ class NamedWeights:
 
 
 def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> None:
-    """Raises an error unless every weight of a model of this shape is there, with its size."""
+    """Checks that ``weights`` has every weight of a model of this shape, with the right size."""
     for name, expected in FAMILIES[shape.hf_architecture].hf_shapes(shape).items():
         actual = tuple(weights[name].shape) if name in weights else None
         if actual != expected:
@@ -81,10 +81,7 @@ def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> No
 def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
     """Returns the student's weights by their Hugging Face names.
 
-    Args:
-        teacher: NeMo checkpoint of the model to prune.
-        kept: The layers and indices that the student keeps.
-        head_size: Channels of one attention head.
+    ``teacher`` is a NeMo checkpoint. ``head_size`` is the channels of one attention head.
     """
     weights = {}
     for teacher_name, weight in hf_weights(teacher):

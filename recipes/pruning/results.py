@@ -16,25 +16,24 @@ class ScoreResult:
     teacher_loss: float
     """LM loss of the teacher without pruning, in nats."""
     layer_importance: dict[str, dict[int, float]]
-    """Scores: {method: {layer: score}}; see ``Importance.layers``."""
+    """Scores: {method: {layer: score}}; ``kept.Importance.layers`` describes the methods."""
     loss_predictions: int
     """Number of next-token predictions over which each loss is averaged."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Layers that pruning kept, and scores of the teacher's layers.
+    """Layers that pruning kept, and scores of the layers of the teacher, the model before pruning.
 
-    The teacher is the model that was pruned. If it is itself the result of a pruning, layers still
-    have the numbers of the original, unpruned model.
+    If the teacher itself was pruned, layers still have the numbers of the original, unpruned model.
     """
 
     kept_layers: list[int]
     layer_importance: dict[int, float]
     """Score of each layer of the teacher, by the method ``layer_measure``."""
     layer_measure: str
-    """The method ``layer_importance`` of ``prune``; ``block_influence`` if it has no score for each
-    layer."""
+    """The setting ``layer_importance`` of ``prune``, or ``block_influence`` if that method has no
+    score for each layer."""
     calibration_tokens: int
     calibration_sequences: int
     teacher_parameters: int | None
@@ -50,7 +49,7 @@ class HealResult:
     """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """Layers of the teacher that the pruned model has; ``None`` if unknown."""
+    """As in ``PruneResult``; ``None`` if unknown."""
     calibration_tokens: int
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""

@@ -3,9 +3,7 @@
 ModelOpt computes the scores of widths (channels, heads, experts) from activations
 (arXiv:2407.14679). Layers have two scores. Block influence is 1 - cos of the angle between a
 layer's input and output (arXiv:2403.03853). The loss score is the rise of the LM loss if the layer
-is left out. Leaving out a layer does not change the hidden states before it, so these hidden states
-are computed only once for all layers.
-Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
+is left out. Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from recipes.backend.local_layers import (
     restore_fused_attention,
     use_local_layers,
 )
-from recipes.backend.without_cuda import enable
+from recipes.backend.without_cuda import enable as enable_patches_without_cuda
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
@@ -48,7 +46,7 @@ MAX_TOKEN_FRACTION = 0.5
 
 
 def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequences:
-    """Returns calibration text, or random tokens if so configured.
+    """Returns calibration text, or random tokens with ``calibration=random``.
 
     Raises:
         RecipeError: The text is mostly one token, or has fewer micro batches than there are
@@ -87,43 +85,36 @@ def score_checkpoint(
         RecipeError: The model's loss on text is near chance.
     """
     parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
-    enable()  # without a GPU, Megatron needs patches
+    enable_patches_without_cuda()
     nemo.initialize(parallel)
     model = nemo.restore_model(teacher)
-    # ModelOpt hooks the norms, which TransformerEngine fuses into the linear layers after them.
+    # ModelOpt needs separate norms, but TransformerEngine fuses them into the linear layers.
     use_local_layers(model.config)
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
-    # Not empty even if ``num_loss_samples`` is 0: the teacher's loss is always measured.
-    loss_text = text.first(cfg.loss_sequences)
-    ablation = LayerAblation(core, loss_text, cfg.micro_batch_size, log)
+    ablation = LayerAblation(core, text.first(cfg.loss_sequences), cfg.micro_batch_size, log)
     [teacher_loss] = ablation.losses([()])  # one empty block: no layer is left out
     if cfg.calibration == "text":
         require_better_than_chance(
             teacher_loss, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
         )
-    layers, blocks = _loss_scores(cfg, ablation, teacher_loss) if cfg.num_loss_samples else ({}, {})
+    layers: dict[str, dict[int, float]] = {}
+    blocks: dict[int, dict[int, float]] = {}
+    if cfg.num_loss_samples:
+        layers["loss"] = _loss_rises(ablation, 1, teacher_loss)
+        for size in cfg.block_sizes or ():
+            blocks[size] = _loss_rises(ablation, size, teacher_loss)
+    # The last step, because it converts the model for ModelOpt.
     influence, widths = _influence_and_widths(core, text, cfg.micro_batch_size, log)
-    layers = {"block_influence": influence, **layers}
-    return Importance(teacher_loss, layers, blocks, widths)
+    return Importance(teacher_loss, {"block_influence": influence, **layers}, blocks, widths)
 
 
-def _loss_scores(
-    cfg: ScoreConfig, ablation: LayerAblation, teacher_loss: float
-) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]]]:
-    """Returns how much the LM loss rises without each layer, and without each block of layers.
-
-    Returns:
-        Two mappings, in nats: {method: {layer: rise}} and {block size: {first layer: rise}}.
-    """
-
-    def loss_rises(block_size: int) -> dict[int, float]:
-        starts = range(1, ablation.num_layers - block_size + 2)
-        losses = ablation.losses([range(start, start + block_size) for start in starts])
-        return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
-
-    return {"loss": loss_rises(1)}, {size: loss_rises(size) for size in cfg.block_sizes or ()}
+def _loss_rises(ablation: LayerAblation, block_size: int, teacher_loss: float) -> dict[int, float]:
+    """Returns the rise of the LM loss, in nats, without each block, by the block's first layer."""
+    starts = range(1, ablation.num_layers - block_size + 2)
+    losses = ablation.losses([range(start, start + block_size) for start in starts])
+    return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
 
 
 class LayerAblation:
@@ -146,8 +137,7 @@ class LayerAblation:
     def losses(self, blocks: Sequence[Collection[int]]) -> list[float]:
         """Returns the mean LM loss without each block of layers, in nats; the same on all ranks.
 
-        Args:
-            blocks: Sets of layer numbers to leave out. The result has one loss for each set.
+        A block is a set of layer numbers, counted from 1.
         """
         layers = list(self._core.decoder.layers)
         sums = torch.zeros(len(blocks), dtype=torch.float64)  # losses, summed over predictions
@@ -206,7 +196,7 @@ class LayerAblation:
 
     def _lm_loss(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> float:
         """Returns the LM loss of hidden states [s, b, h], summed over predictions in ``mask``."""
-        # Position i predicts token i + 1. ``tokens`` and ``mask`` are transposed to sequence first.
+        # Position i predicts token i + 1. ``tokens`` and ``mask`` are transposed to [s, b].
         hidden, targets = hidden[:-1][mask.T], tokens.T[1:][mask.T]
         total = 0.0
         for rows in chunks(len(targets), self._core.vocab_size):
@@ -237,13 +227,13 @@ def _run_layers(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) ->
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
-    """Returns the output of a layer with causal attention, which needs no mask."""
+    """Returns the output of a layer. Attention is causal without a mask."""
     output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
     return output
 
 
 def _receive(like: Tensor) -> Tensor:
-    """Returns hidden states, of the shape and dtype of ``like``, from the previous rank."""
+    """Receives hidden states from the previous pipeline rank, with shape and dtype of ``like``."""
     hidden = torch.empty_like(like)
     torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
     return hidden
@@ -277,13 +267,9 @@ class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
 def _influence_and_widths(
     core: nn.Module, text: TextSequences, batch_size: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Computes block influence by layer, and scores of all widths, in one pass over the text.
-
-    Returns:
-        {layer: block influence}, and the scores of ``Importance.widths``.
-    """
+    """Returns {layer: block influence}, and ``Importance.widths``, from one pass over the text."""
     register_rms_norm()
-    # ModelOpt scores only converted models. Divisors matter only if ModelOpt prunes.
+    # ModelOpt scores only converted models. The divisors matter only if ModelOpt prunes.
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
         ffn_hidden_size_divisor=1,
@@ -319,13 +305,13 @@ def _influence_and_widths(
 
 
 def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Returns this rank's scores: roots of the sums of squares that ModelOpt collected.
+    """Returns this pipeline rank's scores: roots of the sums of squares that ModelOpt collected.
 
     Keys are those of ``Importance.widths``. ``hidden_size`` is a sum over only this rank's norms.
     """
     # ``_activations`` are ModelOpt's sums; in ``core`` one tensor [hidden] for each norm.
-    norms = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
-    scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
+    norm_scores = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
+    scores = {"hidden_size": torch.stack(norm_scores).sum(dim=0)}
     for layer in layers:
         name = f"layers.{layer.layer_number}"
         if core.config.num_moe_experts:
@@ -350,13 +336,13 @@ def _expert_scores(layer: str, experts: nn.Module) -> dict[str, Tensor]:
         squares = expert._activations
         if squares is None:  # no token was routed to this expert
             squares = torch.zeros(expert.config.moe_ffn_hidden_size)
-        squares = _sum_over_data_ranks(squares)
-        scores[f"{layer}.experts.{index}.moe_ffn_hidden_size"] = squares.sqrt()
+        channel_scores = _sum_over_data_ranks(squares).sqrt()
+        scores[f"{layer}.experts.{index}.moe_ffn_hidden_size"] = channel_scores
     return scores
 
 
 def _sum_over_data_ranks(values: Tensor) -> Tensor:
-    """Returns the sum of ``values`` over the data-parallel ranks, which process different text."""
+    """Returns the sum of ``values`` over the data-parallel ranks."""
     total = values.to(device())  # ModelOpt keeps some sums on the CPU, which NCCL cannot reduce
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total
@@ -371,13 +357,14 @@ def _gather_ranks(value: Any) -> list[Any]:
 
 
 def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
-    """Yields every n-th micro batch of ``size`` sequences: those of this one of n data ranks.
+    """Yields this data-parallel rank's micro batches of ``size`` sequences.
 
-    Each item is (sequences of the text up to the end of this batch, batch). A micro batch is never
+    Each item is (number of sequences up to the end of the batch, batch). A micro batch is never
     divided between ranks, because ModelOpt's scores of an expert's width depend on which sequences
     are in the same micro batch.
     """
     first = parallel_state.get_data_parallel_rank() * size
-    for start in range(first, len(text), parallel_state.get_data_parallel_world_size() * size):
+    step = parallel_state.get_data_parallel_world_size() * size
+    for start in range(first, len(text), step):
         batch = text[start : start + size]
         yield start + len(batch), batch

@@ -68,6 +68,14 @@ class PruneConfig(StageConfig):
             if name.startswith(TARGET) and value is not None
         }
 
+    def divisors(self, teacher: Architecture) -> dict[str, int]:
+        """Returns, for each axis with a divisor, the number that its size must be a multiple of."""
+        return {
+            "hidden_size": hidden_divisor(teacher, self.hidden_size_divisor),
+            "ffn_hidden_size": self.ffn_hidden_size_divisor,
+            "moe_ffn_hidden_size": self.ffn_hidden_size_divisor,
+        }
+
     def targets(self, teacher: Architecture) -> PruneTargets:
         """Returns the targets as absolute sizes, and the layers to drop."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
@@ -78,14 +86,6 @@ class PruneConfig(StageConfig):
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
         fields: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
         return replace(self, **fields)
-
-    def divisors(self, teacher: Architecture) -> dict[str, int]:
-        """Returns, for each axis with a divisor, the number that its size must be a multiple of."""
-        return {
-            "hidden_size": hidden_divisor(teacher, self.hidden_size_divisor),
-            "ffn_hidden_size": self.ffn_hidden_size_divisor,
-            "moe_ffn_hidden_size": self.ffn_hidden_size_divisor,
-        }
 
 
 @dataclass
@@ -111,7 +111,7 @@ class AddLayersConfig(InferenceConfig):
     student's to one less than the teacher's."""
 
     def size(self, student: Architecture, teacher: Architecture) -> int:
-        """Returns ``num_layers`` or its default, the mean of both models' numbers of layers."""
+        """Returns ``num_layers`` or its default."""
         return self.num_layers or (student.num_layers + teacher.num_layers) // 2
 
 
@@ -128,7 +128,6 @@ class ScoreConfig(InferenceConfig):
     layer or block. One forward pass over the text gives all other scores.
     """
 
-    # Not a resource: ModelOpt's scores of an MoE's experts depend on it.
     micro_batch_size: Count = 4
     """Sequences of a forward pass. It changes the scores of an MoE's experts."""
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
@@ -150,7 +149,7 @@ class ScoreConfig(InferenceConfig):
 
     @property
     def loss_sequences(self) -> int:
-        """Number of sequences for losses; never 0: the teacher's loss is always measured."""
+        """Number of sequences for losses, never 0, as the teacher's loss is always measured."""
         return self.num_loss_samples or BASE_LOSS_SEQUENCES
 
 
@@ -162,23 +161,21 @@ def layer_score_problems(
     Args:
         config: The stage that drops layers.
         layer_importance: The stage's method to choose layers, one of ``LAYER_METHODS``.
-        drop_counts: Numbers of layers that the stage may drop, each at least 1. Empty if it drops
-            none.
-        chain: The run.
+        drop_counts: Numbers of layers that the stage may drop, without 0.
+        chain: The stages of the run.
     """
     score_name = config.inputs.get("importance", "")
     score = chain.stages.get(score_name)
     if not isinstance(score, ScoreConfig) or not drop_counts:
         return  # the scores are of another run, or are not needed
     sizes = score.block_sizes or []
-    all_sizes = ",".join(map(str, sorted({*sizes, *drop_counts})))
-    # By method: whether its scores are measured, and the setting of ``score`` that measures them.
-    # Block influence is always measured.
-    requirements = {
-        "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
-        "block": (set(drop_counts) <= set(sizes), f"block_sizes=[{all_sizes}]"),
-    }
-    is_measured, setting = requirements.get(layer_importance, (True, ""))
+    if layer_importance == "block":
+        all_sizes = ",".join(map(str, sorted({*sizes, *drop_counts})))
+        is_measured, setting = set(drop_counts) <= set(sizes), f"block_sizes=[{all_sizes}]"
+    elif layer_importance == "loss":
+        is_measured, setting = score.num_loss_samples > 0, "num_loss_samples=8"
+    else:  # block influence is always measured
+        return
     if not is_measured:
         counts = " or ".join(map(str, sorted(drop_counts)))
         yield Problem(

@@ -18,10 +18,8 @@ EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 MAX_FRACTION = 1 / 3
 """Largest fraction of the parameters to prune before a distillation. For the source, see
 ``rules.LARGE_REDUCTION``."""
-
-
 ONLY_GROUPS = "set target_num_query_groups instead: each group then keeps its heads"
-"""Fix of a target of heads if each group of the teacher has only one head."""
+"""Fix of a wrong number of heads if each query group of the teacher has only one head."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class PruneTargets:
     """Numbers of the layers to remove, counted from 1."""
 
     def width(self) -> dict[str, int]:
-        """Maps each axis except layers that has a target to the target size."""
+        """Maps each axis with a target, except layers, to the target size."""
         axes = ("hidden_size", "num_attention_heads", "num_query_groups", *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
 
@@ -47,23 +45,21 @@ class PruneTargets:
 def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
     """Returns the number that a pruned hidden size must be a multiple of.
 
-    The default is 64, for fast kernels and for quantization in groups of 64. transformers 5 refuses
-    a Llama model whose hidden size is not a multiple of the number of attention heads. So for Llama
-    the default is the least common multiple of 64 and the number of heads. Small Llama models keep
-    the default 64, because they would have fewer than eight possible sizes.
-
-    Args:
-        teacher: Shape of the unpruned model.
-        configured: The setting ``hidden_size_divisor``; ``None`` selects the default.
+    ``configured`` is the setting ``hidden_size_divisor``. If it is ``None``, the number is 64, for
+    fast kernels and for quantization in groups of 64. For Llama it is the least common multiple of
+    64 and the number of heads, because transformers 5 refuses other hidden sizes. Small Llama
+    models keep 64, because they would have fewer than eight possible sizes.
     """
     if configured is not None:
         return configured
-    divisor = math.lcm(64, teacher.num_attention_heads) if _needs_whole_heads(teacher) else 64
+    if not _needs_whole_heads(teacher):
+        return 64
+    divisor = math.lcm(64, teacher.num_attention_heads)
     return divisor if 8 * divisor <= teacher.hidden_size else 64
 
 
 def _needs_whole_heads(shape: Architecture) -> bool:
-    """Returns whether transformers 5 requires a hidden size that the number of heads divides."""
+    """Returns whether transformers 5 needs a hidden size that is a multiple of the heads."""
     return shape.hf_architecture == "LlamaForCausalLM"
 
 
@@ -74,8 +70,8 @@ def is_refused_by_transformers_5(shape: Architecture) -> bool:
 
 def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Problem]:
     """Warns if transformers 5 refuses the student."""
-    hidden, heads = student.hidden_size, student.num_attention_heads
     if is_refused_by_transformers_5(student):
+        hidden, heads = student.hidden_size, student.num_attention_heads
         largest_valid = hidden // heads * heads  # not larger than ``hidden``
         yield Problem(
             rules.TRANSFORMERS_5,
@@ -90,12 +86,13 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
     """Warns if transformers 5 refuses some of a search's shapes."""
     refused = [shape for shape in shapes if is_refused_by_transformers_5(shape)]
     if refused:
-        # With 8 instead of the default 64, a small model has more possible sizes.
-        heads, fix = {shape.num_attention_heads for shape in shapes}, "search with "
-        if len(heads) > 1:  # no divisor suits: the teacher's hidden size is always in the search
+        heads = {shape.num_attention_heads for shape in shapes}
+        fix = "search with "
+        if len(heads) > 1:
+            # No divisor suits all numbers of heads: the teacher's hidden size is always searched.
             fix += "stages.enumerate_shapes.space.prune_heads=false "
-            heads = {max(heads)}
-        divisor = math.lcm(8, *heads)
+        # With 8 instead of the default 64, a small model has more possible sizes.
+        divisor = math.lcm(8, max(heads))
         yield Problem(
             rules.TRANSFORMERS_5,
             f"{len(refused)} of {len(shapes)} shapes of {stage} are Llama models whose hidden size "
@@ -108,25 +105,22 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
 def absolute_sizes(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Returns the target size of each axis. A fraction is multiplied by the teacher's size.
+    """Returns the target size of each axis.
 
-    The product is rounded to a multiple of the axis's divisor. For attention heads, it is rounded
-    to a multiple of the number of query groups.
-
-    Args:
-        teacher: Shape of the unpruned model.
-        targets: Target of each axis: an integer is a size, a float is a fraction.
-        divisors: Divisors by axis; an axis without a divisor is rounded to an integer.
+    In ``targets``, an integer is a size, and a float is a fraction of the teacher's size. The
+    product of a fraction and the teacher's size is rounded to a multiple of the axis's divisor (by
+    default 1), or for attention heads to a multiple of the number of query groups.
     """
     sizes: dict[str, int] = {}
     # ``num_attention_heads`` is sorted last, because it depends on ``num_query_groups``.
-    for axis, size in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
-        step = divisors.get(axis, 1)
+    for axis, target in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
+        divisor = divisors.get(axis, 1)
         if axis == "num_attention_heads":
-            step = sizes.get("num_query_groups") or teacher.num_query_groups
-        if isinstance(size, float):
-            size = round(size * getattr(teacher, axis) / step) * step
-        sizes[axis] = int(size)
+            divisor = sizes.get("num_query_groups") or teacher.num_query_groups
+        if isinstance(target, float):
+            sizes[axis] = round(target * getattr(teacher, axis) / divisor) * divisor
+        else:
+            sizes[axis] = target
     return sizes
 
 
@@ -157,12 +151,12 @@ def target_problems(
         yield _problem("no target is set", "set at least one target_* field or drop_layers")
     elif not targets.drop_layers and pruned_shape(teacher, targets) == teacher:
         yield _problem("all targets are the teacher's sizes", "lower at least one of them")
-    absent_axes = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
+    if teacher.num_moe_experts:
+        layer_type, existing_axes, absent_axes = "experts", EXPERT_AXES, DENSE_AXES
+    else:
+        layer_type, existing_axes, absent_axes = "dense", DENSE_AXES, EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
         if axis in absent_axes:
-            layer_type, existing_axes = (
-                ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
-            )
             yield _problem(
                 f"target_{axis}={target} is set, but the teacher's feed-forward layers are "
                 f"{layer_type}",
@@ -192,8 +186,8 @@ def fraction_problems(
     for axis, fraction in targets.items():
         full, size = getattr(teacher, axis), sizes[axis]
         if isinstance(fraction, float) and full and not 0 < size < full:
-            fix = f"use another fraction, a number below {full}, or "
-            fix += f"a smaller {_divisor_setting(axis)}, or null" if axis in divisors else "null"
+            smaller_divisor = f"a smaller {_divisor_setting(axis)}, or " if axis in divisors else ""
+            fix = f"use another fraction, a number below {full}, or {smaller_divisor}null"
             if axis == "num_attention_heads" and full == teacher.num_query_groups:
                 fix = ONLY_GROUPS
             yield _problem(
@@ -229,11 +223,11 @@ def _divisor_setting(axis: str) -> str:
 
 def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
     """Checks that all groups keep equally many heads, and at most as many as in the teacher."""
-    groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
-    limit = teacher.num_attention_heads // teacher.num_query_groups * groups
-    if heads is None or heads > teacher.num_attention_heads:  # _axis_problems reports too many
+    if heads is None or heads > teacher.num_attention_heads:  # ``_axis_problems`` reports too many
         return
+    groups = targets.num_query_groups or teacher.num_query_groups
+    limit = teacher.num_attention_heads // teacher.num_query_groups * groups
     name = f"target_num_attention_heads={heads}"
     if heads % groups:
         # With one head in each group, heads can only be removed together with their groups.
