@@ -69,7 +69,7 @@ def compare_engine(
         )
         # ``score`` compares with the model of the key TEACHER: here the source model.
         predictors = {TEACHER: source_predictor, "engine": engine_predictor}
-        scores = score(predictors, text, micro_batch_size=1, log=log)
+        scores = score(predictors, text, log)
         quality = EngineQuality(
             engine=scores["engine"].quality(),
             source=scores[TEACHER].quality(),

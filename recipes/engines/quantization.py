@@ -91,7 +91,7 @@ def _quality(
     original = load_causal_lm(folder, SERVED_DTYPE).to(device())
     # ``score`` compares all models with the model whose key is TEACHER.
     models = {TEACHER: Predictor.of(original), "quantized": Predictor.of(model)}
-    scores = score(models, text, micro_batch_size=1, log=log)
+    scores = score(models, text, log)
     quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
     if not quality.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(

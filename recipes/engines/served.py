@@ -239,7 +239,7 @@ def _compare_text(
     from recipes.evaluation.text_quality import score
 
     # ``score`` needs a model with the key TEACHER, although a loss does not depend on a teacher.
-    scores = score({TEACHER: Predictor.of(student)}, text, micro_batch_size=1, log=log)
+    scores = score({TEACHER: Predictor.of(student)}, text, log)
     return ServedText.of(losses, scores[TEACHER].losses, text.predictions)
 
 
