@@ -62,17 +62,14 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that a checkpoint is quantized if, and only if, the engine's precision needs this.
-
-    The checkpoint may be of another run. The engines of a search have no checkpoint.
-    """
+    """Checks that a checkpoint is quantized if, and only if, the engine's precision needs this."""
     checkpoint = cfg.inputs.get("checkpoint", "")
     stage, manifest = chain.stages.get(checkpoint), manifest_of(checkpoint)
     if stage is not None:
         quantized_to = stage.format if isinstance(stage, QuantizeConfig) else None
-    elif manifest is not None:
+    elif manifest is not None:  # the checkpoint is of another run
         quantized_to = manifest.config["format"] if manifest.stage == "quantize" else None
-    else:
+    else:  # the engines of a search have no checkpoint
         return
     needed = cfg.precision if cfg.precision in CALIBRATED_FORMATS else None
     if needed != quantized_to and cfg.precision in PRECISIONS[cfg.backend]:

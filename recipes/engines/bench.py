@@ -293,6 +293,14 @@ def speedups(
 
     ``roofline`` returns the rates of the machine that bound a model's speed.
     """
+
+    def roofline_seconds(model: TimedModel, row: BenchmarkRow) -> tuple[float, float]:
+        """Returns a model's least seconds for the prefill and for a decoding step of a row."""
+        arch, storage, rates = model.architecture, model.storage, roofline(model)
+        context = RequestShape(row.batch_size, row.prompt_tokens, row.new_tokens).context
+        prefill = prefill_seconds(arch, row.batch_size, row.prompt_tokens, storage, rates)
+        return prefill, decode_seconds(arch, row.batch_size, context, storage, rates)
+
     model_of = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
     backends = list(dict.fromkeys(model.backend for model in models))  # without duplicates
@@ -300,28 +308,23 @@ def speedups(
     results = []
     for student in sorted(students, key=lambda row: backends.index(row.backend)):
         teacher = teachers[student.backend, student.setting]
-        batch, prompt = student.setting
-        context = RequestShape(batch, prompt, student.new_tokens).context
-        prefill, decode = [], []  # roofline seconds of the teacher, then of the student
-        for role in ENGINE_ROLES:
-            model = model_of[student.backend, role]
-            arch, storage, rates = model.architecture, model.storage, roofline(model)
-            prefill.append(prefill_seconds(arch, batch, prompt, storage, rates))
-            decode.append(decode_seconds(arch, batch, context, storage, rates))
-        teacher_ms, student_ms = (row.time_to_first_token_ms.median for row in (teacher, student))
-        teacher_rate, student_rate = (
-            row.decode_tokens_per_second.median for row in (teacher, student)
+        (teacher_prefill, teacher_step), (student_prefill, student_step) = (
+            roofline_seconds(model_of[student.backend, role], student) for role in ENGINE_ROLES
         )
+        prefill_roofline = None if student.precision == "fp8" else teacher_prefill / student_prefill
+        teacher_ms, student_ms = teacher.time_to_first_token_ms, student.time_to_first_token_ms
+        teacher_rate = teacher.decode_tokens_per_second
+        student_rate = student.decode_tokens_per_second
         results.append(
             Speedup(
                 backend=student.backend,
                 precision=student.precision,
-                batch_size=batch,
-                prompt_tokens=prompt,
-                prefill=teacher_ms / student_ms,
-                prefill_roofline=None if student.precision == "fp8" else prefill[0] / prefill[1],
-                decode=student_rate / teacher_rate,
-                decode_roofline=decode[0] / decode[1],
+                batch_size=student.batch_size,
+                prompt_tokens=student.prompt_tokens,
+                prefill=teacher_ms.median / student_ms.median,
+                prefill_roofline=prefill_roofline,
+                decode=student_rate.median / teacher_rate.median,
+                decode_roofline=teacher_step / student_step,
             )
         )
     return results

@@ -39,7 +39,7 @@ class ProgressLM(LM):
     """Reports progress after each generated text. lm-eval's classes generate all texts at once."""
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
-    """Counts requests, or in ``LlamaCppLM.losses`` sequences. The default does nothing."""
+    """Receives the numbers of finished and of all requests; in ``losses``, of sequences."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns generated text, one request at a time."""
@@ -48,7 +48,7 @@ class ProgressLM(LM):
 
 
 class ServedLM(ProgressLM, LocalCompletionsAPI):
-    """Sends requests to a server, with the tokens that ``HFLM`` would give to the student."""
+    """Sends requests to a server. Texts become the same tokens as in ``HFLM``, for the student."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -124,7 +124,7 @@ class LlamaCppLM(ServedLM):
     """
 
     def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """As in transformers, all earlier tokens are penalized."""
+        """Returns the fields of a request. All earlier tokens are penalized, as in transformers."""
         return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
 
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:

@@ -27,9 +27,9 @@ SETTINGS_WITHOUT_EFFECT = {"dataset_kwargs", "metadata", "tag", "task_alias"}
 """Settings of a task that a group or ``_pinned_definitions`` may change without changing the
 prompts or metrics."""
 NEW_TOKENS = 256
-"""lm-eval's default for the maximum number of generated tokens of an item."""
+"""``HFLM``'s default for the maximum number of generated tokens of an item."""
 HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
-"""Matches the start of a file's address, ``hf://datasets/OWNER/NAME@COMMIT/``."""
+"""Matches the start of a hub file's address: ``hf://datasets/OWNER/NAME@COMMIT/``."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
 def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
     """Returns a task with its metric and source.
 
-    Raises:
-        RecipeError: The subtasks have no suitable common metric, sample text, or run code.
+    Raises ``RecipeError`` if the subtasks have no common metric that is a mean and where higher is
+    better, or if one of them samples text or runs code.
     """
     first = next(iter(subtasks.values()))
     higher_is_better = first.higher_is_better()
@@ -206,7 +206,7 @@ def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
 
 
 def _generation_settings(subtask: ConfigurableTask) -> Mapping[str, Any]:
-    """Returns the settings with which ``HFLM`` generates text; none if it only scores text."""
+    """Returns the settings with which ``HFLM`` generates text; empty if it only scores choices."""
     if subtask.OUTPUT_TYPE != "generate_until":
         return {}
     settings: Mapping[str, Any] = normalize_gen_kwargs(
@@ -271,14 +271,16 @@ def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -
 def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> Item:
     """Converts a sample, which is lm-eval's record of an item of the lm-eval task ``name``."""
     values = {metric: sample[metric] for metric in sample["metrics"]}
+    numbers = {metric: float(v) for metric, v in values.items() if isinstance(v, int | float)}
     item = Item(
         id=f"{name}/{sample['doc_id']}",
         hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
         doc=sample["doc"],
-        # If choices are contexts, lm-eval's ``target`` is their continuation.
+        # If the choices are contexts, lm-eval's ``target`` is the continuation of all of them, and
+        # ``doc_to_text`` returns the index of the right choice.
         target=subtask.doc_to_text(sample["doc"]) if subtask.multiple_input else sample["target"],
         response=sample["filtered_resps"],
-        metrics={name: float(v) for name, v in values.items() if isinstance(v, int | float)},
+        metrics=numbers,
     )
     # The conversion to JSON and back makes the item equal to one that is read from the cache.
     return Item(**json.loads(json.dumps(asdict(item))))

@@ -80,6 +80,16 @@ def group_by_context(requests: Iterable[Request], max_length: int) -> list[Quest
     return list(questions.values())
 
 
+def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
+    """Returns the first tokens that all contexts share, but never the whole of a context.
+
+    A context's last token stays in its question, because it predicts the continuations' first
+    tokens.
+    """
+    # Despite its module, ``commonprefix`` compares sequences of any type item by item.
+    return tuple(commonprefix([question.context[:-1] for question in questions]))
+
+
 def share_prefixes(
     questions: Iterable[Question], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
@@ -104,6 +114,28 @@ def share_prefixes(
         else:
             unshared += group
     yield (), unshared
+
+
+def split_into_packs(questions: Iterable[Question], max_tokens: int) -> Iterator[list[Question]]:
+    """Yields packs of consecutive questions.
+
+    A pack has up to ``max_tokens`` input tokens, or is a single longer question.
+    """
+    pack: list[Question] = []
+    size = 0
+    for question in questions:
+        if pack and size + len(question) > max_tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(question)
+        size += len(question)
+    if pack:
+        yield pack
+
+
+def pack_tokens(pack: Iterable[Question]) -> int:
+    """Returns the number of a pack's input tokens."""
+    return sum(map(len, pack))
 
 
 def packs_of_rank(
@@ -138,38 +170,6 @@ def packs_of_rank(
             tokens_before += pack_tokens(pack)
         if rank_packs:
             yield prefix, rank_packs
-
-
-def pack_tokens(pack: Iterable[Question]) -> int:
-    """Returns the number of a pack's input tokens."""
-    return sum(map(len, pack))
-
-
-def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
-    """Returns the first tokens that all contexts share, but never the whole of a context.
-
-    A context's last token stays in its question, because it predicts the continuations' first
-    tokens.
-    """
-    # Despite its module, ``commonprefix`` compares sequences of any type item by item.
-    return tuple(commonprefix([question.context[:-1] for question in questions]))
-
-
-def split_into_packs(questions: Iterable[Question], max_tokens: int) -> Iterator[list[Question]]:
-    """Yields packs of consecutive questions.
-
-    A pack has up to ``max_tokens`` input tokens, or is a single longer question.
-    """
-    pack: list[Question] = []
-    size = 0
-    for question in questions:
-        if pack and size + len(question) > max_tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(question)
-        size += len(question)
-    if pack:
-        yield pack
 
 
 def pack_layout(pack: Iterable[Question]) -> tuple[list[int], list[int], list[tuple[int, int]]]:

@@ -347,10 +347,10 @@ def answer_values(items: Sequence[Item]) -> list[float] | None:
     values = []
     for item in items:
         responses = item.response if isinstance(item.response, list) else []
-        right = item.target
-        if not isinstance(right, int):  # The target is text. A single response is of that text.
-            right = 0 if len(responses) == 1 else -1
-        response = responses[right] if 0 <= right < len(responses) else None
+        index = item.target  # of the right choice
+        if not isinstance(index, int):  # The target is text. A single response is of that text.
+            index = 0 if len(responses) == 1 else -1
+        response = responses[index] if 0 <= index < len(responses) else None
         if not isinstance(response, list):  # generated text, or an unknown right answer
             return None
         values.append(float(response[0]))  # the second value says whether it is the greedy choice
