@@ -1,4 +1,4 @@
-"""Selects the checks, requirements and builder of an engine's backend, without importing torch."""
+"""Checks, requirements and builders of engines by backend. Does not import torch."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         value = getattr(cfg, name)
         if value not in choices[cfg.backend]:
             supporting = [backend for backend in choices if value in choices[backend]]
-            overrides = [_backend_override(cfg.backend, other, value) for other in supporting]
+            overrides = [_backend_override(cfg.backend, backend, value) for backend in supporting]
+            fixes = [f"use one of: {', '.join(choices[cfg.backend])}", *overrides]
             yield Problem(
                 rules.FORMAT,
                 f"backend={cfg.backend} does not support {name}={value}",
-                f"use one of: {', '.join(choices[cfg.backend])}"
-                + "".join(f", or {override}" for override in overrides),
+                ", or ".join(fixes),
             )
     yield from _length_problems(cfg, chain)
     yield from _format_problems(cfg, chain)
@@ -62,35 +62,32 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that a checkpoint is quantized if, and only if, the engine's precision needs this.
-
-    The checkpoint may be of another run. The engines of a search have no checkpoint.
-    """
+    """Checks that a checkpoint is quantized if, and only if, the engine's precision needs this."""
     checkpoint = cfg.inputs.get("checkpoint", "")
     stage, manifest = chain.stages.get(checkpoint), manifest_of(checkpoint)
     if stage is not None:
-        written = stage.format if isinstance(stage, QuantizeConfig) else None
-    elif manifest is not None:
-        written = manifest.config["format"] if manifest.stage == "quantize" else None
-    else:
+        quantized_to = stage.format if isinstance(stage, QuantizeConfig) else None
+    elif manifest is not None:  # the checkpoint is of another run
+        quantized_to = manifest.config["format"] if manifest.stage == "quantize" else None
+    else:  # the engines of a search have no checkpoint
         return
     needed = cfg.precision if cfg.precision in CALIBRATED_FORMATS else None
-    if needed != written and cfg.precision in PRECISIONS[cfg.backend]:
-        other_stage = f"a quantize stage with format={needed}" if needed else "an unquantized model"
+    if needed != quantized_to and cfg.precision in PRECISIONS[cfg.backend]:
+        source = f"a quantize stage with format={needed}" if needed else "an unquantized model"
+        state = f"quantized to {quantized_to}" if quantized_to else "not quantized"
         yield Problem(
             rules.FORMAT,
-            f"{cfg.name} has precision={cfg.precision}, which needs a checkpoint of {other_stage}, "
-            f"but that of {checkpoint} is "
-            f"{f'quantized to {written}' if written else 'not quantized'}",
-            f"set inputs.checkpoint to {other_stage}, or another precision",
+            f"{cfg.name} has precision={cfg.precision}, which needs a checkpoint of {source}, "
+            f"but that of {checkpoint} is {state}",
+            f"set inputs.checkpoint to {source}, or another precision",
         )
 
 
 def _backend_override(current: str, backend: str, value: str) -> str:
-    """Returns the override that selects a backend for a precision or type of KV cache.
+    """Returns the override that selects ``backend`` for a precision or type of KV cache.
 
-    OpenVINO and TensorRT-LLM have different stages. A change between them needs another ``engine``,
-    which is a Hydra config group.
+    A change between OpenVINO and TensorRT-LLM needs other stages, and so another config of the
+    Hydra group ``engine``.
     """
     if "openvino" not in (current, backend):
         return f"backend={backend}"
@@ -100,7 +97,7 @@ def _backend_override(current: str, backend: str, value: str) -> str:
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds sequences longer than the model allows, and prompts as long as a sequence."""
+    """Yields a problem if a sequence is too long for the model, or a prompt for the sequence."""
     positions = chain.teacher.max_position_embeddings
     max_seq_len = cfg.max_seq_len or positions
     if max_seq_len > positions:
@@ -134,18 +131,16 @@ def request_problems(
 ) -> Iterator[Problem]:
     """Yields a problem for each limit of an engine that timed requests exceed.
 
-    An OpenVINO engine has no limits. ``max_num_tokens`` must be enough for all prompts of a batch
-    in one step. Otherwise TensorRT-LLM computes them in several steps, and the measured decoding
-    rate is too low.
-
     Args:
         shape: The largest batch of requests.
         engine: The engine's settings.
         name: The engine's name in messages.
         smaller: How to make the requests smaller: the second fix of the message.
     """
-    if engine.backend == "openvino":
+    if engine.backend == "openvino":  # has no limits
         return
+    # In ``max_num_tokens``, all prompts of a batch must fit. Otherwise TensorRT-LLM computes them
+    # in several steps, and the measured decoding rate is too low.
     needed = {
         "max_batch_size": shape.batch_size,
         "max_input_len": shape.prompt_tokens,
@@ -175,8 +170,8 @@ def engine_of(source: str, chain: Chain) -> BuildEngineConfig | None:
 
 def built_engine(manifest: Manifest) -> BuildEngineConfig:
     """Returns the settings of a built engine. Settings that its manifest lacks get defaults."""
-    names = [item.name for item in fields(BuildEngineConfig)]
-    settings = {name: manifest.config[name] for name in names if name in manifest.config}
+    names = {item.name for item in fields(BuildEngineConfig)}
+    settings = {name: value for name, value in manifest.config.items() if name in names}
     return BuildEngineConfig(**settings)
 
 
@@ -187,7 +182,7 @@ def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Cha
 
 
 def engine_devices(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> int:
-    """Returns the number of devices of the largest engine among the inputs; 1 without engines."""
+    """Returns the devices of the largest engine among the named inputs; 1 without engines."""
     engines = (engine_of(inputs.get(name, ""), chain) for name in names)
     return max((engine.tensor_parallel_size for engine in engines if engine), default=1)
 

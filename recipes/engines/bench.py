@@ -1,7 +1,7 @@
 """Measures models' speed, and the student's speed-up over the teacher. Does not import torch.
 
 Each model runs in its own process, so that its memory can be measured. The models take turns
-request by request (A B A B …), so that a change of the machine's speed affects all models equally.
+request by request, so that a change of the machine's speed affects all models equally.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ from recipes.planning.roofline import Roofline, decode_seconds, prefill_seconds
 
 ENGINE_ROLES = ("teacher", "student")
 DATASET, REPORT = "dataset.jsonl", "report.json"
-"""Input and output of ``trtllm-bench``."""
+"""Input and output files of ``trtllm-bench``."""
 SAMPLE_SECONDS = 0.2
 """Time between two samples of GPU memory."""
-MEBIBYTE = 1 << 20
-"""Unit of ``nvidia-smi``, in bytes."""
 
 
 class CpuWorker(Worker):
@@ -47,19 +45,15 @@ class CpuWorker(Worker):
 
     def __init__(self, model: TimedModel, threads: int, module: str) -> None:
         self._name = f"{model.role} in {model.backend}"
+        command = [sys.executable, "-m", module, "--backend", model.backend]
+        command += ["--model", str(model.path), "--threads", str(threads)]
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", module, "--backend", model.backend),
-                *("--model", str(model.path), "--threads", str(threads)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.load_seconds = self._read_answer()["load_seconds"]
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Continues one batch of prompts."""
+        """Sends one batch to the process, and waits for its timing."""
         request = {"prompts": prompts, "new_tokens": new_tokens}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -88,22 +82,20 @@ class CpuWorker(Worker):
 
 
 class TensorRtLlmWorker(Worker):
-    """Starts ``trtllm-bench`` for every batch. Each start loads the engine again, and warms up."""
+    """Starts ``trtllm-bench`` for every batch. Each start loads the engine again."""
 
-    needs_warm_up = False
+    needs_warm_up = False  # ``trtllm-bench`` has its own warm-up
 
     def __init__(self, model: TimedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch / model.role
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Continues one batch of prompts.
+        """Continues one batch of prompts; sets ``load_seconds`` and ``peak_memory_bytes``.
 
-        This also sets two attributes. ``load_seconds`` is the time outside the requests: imports,
-        loading and warm-up. ``peak_memory_bytes`` includes the memory that TensorRT-LLM reserves
-        for the KV cache, which is most of a GPU's.
-
-        Raises:
-            RecipeError: ``trtllm-bench`` failed, or its report is about other requests.
+        ``load_seconds`` is the time outside the requests: imports, loading and warm-up.
+        ``peak_memory_bytes`` includes the memory that TensorRT-LLM reserves for the KV cache, which
+        is most of a GPU's. Raises ``RecipeError`` if ``trtllm-bench`` failed, or as
+        ``parse_trtllm_report`` does.
         """
         shape = RequestShape(len(prompts), len(prompts[0]), new_tokens)
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -138,11 +130,11 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
 
 def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
     """Returns the command that times a batch; ``--streaming`` measures the time to first token."""
-    is_engine = model.backend == "tensorrt_llm"
+    is_engine = model.backend == "tensorrt_llm"  # otherwise the PyTorch backend runs a checkpoint
     # An engine does not include the tokenizer, so the tokenizer comes from the model's folder.
-    folder = model.folder if is_engine else model.path
+    tokenizer_folder = model.folder if is_engine else model.path
     common = [
-        *("trtllm-bench", "--model", model.folder.name, "--model_path", str(folder)),
+        *("trtllm-bench", "--model", model.folder.name, "--model_path", str(tokenizer_folder)),
         *("--workspace", str(scratch), "throughput"),
         *("--dataset", str(scratch / DATASET)),
         *("--report_json", str(scratch / REPORT)),
@@ -161,10 +153,9 @@ def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> lis
 
 
 def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
-    """Parses the file of ``--report_json``.
+    """Returns the timing in the report of ``trtllm-bench`` on a batch of ``shape``.
 
-    Raises:
-        RecipeError: The format is unknown, or the report is about other requests.
+    Raises ``RecipeError`` if the format is unknown, or if the report is about other requests.
     """
     try:
         report: dict[str, Any] = json.loads(text)
@@ -193,12 +184,10 @@ def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
 
 @contextmanager
 def gpu_memory_samples() -> Iterator[list[int]]:
-    """Samples the bytes in use on all visible GPUs together, in a thread, until the context ends.
+    """Yields a list of memory samples, to which a thread appends until the context ends.
 
-    Memory that was in use before, such as that of other programs, is subtracted.
-
-    Yields:
-        The samples, to which the thread appends. The first is 0, so that there is a maximum.
+    A sample is the bytes in use on all visible GPUs together, minus those in use before the
+    context. The first sample is 0, so that there is a maximum.
     """
     samples, stop = [0], threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -207,8 +196,8 @@ def gpu_memory_samples() -> Iterator[list[int]]:
 
     def used_bytes() -> int:
         listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        # One number per GPU. A GPU that does not report its memory has a text instead.
-        return sum(int(n) for n in listing.split() if n.isdigit()) * MEBIBYTE
+        # One number per GPU, in MiB. A GPU that does not report its memory has a text instead.
+        return sum(int(n) for n in listing.split() if n.isdigit()) * 2**20
 
     used_before = used_bytes()
 
@@ -246,20 +235,14 @@ def measure(
     start: Callable[[TimedModel], Worker],
     log: MetricsLog,
 ) -> list[BenchmarkRow]:
-    """Measures all models on all shapes.
+    """Measures all models on all shapes. Returns a row for each shape and model.
 
-    Args:
-        models: The models. In each turn, each of them gets one request.
-        shapes: Batch sizes and lengths of the requests.
-        repetitions: Turns that are measured for each shape. One turn before them warms up the
-            workers that need it.
-        start: Starts a model's worker.
-        log: Metrics file.
-
-    Returns:
-        A row for each shape and model.
+    In each turn, each model gets one batch. Each shape has ``repetitions`` turns that are measured,
+    and before them one turn that warms up the workers that need it. ``start`` starts a model's
+    worker.
     """
-    turns, total_turns = 0, len(shapes) * (repetitions + 1)
+    total_turns = len(shapes) * (repetitions + 1)
+    turns = 0  # finished turns of all shapes
     timings: dict[tuple[RequestShape, int], list[Timing]] = {}  # by shape and the model's index
     with ExitStack() as stack:
         pairs = [(model, stack.enter_context(start(model))) for model in models]
@@ -271,7 +254,7 @@ def measure(
                     # The seed is the same for all models of a turn, so they get the same prompts.
                     prompts = random_prompts(shape, model.architecture.vocab_size, seed=turns)
                     timing = worker.generate(prompts, shape.new_tokens)
-                    if turn:
+                    if turn > 0:
                         timings.setdefault((shape, index), []).append(timing)
                 turns += 1
                 log.progress("measure", turns, total_turns)
@@ -306,47 +289,42 @@ def speedups(
     models: Sequence[TimedModel],
     roofline: Callable[[TimedModel], Roofline],
 ) -> list[Speedup]:
-    """Returns the student's speed-ups over the teacher in each backend.
+    """Returns the student's speed-ups over the teacher, sorted by backend as ``models`` is.
 
-    ``prefill`` is the teacher's median time to the first token, divided by the student's.
-    ``decode`` is the student's median rate after the first token, divided by the teacher's. If a
-    measured speed-up is below the roofline's, something besides FLOPs and memory traffic takes
-    time.
-
-    Args:
-        rows: Measurements of teacher and student.
-        models: The measured models.
-        roofline: Returns the rates of the machine that bound a model's speed.
+    ``roofline`` returns the rates of the machine that bound a model's speed.
     """
-    by_role = {(model.backend, model.role): model for model in models}
+
+    def roofline_seconds(model: TimedModel, row: BenchmarkRow) -> tuple[float, float]:
+        """Returns a model's least seconds for the prefill and for a decoding step of a row."""
+        arch, storage, rates = model.architecture, model.storage, roofline(model)
+        context = RequestShape(row.batch_size, row.prompt_tokens, row.new_tokens).context
+        prefill = prefill_seconds(arch, row.batch_size, row.prompt_tokens, storage, rates)
+        return prefill, decode_seconds(arch, row.batch_size, context, storage, rates)
+
+    model_of = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
-    backends = list(dict.fromkeys(model.backend for model in models))
+    backends = list(dict.fromkeys(model.backend for model in models))  # without duplicates
     students = [row for row in rows if row.role == "student"]
-    results = []  # in the order of ``models``
+    results = []
     for student in sorted(students, key=lambda row: backends.index(row.backend)):
         teacher = teachers[student.backend, student.setting]
-        batch, prompt = student.setting
-        context = RequestShape(batch, prompt, student.new_tokens).context
-        prefill, decode = [], []  # roofline seconds of the teacher, then of the student
-        for role in ENGINE_ROLES:
-            model = by_role[student.backend, role]
-            arch, storage, rates = model.architecture, model.storage, roofline(model)
-            prefill.append(prefill_seconds(arch, batch, prompt, storage, rates))
-            decode.append(decode_seconds(arch, batch, context, storage, rates))
-        teacher_ms, student_ms = (row.time_to_first_token_ms.median for row in (teacher, student))
-        teacher_rate, student_rate = (
-            row.decode_tokens_per_second.median for row in (teacher, student)
+        (teacher_prefill, teacher_step), (student_prefill, student_step) = (
+            roofline_seconds(model_of[student.backend, role], student) for role in ENGINE_ROLES
         )
+        prefill_roofline = None if student.precision == "fp8" else teacher_prefill / student_prefill
+        teacher_ms, student_ms = teacher.time_to_first_token_ms, student.time_to_first_token_ms
+        teacher_rate = teacher.decode_tokens_per_second
+        student_rate = student.decode_tokens_per_second
         results.append(
             Speedup(
                 backend=student.backend,
                 precision=student.precision,
-                batch_size=batch,
-                prompt_tokens=prompt,
-                prefill=teacher_ms / student_ms,
-                prefill_roofline=None if student.precision == "fp8" else prefill[0] / prefill[1],
-                decode=student_rate / teacher_rate,
-                decode_roofline=decode[0] / decode[1],
+                batch_size=student.batch_size,
+                prompt_tokens=student.prompt_tokens,
+                prefill=teacher_ms.median / student_ms.median,
+                prefill_roofline=prefill_roofline,
+                decode=student_rate.median / teacher_rate.median,
+                decode_roofline=teacher_step / student_step,
             )
         )
     return results

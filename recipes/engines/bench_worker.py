@@ -1,9 +1,9 @@
-"""Loads one model and times requests to it, in its own process, so that its memory is measured.
+"""Loads one model and times batches, in its own process, so that its memory can be measured.
 
-``measure_speed`` starts this module as ``python -m recipes.engines.bench_worker``. The process
-writes the loading time to standard output. Then it reads one request per line,
-``{"prompts": …, "new_tokens": …}``, and answers each request with its timing and the peak memory.
-Only the baseline, transformers, needs torch.
+``bench.CpuWorker`` starts this module as ``python -m recipes.engines.bench_worker``. The process
+writes the loading time to standard output. Then it reads one batch of requests per line,
+``{"prompts": …, "new_tokens": …}``, and answers with the batch's timing and the peak memory. Only
+the baseline, transformers, needs torch.
 """
 
 from __future__ import annotations
@@ -42,34 +42,28 @@ class Transformers:
             prompts = torch.tensor(tokens)
             start = time.perf_counter()
             output = self._model(prompts, use_cache=True, logits_to_keep=1)
-            last = output.logits[:, -1:].argmax(-1)
+            generated = [output.logits[:, -1:].argmax(-1)]  # tensors [batch, 1]
             first_seconds = time.perf_counter() - start
-            generated = [last]
             for _ in range(new_tokens - 1):
-                output = self._model(last, past_key_values=output.past_key_values, use_cache=True)
-                last = output.logits[:, -1:].argmax(-1)
-                generated.append(last)
+                output = self._model(
+                    generated[-1], past_key_values=output.past_key_values, use_cache=True
+                )
+                generated.append(output.logits[:, -1:].argmax(-1))
             timing = Timing(first_seconds, time.perf_counter() - start)
         return Generation(torch.cat(generated, dim=1).tolist(), timing)
 
 
 def import_library(backend: str) -> None:
     """Imports a backend's libraries in advance, so that the loading time excludes imports."""
-    baseline_modules = ("torch", "transformers.models.auto")
-    for name in ("openvino_genai",) if backend == "openvino" else baseline_modules:
+    names = ["openvino_genai"] if backend == "openvino" else ["torch", "transformers.models.auto"]
+    for name in names:
         importlib.import_module(name)
 
 
-def load(backend: str, folder: Path, threads: int) -> Pipeline | Transformers:
-    """Loads an OpenVINO engine, or the baseline from a Hugging Face folder."""
-    return Pipeline(folder, threads) if backend == "openvino" else Transformers(folder, threads)
-
-
 def serve(model: Pipeline | Transformers, answers: TextIO) -> None:
-    """Reads requests from standard input until it ends, and writes one answer for each.
+    """Reads batches from standard input until it ends, and writes one answer for each.
 
-    Raises:
-        ValueError: The model generated another number of tokens than requested.
+    Raises ``ValueError`` if the model generated another number of tokens than requested.
     """
     for line in sys.stdin:
         request = json.loads(line)
@@ -84,7 +78,7 @@ def serve(model: Pipeline | Transformers, answers: TextIO) -> None:
 
 
 def main() -> None:
-    """Loads a model, reports the loading time, and serves requests."""
+    """Loads an OpenVINO engine or the baseline, reports the loading time, and serves batches."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", required=True)
     parser.add_argument("--model", type=Path, required=True)
@@ -98,7 +92,11 @@ def main() -> None:
     os.dup2(2, 1)
     import_library(args.backend)
     start = time.perf_counter()
-    model = load(args.backend, args.model, args.threads)
+    model: Pipeline | Transformers
+    if args.backend == "openvino":
+        model = Pipeline(args.model, args.threads)
+    else:
+        model = Transformers(args.model, args.threads)
     print(json.dumps({"load_seconds": time.perf_counter() - start}), file=answers, flush=True)
     serve(model, answers)
 

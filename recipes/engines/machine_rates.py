@@ -16,19 +16,19 @@ from recipes.planning.hardware import cpuinfo
 REPEATS, MIN_REPEATS = 5, 3
 """Number of measured runs of an operation, and the least number if the operation is slow."""
 MAX_TOTAL_SECONDS = 0.5
-"""An operation is slow if its runs take this long in total. GEMMs of a data type that the processor
-emulates may take minutes."""
+"""An operation is slow if its runs take this long in total, such as GEMMs of a data type that the
+processor emulates."""
 TOKENS = 1024
 """Tokens of a batch: the rows of each linear layer's input."""
 MIN_CPU_FRACTION = 0.8
-"""A measurement is valid if its threads ran for more than this fraction of the time. In the
+"""A measurement is undisturbed if its threads ran for more than this fraction of the time. In the
 remaining time other programs used the cores."""
 COPY_BYTES = 1 << 28
 """Size of the copied buffer: 256 MiB, much larger than any cache."""
 
 LAYERS, MEASURED_LAYERS = 30, 2
-"""Layers of SmolLM2-135M, and the number of different layers that are measured in turn, so that no
-cache holds their weights."""
+"""Layers of SmolLM2-135M, and the number of layers that are measured in turn, so that no cache
+holds their weights. The constants below are of the same model."""
 LAYER_SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """Numbers of inputs and outputs of the four linear layers of a transformer layer: QKV, attention
 output, gate with up projection, and down projection."""
@@ -43,16 +43,11 @@ def best_seconds(
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = REPEATS,
 ) -> float:
-    """Returns the shortest time of several runs, after a warm-up.
+    """Returns the shortest time of ``repeats`` runs, in the seconds of ``clock``, after a warm-up.
 
-    The shortest is the best estimate, because other programs can only make a run longer.
-
-    Args:
-        operation: The function to time.
-        device: ``cpu``, or ``cuda`` to wait for the GPU after each run.
-        clock: Returns the time in seconds.
-        repeats: Number of runs. If they take ``MAX_TOTAL_SECONDS``, there are fewer, but at least
-            ``MIN_REPEATS``.
+    The shortest is the best estimate, because other programs can only make a run longer. Slow
+    operations get fewer runs, see ``MIN_REPEATS``. With the device ``cuda``, a run includes waiting
+    for the GPU.
     """
 
     def run() -> float:
@@ -77,7 +72,7 @@ def best_cpu_seconds(operation: Callable[[], object], device: str = "cpu") -> fl
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
     """Returns the bytes per second of a copy. A byte counts twice: it is read and written.
 
-    ``seconds`` measures the time: ``best_seconds`` or ``best_cpu_seconds``.
+    ``seconds`` is ``best_seconds`` or ``best_cpu_seconds``.
     """
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -88,9 +83,10 @@ def processor_name(device: str = "cpu") -> str:
     """Returns the name of the GPU, or Linux's name of the CPU."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    # An example of a line is "model name : AMD EPYC 7763". The default also has a colon.
-    lines = (line for line in cpuinfo().splitlines() if line.lower().startswith("model name"))
-    return next(lines, ": unknown").partition(":")[2].strip()
+    for line in cpuinfo().splitlines():
+        if line.lower().startswith("model name"):  # such as "model name : AMD EPYC 7763"
+            return line.partition(":")[2].strip()
+    return "unknown"
 
 
 @contextmanager
@@ -107,13 +103,9 @@ def _torch_threads(number: int) -> Iterator[None]:
 def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Returns a function that runs the GEMMs of a distillation step, and their FLOPs.
 
-    A linear layer has four GEMMs of equal FLOPs: one in the teacher's forward pass, one in the
-    student's forward pass, and two in its backward pass. They are measured together, because GEMMs
-    of the backward pass are half as fast on a processor with AMX.
-
-    Args:
-        shapes: Numbers of inputs and outputs of each linear layer.
-        dtype: Type of all matrices.
+    ``shapes`` has the numbers of inputs and outputs of each linear layer. A layer has four GEMMs of
+    equal FLOPs, which are measured together, because those of the backward pass are half as fast on
+    a processor with AMX.
     """
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -131,35 +123,34 @@ def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Calla
             output_grad @ weight  # gradient of the inputs
             output_grad.t() @ x  # gradient of the weight
 
-    # Four GEMMs; each has 2 FLOPs per multiply-add.
+    # Four GEMMs, with 2 FLOPs per multiply-add.
     flops = sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
     return run_gemms, flops
 
 
 def _training_rate(dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
+    """Returns the FLOP/s of one thread in a distillation's GEMMs while all threads are busy.
 
     Several layers alternate, because a training step reads matrices from memory. A single repeated
     GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads must be
     busy, because they share caches and memory: two threads do not reach twice the rate of one.
     """
     # CPU time is summed over threads, so FLOPs divided by it are the rate of one thread.
-    smallest, flops = _gemms([min(LAYER_SHAPES)], dtype)
-    if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:
-        # The processor emulates this data type. Measuring the other layers would take minutes.
+    smallest_gemms, flops = _gemms([min(LAYER_SHAPES)], dtype)
+    if (seconds := best_cpu_seconds(smallest_gemms)) > MAX_TOTAL_SECONDS:
+        # The processor emulates this data type. Measuring all GEMMs would take minutes.
         return flops / seconds
-    layers, layers_flops = _gemms(LAYER_SHAPES * MEASURED_LAYERS, dtype)
-    head, head_flops = _gemms([HEAD_SHARD_SHAPE], dtype)
+    layer_gemms, layer_flops = _gemms(LAYER_SHAPES * MEASURED_LAYERS, dtype)
+    head_gemms, head_flops = _gemms([HEAD_SHARD_SHAPE], dtype)
     repeats = LAYERS / MEASURED_LAYERS
-    seconds = repeats * best_cpu_seconds(layers) + HEAD_SHARDS * best_cpu_seconds(head)
-    return (repeats * layers_flops + HEAD_SHARDS * head_flops) / seconds
+    seconds = repeats * best_cpu_seconds(layer_gemms) + HEAD_SHARDS * best_cpu_seconds(head_gemms)
+    return (repeats * layer_flops + HEAD_SHARDS * head_flops) / seconds
 
 
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
     """Returns the rates for planning training runs, and whether the measurement was undisturbed.
 
-    The measurement is disturbed if other programs used the threads' cores. Such programs change the
-    rates little, because the rates are measured in CPU time.
+    Programs that disturb it change the rates little, because the rates are measured in CPU time.
     """
     with _torch_threads(threads):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -173,9 +164,9 @@ def training_rates(threads: int) -> tuple[TrainingRates, bool]:
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
-    """Measures the rates of the GEMMs of a model's feed-forward layer, and of copies."""
+    """Measures the rates of copies, and of a feed-forward GEMM of a model in each dtype."""
 
-    def linear_rate(dtype: torch.dtype) -> float:
+    def gemm_rate(dtype: torch.dtype) -> float:
         x = torch.randn(TOKENS, arch.hidden_size, dtype=dtype, device=device)
         weight = torch.randn(arch.ffn_hidden_size, arch.hidden_size, dtype=dtype, device=device)
         flops: int = 2 * TOKENS * weight.numel()
@@ -186,6 +177,6 @@ def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRat
         return MachineRates(
             cpu=processor_name(device),
             threads=threads,
-            flops_per_second={name: linear_rate(dtype) for name, dtype in types.items()},
+            flops_per_second={name: gemm_rate(dtype) for name, dtype in types.items()},
             bytes_per_second=copy_rate(device),
         )

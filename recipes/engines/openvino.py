@@ -1,7 +1,7 @@
-"""Builds OpenVINO engines from a Hugging Face folder, and runs them on a CPU.
+"""Builds OpenVINO engines from Hugging Face folders, and runs them on a CPU.
 
-Compared with ONNX Runtime GenAI, llama.cpp and AOTInductor, OpenVINO was the fastest. It installs
-as wheels, and generates the same tokens as transformers in float32 for every pruned shape.
+OpenVINO was faster than ONNX Runtime GenAI, llama.cpp and AOTInductor. It installs as wheels. In
+float32 it generates the same tokens as transformers for every pruned shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from recipes.planning import rules
 from recipes.planning.rules import Problem
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import ArrayLike
     from optimum.intel import OVModelForCausalLM
 
@@ -34,7 +33,7 @@ DEVICE = "CPU"
 COMPRESSED_TYPES = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
 """OpenVINO's names of the types of compressed weights, by precision."""
 SETTINGS = "engine.json"
-"""File in the engine's folder with OpenVINO's properties for running the engine."""
+"""File in the engine's folder that has the result of ``properties``."""
 
 
 def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
@@ -62,7 +61,7 @@ def properties(cfg: BuildEngineConfig) -> dict[str, str]:
 
 
 def disable_telemetry() -> None:
-    """Sets the variable ``CI``, so that importing OpenVINO writes no user id to the home folder."""
+    """Sets the variable ``CI``, so that OpenVINO's import writes no user id to the home folder."""
     os.environ["CI"] = "true"
 
 
@@ -88,7 +87,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 def load_engine(engine: Path) -> OVModelForCausalLM:
-    """Loads an engine as a model with the interface of transformers."""
+    """Loads an engine as a model with the interface of transformers, which returns logits."""
     disable_telemetry()
     from optimum.intel import OVModelForCausalLM
 
@@ -101,7 +100,7 @@ def load_engine(engine: Path) -> OVModelForCausalLM:
 def _full_disk_errors(out: Path) -> Iterator[None]:
     """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
 
-    The free space does not show the cause, because OpenVINO has already deleted its partial file.
+    Free space cannot tell the cause, because OpenVINO has already deleted its partial file.
     """
     try:
         yield
@@ -119,8 +118,8 @@ def _temporary_files(parent: Path) -> Iterator[None]:
     interpreter exits normally, which a forked or killed process does not.
     """
     before = tempfile.tempdir
-    # ``as`` assigns the new folder to ``tempfile.tempdir``, the folder that ``tempfile`` uses.
-    with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        tempfile.tempdir = folder
         try:
             yield
         finally:
@@ -135,23 +134,23 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
     settings: dict[str, Any] = {"bits": 8}
     if cfg.precision == "int4":
-        # A ratio of 1.0 compresses all layers to 4 bits. "adjust" applies to layers whose number of
-        # inputs is not a multiple of the group size. Their group size is the largest power of 2
-        # that divides the number of inputs. If that is below 32, the layer keeps 8 bits.
+        # A ratio of 1.0 compresses all layers to 4 bits. If a layer's number of inputs is not a
+        # multiple of the group size, "adjust" lowers its group size to the largest power of 2 that
+        # divides the number of inputs. If that is below 32, the layer keeps 8 bits.
         settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
         settings["group_size"] = cfg.group_size
     return {"quantization_config": OVWeightQuantizationConfig(**settings)}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Saves the tokenizer. Also saves it as OpenVINO models, with which the engine accepts text."""
+    """Saves the tokenizer for transformers, and as OpenVINO models that text pipelines use."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # If there are several chat templates, each has a name. A name may contain a path, to which
-    # transformers 4.57 would write (CVE-2026-9856).
+    # Several chat templates are a dict by name. transformers 4.57 would write each to the path that
+    # its name contains (CVE-2026-9856).
     has_several_templates = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not has_several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
@@ -160,7 +159,7 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
 
 
 def read_properties(engine: Path) -> dict[str, str]:
-    """Reads OpenVINO's properties for running an engine."""
+    """Reads the ``properties`` with which an engine was built."""
     stored: dict[str, str] = read_json(engine / SETTINGS)["properties"]
     return stored
 
@@ -176,21 +175,8 @@ def weight_types(engine: Path) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-class Logits:
-    """Computes an engine's logits, which OpenVINO GenAI's pipeline does not return."""
-
-    def __init__(self, engine: Path) -> None:
-        self._model = load_engine(engine)
-
-    def __call__(self, tokens: torch.Tensor) -> Any:
-        """Returns an output with ``logits`` [batch, sequence, vocabulary]."""
-        import torch
-
-        return self._model(tokens, attention_mask=torch.ones_like(tokens))
-
-
 class Pipeline:
-    """Runs an engine on token ids with OpenVINO GenAI's pipeline, as in deployment."""
+    """Runs an engine on token ids with OpenVINO GenAI, as in deployment. Returns no logits."""
 
     def __init__(self, engine: Path, threads: int | None = None) -> None:
         disable_telemetry()

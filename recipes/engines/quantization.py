@@ -25,7 +25,7 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
 SERVED_DTYPE = "bfloat16"
-"""Data type in which the model is loaded, and in which unquantized weights are exported."""
+"""Data type in which models are loaded, and in which unquantized weights are exported."""
 QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
 """ModelOpt's config by ``format``."""
 
@@ -33,21 +33,11 @@ QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG
 def quantize_folder(
     cfg: QuantizeConfig, folder: Path, data: Input, out: Path, log: MetricsLog
 ) -> QuantizationResult:
-    """Quantizes a model and writes it to ``out``, with its tokenizer and model card.
+    """Quantizes the model in ``folder`` and writes it to ``out``, with tokenizer and model card.
 
-    Args:
-        cfg: The stage's config.
-        folder: Hugging Face folder of the trained model.
-        data: Output of ``prepare_data``, whose calibration and held-out splits are read.
-        out: Folder of the quantized model.
-        log: Metrics file.
-
-    Returns:
-        The quantization's name in TensorRT-LLM, and the quality before and after quantization.
-
-    Raises:
-        RecipeError: ModelOpt wrote a format other than ``cfg.format``, or the quantized model's
-            loss is not finite.
+    Reads the calibration and held-out splits of ``data``, the output of ``prepare_data``. Raises
+    ``RecipeError`` if ModelOpt wrote a format other than ``cfg.format``, or if the loss of the
+    quantized model is not finite.
     """
     enable("torch")  # patches for machines without a GPU
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
@@ -70,7 +60,7 @@ def quantize_folder(
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
     config = (out / "config.json").read_text(encoding="utf-8")
     copy_side_files(folder, out)  # tokenizer, templates and card, but also the source's config
-    write_text_atomically(out / "config.json", config)  # restores the quantized model's config
+    write_text_atomically(out / "config.json", config)  # the quantized model's config again
     algorithm, expected = declared_quantization(out), QUANT_ALGOS[cfg.format]
     if algorithm != expected:
         raise RecipeError(
@@ -83,15 +73,15 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares the quantized model with its original in ``folder``, on held-out text.
+    """Compares ``model`` with its original in ``folder``, on held-out text.
 
-    ModelOpt simulates the quantization of ``model``, so it also runs without low-precision kernels.
+    ModelOpt only simulates the quantization, so ``model`` needs no low-precision kernels.
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     original = load_causal_lm(folder, SERVED_DTYPE).to(device())
     # ``score`` compares all models with the model whose key is TEACHER.
     models = {TEACHER: Predictor.of(original), "quantized": Predictor.of(model)}
-    scores = score(models, text, micro_batch_size=1, log=log)
+    scores = score(models, text, log)
     quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
     if not quality.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(

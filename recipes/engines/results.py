@@ -65,7 +65,8 @@ class BenchmarkRow:
 class Speedup:
     """Speed-up of the student over the teacher in one backend, measured and by the roofline.
 
-    ``bench.speedups`` computes it.
+    If a measured speed-up is below the roofline's, something besides FLOPs and memory traffic takes
+    time.
     """
 
     backend: str
@@ -74,18 +75,17 @@ class Speedup:
     batch_size: int
     prompt_tokens: int
     prefill: float
+    """The teacher's median time to the first token, divided by the student's."""
     prefill_roofline: float | None
     """``None`` in FP8, because the rate of FP8 GEMMs is not measured."""
     decode: float
+    """The student's median rate after the first token, divided by the teacher's."""
     decode_roofline: float
 
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together, for planning training runs.
-
-    Fields of ``Hardware`` have the same names.
-    """
+    """Measured rates of all threads together. ``Hardware`` has fields of the same names."""
 
     flops_per_second: float
     """FLOP/s in bfloat16."""
@@ -122,27 +122,26 @@ class BenchmarkResults:
         return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
 
     def teacher_precision(self, backend: str) -> str:
-        """Returns the teacher's precision in a backend; a quantized student has another one."""
+        """Returns the teacher's precision in a backend. A quantized student has another one."""
         teachers = (row for row in self.rows if row.role == "teacher" and row.backend == backend)
         return next(teachers).precision
 
 
 @dataclass(frozen=True)
 class EngineQuality:
-    """Quality of an engine and of its source model on the same held-out sequences."""
+    """Quality of an engine and of the model that it was built from, on the same sequences."""
 
     engine: TextQuality
     source: TextQuality
     sequences: int
     tokens: int
-    """Tokens in all sequences."""
     predictions: int
     """Next-token predictions in the loss."""
     loss_difference: Difference
     """Loss of the engine minus loss of the source model, in nats, paired by sequence."""
 
     def served_text(self) -> ServedText:
-        """Returns the comparison as a ``ServedText``: the source model is its student."""
+        """Returns the comparison with the source model as ``student`` and the engine as served."""
         return ServedText(
             student_perplexity=self.source.perplexity,
             served_perplexity=self.engine.perplexity,
@@ -154,12 +153,12 @@ class EngineQuality:
 
 @dataclass(frozen=True)
 class EngineComparison:
-    """Comparison of an engine with its source model."""
+    """Comparison of an engine with the model that it was built from."""
 
     max_logit_difference: float
     greedy_margin: float
     """Largest gap between the source model's best logit and its logit of a token that the engine
-    generated; 0 if the source model prefers all generated tokens."""
+    generated; 0 if every generated token has the best logit."""
     weight_types: dict[str, int]
     """Number of stored weights by OpenVINO's name of their data type, such as ``u8``."""
     quality: EngineQuality | None
@@ -168,10 +167,7 @@ class EngineComparison:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A built engine, compared with its source model if the backend returns logits.
-
-    The last four fields are those of ``EngineComparison``. Without comparison they are ``None``.
-    """
+    """A built engine. The last four fields are ``EngineComparison``'s; ``None`` without one."""
 
     backend: str
     precision: str

@@ -1,8 +1,8 @@
 """Compares the answers of a served engine or GGUF file with the answers of the student.
 
-llama.cpp and TensorRT-LLM run as servers. lm-eval's client for OpenAI-compatible completions sends
-them requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO
-engine in this process, through optimum-intel.
+llama.cpp and TensorRT-LLM run as servers, to which lm-eval's client for OpenAI-compatible
+completions sends requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs
+an OpenVINO engine in this process, through optimum-intel.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def server_of(artifact: Input) -> tuple[str, str]:
 def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsLog) -> ServedResult:
     """Evaluates the served model, then the student that it was built from, on the same items.
 
-    ``out`` receives the answers to each task in ``samples``.
+    Writes the answers to each task to the folder ``samples`` in ``out``.
     """
     artifact, folder = inputs["artifact"], inputs["checkpoint"].artifact
     server, precision = server_of(artifact)
-    # ``cfg.revisions`` is usually that of ``evaluate_tasks``, which may have more tasks.
+    # ``allow_unused``: the revisions are usually those of ``evaluate_tasks``, with more tasks.
     tasks = harness_tasks.load_tasks(
         cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name, allow_unused=True
     )
@@ -80,13 +80,13 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         _require_generation(tasks)
     if server != "openvino":  # an OpenVINO engine contains the student's generation settings
         _require_served_settings(folder, tasks)
-    # Only llama.cpp's losses are measured here. ``build_engine`` has measured those of OpenVINO.
-    # trtllm-serve returns no log-probabilities of a prompt.
-    text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
-    losses: list[float] = []
     length = _max_length(cfg, artifact, folder)
     fix = f"raise stages.{cfg.name}.max_length and the engine's limits, or remove the task"
     harness_tasks.require_room_for_text(tasks, length, fix)
+    # Losses on text are measured here only in llama.cpp. ``build_engine`` has measured those of
+    # OpenVINO. trtllm-serve returns no log-probabilities of a prompt.
+    text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
+    losses: list[float] = []
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length, cfg.seq_length if text else 0) as lm:
         for number, task in enumerate(tasks, 1):
@@ -114,9 +114,9 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         require_same_items(task.name, items)
         write_samples(out / "samples" / f"{task.name}.jsonl", items)
         scores[task.name] = compare_served(task.metric, items)
-    served_text = (
-        _text_of_build(artifact) if text is None else _compare_text(student, text, losses, log)
-    )
+    served_text = _text_of_build(artifact)
+    if text is not None:
+        served_text = _compare_text(student, text, losses, log)
     return ServedResult(
         server=server,
         precision=precision,
@@ -133,12 +133,9 @@ def served_lm(
 ) -> Iterator[LM]:
     """Loads a built model in this process, or starts its server; yields it for lm-eval.
 
-    Args:
-        cfg: The stage's config.
-        artifact: The built model.
-        folder: Hugging Face folder of the student, which has the tokenizer.
-        length: Maximum tokens of a prompt together with its answer.
-        text_length: Tokens of a sequence of held-out text; 0 without text.
+    ``folder`` is the student's Hugging Face folder, which has the tokenizer. ``length`` is the
+    maximum number of tokens of a prompt together with its answer. ``text_length`` is the number of
+    tokens of a sequence of held-out text.
     """
     server, _ = server_of(artifact)
     if server == "openvino":
@@ -154,22 +151,21 @@ def served_lm(
         )
         return
     port = free_port()
-    lm_class: type[ServedLM] = LlamaCppLM
-    launcher: list[str] = []
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
         # llama.cpp refuses a prompt that fills its context, so the context has one more position.
-        # A sequence's longest prompt has all its tokens but the last.
+        # A text's sequence fits, because its last token is never part of a prompt.
         context = max(length + 1, text_length)
         command = llama_command(artifact.artifact / FILE, port, context, threads)
-    else:
-        require_backend(server)
-        ranks = artifact.manifest.config["tensor_parallel_size"]
-        command = trtllm_command(str(artifact.artifact), server, str(folder), ranks)
-        command += ["--host", HOST, "--port", str(port)]
-        lm_class, launcher = ServedLM, tensorrt_llm.launcher()
-    with serving(command, port, cfg.start_seconds, launcher) as address:
-        yield lm_class(address, folder, length)
+        with serving(command, port, cfg.start_seconds) as address:
+            yield LlamaCppLM(address, folder, length)
+        return
+    require_backend(server)
+    ranks = artifact.manifest.config["tensor_parallel_size"]
+    command = trtllm_command(str(artifact.artifact), server, str(folder), ranks)
+    command += ["--host", HOST, "--port", str(port)]
+    with serving(command, port, cfg.start_seconds, tensorrt_llm.launcher()) as address:
+        yield ServedLM(address, folder, length)
 
 
 def _max_length(cfg: EvaluateServedConfig, artifact: Input, folder: Path) -> int:
@@ -184,8 +180,7 @@ def _max_length(cfg: EvaluateServedConfig, artifact: Input, folder: Path) -> int
 def engine_limits(build: Mapping[str, Any]) -> list[int]:
     """Returns an engine's limits on the tokens of a prompt together with its answer.
 
-    Args:
-        build: The config of ``build_engine``. Settings that are ``None`` set no limit.
+    ``build`` has the settings of ``build_engine``. Those that are ``None`` set no limit.
     """
     limits: list[int] = []
     if build["max_seq_len"]:
@@ -200,11 +195,11 @@ def _require_served_settings(folder: Path, tasks: Sequence[harness_tasks.Task]) 
 
     Such settings matter only if a task's answers are generated.
     """
-    outputs = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
+    output_types = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
     settings = generation_settings(folder)
     if settings.get("guidance_scale") == 1:  # has no effect, like transformers' default of None
         del settings["guidance_scale"]
-    if GENERATION in outputs and (names := UNSERVED_SETTINGS & settings.keys()):
+    if GENERATION in output_types and (names := UNSERVED_SETTINGS & settings.keys()):
         raise RecipeError(
             f"{folder / GENERATION_CONFIG} has {', '.join(sorted(names))}, which the server does "
             "not get: the student would generate text in another way",
@@ -234,12 +229,12 @@ def _heldout_text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | 
 def _compare_text(
     student: PreTrainedModel, text: TextSequences, losses: list[float], log: MetricsLog
 ) -> ServedText:
-    """Computes the student's losses on ``text``, and compares the served model's with them."""
+    """Compares ``losses`` of the served model on ``text`` with the student's."""
     from recipes.evaluation.predictions import TEACHER, Predictor
     from recipes.evaluation.text_quality import score
 
     # ``score`` needs a model with the key TEACHER, although a loss does not depend on a teacher.
-    scores = score({TEACHER: Predictor.of(student)}, text, micro_batch_size=1, log=log)
+    scores = score({TEACHER: Predictor.of(student)}, text, log)
     return ServedText.of(losses, scores[TEACHER].losses, text.predictions)
 
 

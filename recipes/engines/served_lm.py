@@ -1,4 +1,4 @@
-"""lm-eval's classes for models that were built: engines in this process, and servers."""
+"""Adapts lm-eval's model classes to engines in this process and to servers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
     from recipes.data.token_sequences import TextSequences
 
 REQUEST_SECONDS = 24 * 3600
-"""Limit of one request. A large model on few CPU cores needs longer than lm-eval's 300 seconds. If
-the server dies, a request fails at once."""
+"""Time limit of one request. lm-eval's limit, 300 seconds, is too short for a large model on few
+CPU cores. If the server dies, a request fails at once."""
 FORCING_BIAS = 1000
 """Added to the logit of the token that a server must generate; exceeds all gaps between logits."""
 ALL_TOKENS = 10**7
@@ -39,8 +39,7 @@ class ProgressLM(LM):
     """Reports progress after each generated text. lm-eval's classes generate all texts at once."""
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
-    """Receives the numbers of finished and of all requests or sequences. The default does nothing.
-    """
+    """Receives the numbers of finished and of all requests; in ``losses``, of sequences."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns generated text, one request at a time."""
@@ -49,7 +48,7 @@ class ProgressLM(LM):
 
 
 class ServedLM(ProgressLM, LocalCompletionsAPI):
-    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
+    """Sends requests to a server. Texts become the same tokens as in ``HFLM``, for the student."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -57,7 +56,7 @@ class ServedLM(ProgressLM, LocalCompletionsAPI):
             base_url=f"{address}/v1/completions",
             tokenizer=str(tokenizer),
             tokenizer_backend="huggingface",
-            max_length=max_length + 1,  # lm-eval subtracts 1
+            max_length=max_length + 1,  # the base class subtracts 1
             max_retries=1,
             timeout=REQUEST_SECONDS,
         )
@@ -67,16 +66,16 @@ class ServedLM(ProgressLM, LocalCompletionsAPI):
         self.penalty = self.penalty_request(penalty) if penalty else {}
 
     def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields with which a request sets the student's repetition penalty."""
+        """Returns the fields of a request that set the student's repetition penalty."""
         return {"repetition_penalty": penalty}
 
     def _create_payload(
         self, messages: Any, generate: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns the body of a request. ``generate`` is false to score a prompt.
+        """Returns the body of a request that generates text, or else only scores a prompt.
 
         The base class ignores ``do_sample=False`` and some names of the maximum number of new
-        tokens. ``HFLM``, which answers for the student, does not.
+        tokens. ``HFLM``, which answers for the student, does not. So this method translates them.
         """
         if generate:
             settings = kwargs["gen_kwargs"] or {}
@@ -129,20 +128,20 @@ class LlamaCppLM(ServedLM):
         return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
 
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
-        """Returns a token's log-probability after a context, and whether no token is likelier.
+        """Returns a token's log-probability after a context, and whether it is the likeliest token.
 
         The server withholds a generated token that ends inside a UTF-8 character. A second request
-        then generates ``eos_token`` instead, and lists the log-probabilities of all tokens.
+        then generates ``eos_token`` instead, and lists the log-probabilities of all tokens. Raises
+        ``RecipeError`` if the answer does not have the token.
         """
         generated = self._generate(context, token, 1) or self._generate(
             context, self.tokenizer.eos_token_id, ALL_TOKENS
         )
-        # The generated token, then the likeliest tokens in descending order of probability.
-        entries = [generated, *generated["top_logprobs"]] if generated else []
-        for entry in entries:
-            if entry["id"] == token:
-                likeliest = entries[1]
-                return entry["logprob"], likeliest["id"] == token
+        if generated:
+            likeliest = generated["top_logprobs"]  # in descending order of probability
+            for entry in (generated, *likeliest):
+                if entry["id"] == token:
+                    return entry["logprob"], likeliest[0]["id"] == token
         raise RecipeError(
             f"llama.cpp's server returned no log-probability of token {token}",
             "use a release whose server supports logit_bias and logprobs",
@@ -151,9 +150,8 @@ class LlamaCppLM(ServedLM):
     def _generate(self, context: Sequence[int], token: int, top: int) -> dict[str, Any] | None:
         """Makes the server generate ``token`` after a context.
 
-        Returns:
-            The token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
-            likeliest tokens. ``None`` if the server withholds the token.
+        Returns the token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
+        likeliest tokens; ``None`` if the server withholds the token.
         """
         request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
         request |= {"logprobs": top, "logit_bias": {str(token): FORCING_BIAS}}
@@ -179,20 +177,20 @@ class LlamaCppLM(ServedLM):
 
     def losses(self, text: TextSequences) -> list[float]:
         """Returns each sequence's mean loss, in nats, over the predictions in its mask."""
-        means = []
+        losses = []
         for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
             # Token 0 is not predicted, so the mask's first value is for token 1.
             targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
             log_probabilities = [self.token_score(ids[:n], ids[n])[0] for n in targets]
-            means.append(-sum(log_probabilities) / len(log_probabilities))
-            self.progress(len(means), len(text))
-        return means
+            losses.append(-sum(log_probabilities) / len(log_probabilities))
+            self.progress(len(losses), len(text))
+        return losses
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
-    """Returns a Hugging Face folder's generation settings that differ from transformers' defaults.
+    """Returns a folder's generation settings that differ from transformers' defaults.
 
-    Without ``generation_config.json``, the result is empty.
+    Without ``generation_config.json``, there are none.
     """
     if not (folder / GENERATION_CONFIG).exists():
         return {}

@@ -1,4 +1,4 @@
-"""Starts and stops a server for a built model on this machine."""
+"""Starts and stops a server of a GGUF file or engine on this machine."""
 
 from __future__ import annotations
 
@@ -47,22 +47,17 @@ def llama_command(file: Path, port: int, context: int, threads: int) -> list[str
     command = [LLAMA_SERVER]
     if shutil.which(LLAMA_SERVER) is None:  # then the package xllamacpp is installed
         command = [sys.executable, "-m", llama_server.__name__]
-    # -c: tokens of the context; -np: requests at a time; -t: CPU threads
-    options = {"-m": file, "--host": HOST, "--port": port, "-c": context, "-np": 1, "-t": threads}
-    for option, value in options.items():
-        command += [option, str(value)]
-    return command
+    command += ["-m", str(file), "--host", HOST, "--port", str(port)]
+    # Tokens of the context, requests at a time, CPU threads.
+    return [*command, "-c", str(context), "-np", "1", "-t", str(threads)]
 
 
 def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) -> list[str]:
-    """Returns the command that serves an engine of TensorRT-LLM.
+    """Returns the command that serves the engine in a folder with TensorRT-LLM.
 
-    Args:
-        engine: The engine's folder.
-        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
-        tokenizer: Hugging Face folder with the tokenizer, which a TensorRT engine does not contain.
-        ranks: Number of GPUs that share the engine. Not used for a TensorRT engine, whose own
-            config has this number.
+    With the backend ``tensorrt_llm``, an engine contains no tokenizer, so the command names the
+    folder ``tokenizer``. With ``tensorrt_llm_pytorch``, the command names the number of ``ranks``,
+    the GPUs that share the engine.
     """
     command = ["trtllm-serve", engine]
     if backend == "tensorrt_llm":
@@ -75,8 +70,7 @@ def free_port() -> int:
     """Returns a port of ``HOST`` that no process uses now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))  # 0: the system chooses a free port
-        port: int = probe.getsockname()[1]
-    return port
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -85,7 +79,8 @@ def serving(
 ) -> Iterator[str]:
     """Runs a server while the context is open; yields the server's address.
 
-    The server is killed if this process dies.
+    The server is killed if this process dies. Also adds ``HOST`` to the environment variable
+    ``no_proxy``, and leaves it there.
 
     Args:
         command: The server's program and options.
@@ -100,7 +95,7 @@ def serving(
     import requests  # slow to import, and plans import this module
 
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
-    # Otherwise requests, also those of lm-eval, would go to the proxy of ``http_proxy``.
+    # Without this, requests, also those of lm-eval, would go to the proxy in ``http_proxy``.
     for variable in ("no_proxy", "NO_PROXY"):
         hosts = os.environ.get(variable)
         os.environ[variable] = f"{hosts},{HOST}" if hosts else HOST
@@ -120,8 +115,8 @@ def serving(
         # A request can fail shortly before the process ends, so wait for one second.
         if reason := _exit_reason(process, wait=1):
             raise RecipeError(f"{name} ended during a request: {reason}", SEE_LOG) from error
-        answer = getattr(error.response, "text", "") or error  # the error, if there is no response
-        raise RecipeError(f"{name} failed: {answer}", SEE_LOG) from error
+        answer = getattr(error.response, "text", "")  # empty if there is no response
+        raise RecipeError(f"{name} failed: {answer or error}", SEE_LOG) from error
     finally:
         process.terminate()
         if _exit_reason(process, wait=STOP_SECONDS) is None:

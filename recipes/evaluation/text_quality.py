@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -59,18 +59,10 @@ def measure(
 ) -> EvaluationResult:
     """Evaluates NeMo checkpoints on held-out text, with one model in memory at a time.
 
-    Ranks split the sequences. Rank 0 also generates text, and writes ``results.json`` with all
-    metrics, the loss of each sequence and the generated text.
-
-    Args:
-        cfg: The stage's config.
-        checkpoints: NeMo checkpoints by role (``teacher``, ``pruned`` and ``distilled``).
-        data: Output of ``prepare_data``.
-        out: Folder of ``results.json``.
-        log: Metrics file.
-
-    Returns:
-        The metrics over the sequences of all ranks.
+    ``checkpoints`` has a checkpoint for each of ``ROLES``; ``data`` is the output of
+    ``prepare_data``. Ranks split the sequences. Each rank returns the metrics over all sequences.
+    Rank 0 also generates text, and writes ``results.json`` to ``out`` with all metrics, the loss of
+    each sequence and the generated text.
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     _require_text_for_ranks(cfg, text)
@@ -80,21 +72,23 @@ def measure(
     tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     generations = _examples(cfg, text)  # tokens; each model's continuations are added below
-    states, parameters = {}, {}
-    for number, (role, path) in enumerate(checkpoints.items()):
+    states: dict[str, FinalStates] = {}
+    parameters = {}
+
+    def progress(done: int) -> None:
+        """Reports the sequences that are done, including those of models already in ``states``."""
+        done_earlier = len(states) * len(rank_text)
+        log.progress("evaluate", done_earlier + done, len(checkpoints) * len(rank_text))
+
+    for role, path in checkpoints.items():
         model = load_transformers(path, dtype_of(cfg.precision))
-
-        # The default argument keeps this model's value. A closure would read the loop's variable.
-        def progress(done: int, earlier: int = number * len(rank_text)) -> None:
-            log.progress("evaluate", earlier + done, len(checkpoints) * len(rank_text))
-
         states[role] = compute_states(
             Predictor.of(model), rank_text, cfg.micro_batch_size, progress
         )
         parameters[role] = sum(p.numel() for p in model.parameters())
         if rank() == 0 and len(prompts := generations["prompt"]):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
-        del model
+        del model  # before the next model is loaded
     metrics = compare_predictions(states, rank_text)
     rank_scores = {role: Scores.of(values, rank_text) for role, values in metrics.items()}
     scores = _gather_scores(rank_scores)
@@ -116,17 +110,6 @@ def measure(
     )
 
 
-def _examples(cfg: EvaluateConfig, text: TextSequences) -> dict[str, Tensor]:
-    """Returns prompts and their original continuations, from sequences spaced over the text."""
-    stride = max(1, len(text) // max(1, cfg.num_generations))
-    examples = text.tokens[::stride][: cfg.num_generations]
-    end = cfg.prompt_tokens + cfg.new_tokens
-    return {
-        "prompt": examples[:, : cfg.prompt_tokens],
-        "text": examples[:, cfg.prompt_tokens : end],
-    }
-
-
 def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:
     """Raises ``RecipeError`` if a rank would get no sequence."""
     if len(text) < world_size():
@@ -138,6 +121,20 @@ def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:
         )
 
 
+def _examples(cfg: EvaluateConfig, text: TextSequences) -> dict[str, Tensor]:
+    """Returns the tokens of prompts and of their original continuations.
+
+    They are from ``num_generations`` sequences that are spaced evenly over the text.
+    """
+    stride = max(1, len(text) // max(1, cfg.num_generations))
+    examples = text.tokens[::stride][: cfg.num_generations]
+    end = cfg.prompt_tokens + cfg.new_tokens
+    return {
+        "prompt": examples[:, : cfg.prompt_tokens],
+        "text": examples[:, cfg.prompt_tokens : end],
+    }
+
+
 def _write_details(
     path: Path,
     results: Mapping[str, ModelQuality],
@@ -146,15 +143,15 @@ def _write_details(
 ) -> None:
     """Writes each role's results and sequence losses, and each prompt with its continuations.
 
-    ``texts`` maps ``prompt``, ``text`` and the roles to lists with one text per prompt: the prompt,
-    its original continuation, and each model's continuation.
+    ``texts`` has a list with one text per prompt for each of these keys: ``prompt``, ``text`` (the
+    original continuation), and the roles (the models' continuations).
     """
     details = {
         "results": {role: asdict(quality) for role, quality in results.items()},
         "sequence_losses": {role: role_scores.losses for role, role_scores in scores.items()},
         # One dict per prompt, with the keys of ``texts``.
         "generations": [
-            dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
+            dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)
         ],
     }
     write_text_atomically(path, json_text(details, indent=1, ensure_ascii=False))
@@ -183,7 +180,7 @@ class Scores:
         )
 
     def __add__(self, more: Scores) -> Scores:
-        """Appends the metrics of further sequences."""
+        """Returns the metrics of these and of further sequences."""
         return Scores(*(values + vars(more)[name] for name, values in vars(self).items()))
 
     def quality(self, span: slice = slice(None)) -> TextQuality:
@@ -199,7 +196,7 @@ class Scores:
 
 
 def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
-    """Gathers the scores of all ranks, and restores the order of the sequences.
+    """Returns the scores of all ranks, by role, in the order of the text's sequences.
 
     ``scores`` maps roles to this rank's scores. Rank r of n has the sequences r, r + n, r + 2n and
     so on.
@@ -211,26 +208,24 @@ def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
         rows = zip_longest(*(vars(rank_scores[role])[metric] for rank_scores in by_rank))
         return [value for row in rows for value in row if value is not None]
 
-    return {
-        role: Scores(**{name: in_order(role, name) for name in vars(scores[role])})
-        for role in scores
-    }
+    metrics = [item.name for item in fields(Scores)]
+    return {role: Scores(*(in_order(role, metric) for metric in metrics)) for role in scores}
 
 
 def score(
-    models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
+    models: Mapping[str, Predictor], text: TextSequences, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models with the teacher, with all models in memory at the same time.
+    """Compares models with the teacher on one sequence at a time, with all models in memory.
 
-    ``models`` maps roles to models. The role ``TEACHER`` is required.
+    ``models`` maps roles, including ``TEACHER``, to models. The result has the same keys.
     """
     scores = {role: Scores() for role in models}
-    for start in range(0, len(text), micro_batch_size):
-        batch = text[start : start + micro_batch_size]
-        states = {role: compute_states(model, batch, len(batch)) for role, model in models.items()}
-        for role, metrics in compare_predictions(states, batch).items():
-            scores[role] += Scores.of(metrics, batch)
-        log.progress("evaluate", start + len(batch), len(text))
+    for index in range(len(text)):
+        sequence = text[index : index + 1]
+        states = {role: compute_states(model, sequence, 1) for role, model in models.items()}
+        for role, metrics in compare_predictions(states, sequence).items():
+            scores[role] += Scores.of(metrics, sequence)
+        log.progress("evaluate", index + 1, len(text))
     return scores
 
 
@@ -248,26 +243,19 @@ def measure_checkpoints(
     precision: str,
     micro_batch_size: int,
 ) -> list[TokenQuality]:
-    """Compares students with their teacher, with one model in memory at a time.
+    """Compares NeMo checkpoints of students with their teacher, one model in memory at a time.
 
-    Args:
-        teacher: NeMo checkpoint of the teacher.
-        students: NeMo checkpoints of the students.
-        text: Sequences to compare them on.
-        precision: Precision of weights and computation.
-        micro_batch_size: Number of sequences in a forward pass.
-
-    Returns:
-        The metrics of each student, in the order of ``students``.
+    Returns the metrics of each student, in the order of ``students``. ``precision`` is that of
+    weights and computation. A forward pass has ``micro_batch_size`` sequences.
     """
 
-    def run(checkpoint: Path) -> FinalStates:
+    def final_states(checkpoint: Path) -> FinalStates:
         model = Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
         states: FinalStates = compute_states(model, text, micro_batch_size)
         return states
 
-    teacher_states = run(teacher)
-    return [token_quality(teacher_states, run(student), text) for student in students]
+    teacher_states = final_states(teacher)
+    return [token_quality(teacher_states, final_states(student), text) for student in students]
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, SourceQuality]:
@@ -285,10 +273,7 @@ def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, S
 
 
 def _recovered(scores: Mapping[str, Scores], span: slice = slice(None)) -> float | None:
-    """Returns which fraction of the loss added by pruning was recovered, on a range of sequences.
-
-    ``None`` if pruning did not raise the loss significantly; see ``recovered``.
-    """
+    """Returns ``recovered`` for the losses on a range of sequences; by default on all."""
     # Losses are negated, because ``recovered`` expects values where higher is better.
     return recovered(*([-loss for loss in scores[role].losses[span]] for role in ROLES))
 
@@ -306,13 +291,7 @@ def with_weights(
 ) -> PreTrainedModel:
     """Builds a transformers model from named weights, on the GPU if there is one.
 
-    Args:
-        config: The model's config.
-        weights: Names in the transformers model, and tensors.
-        dtype: The dtype of the model's parameters.
-
-    Raises:
-        ValueError: The weights do not match the config.
+    The weights are converted to ``dtype``. Raises ``ValueError`` if they do not match the config.
     """
     gc.collect()  # frees an earlier model, which reference cycles may keep in memory
     with no_init_weights():
@@ -320,8 +299,8 @@ def with_weights(
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
     # A tied head uses the embedding's weight, so ``weights`` has none for it.
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if unexpected or set(missing) - optional:
         raise ValueError(
             f"weights do not match the {config.model_type} config: missing {missing}, "
             f"unexpected {unexpected}"
@@ -331,24 +310,23 @@ def with_weights(
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Returns a hash of a model's weights, tokenizer, config.json and generation settings.
+    """Returns a hash of a loaded model's weights, and of other files of its NeMo checkpoint.
 
-    Args:
-        model: The loaded model, whose weights are hashed.
-        checkpoint: NeMo checkpoint of the model, with all other files.
+    These files are the tokenizer, config.json and the generation settings.
     """
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # NumPy has no bfloat16, so the bytes are hashed.
+        # A view as bytes, because NumPy has no bfloat16.
         weights.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
-    generation = nemo.side_folder(checkpoint) / GENERATION_CONFIG
+    folder = nemo.side_folder(checkpoint)
+    generation = folder / GENERATION_CONFIG
     return digest(
         {
             "weights": weights.hexdigest(),
             "config": nemo.read_config(checkpoint),
             "generation": read_json(generation) if generation.exists() else None,
-            "tokenizer": tokenizer_sha256(nemo.side_folder(checkpoint)),
+            "tokenizer": tokenizer_sha256(folder),
         }
     )
 
@@ -358,9 +336,8 @@ def _generate(
 ) -> Tensor:
     """Continues prompts [n, prompt_tokens] greedily.
 
-    Returns:
-        The generated tokens without the prompts, [n, at most new_tokens]. Texts that end early are
-        filled up with ``pad_token``.
+    Returns the new tokens, [n, at most new_tokens]. Texts that end early are filled up with
+    ``pad_token``.
     """
     output: Tensor = model.generate(
         prompts.to(model.device),

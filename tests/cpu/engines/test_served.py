@@ -128,7 +128,7 @@ def test_llama_cpp_gives_the_losses_of_transformers(
     text = TextSequences.of(tokens, end)
     assert not text.prediction_mask.all()  # the token after ``end`` is not predicted
     log = MetricsLog(tmp_path / "metrics")
-    expected = score({TEACHER: Predictor.of(student.model)}, text, 1, log)[TEACHER].losses
+    expected = score({TEACHER: Predictor.of(student.model)}, text, log)[TEACHER].losses
     assert llama.losses(text) == pytest.approx(expected, rel=1e-3)
     # The losses of the two sequences differ, so returning them in the wrong order would fail.
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
