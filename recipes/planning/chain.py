@@ -35,15 +35,12 @@ TENSORRT_LLM = "tensorrt_llm"
 LONG_DATA = "prepare_long_data"
 """Name of the stage that the option ``long_context`` adds. It has its own ``seq_length``."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
-"""Names of inputs that provide a stage's tokenizer. The first that a stage has provides it."""
+"""Names of inputs that can provide a stage's tokenizer; the first that the stage has does so."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of a run, with their settings, machines, shapes and estimated costs.
-
-    All of this is known before the run starts.
-    """
+    """What is known of a run before it starts: settings, machines, shapes and estimated costs."""
 
     hf_path: str
     """Hub id or folder of the teacher."""
@@ -80,24 +77,20 @@ class Chain:
     def image_of(self, module: str, tensorrt_llm: bool) -> str | None:
         """Returns the image that a stage runs in; ``None`` outside of containers.
 
-        Args:
-            module: The stage's module. An image of ``images`` for this module is preferred.
-            tensorrt_llm: Whether the stage runs TensorRT-LLM.
+        An image for the stage's module has precedence over those for TensorRT-LLM and for all.
         """
         names = (module, TENSORRT_LLM if tensorrt_llm else "default")
         return next((self.images[name] for name in names if name in self.images), None)
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Returns the largest shape that a stage's model may have; the teacher's if unknown.
+        """Returns the largest shape that a stage's model may have.
 
-        Args:
-            stage: The stage's name, or the directory of a stage of another run. ``None`` returns
-                the teacher's shape.
+        Returns the teacher's shape if ``stage`` is ``None``, or if its shape is not known. The
+        stage may be one of another run, named by its directory.
         """
         if stage is None:
             return self.teacher
-        if stage in self.stages:
-            # The first shape is the largest.
+        if stage in self.stages:  # the first of its shapes is the largest
             return next(iter(self.shapes.get(stage, ())), self.teacher)
         manifest = manifest_of(stage)
         if manifest is None or manifest.architecture is None:
@@ -114,26 +107,24 @@ def sequence_problems(
 ) -> Iterator[Problem]:
     """Checks a stage's ``seq_length`` against the teacher and against data with conversations.
 
-    Args:
-        seq_length: The stage's ``seq_length``.
-        inputs: The stage's inputs: for each name, a stage of the run or a directory.
-        chain: Stages of the run.
+    ``inputs`` are the stage's inputs: for each name, a stage of the run or a directory.
     """
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         long_data = chain.stages.get(LONG_DATA)
-        # If so, ``long_context`` set this length.
-        is_long = long_data is not None and vars(long_data)["seq_length"] == seq_length
+        is_set_by_long_context = (
+            long_data is not None and vars(long_data)["seq_length"] == seq_length
+        )
+        set_length = f"set data.seq_length to at most {limit}"
         yield Problem(
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
-            "leave long_context out" if is_long else f"set data.seq_length to at most {limit}",
+            "leave long_context out" if is_set_by_long_context else set_length,
         )
     for name in inputs.values():
         config = chain.stages.get(name)
-        # Only whole conversations are packed for one sequence length.
         if not (isinstance(config, PrepareDataConfig) and config.chat_sources()):
-            continue
+            continue  # only whole conversations are packed for one sequence length
         if config.seq_length != seq_length:
             yield Problem(
                 rules.CHAT,
@@ -169,12 +160,12 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     and those that ``import_hf`` converts in another Python. The stage compares all tokenizers when
     it starts.
     """
-    # By input: the stage or directory of the tokenizer, and the tokenizer's hash if it is known.
+    # By input: the stage or directory of its tokenizer.
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
-    hashes: dict[str, str] = {}
-    if len(set(sources.values())) > 1:
-        hash_of = {source: tokenizer_hash(source, chain) for source in set(sources.values())}
-        hashes = {name: sha for name, source in sources.items() if (sha := hash_of[source])}
+    distinct = set(sources.values())
+    # A single source needs no hash, which takes time to compute. Unknown hashes are left out.
+    hash_of = {s: tokenizer_hash(s, chain) for s in distinct} if len(distinct) > 1 else {}
+    hashes = {name: sha for name, source in sources.items() if (sha := hash_of.get(source))}
     if len(set(hashes.values())) > 1:
         listing = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
@@ -198,10 +189,9 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def tokenizer_source(source: str, chain: Chain) -> str:
-    """Returns the stage or directory in which a tokenizer first appears.
+    """Returns the first stage upstream of ``source`` that has the same tokenizer.
 
-    Follows the inputs of the stage ``source`` upstream. A directory of another run is returned as
-    it is.
+    A directory of another run is returned as it is.
     """
     config = chain.stages.get(source)
     inputs = config.inputs if config else {}
@@ -210,12 +200,7 @@ def tokenizer_source(source: str, chain: Chain) -> str:
 
 
 def tokenizer_hash(source: str, chain: Chain) -> str | None:
-    """Returns the SHA-256 of a tokenizer; ``None`` if unknown.
-
-    Args:
-        source: Stage or directory from ``tokenizer_source``.
-        chain: Stages of the run.
-    """
+    """Returns the SHA-256 of the tokenizer of a ``tokenizer_source``; ``None`` if unknown."""
     config = chain.stages.get(source)
     if config is None:
         manifest = manifest_of(source)

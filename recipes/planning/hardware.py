@@ -23,10 +23,8 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 ATTENTION_RATE = 0.6
 """FLOP/s of attention on a CPU, as a fraction of the FLOP/s of float32 GEMMs, in any precision."""
 LAYER_PASS_SECONDS = 4.5e-3
-"""Overhead of a forward pass through a layer on a CPU: the time to start its operations.
-
-More threads do not lower it.
-"""
+"""Time to start the operations of a forward pass through a layer on a CPU, with any number of
+threads."""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
     True: {
         "precision": "bf16-mixed",
@@ -44,13 +42,11 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
 """Fastest precision, and rates measured on two cores of AMD EPYC processors.
 
 The key says whether the processor has instructions for bfloat16 GEMMs. Without them, it emulates
-bfloat16 GEMMs.
+these GEMMs, almost a hundred times slower than float32 GEMMs. So its precision is float32.
 """
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""Profile of CPUs that this machine cannot inspect, such as a cluster's nodes.
-
-The precision is float32, which every CPU supports.
-"""
+"""Profile of CPUs that this machine cannot inspect, such as a cluster's nodes. Every CPU supports
+its precision, float32."""
 
 
 @dataclass
@@ -73,8 +69,8 @@ class Hardware:
     """Memory bandwidth; for ``cpu``, of a copy, in which each byte counts twice: read and written.
     """
     bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
-    """Fraction of ``bytes_per_second`` that operations between GEMMs reach; above 1, because caches
-    hold some of their data. ``null`` if ``utilisation`` includes these operations."""
+    """Fraction of ``bytes_per_second`` that operations between GEMMs reach; above 1 if caches hold
+    some of their data. ``null`` if ``utilisation`` includes these operations."""
     link_bytes_per_second: Rate = 1.0e10
     """Bandwidth between devices of a node, in each direction."""
     network_bytes_per_second: Rate = 1.0e9
@@ -101,13 +97,13 @@ class Hardware:
         return self.kind == "gpu"
 
     def memory_of_rank(self, ranks_on_node: int) -> float:
-        """Returns the bytes of memory that one rank may use.
-
-        Args:
-            ranks_on_node: Number of ranks on the node, which share the memory of a CPU node.
-        """
+        """Returns the bytes of memory that one rank may use. Ranks share a CPU node's memory."""
         memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
         return memory if self.on_gpu else memory / ranks_on_node
+
+    def link_rate(self, within_node: bool) -> float:
+        """Returns the bytes per second between two devices, in each direction."""
+        return self.link_bytes_per_second if within_node else self.network_bytes_per_second
 
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
         """Returns the seconds that one rank takes for its work, without communication.
@@ -126,7 +122,7 @@ class Hardware:
             seconds = compute.gemm_flops / rate
             seconds += compute.blocked_attention_flops / attention_rate
             seconds += compute.bytes / bandwidth + LAYER_PASS_SECONDS * compute.layer_passes
-        return seconds if self.on_gpu else seconds * ranks_on_node  # ranks share the CPU
+        return seconds if self.on_gpu else seconds * ranks_on_node
 
 
 def physical_memory() -> int:
@@ -138,14 +134,9 @@ def physical_memory() -> int:
 
 
 def cpu_profile(name: str, here: bool = True) -> Any:
-    """Returns a value of the CPU profile.
+    """Returns ``precision`` or a rate, named as in ``CPU_PROFILES``, of a CPU.
 
-    A processor without instructions for bfloat16 GEMMs emulates them, almost a hundred times slower
-    than float32 GEMMs. So its profile has float32 as its precision.
-
-    Args:
-        name: Key of ``CPU_PROFILES[True]``: ``precision``, or a rate.
-        here: Whether the CPU is that of this machine. If not, the value is from ``UNKNOWN_CPU``.
+    If ``here`` is false, the CPU is not this machine's, and the value is from ``UNKNOWN_CPU``.
     """
     if not here:
         return UNKNOWN_CPU[name]

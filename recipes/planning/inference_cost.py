@@ -36,7 +36,7 @@ from recipes.planning.transformer import (
 )
 from recipes.planning.workload import Layout
 
-COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
+COMPARISON_BUFFERS, ONE_MODEL_BUFFERS = 4, 2
 """Number of tensors of ``LOGITS_BYTES`` bytes that are alive at once: in a comparison of two
 models, and in one model's loss."""
 PARITY_TOKENS = 128
@@ -61,8 +61,8 @@ class InferenceCost:
     memory: Memory
     """Memory of the rank that needs the most."""
     compute: Compute
-    """FLOPs and memory traffic of one replica of the model. The times of its pipeline ranks add up,
-    because they compute in turn. Other replicas run at the same time and are not counted."""
+    """FLOPs and memory traffic of one replica of the model, as replicas run at the same time. The
+    work of its pipeline ranks is added up, because they compute in turn."""
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
@@ -72,12 +72,12 @@ class InferenceCost:
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
     ranks_on_node: int = 1
-    """Ranks that compute at the same time and share the rates and the memory of a CPU node."""
+    """Ranks that compute at the same time, and on CPUs share the node's rates and memory."""
     keeps_answers: bool = False
     """Whether the stage, if it is started again, skips the benchmark tasks that it completed."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Returns the hours on a hardware profile. Generation only counts its memory traffic."""
+        """Returns the hours on a hardware profile. Decoding steps only count memory traffic."""
         ranks = self.ranks_on_node
         seconds = hardware.compute_seconds(self.compute, self.bf16, ranks) + self.training_seconds
         generated_bytes = self.generated_bytes * (1 if hardware.on_gpu else ranks)
@@ -106,8 +106,8 @@ class Sequences:
 
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
         """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
-        per_token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
-        # ``pass_compute`` counts the head for every token. This subtracts the head of the others.
+        per_token = pass_compute(arch, self.seq_length, _value_bytes(bf16))
+        # ``pass_compute`` counts the head for every token. Subtracts it for tokens without logits.
         per_token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),
             bytes=self.scored_fraction * scoring_bytes(arch.vocab_size),
@@ -123,9 +123,10 @@ def comparison_cost(
 
     The last hidden states and the head of each model stay in memory until the comparison.
     """
-    value_bytes, reserved, peaks = _value_bytes(bf16), hardware.reserved_bytes, []
+    value_bytes, reserved = _value_bytes(bf16), hardware.reserved_bytes
     # Bytes of the output heads and last hidden states of the models that have already run.
     heads = states = 0.0
+    peaks = []
     for arch in models:
         states += _state_bytes(arch, value_bytes, text, hardware)
         activations = inference_activation_bytes(arch, value_bytes, text.micro_batch_tokens)
@@ -148,9 +149,9 @@ def ranking_cost(
     """Returns the memory of comparing a candidate with the teacher, and the teacher's FLOPs.
 
     The caller adds the FLOPs of the candidates, which are compared one after the other. A pruned
-    candidate takes no memory, because its weights are views of the teacher's. A candidate that is
-    ``healed`` (reconstructed by least squares) has its own weights. They are counted as large as
-    the teacher's, and replace them in memory, except for the teacher's head.
+    candidate takes no memory, because its weights are views of the teacher's weights. If it is
+    ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
+    as the teacher's. They replace the teacher's weights in memory, except for the teacher's head.
     """
     value_bytes = _value_bytes(bf16)
     states = 2 * _state_bytes(teacher, value_bytes, text, hardware)  # of both models
@@ -183,18 +184,18 @@ def healing_cost(
     factor), and three of n·m (the sum, and the result in float64 and in float32).
     """
     models = (teacher, student)
-    # Values for each token of the text (``streams``) and of a micro batch (``buffers``).
-    streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
-    buffers = HEALING_BUFFERS * feed_forward_width(teacher)
+    token_values = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
+    stream_bytes = 4 * text.tokens * token_values
+    buffer_values = text.micro_batch_tokens * HEALING_BUFFERS * feed_forward_width(teacher)
     # Parameters of one layer of each model. The embeddings are divided among the layers.
     layer_parameters = sum(arch.parameters() / arch.num_layers for arch in models)
     host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
-    problems = least_squares_shapes(teacher, student)
-    summing = 4 * text.micro_batch_tokens * buffers + max(8 * n * (n + m) for n, m in problems)
-    solving = max(32 * n * n + 20 * n * m for n, m in problems)
+    shapes = least_squares_shapes(teacher, student)
+    summing_bytes = 4 * buffer_values + max(8 * n * (n + m) for n, m in shapes)
+    solving_bytes = max(4 * 8 * n * n + (8 + 8 + 4) * n * m for n, m in shapes)
     memory = Memory(
         weights=4 * layer_parameters + host_bytes,
-        activations=4 * text.tokens * streams + max(summing, solving),
+        activations=stream_bytes + max(summing_bytes, solving_bytes),
         reserved=hardware.reserved_bytes,
     )
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
@@ -203,7 +204,7 @@ def healing_cost(
 
 
 def ablation_passes(layers: int, sequences: int, block_sizes: Iterable[int]) -> int:
-    """Returns how many forward passes of a sequence run without one layer or block of layers."""
+    """Returns the number of forward passes of all sequences without each layer and each block."""
     # A block of ``size`` layers can start at ``layers - size + 1`` positions.
     return sequences * sum(layers - size + 1 for size in (1, *block_sizes))
 
@@ -216,21 +217,16 @@ def scoring_cost(
     pipeline: int = 1,
     ablation_passes: float = 0,
 ) -> InferenceCost:
-    """Returns the cost of the importance scores of a model.
+    """Returns the cost of the importance scores of a model on a calibration text.
 
-    Args:
-        arch: The model.
-        bf16: Whether it computes in bfloat16.
-        text: The calibration text.
-        hardware: The hardware profile.
-        pipeline: Number of pipeline stages, each on one rank.
-        ablation_passes: Result of the function ``ablation_passes``, per data-parallel rank.
+    Each of the ``pipeline`` stages is on one rank. ``ablation_passes`` is the result of the
+    function of this name, per data-parallel rank.
     """
     value_bytes, tokens = _value_bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
     # The inputs of all layers of the longest pipeline stage, and the last layer's output.
-    states = (-(-arch.num_layers // pipeline) + 1) * value_bytes * tokens * arch.hidden_size
+    states = (ceil(arch.num_layers / pipeline) + 1) * value_bytes * tokens * arch.hidden_size
     # While a hook runs, the residual stream and the feed-forward layer's input are also in memory.
     hook_bytes = tokens * 2 * value_bytes * arch.hidden_size
     if arch.num_moe_experts:  # two copies of inputs, and outputs also in float32 (4 bytes)
@@ -245,7 +241,7 @@ def scoring_cost(
     layer = inference_activation_bytes(arch, value_bytes, tokens)
     memory = largest(
         replace(resident, activations=states + max(layer, hook_bytes)),
-        replace(resident, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
+        replace(resident, logits=_logits_bytes(arch, tokens, ONE_MODEL_BUFFERS)),
     )
     ablations = replace(text, number=ABLATED_FRACTION * ablation_passes)
     return InferenceCost(memory, text.compute(arch, bf16) + ablations.compute(arch, bf16), bf16)
@@ -260,12 +256,8 @@ def serving_cost(
 ) -> InferenceCost:
     """Returns a lower bound of the cost per device of serving batches one after the other.
 
-    Args:
-        arch: The model.
-        requests: Number of sequences and prompt tokens per sequence, of each batch.
-        new_tokens: Tokens that each sequence generates.
-        storage: Types of weights and KV cache.
-        devices: Devices over which the model is split.
+    ``requests`` has the number of sequences, and of prompt tokens per sequence, of each batch. Each
+    sequence then generates ``new_tokens`` tokens. The model is split over ``devices``.
     """
     flops = sum(prefill_flops(arch, batch, prompt) for batch, prompt in requests)
     traffic = sum(
@@ -337,10 +329,10 @@ def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
 def quantization_cost(arch: Architecture, seq_length: int, hardware: Hardware) -> InferenceCost:
     """Returns the memory of a comparison of a quantized model with the original in bfloat16.
 
-    ModelOpt simulates the quantization, so both models have the same size. The time is not counted.
+    The time is not counted.
     """
-    memory = Memory(
-        weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),  # of two models
+    memory = Memory(  # ModelOpt simulates the quantization, so both models have the same size
+        weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),
         activations=inference_activation_bytes(arch, 2, seq_length),
         logits=_logits_bytes(arch, seq_length, COMPARISON_BUFFERS),
         reserved=hardware.reserved_bytes,

@@ -26,13 +26,12 @@ LONG_SEQUENCE = 32768
 def shape_layout_problems(
     workload: Workload, shapes: Sequence[Architecture], hardware: Hardware
 ) -> list[Problem]:
-    """Checks a layout for every shape that the trained model may have.
+    """Checks a layout for every shape that the trained model may have, the largest first.
 
     Returns:
-        The problems of the largest shape that has an error. If no shape has one, the warnings of
-        the largest shape.
+        The problems of the first shape that has an error. If no shape has one, the warnings of the
+        first shape.
     """
-    # The largest shape comes first.
     problems_by_shape = [
         list(layout_problems(workload_of_shape, hardware))
         for workload_of_shape in workloads_of_shapes(workload, shapes)
@@ -60,20 +59,20 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
             f"{hardware.name}: gloo cannot gather different numbers of tokens from ranks",
             "set one of the two to 1, or set hardware to your GPU's profile",
         )
-    # A training of the teacher itself has the same model twice, which is checked once.
-    models = {"teacher": workload.teacher, "student": workload.trained}
-    if workload.trained == workload.teacher:
-        del models["student"]
-    for role, arch in models.items():
-        if arch is not None:
-            yield from _shape_problems(layout, role, arch, workload.trained is not None)
-    if "student" in models and workload.trained is not None:
-        yield from _alignment_problems(layout, workload.trained)
+    trained, teacher = workload.trained, workload.teacher
+    if teacher is not None:
+        yield from _shape_problems(layout, "teacher", teacher, trains=trained is not None)
+    # In a training of the teacher itself, both are the same model.
+    if trained is not None and trained != teacher:
+        yield from _shape_problems(layout, "student", trained, trains=True)
+        yield from _alignment_problems(layout, trained)
 
 
 def _rank_problems(workload: Workload) -> Iterator[Problem]:
     layout, batch = workload.layout, workload.global_batch_size
-    if layout.data == 0:  # the number of ranks is not a multiple of one replica's ranks
+    has_whole_replicas = layout.data > 0
+    micro_batch_of_all_replicas = layout.data * layout.micro_batch_size
+    if not has_whole_replicas:
         sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
         sizes += f" x CP={layout.context}" if layout.context > 1 else ""
         yield Problem(
@@ -81,14 +80,13 @@ def _rank_problems(workload: Workload) -> Iterator[Problem]:
             f"{layout.ranks} rank(s) cannot be split into {sizes}",
             f"set resources.devices to a multiple of {layout.replica_ranks}",
         )
-    elif batch % (micro_batch_of_all_replicas := layout.data * layout.micro_batch_size):
+    elif batch % micro_batch_of_all_replicas:
         yield Problem(
             rules.BATCH,
             f"global_batch_size={batch} is not a multiple of DP={layout.data} x "
             f"micro_batch_size={layout.micro_batch_size}",
             f"use a multiple of {micro_batch_of_all_replicas}",
         )
-    has_whole_replicas = layout.data > 0  # if not, the problem above has been reported
     if has_whole_replicas and layout.tensor > layout.devices:
         yield Problem(
             rules.TENSOR_NODES,
@@ -128,22 +126,21 @@ def _context_problems(workload: Workload, hardware: Hardware) -> Iterator[Proble
 
 
 def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
-    expert_parallel, experts = layout.expert, shape.num_moe_experts
-    dp_cp_ranks = layout.data * layout.context
-    if expert_parallel == 1:
+    if layout.expert == 1:
         return
-    if not experts or experts % expert_parallel:
+    experts, dp_cp_ranks = shape.num_moe_experts, layout.data * layout.context
+    if not experts or experts % layout.expert:
         valid_size = f"a divisor of {experts}" if experts else "1"
         yield Problem(
             rules.EXPERT_PARALLEL,
-            f"the {role}'s {experts} experts cannot be split over EP={expert_parallel} ranks",
+            f"the {role}'s {experts} experts cannot be split over EP={layout.expert} ranks",
             f"set expert_model_parallel_size to {valid_size}",
         )
-    elif dp_cp_ranks % expert_parallel:
+    elif dp_cp_ranks % layout.expert:
         yield Problem(
             rules.EXPERT_PARALLEL,
             f"experts are split over DP x CP = {dp_cp_ranks} ranks, not a multiple of "
-            f"EP={expert_parallel}",
+            f"EP={layout.expert}",
             "lower expert_model_parallel_size",
         )
 
@@ -151,13 +148,9 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
 def _shape_problems(
     layout: Layout, role: str, shape: Architecture, trains: bool
 ) -> Iterator[Problem]:
-    """Checks that a layout can split a model.
+    """Checks that a layout can split a model, which messages call ``role``.
 
-    Args:
-        layout: The parallel layout.
-        role: The model's name in messages.
-        shape: The model.
-        trains: Whether the stage trains. If not, it has no sequence parallelism.
+    A stage that does not train has no setting for sequence parallelism.
     """
     tensor = layout.tensor
     for axis in split_axes(shape):
@@ -191,7 +184,7 @@ def _shape_problems(
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
     """Checks that the dimensions of GEMMs on each rank are multiples of ``GEMM_MULTIPLE``."""
     feed_forward_axis = split_axes(student)[-1]
-    # Each axis, with the number of ranks that it is split over.
+    # Each axis with the number of ranks over which it is split.
     for axis, ranks in (("hidden_size", 1), (feed_forward_axis, layout.tensor)):
         size = getattr(student, axis)
         # If the ranks do not divide the size, ``_shape_problems`` reports it.
@@ -221,7 +214,7 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
     if has_error(layout_problems(workload, hardware)):
         return False
     # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each chunk
-    # over the tensor-parallel ranks. Without context parallelism, the factor 2 is not necessary.
+    # over the tensor-parallel ranks. Proposals keep the factor 2 without context parallelism, too.
     if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
     available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)
@@ -231,7 +224,10 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
 def workloads_on_all_layouts(
     workload: Workload, devices: int, node_size: int
 ) -> Iterator[Workload]:
-    """Yields the workload on every layout of ``devices`` devices, ``node_size`` or fewer a node."""
+    """Yields the workload on layouts of ``devices`` devices, with the smallest sizes first.
+
+    A node has at most ``node_size`` devices.
+    """
     per_node = min(devices, node_size)
     # A cache has the logits of whole sequences, so its training cannot use context parallelism.
     try_context = workload.seq_length >= LONG_SEQUENCE and not workload.teacher_is_cached
@@ -242,7 +238,7 @@ def workloads_on_all_layouts(
     pipeline_sizes: tuple[int, ...] = PARALLEL_SIZES
     # Granularity, and whether the feed-forward network is recomputed.
     recomputations = [("none", False), ("selective", True), ("full", False)]
-    if workload.compares_hidden_states:
+    if workload.hidden_state_bytes:
         # A loss on hidden states forbids full recomputation. The layers that it compares were
         # checked only for the configured pipeline size.
         pipeline_sizes, recomputations = (workload.layout.pipeline,), recomputations[:2]
@@ -252,15 +248,10 @@ def workloads_on_all_layouts(
         pipeline_sizes, context_sizes, recomputations = (1,), (1,), recomputations[:1]
         # Of equally cheap layouts, the first is proposed: that with the largest micro batch.
         micro_batch_sizes = PARALLEL_SIZES[::-1]
-    for tensor, pipeline, context, expert, micro_batch_size, recomputation in product(
-        tensor_sizes,
-        pipeline_sizes,
-        context_sizes,
-        expert_sizes,
-        micro_batch_sizes,
-        recomputations,
+    sizes = product(tensor_sizes, pipeline_sizes, context_sizes, expert_sizes, micro_batch_sizes)
+    for (tensor, pipeline, context, expert, micro_batch), (granularity, feed_forward) in product(
+        sizes, recomputations
     ):
-        granularity, recompute_feed_forward = recomputation
         layout = Layout(
             nodes=devices // per_node,
             devices=per_node,
@@ -269,10 +260,10 @@ def workloads_on_all_layouts(
             context=context,
             expert=expert,
             optimizer_instances=workload.layout.optimizer_instances,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=micro_batch,
             sequence_parallel=tensor > 1 and workload.trained is not None,
             recompute_granularity=granularity,
-            recompute_feed_forward=recompute_feed_forward,
+            recompute_feed_forward=feed_forward,
         )
         yield replace(workload, layout=layout)
 
@@ -282,7 +273,7 @@ def cheapest_proposal(
 ) -> Proposal | None:
     """Returns the cheapest layout of ``devices`` devices that fits into memory.
 
-    If several layouts are equally cheap, returns the one with the smallest parallel sizes. Costs
+    If several layouts are equally cheap, returns the first of ``workloads_on_all_layouts``. Costs
     are equal if they round to the same 0.001 device-hours. If no layout fits, returns ``None``.
     """
     fitting = [
@@ -290,17 +281,16 @@ def cheapest_proposal(
         for candidate in workloads_on_all_layouts(workload, devices, node_size)
         if fits(candidate, hardware)
     ]
-    # ``min`` returns the first of equal items. The smallest parallel sizes come first.
+    # ``min`` returns the first of equal items.
     return min(fitting, key=lambda p: round(p.cost.device_hours, 3), default=None)
 
 
 def proposals(workload: Workload, hardware: Hardware) -> list[Proposal]:
     """Returns the cheapest layout for each of several numbers of devices, the lowest price first.
 
-    Several nodes have as many devices as configured. A single node is assumed to have at least 8.
-    The maximum number of devices is the workload's ranks or a node, whichever is larger. The other
-    numbers are all powers of 2 below it. Numbers that leave a node partly used beside full nodes
-    are skipped.
+    The numbers are a maximum and all powers of 2 below it, except those that leave a node partly
+    used beside full nodes. The maximum is the workload's ranks or a node, whichever is larger.
+    Nodes have as many devices as configured. A single node is assumed to have at least 8.
     """
     layout = workload.layout
     node_size = layout.devices if layout.nodes > 1 else max(8, layout.devices)

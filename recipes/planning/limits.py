@@ -25,8 +25,7 @@ from recipes.planning.training_cost import (
 from recipes.planning.workload import Workload, workloads_of_shapes
 
 TOKENIZED_PER_SECOND = 290_000
-"""Tokens per second of one tokenizer process, measured with two processes
-(``benchmarks/README.md``)."""
+"""Measured tokens per second of each of two tokenizer processes (``benchmarks/README.md``)."""
 HUB_READ_PER_SECOND, FILE_READ_PER_SECOND = 4_700_000, 15_000_000
 """Measured tokens per second that a rank reads from a hub's dataset (row by row), and from local
 files. Every rank reads all text, so neither more ranks nor more processes raise these rates."""
@@ -35,16 +34,14 @@ MAX_EPOCHS = 4
 NO_TIME_LIMIT = "999999-00:00:00"
 """A Slurm time limit, in days, that no stage reaches."""
 MIN_MARGIN_SECONDS = 300
-"""Minimum of a stage's default margin: the seconds before its job's time limit at which it stops.
-The estimated margin omits some costs."""
+"""Minimum of a stage's estimated ``margin_seconds``, because the estimate omits some costs."""
 
 
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
     """Yields a problem for each limit that a stage exceeds, and warnings about the whole plan.
 
-    Args:
-        chain: All stages of the run. All their checks must have passed.
-        stages: Names of the stages to check.
+    All checks of the stages must have passed. Only those whose names are in ``stages`` are compared
+    with limits.
     """
     if chain.from_published_config:
         yield Problem(
@@ -63,8 +60,8 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
         if name in stages:
             yield from _training_memory_problems(name, workload, chain)
             yield from _text_problems(name, workload, chain)
-    for config in (chain.stages[name] for name in stages):
-        yield from _unknown_text_problems(config)
+    for name in stages:
+        yield from _unknown_text_problems(chain.stages[name])
     for name, hours in _expected_hours(chain).items():
         if name in stages:
             yield from _time_problems(name, hours, chain)
@@ -82,22 +79,20 @@ def _expected_hours(chain: Chain) -> dict[str, float]:
 
 
 def preparation_seconds(chain: Chain) -> dict[str, float]:
-    """Returns the expected time of each stage that tokenizes text of a known size.
+    """Returns the expected seconds of each stage that tokenizes text of a known size.
 
-    Stages whose text the teacher writes are left out. Most of their time is for generation, which
-    is not estimated.
+    Stages whose text the teacher writes are left out, because the time of generation is not known.
     """
-    seconds = {}
-    for name, config in chain.stages.items():
-        if isinstance(config, PrepareDataConfig) and not config.teacher_sources():
-            expected = _tokenization_seconds(config)
-            if expected < math.inf:
-                seconds[name] = expected
-    return seconds
+    seconds = {
+        name: _tokenization_seconds(config)
+        for name, config in chain.stages.items()
+        if isinstance(config, PrepareDataConfig) and not config.teacher_sources()
+    }
+    return {name: expected for name, expected in seconds.items() if expected < math.inf}
 
 
 def _tokenization_seconds(config: PrepareDataConfig) -> float:
-    """Returns the time to read and tokenize all sources; infinite if their size is not known."""
+    """Returns the seconds to read and tokenize all sources; infinite if a size is not known."""
     tokens, sources = source_tokens(config), source_names(config.all_sources())
     # Tokens per second. Reading and tokenizing run at the same time, so the slower one limits both.
     tokenizer_rate = TOKENIZED_PER_SECOND * config.processes * config.resources.ranks
@@ -111,20 +106,19 @@ def _tokenization_seconds(config: PrepareDataConfig) -> float:
 
 def source_tokens(config: PrepareDataConfig) -> dict[str, float]:
     """Returns the expected tokens of each source, by name; infinite if they are not known."""
-    names = source_names(config.all_sources()).items()
-    return {name: _expected_tokens(config, source) for name, source in names}
+    sources = source_names(config.all_sources())
+    return {name: _expected_tokens(config, source) for name, source in sources.items()}
 
 
 def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
-    """Returns the expected tokens of a source; infinite if they are not known."""
     if source_problem(source):  # the stage's own check reports the problem
+        return math.inf
+    if source in config.sources and config.max_documents:  # the documents' lengths are not known
         return math.inf
     parsed, size = parse_source(source), source_bytes(source)
     tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     if parsed.by_teacher and parsed.tokens:
         tokens = float(parsed.tokens)
-    if source in config.sources and config.max_documents:  # the documents' lengths are not known
-        return math.inf
     return min(tokens, config.token_limit(source))
 
 
@@ -137,17 +131,17 @@ def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
         # With ``max_documents``, the tokens are not known even if the size of the files is.
         has_size = source_bytes(source) or parse_source(source).wheel
         if math.isinf(expected[name]) and not has_size:
-            limit = f"set stages.{config.name}.max_tokens"
+            set_limit = f"set stages.{config.name}.max_tokens"
             yield Problem(
                 rules.UNKNOWN_TEXT,
                 f"the size of '{name}' is not known, so the plan has neither the hours of "
                 f"{config.name} nor the disk space of this text",
-                limit if source in config.sources else "add #tokens= to the source",
+                set_limit if source in config.sources else "add #tokens= to the source",
             )
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
-    """Returns the problem of a stage whose rank needs more memory than is available, in bytes."""
+    """Returns the problem of a stage that needs more bytes on a rank than are available."""
     return Problem(
         rules.MEMORY,
         f"{name} needs about {needed / 1e9:.0f} GB on a rank, but {device} has "
@@ -168,7 +162,7 @@ def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Proble
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Compares the memory that a training run's ranks need with the memory that they have.
 
-    The fix is the cheapest layout that fits, if possible with the same number of ranks.
+    The fix is the cheapest layout that fits on as many ranks, or else on any number of ranks.
     """
     hardware = chain.hardware
     workloads = workloads_of_shapes(workload, chain.shapes.get(name, ()))
@@ -180,17 +174,15 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
     fix = "use devices with more memory, or more of them"
     fitting = proposals(workload, hardware)  # the cheapest first
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
-    if suggestions := same_ranks or fitting:
+    suggestions = same_ranks or fitting
+    if suggestions:
         overrides = layout_overrides(chain.stages[name], suggestions[0].workload)
         fix = f"for example {' '.join(overrides)}"
     yield memory_problem(name, needed, available, hardware.name, fix)
 
 
 def layout_overrides(config: StageConfig, workload: Workload) -> list[str]:
-    """Returns a workload's layout as command-line overrides of a stage.
-
-    Leaves out the settings that the stage does not have.
-    """
+    """Returns a workload's layout as command-line overrides of the settings that a stage has."""
     layout = workload.layout
     values = {
         "resources.nodes": layout.nodes,
@@ -208,7 +200,7 @@ def layout_overrides(config: StageConfig, workload: Workload) -> list[str]:
     return [
         f"stages.{config.name}.{name}={value}"
         for name, value in values.items()
-        if hasattr(config, name.partition(".")[0])
+        if hasattr(config, name.split(".")[0])
     ]
 
 
@@ -220,7 +212,7 @@ def slurm_seconds(limit: str) -> int:
 
 
 def stops_at_deadline(name: str, chain: Chain) -> bool:
-    """Returns whether a stage stops before its job's time limit, and a later job resumes it."""
+    """Returns whether a stage stops before its job's time limit, so that a later job resumes it."""
     if name in chain.workloads or isinstance(chain.stages[name], PrepareDataConfig):
         return True
     cost = chain.inference_costs.get(name)
@@ -232,17 +224,14 @@ def margin_seconds(name: str, chain: Chain) -> int:
     if chain.margin_seconds is not None:
         return chain.margin_seconds
     workload, cost = chain.workloads.get(name), chain.inference_costs.get(name)
-    seconds = stopping_seconds(workload, chain.hardware) if workload else 0.0
-    if cost is not None:
-        seconds = cost.stopping_seconds or 0.0
-    return max(MIN_MARGIN_SECONDS, math.ceil(seconds))
+    seconds = cost.stopping_seconds if cost is not None else None
+    if cost is None and workload is not None:
+        seconds = stopping_seconds(workload, chain.hardware)
+    return max(MIN_MARGIN_SECONDS, math.ceil(seconds or 0))
 
 
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
-    """Compares a stage's time with its job's time limit.
-
-    A stage that can resume stops a margin before the limit, and another job resumes it.
-    """
+    """Compares a stage's time with its job's time limit, less the margin if it can resume."""
     limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
     cost = chain.inference_costs.get(name)
     can_resume = stops_at_deadline(name, chain)
@@ -271,13 +260,13 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
 def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Compares the tokens of a training run with those of its text.
 
-    It is an error if the text cannot fill one batch, even if each byte of it were a token. It is a
+    It is an error if the text cannot fill one batch even if each byte of it were a token. It is a
     warning if the run repeats the text more than ``MAX_EPOCHS`` times.
     """
     if workload.trained is None:  # a teacher that caches its logits reads its text once
         return
     inputs = chain.stages[name].inputs
-    data = inputs.get("data", "")
+    data = inputs.get("data", "")  # a stage, or its directory in another run
     config = chain.stages.get(data)
     tokens_by_source, max_tokens = training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
@@ -285,10 +274,10 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     if workload.cached_sequences is not None:
         cached_tokens = workload.cached_sequences * workload.seq_length
         if cached_tokens < expected:  # the cache, not the text, limits the training
-            teacher = inputs["teacher"]
-            setting = f"num_sequences in the run of {teacher}"
-            if teacher in chain.stages:
-                setting = f"stages.{teacher}.num_sequences"
+            cache = inputs["teacher"]  # the stage that cached the logits, or its directory
+            setting = f"num_sequences in the run of {cache}"
+            if cache in chain.stages:
+                setting = f"stages.{cache}.num_sequences"
             text, fix = "the teacher's cache", f"raise {setting}"
         expected, max_tokens = min(expected, cached_tokens), min(max_tokens, cached_tokens)
     batch_tokens = workload.global_batch_size * workload.seq_length
@@ -346,14 +335,12 @@ def _repeated_sources(
 def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     """Returns the expected number of training tokens by source, and an upper bound of their sum.
 
-    Numbers that are not known are infinite.
-
-    Args:
-        chain: Stages of the run.
-        data: The stage that prepares the text, or its directory in another run.
+    Numbers that are not known are infinite. ``data`` is the stage that prepares the text, or its
+    directory in another run.
     """
     config = chain.stages.get(data)
-    if (manifest := _prepared_text(chain, data, config)) is not None:
+    manifest = _prepared_text(chain, data, config)
+    if manifest is not None:
         result = manifest.result(DatasetResult)
         sources = {entry.source: float(entry.tokens) for entry in result.source_tokens["train"]}
         return sources, float(result.tokens["train"])
@@ -362,15 +349,14 @@ def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     train_fraction = 1 - sum(config.fractions().values())
     if config.prefix:
         _, _, boundaries, total = require_token_files(config.prefix_path)
-        at_most = min(total, config.max_tokens or total)
-        document_tokens = total / (boundaries - 1)  # the mean; n documents have n + 1 boundaries
-        limited = min(at_most, document_tokens * (config.max_documents or math.inf))
-        return {config.prefix_path.name: limited * train_fraction}, at_most
+        max_tokens = min(total, config.max_tokens or total)
+        mean_document = total / (boundaries - 1)  # n documents have n + 1 boundaries
+        expected_tokens = min(max_tokens, mean_document * (config.max_documents or math.inf))
+        return {config.prefix_path.name: expected_tokens * train_fraction}, max_tokens
     tokens = source_tokens(config)
     expected = {name: tokens[name] * train_fraction for name in config.training_names()}
-    # The upper bound: a token has at least one byte, and the random split may assign all documents
-    # to training.
-    sizes = [source_bytes(source) for source in config.sources]
+    # A token has at least one byte, and the random split may assign all documents to training.
+    sizes = map(source_bytes, config.sources)
     return expected, float(sum(size or math.inf for size in sizes))
 
 

@@ -22,7 +22,7 @@ class Roofline:
     bytes_per_second: float
 
     def seconds(self, flops: float, traffic: float) -> float:
-        """Returns the least seconds for a number of FLOPs and bytes of memory traffic."""
+        """Returns a lower bound of the seconds for FLOPs and bytes of memory traffic."""
         return max(flops / self.flops_per_second, traffic / self.bytes_per_second)
 
 
@@ -37,6 +37,6 @@ def prefill_seconds(
 def decode_seconds(
     arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
 ) -> float:
-    """Returns a lower bound of the seconds of a decoding step, after ``context`` tokens each."""
+    """Returns a lower bound of the seconds of a batch's next tokens, after ``context`` tokens."""
     flops = decode_flops(arch, batch_size, context)
     return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

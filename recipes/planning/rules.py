@@ -16,7 +16,7 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that a plan checks. A broken rule is an error, which stops the run, or a warning."""
+    """A rule that a plan checks."""
 
     name: str
     """Name in messages and in the setting ``skip_rules``."""
@@ -25,7 +25,7 @@ class Rule:
     reference: str = ""
     """Where the reason is documented: issues on GitHub, files of libraries, or papers."""
     severity: str = ERROR
-    """``ERROR`` or ``WARNING``."""
+    """``ERROR``: a broken rule stops the run. Otherwise ``WARNING``."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,14 @@ def has_error(problems: Iterable[Problem]) -> bool:
 def refuse_errors(
     problems: Iterable[Problem], skipped: Collection[str] = ()
 ) -> tuple[Problem, ...]:
-    """Raises an exception with all errors, except those of skipped rules.
+    """Returns warnings and skipped errors, without duplicates; raises all other errors.
 
     Args:
         problems: Problems of a plan.
         skipped: Names of the rules whose errors do not stop the run.
 
-    Returns:
-        The warnings and the skipped errors, without duplicates.
-
     Raises:
-        RecipeError: A problem is an error whose rule is not skipped.
+        RecipeError: A problem is an error whose rule is not skipped. The message lists all of them.
     """
     unique = tuple(dict.fromkeys(problems))
     errors = [str(p) for p in unique if p.rule.severity == ERROR and p.rule.name not in skipped]
@@ -71,7 +68,7 @@ def refuse_errors(
 
 
 def first_problems(problems_by_shape: Iterable[Iterable[Problem]]) -> list[Problem]:
-    """Returns the problems of the first shape that has any; a search may have many shapes."""
+    """Returns the problems of the first shape that has any, for stages with several shapes."""
     return next(filter(None, map(list, problems_by_shape)), [])
 
 
@@ -148,7 +145,6 @@ TOKENIZER = Rule(
     "a loss on logits compares tokens by id: with two vocabularies it is noise",
     f"{_MODELOPT}#2489; pytorch/torchtune#2119",
 )
-
 LICENCE = _warning(
     "licence", "commercial use of a student needs text and a teacher whose licences allow it"
 )
@@ -310,6 +306,6 @@ SERVED = Rule(
 SERVED_TIME = _warning("served-time", "on a CPU, a served model needs longer than planned")
 GATES = Rule("gates", "a gate limits a metric, which a stage of the run must measure")
 
-# ``vars()`` has all names that this module has defined so far.
+# ``vars()`` has all names that this module has defined so far, in their order.
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}
-"""All rules by name, in the order above."""
+"""All rules by name."""

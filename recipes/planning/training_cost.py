@@ -2,8 +2,8 @@
 
 A pass over a text in which a teacher caches its logits counts as a training run without a student.
 
-- Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
-  optimizer splits these 12 bytes over the replicas.
+- For bfloat16 weights, Adam keeps float32 main weights and two moments: 12 bytes per parameter.
+  Megatron's distributed optimizer splits them over the replicas.
 - Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
   all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2). In an MoE's
   experts, they transfer a copy of each token for each expert that the token is routed to
@@ -43,8 +43,7 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Workload
 OPTIMIZER_TRAFFIC = 30
 """Bytes per parameter that Adam's update of the weights reads and writes on a GPU."""
 STATE_BYTES = 12
-"""Bytes per parameter that are gathered for a checkpoint: a float32 weight and Adam's two moments.
-"""
+"""Bytes per parameter of the gathered state in a checkpoint: weight and two moments in float32."""
 HOST_BYTES_PER_SECOND = 2e9
 """Assumed rate at which a rank receives gathered optimizer state, concatenates it and copies it to
 the host's memory."""
@@ -83,7 +82,7 @@ class TrainingCost:
     """Memory of the rank that needs the most."""
     step: StepTime
     tokens_per_second: float
-    """Speed of steps, without pauses for validations and checkpoints."""
+    """Speed of training steps, without validations and checkpoints."""
     hours: float
     device_hours: float
     """Hours times GPUs, or on CPUs times nodes."""
@@ -125,6 +124,7 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
     """Returns the memory of a rank of one pipeline stage; ``stage`` counts from 0."""
     layout, dtype_bytes = workload.layout, workload.dtype_bytes
     tokens = layout.micro_batch_size * workload.seq_length / layout.context  # of a micro batch
+    # Fields of ``Memory``.
     memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
     if workload.trained is not None:
         embeddings, layers, experts = rank_parameters(workload.trained, layout, stage)
@@ -132,25 +132,23 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
         # Expert parallelism has already split the experts over replicas.
         expert_shards = max(1, layout.optimizer_shards // layout.expert)
         # Bytes of Adam's two float32 moments, and with bfloat16 also of float32 main weights.
-        state_bytes = 12 if workload.bf16 else 8
+        adam_bytes = 12 if workload.bf16 else 8
+        weight_copies = workload.weight_copy_bytes * (layers + experts)
         memory |= {
-            "weights": dtype_bytes * (dense + experts)
-            + workload.weight_copy_bytes * (layers + experts),
+            "weights": dtype_bytes * (dense + experts) + weight_copies,
             "gradients": _gradient_bytes(workload, hardware) * (dense + experts),
-            "optimizer": state_bytes * (dense / layout.optimizer_shards + experts / expert_shards),
+            "optimizer": adam_bytes * (dense / layout.optimizer_shards + experts / expert_shards),
             # ``peak_activation_bytes`` counts 2 bytes for each value, as in bfloat16.
             "activations": dtype_bytes / 2 * peak_activation_bytes(workload, stage, tokens),
         }
+    if stage == layout.pipeline - 1:
+        memory["logits"] = training_logits_bytes(workload, hardware.on_gpu, tokens)
     if workload.teacher is not None:
         memory["teacher"] = dtype_bytes * sum(rank_parameters(workload.teacher, layout, stage))
-    is_last_stage = stage == layout.pipeline - 1
-    if workload.teacher is not None and is_last_stage:
-        # Hidden states that a loss on them keeps. Only sequence parallelism splits them over ranks.
-        split = layout.tensor if layout.sequence_parallel else 1
-        bytes_per_token = workload.hidden_state_bytes * workload.teacher.hidden_size
-        memory["activations"] = memory.get("activations", 0) + bytes_per_token * tokens / split
-    if is_last_stage:
-        memory["logits"] = training_logits_bytes(workload, hardware.on_gpu, tokens)
+        if stage == layout.pipeline - 1:  # this stage has the loss, which may keep hidden states
+            bytes_per_token = workload.hidden_state_bytes * workload.teacher.hidden_size
+            hidden_states = bytes_per_token * tokens / layout.sequence_shards
+            memory["activations"] = memory.get("activations", 0) + hidden_states
     if workload.trained is None:  # the teacher's pass over a text, on one pipeline stage
         assert workload.teacher is not None
         layer = dtype_bytes / 2 * layer_activation_bytes(workload.teacher, layout, tokens)
@@ -175,20 +173,20 @@ def _gradient_bytes(workload: Workload, hardware: Hardware) -> int:
 def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
     """Returns each model with its number of passes. A forward pass counts once.
 
-    Args:
-        workload: A training run, or a teacher's pass.
-        backward: How often a backward pass counts: ``FORWARDS_PER_BACKWARD`` times for FLOPs, and
-            for communication as often as it sends what a forward pass sends.
+    A backward pass counts ``backward`` times: its FLOPs or sent bytes, divided by those of a
+    forward pass.
     """
-    recomputed = workload.layout.recompute_granularity == "full"
-    passes = [(workload.trained, 1 + backward + recomputed), (workload.teacher, 1)]
+    is_recomputed = workload.layout.recompute_granularity == "full"
+    passes = [(workload.trained, 1 + backward + is_recomputed), (workload.teacher, 1)]
     return [(arch, number) for arch, number in passes if arch is not None]
 
 
 def token_compute(workload: Workload) -> Compute:
     """Returns the work per token: passes of both models, recomputation, and the loss."""
     dtype_bytes, models = workload.dtype_bytes, _passes(workload, FORWARDS_PER_BACKWARD)
-    total = Compute()
+    micro_batch_tokens = workload.layout.micro_batch_size * workload.seq_length
+    layer_passes = sum(passes * arch.num_layers for arch, passes in models)
+    total = Compute(layer_passes=layer_passes / micro_batch_tokens)
     for arch, passes in models:
         total += pass_compute(arch, workload.seq_length, dtype_bytes, passes)
     if workload.trained is not None:
@@ -199,16 +197,13 @@ def token_compute(workload: Workload) -> Compute:
             total += feed_forward_recompute(workload.trained, dtype_bytes)
     elif workload.teacher is not None:
         total += Compute(bytes=scoring_bytes(workload.teacher.vocab_size))
-    layer_passes = sum(passes * arch.num_layers for arch, passes in models)
-    micro_batch_tokens = workload.layout.micro_batch_size * workload.seq_length
-    return total + Compute(layer_passes=layer_passes / micro_batch_tokens)
+    return total
 
 
 def pipeline_imbalance(workload: Workload) -> float:
     """Returns the FLOPs of the busiest pipeline stage, divided by the mean over all stages.
 
-    The last stage has the output heads of both models. With a large vocabulary, a head costs as
-    much as several layers.
+    With a large vocabulary, a head costs as much as several layers.
     """
     stage_flops = [0.0] * workload.layout.pipeline
     for arch, passes in _passes(workload, FORWARDS_PER_BACKWARD):
@@ -217,7 +212,7 @@ def pipeline_imbalance(workload: Workload) -> float:
         layer_counts = pipeline_split(arch.num_layers, workload.layout.pipeline)
         for stage, num_layers in enumerate(layer_counts):
             stage_flops[stage] += passes * layer * num_layers
-        stage_flops[-1] += passes * head
+        stage_flops[-1] += passes * head  # the last stage has the output heads of both models
     return max(stage_flops) * len(stage_flops) / sum(stage_flops)
 
 
@@ -227,23 +222,21 @@ def step_time(workload: Workload, hardware: Hardware) -> StepTime:
     tokens = workload.global_batch_size * workload.seq_length
     token_seconds = hardware.compute_seconds(token_compute(workload), workload.bf16, layout.devices)
     compute = token_seconds * tokens / layout.ranks * pipeline_imbalance(workload)
+    gradients, optimizer = _update_seconds(workload, hardware)
     # Tokens of a step that a data-parallel and context-parallel rank processes.
     rank_tokens = tokens / (layout.data * layout.context)
-    gradients, optimizer = _update_seconds(workload, hardware)
 
-    def seconds(token_bytes: float, group_ranks: int) -> float:
+    def send_seconds(token_bytes: float, group_ranks: int) -> float:
         """Returns the time to send bytes for each token, within a group of neighbouring ranks."""
-        link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
-        bandwidth = link if group_ranks <= layout.devices else network
-        return rank_tokens * token_bytes / bandwidth
+        return rank_tokens * token_bytes / hardware.link_rate(group_ranks <= layout.devices)
 
     tensor = layout.tensor
     return StepTime(
         compute=compute,
         bubble=compute * (layout.pipeline - 1) / max(1, workload.micro_batches),
-        tensor_communication=seconds(_all_reduce_bytes(workload), tensor),
-        context_communication=seconds(_ring_bytes(workload), tensor * layout.context),
-        expert_communication=seconds(_all_to_all_bytes(workload), tensor * layout.expert),
+        tensor_communication=send_seconds(_all_reduce_bytes(workload), tensor),
+        context_communication=send_seconds(_ring_bytes(workload), tensor * layout.context),
+        expert_communication=send_seconds(_all_to_all_bytes(workload), tensor * layout.expert),
         gradient_communication=gradients,
         optimizer=optimizer,
     )
@@ -253,8 +246,8 @@ def _all_reduce_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends in ring all-reduces of tensor parallelism."""
     tensor = workload.layout.tensor
     ring = 2 * (tensor - 1) / tensor  # bytes sent per byte of an all-reduced tensor
-    # In each layer and pass, one all-reduce of attention and one of the feed-forward layer. The
-    # latter has a copy of the token for each of its ``moe_router_topk`` experts (0 if dense).
+    # In each layer and pass, one all-reduce of attention and one of the feed-forward layer. In an
+    # MoE, the latter has ``moe_router_topk`` copies of the token (0 in a dense model's settings).
     values = sum(
         (1 + max(1, arch.moe_router_topk)) * passes * arch.num_layers * arch.hidden_size
         for arch, passes in _passes(workload)
@@ -281,16 +274,12 @@ def _ring_bytes(workload: Workload) -> float:
 def _all_to_all_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends to experts of other ranks and gets back."""
     layout = workload.layout
-    routed = sum(
-        2  # to the experts and back
-        * passes
-        * arch.num_layers
-        * arch.moe_router_topk
-        * arch.hidden_size
-        * workload.dtype_bytes
+    values = sum(  # to the experts and back
+        2 * passes * arch.num_layers * arch.moe_router_topk * arch.hidden_size
         for arch, passes in _passes(workload)
     )
-    return routed / (layout.pipeline * layout.tensor) * (layout.expert - 1) / layout.expert
+    sent_bytes = values * workload.dtype_bytes / (layout.pipeline * layout.tensor)
+    return sent_bytes * (layout.expert - 1) / layout.expert  # some experts are on this rank
 
 
 def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, float]:
@@ -299,13 +288,12 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
         return 0.0, 0.0
     layout = workload.layout
     parameters = _most_parameters(workload)
+    # The optimizer's state has ``copies``, each split into ``shards``. The shards of a copy are on
+    # neighbouring tensor-parallel groups, so a copy may fit on one node.
     shards, copies = layout.optimizer_shards, layout.optimizer_instances
-    link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
-    bandwidth = link if layout.nodes == 1 else network
-    # ``copies``: replicas of the optimizer state, each split into ``shards``. The shards of a copy
-    # are on neighbouring tensor-parallel groups, so a copy may fit on one node.
+    bandwidth = hardware.link_rate(layout.nodes == 1)
     copy_on_node = copies > 1 and layout.tensor * shards <= layout.devices
-    copy_bandwidth = link if copy_on_node else bandwidth
+    copy_bandwidth = hardware.link_rate(within_node=True) if copy_on_node else bandwidth
     # Within a copy: reduce-scatter of gradients and all-gather of weights.
     sent_bytes = workload.gradient_bytes + workload.dtype_bytes  # per parameter
     seconds = parameters * sent_bytes * (shards - 1) / shards / copy_bandwidth
@@ -319,11 +307,8 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
 
 
 def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
-    """Returns the bytes of a parameter that an optimizer step on a CPU reads and writes.
-
-    The gradient of the first micro batch is not copied. Those of the others are added in float32.
-    """
-    # Reads a gradient, and reads and writes the float32 sum.
+    """Returns the bytes of a parameter that an optimizer step on a CPU reads and writes."""
+    # Each gradient after the first is read, and the float32 sum is read and written.
     gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
     # Adam reads the gradient, and reads and writes three float32 values: weight and two moments.
     gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
@@ -334,9 +319,9 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
     """Returns the seconds that a training run may need to stop at a deadline.
 
     At most, the run still finishes two steps with a validation between them, and then saves a
-    checkpoint. A teacher that caches its logits saves them continuously, so it stops at once.
+    checkpoint.
     """
-    if workload.trained is None:
+    if workload.trained is None:  # a teacher saves its logits continuously, so it stops at once
         return 0.0
     step = step_time(workload, hardware).total
     write = CHECKPOINT_BYTES * workload.trained.parameters() / STORAGE_BYTES_PER_SECOND
@@ -345,10 +330,7 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
 
 
 def validation_seconds(workload: Workload, hardware: Hardware) -> float:
-    """Returns the seconds of one validation.
-
-    A global batch takes the fraction of a step's time that forward passes have of its FLOPs.
-    """
+    """Returns the seconds of one validation, which has the FLOP/s of training steps."""
     models = [workload.trained, workload.teacher if workload.teacher_in_validation else None]
     flops = sum(forward_flops(arch, workload.seq_length) for arch in models if arch is not None)
     equivalent_steps = workload.validation_batches * flops / token_compute(workload).flops
@@ -367,15 +349,13 @@ def gathering_bytes(workload: Workload) -> float:
 def gathering_seconds(workload: Workload, hardware: Hardware) -> float:
     """Returns the seconds for which a training run pauses to save a checkpoint.
 
-    The state is sent over the network once, and copied in the host's memory several times. Writing
-    it to storage is asynchronous.
+    A rank receives the gathered state and copies it to the host's memory. Writing it to storage is
+    asynchronous.
     """
-    size = gathering_bytes(workload)
-    shards, nodes = workload.layout.optimizer_shards, workload.layout.nodes
-    link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
-    bandwidth = link if nodes == 1 else network
-    # A rank already has one of the shards.
-    return size * (shards - 1) / shards / bandwidth + size / HOST_BYTES_PER_SECOND
+    size, shards = gathering_bytes(workload), workload.layout.optimizer_shards
+    received_bytes = size * (shards - 1) / shards  # a rank already has one of the shards
+    bandwidth = hardware.link_rate(workload.layout.nodes == 1)
+    return received_bytes / bandwidth + size / HOST_BYTES_PER_SECOND
 
 
 def _most_parameters(workload: Workload) -> float:

@@ -4,8 +4,8 @@
   attention computes half of the s scores of a token: 2·s·heads·head_size FLOPs per layer forward.
 - Activations are the tensors that Megatron keeps for the backward pass (Korthikanti et al.,
   arXiv:2205.05198), with gated feed-forward layers, RMSNorm and attention that stores no scores.
-- Memory traffic is the bytes that operations between GEMMs read and write. It is counted by hand
-  from ``recipes.backend.local_layers``, Megatron's layers and ``recipes.distillation.losses``.
+- Memory traffic is the bytes that operations between GEMMs read and write. Its constants were
+  counted by hand in ``recipes.backend.local_layers``, Megatron and ``recipes.distillation.losses``.
   Only time estimates for CPUs use it: on GPUs, kernels fuse most of these operations.
 """
 
@@ -43,7 +43,7 @@ class Compute:
     bytes: float = 0
     """Memory traffic of the operations between GEMMs."""
     layer_passes: float = 0
-    """Passes through one layer, per micro batch; a backward pass counts twice."""
+    """Passes of a micro batch through one layer; a backward pass counts twice."""
 
     @property
     def flops(self) -> float:
@@ -72,16 +72,16 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
     """
     backward = passes > 1
     forwards = passes - FORWARDS_PER_BACKWARD if backward else passes
-    flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
-    channels = arch.num_attention_heads * arch.kv_channels * arch.num_layers  # of all queries
-    computed_fraction = _computed_score_fraction(seq_length)
     traffic = forwards * _forward_bytes(arch, dtype_bytes)
     if backward:
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
+    score_channels = seq_length * arch.num_attention_heads * arch.kv_channels * arch.num_layers
+    flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
+    blocked_flops = flops_per_score * score_channels * _computed_score_fraction(seq_length)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
-        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs a score; half are masked
-        blocked_attention_flops=flops_per_score * (seq_length * channels) * computed_fraction,
+        attention_flops=passes * 2 * score_channels,  # 4 FLOPs a score; half are masked
+        blocked_attention_flops=blocked_flops,
         bytes=arch.num_layers * traffic,
     )
 
@@ -99,8 +99,8 @@ def head_flops(arch: Architecture) -> int:
 def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
     """Returns the cost of recomputing a token's feed-forward activations in all layers."""
     width = arch.num_layers * feed_forward_width(arch)
-    # 2 FLOPs for each of 3 GEMMs (gate, up and down projection); bytes as in ``_forward_bytes``.
-    return Compute(gemm_flops=6 * arch.hidden_size * width, bytes=5 * dtype_bytes * width)
+    flops = 2 * 3 * arch.hidden_size * width  # in three GEMMs: gate, up and down projection
+    return Compute(gemm_flops=flops, bytes=5 * dtype_bytes * width)  # as in ``_forward_bytes``
 
 
 def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
@@ -108,14 +108,17 @@ def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
 
     A token with n inputs x and m targets y adds x·xᵀ and x·yᵀ, which take 2·n·(n + m) FLOPs.
     """
-    problems = least_squares_shapes(teacher, student)
-    return 2.0 * student.num_layers * sum(n * (n + m) for n, m in problems)
+    shapes = least_squares_shapes(teacher, student)
+    return 2.0 * student.num_layers * sum(n * (n + m) for n, m in shapes)
 
 
 def least_squares_shapes(teacher: Architecture, student: Architecture) -> list[tuple[int, int]]:
-    """Returns (inputs, targets) of a layer's problems: both norms, output and down projection."""
-    width, heads = student.hidden_size, student.num_attention_heads * student.kv_channels
-    return [(width, teacher.hidden_size)] * 2 + [(heads, width), (student.ffn_hidden_size, width)]
+    """Returns the numbers of inputs and targets of a layer's four least-squares problems.
+
+    The problems are for both norms, the attention's output projection and the down projection.
+    """
+    width, (queries, _) = student.hidden_size, _attention_widths(student)
+    return [(width, teacher.hidden_size)] * 2 + [(queries, width), (student.ffn_hidden_size, width)]
 
 
 def feed_forward_width(arch: Architecture) -> int:
@@ -129,21 +132,18 @@ def feed_forward_width(arch: Architecture) -> int:
 def _computed_score_fraction(seq_length: int) -> float:
     """Returns the fraction of the attention matrix that a CPU computes, in blocks of queries.
 
-    This is the half below the diagonal, and the masked half of each block on the diagonal.
+    It computes the half below the diagonal, and the masked half of each block on the diagonal.
     """
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
-# From here to ``scoring_bytes``, numbers are bytes that operations read or write per channel.
+# From here to ``scoring_bytes``, constants are bytes that operations read or write per channel.
 
 
 def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
-    """Returns a token's memory traffic in a layer's forward pass.
-
-    Attention does not store its scores. Norms compute in float32.
-    """
+    """Returns a token's memory traffic in a layer's forward pass. Attention stores no scores."""
     queries, keys = _attention_widths(arch)
-    norm, rope = (22 if dtype_bytes == 2 else 20), 12 * dtype_bytes
+    norm, rope = (22 if dtype_bytes == 2 else 20), 12 * dtype_bytes  # norms compute in float32
     return (
         arch.hidden_size * 2 * (norm + 3 * dtype_bytes)  # two norms and residual additions
         + queries * (rope + 6 * dtype_bytes)  # with keys and values, copied for each query head
@@ -156,7 +156,7 @@ def _backward_bytes(arch: Architecture, seq_length: int, dtype_bytes: int) -> fl
     """Returns a token's memory traffic in a layer's backward pass. Scores are in float32."""
     queries, keys = _attention_widths(arch)
     scores = arch.num_attention_heads * seq_length * _computed_score_fraction(seq_length)
-    cast = 6 if dtype_bytes == 2 else 0  # a conversion between bfloat16 and float32
+    cast = 6 if dtype_bytes == 2 else 0  # reads and writes of a conversion to or from float32
     norm, rope = 60 + 4 * dtype_bytes, 14 * dtype_bytes
     return (
         arch.hidden_size * 2 * (norm + 3 * dtype_bytes)
@@ -175,10 +175,11 @@ def _attention_widths(arch: Architecture) -> tuple[int, int]:
 def loss_bytes(vocabulary: int, dtype_bytes: int, terms: int, live_teacher: bool) -> float:
     """Returns a token's memory traffic in the loss on logits and its gradient.
 
-    All ``terms`` of the loss share one log-softmax. Further terms add their gradients.
+    All ``terms`` of the loss share one log-softmax. Each term after the first adds a gradient.
     """
     student = 52 + 4 * dtype_bytes  # log-softmax, sums, exponentials and the gradient
-    return vocabulary * (student + (32 if live_teacher else 0) + 20 * (terms - 1))
+    teacher = 32 if live_teacher else 0
+    return vocabulary * (student + teacher + 20 * (terms - 1))
 
 
 def scoring_bytes(vocabulary: int) -> float:
@@ -191,7 +192,7 @@ def scoring_bytes(vocabulary: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a rank in bytes, by use. ``reserved``: libraries, CUDA context, NCCL buffers."""
+    """Memory of a rank in bytes, by use; ``reserved`` as in ``Hardware.reserved_bytes``."""
 
     weights: float = 0
     gradients: float = 0
@@ -203,7 +204,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all fields, with fragmentation, which does not affect ``reserved``."""
+        """Sum of all fields, with fragmentation of all but ``reserved``."""
         allocated: float = sum(vars(self).values()) - self.reserved
         return allocated * FRAGMENTATION + self.reserved
 
@@ -214,25 +215,26 @@ def largest(*peaks: Memory) -> Memory:
 
 
 def expert_parameters(arch: Architecture) -> int:
-    """Returns how many parameters all experts have; expert parallelism splits these."""
+    """Returns the number of parameters of all experts, which expert parallelism splits."""
     per_expert = 3 * arch.hidden_size * arch.moe_ffn_hidden_size  # gate, up and down projection
     return arch.num_layers * arch.num_moe_experts * per_expert
 
 
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float, float]:
-    """Returns how many parameters of embeddings, layers and experts a rank of a pipeline stage has.
+    """Returns the parameters of embeddings, layers and experts on a rank of a pipeline stage.
 
     The output layer counts as an embedding. The parameters of layers exclude those of experts.
     Megatron holds tied embeddings on both the first and the last stage.
     """
-    embedding = arch.vocab_size * arch.hidden_size
-    experts = expert_parameters(arch)
+    embedding, experts = arch.vocab_size * arch.hidden_size, expert_parameters(arch)
     layers = arch.parameters() - experts - embedding * (1 if arch.tied_embeddings else 2)
-    first, last = stage == 0, stage == layout.pipeline - 1
-    embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: one for both
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    embeddings = is_first + is_last
+    if embeddings == 2 and arch.tied_embeddings:  # the only stage holds them once
+        embeddings = 1
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
-    tensor, split_experts = layout.tensor, experts * fraction / (layout.tensor * layout.expert)
-    return embedding * embeddings / tensor, layers * fraction / tensor, split_experts
+    split_experts = experts * fraction / (layout.tensor * layout.expert)
+    return embedding * embeddings / layout.tensor, layers * fraction / layout.tensor, split_experts
 
 
 def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
@@ -246,29 +248,25 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
     - A feed-forward layer or expert that is recomputed keeps nothing.
     """
     norms = 4 * arch.hidden_size
-    heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
-    if arch.qk_layernorm:
-        heads += (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
-    routed = arch.moe_router_topk * arch.hidden_size
+    # The output is as wide as the queries, and the values are as wide as the keys.
+    attention = (3 if arch.qk_layernorm else 2) * sum(_attention_widths(arch))
+    expert_inputs = arch.moe_router_topk * arch.hidden_size
     feed_forward = 3 * feed_forward_width(arch) + arch.moe_router_topk * arch.moe_ffn_hidden_size
     if layout.recompute_feed_forward:
-        routed = feed_forward = 0
-    split = layout.tensor if layout.sequence_parallel else 1
-    return 2 * tokens * (norms / split + routed + (heads + feed_forward) / layout.tensor)
+        expert_inputs = feed_forward = 0
+    split_by_tensor = (attention + feed_forward) / layout.tensor
+    return 2 * tokens * (norms / layout.sequence_shards + expert_inputs + split_by_tensor)
 
 
 def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> float:
-    """Returns the bytes of a pipeline stage's activations at their peak (bfloat16, 1F1B schedule).
+    """Returns the bytes of a training run's activations at their peak (bfloat16, 1F1B schedule).
 
-    The sum has the micro batches in flight and the current operation. On the last stage this is the
-    loss, with input and output of the last norm. On others it is a layer of the teacher or of a
-    backward pass. With several stages, each also holds what it received from its neighbors: both
-    models' hidden states for the micro batches in flight, and one more buffer.
+    The sum has the micro batches in flight and the current operation. On the last stage, the
+    current operation is the loss, with input and output of the last norm. On others, it is a layer
+    of the teacher or of a backward pass. With several stages, each also holds what it received from
+    its neighbors: both models' hidden states of the micro batches in flight, and one more buffer.
 
-    Args:
-        workload: A training run.
-        stage: Index of the pipeline stage.
-        tokens: Tokens of a micro batch on a rank.
+    ``stage`` counts pipeline stages from 0. ``tokens`` are those of a micro batch on a rank.
     """
     arch, layout = workload.trained, workload.layout
     assert arch is not None
@@ -276,14 +274,15 @@ def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> floa
     layers = pipeline_split(arch.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.pipeline - stage, workload.micro_batches)
     hidden_state = 2 * tokens * arch.hidden_size
-    split = layout.tensor if layout.sequence_parallel else 1
-    buffers = hidden_state if split > 1 else 0.0  # Megatron keeps the buffer of the all-gather
+    shards = layout.sequence_shards
+    buffers = hidden_state if shards > 1 else 0.0  # Megatron keeps the buffer of the all-gather
     if layout.pipeline > 1:
         width = arch.hidden_size + (workload.teacher.hidden_size if workload.teacher else 0)
-        buffers += ((in_flight if stage else 0) + 1) * 2 * tokens * width / split
+        received = in_flight if stage > 0 else 0  # the first stage receives no forward activations
+        buffers += (received + 1) * 2 * tokens * width / shards
     if layout.recompute_granularity == "full":  # keeps only each layer's input
-        return in_flight * layers * hidden_state / split + layer + buffers
-    current = 2 * hidden_state / split if stage == layout.pipeline - 1 else layer
+        return in_flight * layers * hidden_state / shards + layer + buffers
+    current = 2 * hidden_state / shards if stage == layout.pipeline - 1 else layer
     if layout.recompute_feed_forward:
         full = layer_activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
         current = max(current, full - layer)  # one layer at a time is recomputed
@@ -293,15 +292,14 @@ def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> floa
 def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> float:
     """Returns the bytes of the student's and a live teacher's logits, and of the loss's buffers.
 
-    The gradient overwrites the student's logits. A run that only caches the teacher's logits holds
-    them twice for a moment, because Megatron transposes them.
+    The gradient overwrites the student's logits. ``tokens`` are those of a micro batch on a rank.
     """
     arch = workload.trained or workload.teacher
     assert arch is not None
     values = tokens * arch.vocab_size / workload.layout.tensor
     chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0  # a CPU's chunks are small
     logits = values * workload.dtype_bytes
-    if workload.trained is None:
+    if workload.trained is None:  # holds the teacher's logits twice while Megatron transposes them
         return max(2 * logits, logits + ONE_MODEL_LOSS_BUFFERS * chunk)
     if workload.teacher is None:
         return logits + (ONE_MODEL_LOSS_BUFFERS + workload.terms - 1) * chunk
@@ -328,14 +326,15 @@ WEIGHT_BITS = {
 SCALE_BITS = 20.0
 """A 16-bit scale and a 4-bit zero point for each group of weights."""
 BF16_EMBEDDING_FORMATS = ("fp8", "int4_awq")
-"""ModelOpt's formats: these leave embedding and head in bfloat16."""
+"""ModelOpt's formats, which leave embedding and head in bfloat16."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Number formats of an engine's weights and KV cache. ``precision`` is in ``WEIGHT_BITS``."""
+    """Number formats of an engine's weights and KV cache."""
 
     precision: str
+    """A key of ``WEIGHT_BITS``."""
     group_size: int | None = None
     """Weights that share a scale; ``None`` for one scale per channel, which is not counted."""
     kv_bytes: int = 4
@@ -348,9 +347,8 @@ class Storage:
 
     def embedding_bits(self) -> float:
         """Returns the bits of a weight in embedding and head: at least 8."""
-        if self.precision in BF16_EMBEDDING_FORMATS:
-            return 16.0
-        return max(8.0, WEIGHT_BITS[self.precision])
+        is_bf16 = self.precision in BF16_EMBEDDING_FORMATS
+        return 16.0 if is_bf16 else max(8.0, WEIGHT_BITS[self.precision])
 
 
 def stored_bytes(arch: Architecture, storage: Storage) -> float:
@@ -382,7 +380,7 @@ def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:
 def prefill_flops(arch: Architecture, batch_size: int, prompt_tokens: int) -> float:
     """Returns the FLOPs of a batch of prompts. Only a prompt's last token needs logits."""
     head = head_flops(arch)
-    layers = forward_flops(arch, prompt_tokens) - head
+    layers = forward_flops(arch, prompt_tokens) - head  # of one token
     return batch_size * float(prompt_tokens * layers + head)
 
 

@@ -37,6 +37,11 @@ class Layout:
         return self.nodes * self.devices
 
     @property
+    def sequence_shards(self) -> int:
+        """Number of ranks over which sequence parallelism splits a sequence; 1 without it."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def replica_ranks(self) -> int:
         """Ranks of one replica of the model. They work on the same sequences."""
         return self.tensor * self.pipeline * self.context
@@ -59,11 +64,12 @@ def split_axes(arch: Architecture) -> tuple[str, str, str]:
 
 
 LOSS_BUFFERS = {"forward_kl": 3, "reverse_kl": 4, "jsd": 6}
-"""Float32 buffers of a loss on logits that exist at once with a live teacher, by divergence."""
+"""Float32 tensors, as large as a chunk of the logits, that a loss with a live teacher holds at
+once; by divergence."""
 TOP_K_LOSS_BUFFERS = 3
-"""The same for any divergence over only the teacher's largest probabilities."""
+"""The same for every divergence, if it covers only the teacher's largest probabilities."""
 ONE_MODEL_LOSS_BUFFERS = 2
-"""The same without a live teacher."""
+"""The same for a loss without a live teacher."""
 CHECKPOINT_BYTES = 14
 """Bytes per parameter of a training checkpoint: a bfloat16 weight, a float32 main weight, and
 Adam's two float32 moments."""
@@ -86,10 +92,9 @@ class Workload:
     gradient_bytes: int = 4
     """Bytes per parameter of the gradients of a bfloat16 run."""
     weight_copy_bytes: int = 0
-    """Bytes per parameter of the copies of the layers' weights that TransformerEngine keeps for
-    FP8."""
+    """Bytes per parameter of TransformerEngine's FP8 copies of the layers' weights."""
     loss_buffers: int = LOSS_BUFFERS["forward_kl"]
-    """Float32 buffers of the loss on logits that exist at once with a live teacher."""
+    """Buffers of the loss with a live teacher; see ``LOSS_BUFFERS``."""
     validation_batches: int = 0
     """Number of global batches in one validation."""
     validations: int = 0
@@ -107,11 +112,6 @@ class Workload:
     """Whether the loss reads the teacher's logits from a cache."""
     cached_sequences: int | None = None
     """Sequences in the cache of a teacher's logits; ``None`` if the cache covers all text."""
-
-    @property
-    def compares_hidden_states(self) -> bool:
-        """Whether the loss also compares the student's and the teacher's hidden states."""
-        return self.hidden_state_bytes > 0
 
     @property
     def tokens(self) -> int:
@@ -132,8 +132,8 @@ class Workload:
 def workloads_of_shapes(workload: Workload, shapes: Sequence[Architecture]) -> list[Workload]:
     """Returns the workload with each of ``shapes`` as the trained model, in their order.
 
-    The workload is returned unchanged if there are no shapes, or if it trains no model.
+    If there are no shapes or the workload trains no model, returns only the unchanged workload.
     """
-    if workload.trained is None:  # only a teacher's forward pass
+    if workload.trained is None or not shapes:
         return [workload]
-    return [replace(workload, trained=shape) for shape in shapes or (workload.trained,)]
+    return [replace(workload, trained=shape) for shape in shapes]

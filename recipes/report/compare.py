@@ -52,7 +52,7 @@ class LatencySetting:
 
 @dataclass(frozen=True)
 class RunRow:
-    """The distilled model of one run, and the cost of the run."""
+    """A row of the page's table: the distilled model of one run, and the cost of the run."""
 
     number: str
     """Number that marks the run in plots."""
@@ -62,16 +62,15 @@ class RunRow:
     """Whether the run was evaluated on the same text as most runs."""
     is_best: bool
     gap: tuple[float, float] | None
-    """Mean of this run's losses minus the best run's, and its standard error, in nats; ``None`` for
-    the best run, and for runs that cannot be compared with it."""
+    """Mean and standard error of this run's losses minus the best run's, in nats; ``None`` for the
+    best run, and for runs that cannot be compared with it."""
     evaluation: EvaluationResult
     tasks: Mapping[str, float]
     """Mean score of the tasks that all runs have in common, by role."""
     disk: int | None
     """Bytes of the exported folder."""
     latency: float | None
-    """Milliseconds per token in decoding, in the page's ``LatencySetting``; ``None`` if the run did
-    not measure it."""
+    """Milliseconds per token in decoding, in the page's ``LatencySetting``, if measured."""
     tokens: int | None
     """Training tokens of all distillations of the run; ``None`` if there are none."""
     hours: float
@@ -105,15 +104,15 @@ def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
 def describe_best(rows: Sequence[RunRow]) -> str:
     """Says which run is best, by which criterion, and which runs are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
-    not_worse = [row.name for row in rows if _is_within_noise(row)]
+    not_worse = [row.name for row in rows if _is_not_worse(row)]
     perplexity = best.evaluation.distilled.perplexity
     criterion = f"the lowest loss on the same held-out text, perplexity {perplexity:.2f}"
     noise = f"; not significantly worse at 95%: {', '.join(not_worse)}" if not_worse else ""
     return f"best: {best.name}, {criterion}{noise}"
 
 
-def _is_within_noise(row: RunRow) -> bool:
-    """Returns whether the 95% interval of a run's gap to the best run reaches 0."""
+def _is_not_worse(row: RunRow) -> bool:
+    """Returns whether the 95% interval of a run's gap to the best run includes 0."""
     if row.gap is None:
         return False
     difference, error = row.gap
@@ -126,9 +125,9 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     Raises:
         RecipeError: Fewer than two runs were evaluated on the same text.
     """
-    most_common_text = common_text(runs)
+    text_key = common_text(runs)
     evaluated = [run for run in runs if run.evaluation is not None]
-    same_text = [run for run in evaluated if run.text_key() == most_common_text]
+    same_text = [run for run in evaluated if run.text_key() == text_key]
     if len(same_text) < 2:
         raise RecipeError(
             f"nothing to compare: of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} "
@@ -139,17 +138,16 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     best = min(same_text, key=_loss_order)
     tasks, other_tasks = split_tasks(evaluated)
     # All rows show the latency of one setting: the fastest setting of the first run with latencies.
-    run_latencies = (dict(_latencies(run)) for run in same_text)
-    latencies = next((latencies for latencies in run_latencies if latencies), {})
+    latencies = next(filter(None, (dict(_latencies(run)) for run in same_text)), {})
     fastest = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
         _row(str(number), names[run.path], run, best if run in same_text else None, tasks, fastest)
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
-    first, *others = [row.evaluation.teacher for row in comparable]
     # The page shows a teacher only if all runs have the same one.
-    teacher = first if all(_is_same_teacher(first, other) for other in others) else None
+    first, *teachers = [row.evaluation.teacher for row in comparable]
+    teacher = first if all(_is_same_teacher(first, other) for other in teachers) else None
     return {
         "title": f"Comparison of {len(evaluated)} runs",
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -165,7 +163,7 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
         "unmeasured": [names[run.path] for run in runs if run.evaluation is None],
         "differences": [
-            # Names are STAGE.SETTING; the end of a setting's name may be a unit.
+            # A name is STAGE.SETTING. ``any_value`` finds the unit in the setting's name.
             (name, [any_value(value, name.rpartition(".")[2]) for value in values])
             for name, values in differing_settings(evaluated)
         ],
@@ -177,9 +175,8 @@ def _is_same_teacher(teacher: ModelQuality, other: ModelQuality) -> bool:
 
     The last digits of a loss depend on the machine and on the number of ranks.
     """
-    return teacher.parameters == other.parameters and math.isclose(
-        teacher.loss, other.loss, rel_tol=1e-3
-    )
+    same_size = teacher.parameters == other.parameters
+    return same_size and math.isclose(teacher.loss, other.loss, rel_tol=1e-3)
 
 
 def _evaluation(run: RunRecord) -> EvaluationResult:
@@ -189,7 +186,7 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Names each run by the last folders of its path, and returns the names by path.
+    """Returns each run's name by its path. The name is the last folders of the path.
 
     All names have the same number of folders: the smallest that makes the names unique. It is at
     least two if any run's folder is a number, as in a sweep.
@@ -210,21 +207,18 @@ def _loss_order(run: RunRecord) -> tuple[bool, float]:
 def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
     """Returns the tasks whose scores can be compared, and all other tasks.
 
-    Scores can be compared if all runs that have tasks measured this task in the same way.
+    Scores can be compared if every run that measured tasks measured this task in the same way.
     """
     manifests = filter(None, (run.find("task_results") for run in runs))
     keys = [_task_keys(manifest) for manifest in manifests]
     names = list(dict.fromkeys(name for run_keys in keys for name in run_keys))
-    # ``get`` returns ``None`` for a run without the task, which is another key, too.
+    # A run without the task has the key ``None``.
     common = [name for name in names if len({run_keys.get(name) for run_keys in keys}) == 1]
     return common, [name for name in names if name not in common]
 
 
 def _task_keys(manifest: Manifest) -> dict[str, tuple[object, ...]]:
-    """Returns a key for each task. Scores with equal keys can be compared.
-
-    A key has the metric, items, prompts and precision.
-    """
+    """Returns a key for each task. Scores with equal keys can be compared."""
     # These settings choose the few-shot examples before a question.
     examples = manifest.config.get("limit"), manifest.config.get("seed")
     return {
@@ -247,13 +241,8 @@ def _row(
 ) -> RunRow:
     """Returns a run's row.
 
-    Args:
-        number: Number that marks the run in plots.
-        name: Name of the run.
-        run: The run.
-        best: The best run; ``None`` if ``run`` cannot be compared with it.
-        tasks: Names of the tasks that all runs have in common.
-        latency: The setting whose latency is shown; ``None`` if no run has latencies.
+    ``best`` is the best run; ``None`` if ``run`` cannot be compared with it. ``tasks`` are those
+    that all runs have in common. ``latency`` is ``None`` if no run has latencies.
     """
     results, exported = run.find("task_results"), run.exported
     trainings = (m.result_if("distill", DistillationResult) for m in run.stages.values())
@@ -274,10 +263,7 @@ def _row(
 
 
 def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
-    """Yields the student's decode latency in each engine, in ms, at the smallest batch and prompt.
-
-    Yields nothing for a run that did not measure speed.
-    """
+    """Yields the student's decode latency per engine, in ms, at the smallest batch and prompt."""
     manifest = run.find("speed_results")
     if manifest is None:
         return
@@ -292,10 +278,10 @@ def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
 def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dict[str, str]]:
     """Yields a plot of each quality against each cost that was measured in at least two runs.
 
-    ``teacher`` is ``None`` if the runs have different teachers. Then their KLs are not compared.
+    ``teacher`` is ``None`` if the runs have different teachers.
     """
     for quality, (quality_dimension, quality_of) in QUALITIES.items():
-        if quality == "kl" and teacher is None:
+        if quality == "kl" and teacher is None:  # the KL to different teachers is not comparable
             continue
         for cost, (cost_dimension, cost_of) in COSTS.items():
             points = [(row, cost_of(row), quality_of(row)) for row in rows]
@@ -318,10 +304,10 @@ def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dic
 def _teacher_mark(row: RunRow, quality: str) -> list[Mark]:
     """Returns the mark of a run's teacher in a plot of quality against parameters.
 
-    Returns an empty list if the quality was not measured, and for the KL, which is 0.
+    The list is empty if the quality was not measured.
     """
     teacher = row.evaluation.teacher
     value = row.tasks.get("teacher") if quality == "tasks" else teacher.perplexity
-    if quality == "kl" or value is None:
+    if quality == "kl" or value is None:  # the teacher's KL to itself is 0
         return []
     return [Mark("teacher", "teacher", teacher.parameters, value, reference=True)]

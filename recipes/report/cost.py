@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest
@@ -56,18 +55,17 @@ def cost_sections(
     Args:
         inputs: The report's inputs.
         earlier: Manifests of all stages upstream of these inputs, by the stage's name.
-        passes: FLOPs of the stages that run models; see ``model_flops``.
+        passes: The result of ``model_flops``.
     """
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     manifests = [manifest for _, manifest in stages]
+    processes = (_resource(m, "nodes") * _resource(m, "devices") for m in manifests)
     return {
         "stages": [(name, manifest, machine_hours(manifest)) for name, manifest in stages],
         "seconds": sum(m.seconds for m in manifests),
         "hours": sum(map(machine_hours, manifests)),
-        "processes": max(
-            _resource(m.config, "nodes") * _resource(m.config, "devices") for m in manifests
-        ),
+        "processes": max(processes),
         "passes": passes,
         "largest": {  # the lengths of bars are divided by these maxima, which must not be 0
             "bytes": max(m.total_bytes() for m in manifests) or 1,
@@ -85,7 +83,7 @@ def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
     for manifest in manifests:
         for library, version in manifest.versions.items():
             by_library.setdefault(library, {})[version] = None
-    return {library: list(numbers) for library, numbers in by_library.items()}
+    return {library: list(ordered_set) for library, ordered_set in by_library.items()}
 
 
 def distillations(
@@ -93,8 +91,7 @@ def distillations(
 ) -> list[tuple[str, Manifest, DistillationResult]]:
     """Returns name, manifest and result of all distillations, in the order in which they started.
 
-    Args:
-        stages: Manifests of stages, by name.
+    ``stages`` has the manifests of any stages, by name.
     """
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
     phases = [(name, manifest, result) for name, manifest, result in results if result]
@@ -103,18 +100,19 @@ def distillations(
 
 def datasets(stages: Iterable[Manifest]) -> list[DatasetResult]:
     """Returns the results of all stages that prepared text, in the order in which they started."""
-    results = [(m.started_at, m.result_if("prepare_data", DatasetResult)) for m in stages]
-    return [result for _, result in sorted(results, key=lambda item: item[0]) if result]
+    ordered = sorted(stages, key=lambda manifest: manifest.started_at)
+    results = (manifest.result_if("prepare_data", DatasetResult) for manifest in ordered)
+    return [result for result in results if result]
 
 
 def machine_hours(manifest: Manifest) -> float:
     """Returns a stage's duration in hours, multiplied by its number of nodes."""
-    return manifest.seconds / 3600 * _resource(manifest.config, "nodes")
+    return manifest.seconds / 3600 * _resource(manifest, "nodes")
 
 
-def _resource(config: Mapping[str, Any], name: str) -> int:
+def _resource(manifest: Manifest, name: str) -> int:
     """Returns a number in a stage's ``resources``, such as ``nodes``; 1 if it is not set."""
-    return int((config.get("resources") or {}).get(name, 1))
+    return int((manifest.config.get("resources") or {}).get(name, 1))
 
 
 def model_flops(
@@ -122,7 +120,7 @@ def model_flops(
 ) -> list[ModelFlops]:
     """Returns the FLOPs of each stage that runs models and records the number of tokens.
 
-    The list is empty if a manifest does not have the shape of the teacher or of the student.
+    The list is empty if the shape of the teacher or of the student is not known.
 
     Args:
         manifests: Manifests of the report's inputs, by name.
@@ -184,12 +182,11 @@ def _earlier_flops(
     healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
     if healed and student:
         tokens = healed.calibration_tokens
-        # The reconstruction computes no logits.
-        student_flops, teacher_flops = (
+        student_flops, teacher_flops = (  # the reconstruction computes no logits
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)
         )
-        fit_flops = tokens * least_squares_flops(teacher, student)  # counted as the student's
+        fit_flops = tokens * least_squares_flops(teacher, student)
         return [ModelFlops(name, tokens, student_flops + fit_flops, teacher_flops)]
     return _distillation_flops(name, manifest, earlier, teacher)
 
@@ -199,22 +196,17 @@ def _distillation_flops(
 ) -> list[ModelFlops]:
     """Returns the FLOPs of a distillation; an empty list for other stages.
 
-    Args:
-        label: Label of the distillation in the report.
-        distilled: Manifest of the stage.
-        earlier: Manifests of all stages upstream of the report's inputs, by the stage's name.
-        teacher: Shape of the teacher.
+    ``earlier`` shows whether the teacher was live. A cache of its logits has its own FLOPs.
     """
     training, student = distilled.result_if("distill", DistillationResult), _shape(distilled)
     if training is None or student is None:
         return []
     tokens = training.tokens
-    has_cached_teacher = any(
-        manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
-        for manifest in earlier.values()
-    )
     student_flops = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
-    has_live_teacher = uses_teacher(distilled.config) and not has_cached_teacher
+    caches = {m.fingerprint for m in earlier.values() if m.kind == "logit_cache"}
+    has_live_teacher = (
+        uses_teacher(distilled.config) and distilled.inputs.get("teacher") not in caches
+    )
     teacher_flops = tokens * _forward_flops(teacher, distilled) if has_live_teacher else 0
     seconds = tokens / training.tokens_per_second
     return [ModelFlops(label, tokens, student_flops, teacher_flops, seconds)]

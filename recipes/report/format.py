@@ -35,12 +35,9 @@ DASH = Markup('<span class="none">–</span>')
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Renders a template into one file, which loads no other files.
+    """Renders a template with the variables ``content`` into one file, which loads no other files.
 
-    Args:
-        template: File name of the template. Values in HTML templates are escaped.
-        content: The template's variables, by name.
-        path: The file to write.
+    Values in HTML templates are escaped.
     """
     write_text_atomically(path, _environment().get_template(template).render(content))
 
@@ -75,7 +72,6 @@ def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
         prefixes: One letter for each power of 1000, such as "kMGT".
         unit: The unit, such as "B".
     """
-    # ``power`` is the number of factors of 1000 that the prefix represents.
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     if 0 < power < len(prefixes) and abs(value) / 1000**power >= 999.95:  # would round to 1,000.0
         power += 1
@@ -85,13 +81,13 @@ def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """Formats a duration, such as "1.5 s", "2 min 05 s" or "3 h 07 min"."""
-    if seconds < 59.95:  # more would round to 60.0 s
+    if seconds < 59.95:  # from here on, the text would be "60.0 s"
         return f"{seconds:.1f} s"
-    minutes, seconds_of_minute = divmod(round(seconds), 60)
-    hours, minutes_of_hour = divmod(minutes, 60)
+    minutes, remaining_seconds = divmod(round(seconds), 60)
+    hours, remaining_minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours} h {minutes_of_hour:02} min"
-    return f"{minutes} min {seconds_of_minute:02} s"
+        return f"{hours} h {remaining_minutes:02} min"
+    return f"{minutes} min {remaining_seconds:02} s"
 
 
 def plain(text: str) -> str:
@@ -100,12 +96,9 @@ def plain(text: str) -> str:
 
 
 def _optional(format_value: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a Jinja filter that also accepts ``None`` and adds a tooltip.
+    """Returns a Jinja filter that shows ``None`` as a dash, and other values as ``format_value``.
 
-    ``None`` is shown as a dash. The tooltip has all digits of the value.
-
-    Args:
-        format_value: Formats a value that is not ``None``. Its other arguments are the filter's.
+    A tooltip has all digits of the value. The filter has the arguments of ``format_value``.
     """
 
     def format_or_dash(value: float | None, *args: object) -> Markup:
@@ -135,12 +128,10 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 
 
 def any_value(value: object, name: str) -> Markup:
-    """Formats a value of any type.
+    """Formats a value of any type, or each item of a list.
 
-    Args:
-        value: The value. Each item of a list is formatted.
-        name: Name or label of the value's field. If its last word is a unit, as in
-            ``total_bytes``, the value is formatted with this unit.
+    If the last word of the field's ``name`` or label is a unit, as in ``total_bytes``, the value is
+    formatted with this unit.
     """
     if value is None:
         return DASH

@@ -1,7 +1,7 @@
 """Gates: requirements on measured values of a run, such as ``recovered.sciq >= 0.95``.
 
-A gate is parsed as NAME OP NUMBER. It is never executed as code. The metrics below are all values
-that a gate can require. A metric of a benchmark has the benchmark's name after a dot.
+A gate is parsed as NAME OP NUMBER, and never executed as code. Its name is one of the metrics
+below. A metric of a benchmark has the benchmark's name after a dot.
 """
 
 from __future__ import annotations
@@ -103,10 +103,8 @@ class Verdict:
         if self.measured is None:
             return None
         texts = (f"{self.measured:.{digits}g}" for digits in range(4, 18))
-        # One of the texts always fits, because 17 digits identify every float.
-        return next(
-            text for text in texts if replace(self, measured=float(text)).passed == self.passed
-        )
+        # The last text always has this verdict, because 17 digits identify every float.
+        return next(t for t in texts if replace(self, measured=float(t)).passed == self.passed)
 
     def __str__(self) -> str:
         if self.measured is not None:
@@ -156,30 +154,22 @@ def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
 
 
 def gate_problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]:
-    """Yields a problem for each gate on a metric that the recipe does not measure.
-
-    Args:
-        gates: The gates.
-        names: Names of the metrics that the recipe measures; see ``metric_names``.
-    """
+    """Yields a problem for each gate on a metric that is not in the recipe's ``metric_names``."""
+    use_metric = f"use one of: {', '.join(names)}"
     for gate in gates:
         if gate.name not in names:
             yield Problem(
                 rules.GATES,
                 f"invalid gate '{gate}': this recipe does not measure {gate.name}."
                 f"{did_you_mean(gate.name, names)}",
-                f"use one of: {', '.join(names)}"
-                if names
-                else "remove the gate, or add a stage that measures it",
+                use_metric if names else "remove the gate, or add a stage that measures it",
             )
 
 
 def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdict]:
     """Compares gates with measured values; leaves out gates whose stage has no result.
 
-    Args:
-        gates: The gates.
-        results: Manifests by name. If several have a metric, the last one's value is used.
+    If several manifests in ``results`` have a metric, the last one's value is used.
     """
     values = {name: value for manifest in results.values() for name, value in _values(manifest)}
     return [Verdict(gate, values[gate.name]) for gate in gates if gate.name in values]
@@ -200,7 +190,7 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
         result = manifest.result(ServedResult)
         for task, served in result.tasks.items():
             yield from ((f"{name}.{task}", read(served)) for name, read in SERVED_METRICS.items())
-        text = result.text
+        text = result.text  # ``None`` if the perplexity was not measured
         ratio = text.served_perplexity / text.student_perplexity if text else None
         yield SERVED_PERPLEXITY, ratio
     if manifest.kind == "speed_results":

@@ -40,8 +40,8 @@ def write_card(
         folder: The exported Hugging Face folder, with the teacher's card.
         teacher: Path, hub id or address of the teacher.
         recipe: Name of the recipe.
-        stages: The inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are required; each
-            optional input adds lines to the card.
+        stages: The inputs of ``export_hf``. All but ``checkpoint`` and ``evaluation`` are optional,
+            and add lines to the card.
         earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
     inputs = {name: item.manifest for name, item in stages.items()}
@@ -52,7 +52,7 @@ def write_card(
     name = plain(f"{teacher_name}-{recipe}")
     manifests = [*earlier.values(), *inputs.values()]
     sources = _sources(datasets(manifests))
-    restricted = [terms for _, terms, _ in sources if forbids_commercial_use(terms)]
+    restricted = [licence for _, licence, _ in sources if forbids_commercial_use(licence)]
     header = ModelCardData(
         **_licence_fields(folder, restricted),
         # The hub refuses a card whose ``base_model`` is not the id of a model.
@@ -71,7 +71,7 @@ def write_card(
         "recipe": recipe,
         "licence": model_licence(folder),
         "model": model,
-        # Manifests whose architectures the card shows, by label. The teacher is an optional input.
+        # Manifests whose architectures the card shows, by label.
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "needs_transformers_4": shape is not None and is_refused_by_transformers_5(shape),
         "experts": shape.num_moe_experts if shape else 0,
@@ -96,9 +96,7 @@ def write_card(
 def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
     """Returns whether the text of the evaluation shares no document with any training text.
 
-    Args:
-        manifests: Manifests of all stages that made the model.
-        evaluation: Manifest of the evaluation.
+    ``manifests`` are those of all stages that made the model.
     """
     datasets_used = [manifest for manifest in manifests if manifest.stage == "prepare_data"]
     evaluated = evaluation.inputs.get("data")
@@ -113,41 +111,33 @@ def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
 
 
 def _origin(manifests: Sequence[Manifest]) -> str:
-    """Describes how the model was made, such as "pruned, then distilled with NeMo from ...".
-
-    Args:
-        manifests: Manifests of all stages that made the model.
-    """
+    """Describes how the stages made a model: "pruned, then distilled with NeMo from ..."."""
     by_stage = {manifest.stage: manifest for manifest in manifests}
     steps = []
     if pruned := by_stage.get("prune"):
-        criteria = list(_pruning_criteria(pruned, by_stage.get("import_hf", pruned)))
-        steps.append("pruned" + f" ({', '.join(criteria)})" * bool(criteria))
+        criteria = ", ".join(_pruning_criteria(pruned, by_stage.get("import_hf", pruned)))
+        steps.append(f"pruned ({criteria})" if criteria else "pruned")
     if "heal" in by_stage:
         steps.append("adjusted by least squares")
     distill_configs = [manifest.config for manifest in manifests if manifest.stage == "distill"]
     if any(map(uses_teacher, distill_configs)):
-        correction = " after fine-tuning it on the training text" * ("correct_teacher" in by_stage)
-        steps.append(f"distilled with NeMo from the unpruned model{correction}")
+        step = "distilled with NeMo from the unpruned model"
+        if "correct_teacher" in by_stage:
+            step += " after fine-tuning it on the training text"
+        steps.append(step)
     elif distill_configs:
         steps.append("trained with NeMo on text, without a teacher")
     return ", then ".join(steps)
 
 
 def _pruning_criteria(pruned: Manifest, teacher: Manifest) -> Iterator[str]:
-    """Yields how pruning chose layers, if it removed any, and the same for widths.
-
-    Args:
-        pruned: Manifest of ``prune``.
-        teacher: Manifest of the import of the teacher.
-    """
+    """Yields how ``prune`` chose layers, if it removed any, and the same for widths."""
     shape = pruned.architecture or {}
     teacher_shape = teacher.architecture or shape
     changed = {axis for axis, size in teacher_shape.items() if size != shape[axis]}
-    method = pruned.config["layer_importance"]
     if pruned.config["drop_layers"]:
         yield "layers: named in the settings"
-    elif "num_layers" in changed and method == "block_influence":
+    elif "num_layers" in changed and pruned.config["layer_importance"] == "block_influence":
         yield "layers: by block influence, arXiv:2403.03853"
     elif "num_layers" in changed:
         yield "layers: by this repository's measurement of the loss without them"
@@ -175,11 +165,11 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
 
     The list is empty if the layers of the model or the teacher are not known.
     """
-    kept = inputs["checkpoint"].result(KeptLayers).kept_layers
+    kept_layers = inputs["checkpoint"].result(KeptLayers).kept_layers
     shape = inputs["teacher"].architecture if "teacher" in inputs else None
-    if kept is None or shape is None:
+    if kept_layers is None or shape is None:
         return []
-    return sorted({*range(1, shape["num_layers"] + 1)} - {*kept})
+    return [layer for layer in range(1, shape["num_layers"] + 1) if layer not in kept_layers]
 
 
 def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
@@ -192,8 +182,8 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
         for entry in text.sources:
             path = parse_source(entry).path
             name = path if "://" in path else Path(path).name
-            # Like ``plain``, but keeps brackets, which a file pattern may have. A space between
-            # "]" and "(" prevents that Markdown reads them as a link.
+            # Like ``plain``, but keeps the brackets of file patterns. A space between "]" and "("
+            # prevents that Markdown reads them as a link.
             name = re.sub(r"[`<>|\s]+|(?<=\])(?=\()", " ", name)
             sources[name, text.licence(entry), NOT_COMPARED if text.sample else ""] = None
     return list(sources)
@@ -202,26 +192,21 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
 def _licence_fields(folder: Path, restricted: Iterable[str]) -> dict[str, Any]:
     """Returns the header's fields on the licence.
 
-    The fields are those of the teacher's card. If licences of the training text forbid commercial
-    use, ``license_name`` names these licences, too. If the student is later used as a teacher, the
-    plan of that run reads the restriction from this field.
-
-    Args:
-        folder: The folder with the teacher's card.
-        restricted: Licences of the training text that forbid commercial use.
+    The fields are those of the teacher's card, which is in ``folder``. ``license_name`` also names
+    the licences of the training text that forbid commercial use, which are ``restricted``. If the
+    student is later used as a teacher, the plan of that run reads the restriction from this field.
     """
     keys = ("license", "license_name", "license_link")
     fields: dict[str, Any] = {}
     for key, value in card_fields(folder).items():
         if key in keys and value:
-            # A model may have a list of licences.
-            if isinstance(value, list):
+            if isinstance(value, list):  # a model may have several licences
                 fields[key] = [_one_line(str(item)) for item in value]
             else:
                 fields[key] = _one_line(str(value))
     if "license_name" in fields:  # a name without ``license: other`` is not valid on the hub
         fields.setdefault("license", "other")
-    if text_licences := dict.fromkeys(restricted):
+    if text_licences := dict.fromkeys(restricted):  # without duplicates
         licences = "-and-".join([model_licence(folder), *text_licences]).lower()
         # The hub expects an id, such as apache-2.0-and-cc-by-nc-4.0.
         name = re.sub(r"[^a-z0-9.]+", "-", licences).strip("-")
@@ -237,9 +222,8 @@ def _one_line(text: str) -> str:
 def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterator[EvalResult]:
     """Yields the student's results for ``model-index``, the hub's list of results in a card.
 
-    Args:
-        evaluation: Quality on held-out text. Each of its sources becomes a dataset of the hub.
-        tasks: Manifest of the benchmarks; ``None`` if they were not run.
+    Each source of held-out text becomes a dataset of the hub. ``tasks`` is ``None`` if no
+    benchmarks were run.
     """
     result = partial(EvalResult, task_type="text-generation")
     qualities = {name: source.distilled for name, source in evaluation.sources.items()}

@@ -1,8 +1,8 @@
 """Renders a run's report from manifests and logged metrics.
 
-Every number comes from a manifest, or from a file whose hash is in a manifest. The training curves
-are an exception: they come from the metrics log, which has no hash. The page shows rounded numbers.
-The tooltip of a number has its exact value.
+Every number comes from a manifest, or from a file whose hash is in a manifest. Only the training
+curves come from the metrics log, which has no hash. The page shows rounded numbers. The tooltip of
+a number has its exact value.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
-from recipes.report.cost import (
-    cost_sections,
-    datasets,
-    distillations,
-    model_flops,
-    versions,
-)
+from recipes.report.cost import cost_sections, datasets, distillations, model_flops, versions
 from recipes.report.format import render_template
 from recipes.report.gates import judge, parse_gate
 from recipes.report.plots import (
@@ -69,16 +63,16 @@ CONTENTS = {
     "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Titles of the sections, in order. A key is the name of the section's template, and also of a
-template variable. If the variable is empty, the section is left out."""
+"""Titles of the sections, in order. A key names the section's template and a template variable. If
+the variable is empty, the section is left out."""
 LOSS_TERMS = {
     "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
     "loss": ("total", "total"),
 }
-"""Label and CSS class of each term of the training loss, by its name in the log. Some classes are
-named after models. Here they only set the color of the line."""
+"""Label and CSS class of each term of the training loss, by its name in the log. The class sets
+only the line's color, even if it is named after a model."""
 CURVES = {
     "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
@@ -91,8 +85,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
     """Writes the report to ``path`` as one HTML file, which loads no other files."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
-    # The report is about a distillation, or about a search alone, which has no evaluation.
-    has_evaluation = "evaluation" in inputs
+    has_evaluation = "evaluation" in inputs  # otherwise the report is only about a search
     content: dict[str, object] = {
         **dict.fromkeys(CONTENTS),  # a section without a value below is left out
         "title": cfg.title or "Report",
@@ -115,9 +108,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
 def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, object]:
     """Returns the template variables of the sections about a distillation.
 
-    Args:
-        inputs: The report's inputs.
-        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
+    ``earlier`` has the manifests of all stages upstream of the report's inputs, by name.
     """
     manifests = {name: item.manifest for name, item in inputs.items()}
     evaluation = manifests["evaluation"].result(EvaluationResult)
@@ -127,9 +118,9 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     teacher_size, student_size = manifests["teacher"].parameters, final.parameters
     distilled = inputs["distilled"]
     # The stage that made the student before the first distillation, such as ``prune`` or ``heal``.
-    [first, *_] = [*phases_of(distilled.manifest, earlier.values()), distilled.manifest]
-    student_fingerprint = first.inputs.get("student")
-    student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
+    first_phase = (phases_of(distilled.manifest, earlier.values()) or [distilled.manifest])[0]
+    fingerprint = first_phase.inputs.get("student")
+    student = next((m for m in earlier.values() if m.fingerprint == fingerprint), None)
     phases = distillations({**earlier, distilled.directory.name: distilled.manifest})
     texts = datasets([*earlier.values(), manifests["data"]])
     losses = {
@@ -172,10 +163,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
 
 
 def _generations(evaluation: Input) -> list[dict[str, str]]:
-    """Returns the prompts of an evaluation, each with the continuation of every model.
-
-    The list is empty if the evaluation generated no text.
-    """
+    """Returns the prompts of an evaluation, if any, each with the continuation of every model."""
     path = evaluation.artifact / "results.json"
     results = read_json(path) if path.is_file() else {}
     generations: list[dict[str, str]] = results.get("generations", [])
@@ -183,10 +171,7 @@ def _generations(evaluation: Input) -> list[dict[str, str]]:
 
 
 def _training_plots(distilled: Input) -> dict[str, Any]:
-    """Returns the plots of the training curves that were logged, and what their legend needs.
-
-    The keys are attributes of the template variable ``distillation``.
-    """
+    """Returns the template variable ``distillation``: plots of the training curves in the log."""
     log = result_metrics(distilled.directory)
     steps = steps_of(log, "distill")
     terms = list(_loss_terms(steps))
@@ -221,12 +206,9 @@ def _loss_terms(steps: list[Record]) -> Iterator[Series]:
 
 
 def _points(records: list[Record], key: str) -> list[Point]:
-    """Returns pairs of step and value, for the records that have the value."""
-    return [  # ``done`` is the number of completed steps
-        (float(record["done"]), float(record[key]))
-        for record in records
-        if record.get(key) is not None
-    ]
+    """Returns pairs of the number of completed steps and a value, for records with the value."""
+    with_value = (record for record in records if record.get(key) is not None)
+    return [(float(record["done"]), float(record[key])) for record in with_value]
 
 
 def _layers(pruned: PruneResult) -> dict[str, object]:
@@ -236,5 +218,5 @@ def _layers(pruned: PruneResult) -> dict[str, object]:
     return {
         "layers": pruned,
         "layers_plot": layer_plot("plot-layers", title, scores, set(pruned.kept_layers)),
-        "logarithmic": is_skewed(scores.values()),  # whether ``layer_plot`` has this scale
+        "logarithmic": is_skewed(scores.values()),  # the condition of ``layer_plot``
     }

@@ -104,14 +104,14 @@ class Axis:
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
         exact_step = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(exact_step))
-        # The step is the next round number. 0.999 and 1e-9 tolerate rounding errors.
+        # The step is the next larger round number. 0.999 and 1e-9 tolerate rounding errors.
         step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= exact_step * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [n * step for n in range(first, last + 1)]
 
     def _decade_ticks(self) -> list[float]:
-        """Returns 1, 2 and 5 of every decade; only powers of ten from 2.5 decades on."""
+        """Returns 1, 2 and 5 of every decade; from 2.5 decades on, only powers of ten."""
         steps = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         values = [step * 10.0**decade for decade in decades for step in steps]
@@ -124,14 +124,14 @@ def axis_over(
     """Returns an axis that covers all finite values with a margin.
 
     Args:
-        values: Values to cover.
+        values: Values to cover. For a logarithmic scale, all must be positive.
         zero: Whether the axis includes zero, without a margin below it.
         pad: Margin at each end, as a fraction of the range of the values.
-        logarithmic: Whether the scale is logarithmic. All values must then be positive.
+        logarithmic: Whether the scale is logarithmic.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    # An axis needs a length. Equal values have no range, so their size gives the margin.
+    # Equal values have no range. Their size gives the margin then, as an axis needs a length.
     margin = (high - low) * pad or abs(high) * pad or 1.0
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
@@ -169,7 +169,8 @@ def x_grid(axis: Axis, count: int, text_of: Callable[[float], str]) -> Markup:
 
 
 def _x_tick(at: float, label: object) -> Markup:
-    """Returns a label below the plot, ``at`` in percent. Near an end it is aligned inwards."""
+    """Returns a label below the plot, at ``at`` percent of its width."""
+    # A label near an end of the plot is aligned inwards.
     anchor = "start" if at < 2 else "end" if at > 96 else "middle"
     return _X_TICK.format(at=at, anchor=anchor, label=label)
 
@@ -200,11 +201,11 @@ def line_plot(
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
     elements = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
     for line in series:
-        points = line.points
+        main_points = line.points
         if line.noisy and len(line.points) >= 2 * SMOOTHING:
             elements.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
-            points = _moving_mean(line.points)
-        elements.append(_line(points, line.style, x_axis, y_axis))
+            main_points = _moving_mean(line.points)
+        elements.append(_line(main_points, line.style, x_axis, y_axis))
         if len(line.points) <= MAX_MARKERS:
             elements += [
                 _MARKER.format(
@@ -232,9 +233,10 @@ def _moving_mean(points: Sequence[Point]) -> list[Point]:
 def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Markup:
     """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last point."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    drawn_points = [*points[:-1:stride], *points[-1:]]
     pairs = (  # percentages, times 10 for the view box of 1000 by 1000, where y points down
         f"{10 * x_axis.at(x):.1f},{1000 - 10 * y_axis.at(y):.1f}"
-        for x, y in [*points[:-1:stride], *points[-1:]]
+        for x, y in drawn_points
         if math.isfinite(y)
     )
     return _LINE.format(style=style, points=" ".join(pairs))
@@ -245,15 +247,16 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     skewed = is_skewed(scores.values())
     bar_bottom = min(scores.values()) / 2 if skewed else 0.0
     y_axis = axis_over([bar_bottom, *scores.values()], logarithmic=skewed)
-    # Removes the margin below the bars.
+    # Without a margin below the bars.
     y_axis = replace(y_axis, low=math.log10(bar_bottom) if skewed else 0.0)
     last_layer = max(scores)
     slot = 100 / last_layer  # width of a bar and its free space, in percent of the plot
-    # At most 12 multiples of ``label_step`` have a label, and layer 1.
+    # Layer 1 and the multiples of ``label_step``, of which there are at most 12, have a label.
     label_step = next(n for n in (1, 2, 5, 10, 20, last_layer) if last_layer / n <= 12)
     elements = [y_grid(y_axis)]
     for layer, score in sorted(scores.items()):
-        style, height = "kept" if layer in kept else "dropped", max(0.0, y_axis.at(score))
+        style = "kept" if layer in kept else "dropped"
+        height = max(0.0, y_axis.at(score))
         elements.append(
             _BAR.format(
                 style=style,
@@ -277,12 +280,8 @@ def interval_plot(
 ) -> Markup:
     """Draws a row per metric or model, each with one or more values and their 95% intervals.
 
-    Args:
-        name: HTML id of the plot.
-        title: Description for screen readers.
-        rows: Maps a row's label to tuples of a model's CSS class, its value, and half the width of
-            the value's interval, or ``None`` without an interval.
-        text_of: Formats a value.
+    ``rows`` maps a row's label to tuples of a model's CSS class, its value, and half the width of
+    the value's interval, or ``None`` without an interval. ``text_of`` formats a value.
     """
     rows = {
         label: [
@@ -344,7 +343,7 @@ def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: D
     sign = -1 if quality.higher_is_better else 1  # ``pareto_front`` minimises
     candidates = [i for i, mark in enumerate(marks) if not mark.reference]
     on_front = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
-    front = {candidates[i] for i in on_front}
+    front = {candidates[i] for i in on_front}  # indices of marks
     costs = [mark.cost for mark in marks]
     qualities = [v for mark in marks for v in (mark.quality, *(mark.interval or ()))]
     x_axis, y_axis = (
@@ -367,34 +366,34 @@ def _can_be_drawn(*values: float) -> bool:
     return all(abs(value) < MAX_VALUE for value in values)  # false if a value is NaN
 
 
-def _mark(
-    mark: Mark, point: tuple[float, float], y_axis: Axis, on_front: bool, label: str, hint: str
-) -> Markup:
+def _mark(mark: Mark, point: Point, y_axis: Axis, on_front: bool, label: str, hint: str) -> Markup:
+    x, y = point
     low, high = mark.interval or (mark.quality, mark.quality)
     status = "reference" if mark.reference else "best" if on_front else "beaten"
+    dx, anchor = (4, "start") if x < 75 else (-4, "end")  # near the right end: label on the left
     return _MODEL_MARK.format(
         style=f"{mark.style} {status}",
-        x=point[0],
-        y=point[1],
+        x=x,
+        y=y,
         low=round(100 - y_axis.at(low), 3),
         high=round(100 - y_axis.at(high), 3),
         radius=6 if on_front else 4.5,
         label=label,
-        dx=4 if point[0] < 75 else -4,  # near the right end, the label is on the left
-        anchor="start" if point[0] < 75 else "end",
+        dx=dx,
+        anchor=anchor,
         hint=hint + (", on the Pareto front" if on_front else ""),
     )
 
 
-def _labels(marks: Sequence[Mark], points: Sequence[tuple[float, float]]) -> list[str]:
+def _labels(marks: Sequence[Mark], points: Sequence[Point]) -> list[str]:
     """Returns the label of each mark. Of several close marks, the first gets all their labels."""
     texts: dict[int, list[str]] = {}  # by the index of the mark that shows them
     for i, point in enumerate(points):
         if marks[i].label:
-            owner = next((j for j in texts if _overlap(points[j], point)), i)
-            texts.setdefault(owner, []).append(marks[i].label)
+            first_close = next((j for j in texts if _are_close(points[j], point)), i)
+            texts.setdefault(first_close, []).append(marks[i].label)
     return [", ".join(texts.get(i, [])) for i in range(len(points))]
 
 
-def _overlap(point: tuple[float, float], other: tuple[float, float]) -> bool:
-    return all(abs(a - b) < LABEL_DISTANCE for a, b in zip(point, other, strict=True))
+def _are_close(a: Point, b: Point) -> bool:
+    return abs(a[0] - b[0]) < LABEL_DISTANCE and abs(a[1] - b[1]) < LABEL_DISTANCE

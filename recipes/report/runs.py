@@ -12,17 +12,11 @@ from statistics import fmean
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.manifest import ARTIFACT, Manifest, read_manifest
-from recipes.core.run_state import (
-    RUN_FILE,
-    Status,
-    read_last_plan,
-    read_request,
-    stage_states,
-)
+from recipes.core.run_state import RUN_FILE, Status, read_last_plan, read_request, stage_states
 from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
-IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
+UNCOMPARED_SETTINGS = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that only name a stage or say where it runs. Comparisons of runs leave them out."""
 
 TextKey = tuple[str, object, int, int | None, str]
@@ -49,11 +43,9 @@ class RunRecord:
 
     @property
     def exported(self) -> Manifest | None:
-        """Manifest of the student's export; ``None`` if there is none.
-
-        Unlike the export of a teacher, it has the input ``evaluation``.
-        """
+        """Manifest of the student's export; ``None`` if there is none."""
         exports = (m for m in self.stages.values() if m.stage == "export_hf")
+        # The export of a teacher does not have the input ``evaluation``.
         return next((m for m in exports if "evaluation" in m.inputs), None)
 
     @cached_property
@@ -70,13 +62,13 @@ class RunRecord:
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
-        # The key contains only hashes of the held-out files, because runs with other training text
-        # can be compared. The evaluation recorded one hash of all files. It takes their place if
-        # the evaluated data set is missing, for example because it was computed again.
-        data_hash = evaluation.input_content.get("data", "")
+        data_hash = evaluation.input_content.get("data", "")  # of all files of the data set
         datasets = (m for m in self.stages.values() if m.kind == "dataset")
         evaluated = (m for m in (*datasets, *self.input_datasets) if m.content_hash() == data_hash)
         files = next((data.files for data in evaluated), {})
+        # Runs with other training text can be compared, so the key has only hashes of the held-out
+        # files. If the data set is missing, for example because it was computed again, the key has
+        # ``data_hash`` instead.
         heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
             " ".join(heldout) or data_hash,
@@ -143,22 +135,25 @@ def read_run(path: Path) -> RunRecord:
     results = next((read_json(file) for file in files if file.is_file()), {})
     losses = tuple(map(float, results.get("sequence_losses", {}).get("distilled", ())))
     inputs = (read_request(folder).inputs.get("data") for folder in evaluations)
-    folders = (data.directory for data in inputs if data is not None)
-    datasets = (read_manifest(folder) for folder in folders if folder.parent != path)
-    others = tuple(data for data in datasets if data is not None)
-    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses, others)
+    data_folders = (data.directory for data in inputs if data is not None)
+    manifests = (read_manifest(folder) for folder in data_folders if folder.parent != path)
+    input_datasets = tuple(manifest for manifest in manifests if manifest is not None)
+    return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses, input_datasets)
 
 
 def common_text(runs: Sequence[RunRecord]) -> TextKey | None:
-    """Returns the key of the text that most runs were evaluated on; ``None`` if none were."""
+    """Returns the key of the text that most runs were evaluated on; ``None`` if none were.
+
+    Of equally frequent texts, it is the first.
+    """
     texts = Counter(run.text_key() for run in runs if run.evaluation is not None)
-    return texts.most_common(1)[0][0] if texts else None  # the first of equally frequent texts
+    return texts.most_common(1)[0][0] if texts else None
 
 
 def paired_difference(
     losses: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Returns the mean of ``losses`` minus ``reference``, and its standard error.
+    """Returns the mean and the standard error of ``losses`` minus ``reference``.
 
     Both are losses on the same sequences. Returns ``None`` if their lengths differ or are below 2.
     """
@@ -185,5 +180,5 @@ def _settings(run: RunRecord) -> Iterator[tuple[str, object]]:
     yield "recipe", run.recipe
     for name, manifest in run.stages.items():
         for key, value in manifest.config.items():
-            if key not in IGNORED:
+            if key not in UNCOMPARED_SETTINGS:
                 yield f"{name}.{key}", value

@@ -18,14 +18,7 @@ from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import AddLayersResult, EvaluationResult, ServedResult, TaskResults
 from recipes.planning.results import PlanResult
 from recipes.report.format import with_prefix
-from recipes.report.plots import (
-    Dimension,
-    Mark,
-    Series,
-    interval_plot,
-    line_plot,
-    trade_off_plot,
-)
+from recipes.report.plots import Dimension, Mark, Series, interval_plot, line_plot, trade_off_plot
 from recipes.report.upstream import phases_of
 from recipes.search.results import LatencyResult, SearchResult
 
@@ -52,14 +45,14 @@ def sections(
         manifests: Manifests of the report's inputs, by name.
         earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
-    rows: list[BenchmarkRow] = []
     # Templates use these results as they are.
-    unprepared = {"plan": PlanResult, "served": ServedResult}
+    result_types = {"plan": PlanResult, "served": ServedResult}
     content: dict[str, object] = {
-        name: manifests[name].result(result)
-        for name, result in unprepared.items()
+        name: manifests[name].result(result_type)
+        for name, result_type in result_types.items()
         if name in manifests
     }
+    rows: list[BenchmarkRow] = []
     if "tasks" in manifests:
         tasks = manifests["tasks"].result(TaskResults)
         model = manifests.get("distilled")
@@ -86,8 +79,7 @@ def sections(
 def tasks_section(results: TaskResults, phases: Sequence[Manifest]) -> dict[str, object]:
     """Returns the tasks, a plot of their scores, and plots of scores during the training.
 
-    ``phases`` are the distillations that made the model, from first to last. Without one there are
-    no plots of scores during the training.
+    ``phases`` are the distillations that made the model, from first to last.
     """
     rows = {
         name: [
@@ -109,11 +101,9 @@ def task_curves(
 ) -> Iterator[tuple[str, Markup]]:
     """Yields the name of each task scored during the training, and a plot of score by tokens.
 
-    Args:
-        results: The scores. Those during the training are by steps of the last phase.
-        phases: Results of the distillations that made the model, from first to last.
+    ``phases`` are the distillations that made the model, from first to last.
     """
-    *_, last = phases
+    last = phases[-1]  # ``task.steps`` has the scores by steps of this phase
     total = sum(phase.tokens for phase in phases)
     start, step_tokens = total - last.tokens, last.tokens / last.steps
     for number, (name, task) in enumerate(results.tasks.items()):
@@ -122,7 +112,6 @@ def task_curves(
         scores = {start + step * step_tokens: score for step, score in task.steps.items()}
         scores = {0: task.pruned, **scores, total: task.distilled}  # by training tokens
         student = [(tokens, score.value) for tokens, score in scores.items()]
-        # The teacher's score does not change: a horizontal line.
         teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(total))]
         lines = [
             Series("student", "distilled", student, noisy=False),
@@ -147,26 +136,25 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
 def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dict[str, object]:
     """Returns the candidates, their plot, the axes in which they differ, and the latency model.
 
-    ``earlier`` maps the names of all earlier stages to their manifests.
+    ``earlier`` has the manifests of all stages upstream of the report's inputs.
     """
     candidates = search.candidates
     # Perplexities are comparable only after the same training. So only candidates with the most
-    # training can be on the Pareto front. If none was trained, only reconstructed ones can be on
-    # it. Training starts without reconstruction, so ``healed`` says nothing after training.
+    # training can be on the Pareto front; if none was trained, only reconstructed ones, if any.
+    # Training starts without reconstruction, so ``healed`` says nothing after training.
     states = [(c.tokens, c.healed and not c.tokens) for c in candidates]
-    marks = [
-        Mark(
-            candidate.name
-            if len(candidates) <= MAX_LABELS or candidate.chosen or candidate.pareto
-            else "",
+    marks = []
+    for candidate, state in zip(candidates, states, strict=True):
+        has_label = len(candidates) <= MAX_LABELS or candidate.chosen or candidate.pareto
+        mark = Mark(
+            candidate.name if has_label else "",
             # The CSS class: the chosen candidate has the colour of distilled models.
             "distilled" if candidate.chosen else "quiet",
             float(candidate.parameters),
             candidate.perplexity,
             reference=state != max(states),
         )
-        for candidate, state in zip(candidates, states, strict=True)
-    ]
+        marks.append(mark)
     axes = [axis.name for axis in fields(Architecture)]
     latency_models = (
         manifest.result(LatencyResult)
@@ -182,10 +170,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
 
 
 def sizes_section(result: AddLayersResult) -> dict[str, object]:
-    """Returns the students with added layers of the teacher, and a plot of their KL by size.
-
-    The marks' labels are numbers of layers.
-    """
+    """Returns the students with added layers of the teacher, and a plot of their KL by size."""
     marks = [
         Mark(
             str(num_layers),
@@ -208,25 +193,24 @@ def quality_mark(role: str, label: str, evaluation: EvaluationResult, cost: floa
     ``role`` is a key of ``evaluation.models()`` and the mark's CSS class.
     """
     quality = evaluation.models()[role]
+    perplexity = quality.perplexity
+    interval: tuple[float, float] | None = None
     margin = margin95(quality.loss_standard_error, evaluation.sequences)
-    # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
-    # exp overflows above 709. Intervals with a margin of 700 are too large to be drawn anyway.
-    value, factor = quality.perplexity, math.exp(min(margin or 0, 700))
-    interval = (value / factor, value * factor) if margin is not None else None
-    return Mark(label, role, cost, value, interval, reference=role == "teacher")
+    if margin is not None:
+        # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
+        # exp overflows above 709. Intervals with a margin of 700 are too large to be drawn anyway.
+        factor = math.exp(min(margin, 700))
+        interval = (perplexity / factor, perplexity * factor)
+    return Mark(label, role, cost, perplexity, interval, reference=role == "teacher")
 
 
 def trade_offs(
     evaluation: EvaluationResult, rows: Sequence[BenchmarkRow]
 ) -> Iterator[tuple[str, str, Markup]]:
-    """Yields plots of perplexity against parameters, disk size and latency.
+    """Yields title, note and plot of perplexity against parameters, disk size and latency.
 
-    Args:
-        evaluation: Quality of the models.
-        rows: Measurements of engines. Plots show those of the smallest batch and prompt.
-
-    Yields:
-        Title, note and plot.
+    Of ``rows``, which are measurements of engines, plots show those of the smallest batch and
+    prompt.
     """
     quality = evaluation.models()
     sized = [quality_mark(role, role, evaluation, q.parameters) for role, q in quality.items()]

@@ -43,7 +43,7 @@ def folder_servers(folder: str, shape: Architecture | None) -> Iterator[ServerCo
 
 
 def _is_loaded_by_vllm(shape: Architecture) -> bool:
-    """Whether vLLM supports the shape. Its Qwen2 requires a head size of hidden size / heads."""
+    """Whether vLLM supports the shape. For Qwen2 it requires a head size of hidden size / heads."""
     query_width = shape.num_attention_heads * shape.kv_channels
     return shape.hf_architecture != "Qwen2ForCausalLM" or query_width == shape.hidden_size
 
@@ -54,9 +54,9 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
     export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
     yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
-    usual_name = ARCHITECTURES.get(shape.hf_architecture)  # None for families not listed there
-    # llama.cpp's converter writes the family's usual architecture. Some width-pruned shapes need
+    # llama.cpp's converter writes the usual architecture of a family. Some width-pruned shapes need
     # another one, see ``architecture_name``. For them there is no command.
+    usual_name = ARCHITECTURES.get(shape.hf_architecture)  # ``None`` for other families
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
         yield ServerCommand("llama.cpp", convert)
@@ -68,34 +68,34 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
 
     Paths of inputs from other runs are absolute; all others are relative to the run's directory.
     """
-    run_dir = inputs["exported"].directory.parent
+    exported = inputs["exported"]
+    run_dir = exported.directory.parent
     artifacts = {name: item.artifact for name, item in inputs.items()}
     paths = {
         name: str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
         for name, path in artifacts.items()
     }
     if "engine" in inputs:
-        engine, backend = paths["engine"], inputs["engine"].manifest.result(EngineResult).backend
+        engine, manifest = paths["engine"], inputs["engine"].manifest
+        backend = manifest.result(EngineResult).backend
         if backend == "openvino":
             yield _genai(engine, f"{engine}/{SETTINGS}")
         else:
-            ranks = inputs["engine"].manifest.config["tensor_parallel_size"]
+            ranks = manifest.config["tensor_parallel_size"]
             command = trtllm_command(engine, backend, paths["exported"], ranks)
             yield ServerCommand("TensorRT-LLM", shlex.join(command))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")
-    architecture = inputs["exported"].manifest.architecture
+    architecture = exported.manifest.architecture
     shape = Architecture(**architecture) if architecture else None
     yield from folder_servers(paths["exported"], shape)
 
 
 def _genai(engine: str, settings: str | None = None) -> ServerCommand:
-    """Returns the command that loads an engine's folder in OpenVINO GenAI and generates text.
+    """Returns the command that loads the folder ``engine`` in OpenVINO GenAI and generates text.
 
-    Args:
-        engine: The folder.
-        settings: File with OpenVINO's properties with which the run measured the engine. Without
-            them, OpenVINO may compute in another precision.
+    ``settings`` is a file with the OpenVINO properties of the run's measurement. Without them,
+    OpenVINO may compute in another precision.
     """
     # A JSON string is a Python literal, too.
     properties = f', **json.load(open({json.dumps(settings)}))["properties"]' if settings else ""

@@ -19,8 +19,8 @@ from recipes.distillation.results import DistillationResult
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
     """Returns the manifests of all stages that the inputs depend on, without the inputs themselves.
 
-    A later stage recorded the fingerprint of each of its inputs. Only a stage with a recorded
-    fingerprint is returned, so a result that was computed again with other settings is left out.
+    Each stage recorded the fingerprints of its inputs. A result that was computed again with other
+    settings has another fingerprint, and is left out.
 
     Returns:
         Manifests by stage name. If the name is taken by an input or by another stage, the key is
@@ -30,9 +30,9 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
     folders = [path for run in runs for path in sorted(run.iterdir()) if path.is_dir()]
     manifests = ((path.name, read_manifest(path)) for path in folders)  # None if not complete
     by_fingerprint = {m.fingerprint: (name, m) for name, m in manifests if m is not None}
-    visited = {item.manifest.fingerprint for item in inputs.values()}
     input_names = {item.directory.name for item in inputs.values()}
-    # Fingerprints of stages that are still to be visited.
+    # Fingerprints of stages.
+    visited = {item.manifest.fingerprint for item in inputs.values()}
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
     while queue:
@@ -47,30 +47,23 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 
 
 def _run_directories(runs: Iterable[Path]) -> list[Path]:
-    """Returns the runs, and all runs that their stages take inputs from, directly or indirectly.
-
-    Deleted runs are left out.
-    """
-    queue, visited = list(runs), dict[Path, None]()
+    """Returns the runs, and all runs that their stages take inputs from, directly or indirectly."""
+    queue, visited = list(runs), list[Path]()
     while queue:
         run = queue.pop().resolve()
-        if run in visited or not run.is_dir():
+        if run in visited or not run.is_dir():  # a deleted run is left out
             continue
-        visited[run] = None
+        visited.append(run)
         for file in sorted(run.glob(f"*/{REQUEST}")):
             inputs = read_request(file.parent).inputs.values()
             queue += [reference.directory.parent for reference in inputs]
-    return list(visited)
+    return visited
 
 
 def phases_of(model: Manifest, earlier: Iterable[Manifest]) -> list[Manifest]:
     """Returns the distillations that made a model one after the other, from first to last.
 
-    The list is empty if no distillation made the model.
-
-    Args:
-        model: Manifest of the model.
-        earlier: Manifests of the stages upstream of the model.
+    The list is empty if no distillation made the model. ``earlier`` are the stages upstream of it.
     """
     by_fingerprint = {manifest.fingerprint: manifest for manifest in earlier}
     phases: list[Manifest] = []
@@ -84,11 +77,7 @@ def phases_of(model: Manifest, earlier: Iterable[Manifest]) -> list[Manifest]:
 def inputs_from_other_runs(stages: Mapping[str, StageConfig]) -> dict[str, Input]:
     """Returns the complete inputs that a run's stages take from other runs.
 
-    Args:
-        stages: All stages of the run, by name.
-
-    Returns:
-        Inputs by the directory that the settings name.
+    The keys are the inputs' directories, as in the settings. ``stages`` are all stages of the run.
     """
     # A source is a stage of this run or the directory of another run's stage.
     sources = {source for config in stages.values() for source in config.inputs.values()}
