@@ -54,7 +54,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing and of comparing the model before and after with the teacher."""
+    """Estimates the cost of healing, and of comparing both students with the teacher."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -63,7 +63,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` has the forward passes of one student. The healed student's are the same.
+    # ``comparison`` has the forward passes of the pruned student. Those of the healed are the same.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
     # All FLOPs count as float32, because healing runs in float32 and takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)

@@ -35,7 +35,7 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies the search space, and the serving settings with the device's rates, from the search."""
+    """Copies the space, and the serving settings with the device's rates, from the search."""
     for stage in chain.stages.values():
         if isinstance(stage, EnumerateShapesConfig):
             return replace(cfg, space=stage.space, service=stage.service.with_speed())
