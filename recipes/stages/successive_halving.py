@@ -117,7 +117,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         yield from loss_problems(training, chain.teacher.vocab_size)
         by_shape = (pair_problems(training, shape, chain.teacher) for shape in trained)
         yield from first_problems(by_shape)
-        data = cfg.inputs.get("data", "")
+        data = cfg.inputs.get("data", "")  # ``training`` has no inputs yet
         yield from weight_problems(training.name, training.weights, data, chain)
         workload = training_workload(training, chain.teacher, chain.teacher)
         yield from shape_layout_problems(workload, shapes, chain.hardware)
