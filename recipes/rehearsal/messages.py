@@ -76,12 +76,12 @@ def _new_group(
     original: Any, ranks: Any = None, *args: Any, backend: str | None = None, **kwargs: Any
 ) -> Any:
     """Creates a fake group, and records the creation. ``ranks=None`` means all ranks."""
-    world = distributed.group.WORLD
+    world_group = distributed.group.WORLD
     members = list(range(distributed.get_world_size())) if ranks is None else list(ranks)
-    _record(world, f"new_group of {_describe_ranks(members)}")
+    _record(world_group, f"new_group of {_describe_ranks(members)}")
     group = original(ranks, *args, backend=FAKE, **kwargs)
     if isinstance(group, distributed.ProcessGroup):  # this rank is a member
-        _register(group, backend or _backends[world.group_name])  # type: ignore[union-attr]
+        _register(group, backend or _backends[world_group.group_name])  # type: ignore[union-attr]
     return group
 
 
@@ -347,7 +347,7 @@ def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _all_reduce_list(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
-    """Runs one all-reduce of all tensors. Returns its work, which the caller waits for."""
+    """Runs one all-reduce of all tensors; returns its work, for which the caller waits."""
     sparse_indices = None
     _, work = torch.ops.c10d.allreduce_(tensors, group, operation, sparse_indices, *args)
     return work

@@ -191,7 +191,7 @@ def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator
     settings: dict[str, tuple[object, object]] = {
         "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
     }
-    if cache.num_sequences is not None:  # then these settings decide which are cached
+    if cache.num_sequences is not None:  # these settings decide which sequences are cached
         settings["seed"] = (cfg.seed, cache.seed)
         settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
     for name, (value, cached) in settings.items():

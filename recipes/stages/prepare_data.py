@@ -192,7 +192,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         chat_tokenizer.require_template()
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
-    if "held_out" in inputs and rank() == 0:
+    if "held_out" in inputs and rank() == 0:  # digests of documents that ``prepare`` leaves out
         shutil.copyfile(inputs["held_out"].artifact / HELD_OUT, folder / EARLIER)
     # Rank 0 resolves the sources and sends their origins to the other ranks.
     origins: dict[str, Origin] = broadcast(

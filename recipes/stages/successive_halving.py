@@ -93,7 +93,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"distill.resources.nodes={nodes}, but each training of a search runs on one node",
             "set distill.resources.nodes=1",
         )
-    yield from _chosen_settings(cfg)
+    yield from _chosen_setting_problems(cfg)
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())  # empty if not known yet
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
@@ -123,8 +123,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         yield from shape_layout_problems(workload, shapes, chain.hardware)
 
 
-def _chosen_settings(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
-    """Refuses values of the settings that the search chooses."""
+def _chosen_setting_problems(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
+    """Refuses values of the settings in ``distill`` that the search chooses."""
     for name in CHOSEN_BY_SEARCH:
         if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
             yield Problem(
@@ -168,6 +168,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         seconds = training_cost(all_runs, chain.hardware).hours * 3600
     else:
         compute = token_compute(workload) * all_runs.tokens
+    # The evaluation after each round.
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)
     compute += text.compute(candidate, bf16) * sum(round_sizes)
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
@@ -248,8 +249,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}  # the best first
-    for what in _unknown_candidates(cfg.also, ranked):
-        raise RecipeError(what, LIST_CANDIDATES)
+    if unknown_candidates := _unknown_candidates(cfg.also, ranked):
+        raise RecipeError(unknown_candidates[0], LIST_CANDIDATES)
     remaining = [
         name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
     ]
@@ -317,15 +318,15 @@ def recipe_yaml(
         "model": {"hf_path": teacher.config["hf_path"]},
         "data": {name: data[name] for name in DATA_SETTINGS} | {"sources": sources},
         "stages": {
-            "prepare_data": _changed(data, PrepareDataConfig(), DATA_SETTINGS),
+            "prepare_data": _non_default_settings(data, PrepareDataConfig(), DATA_SETTINGS),
             "score": {
-                **_changed(score, ScoreConfig()),
+                **_non_default_settings(score, ScoreConfig()),
                 "resources": {name: score["resources"][name] for name in ("nodes", "devices")},
             },
             "prune": prune_settings(targets, method),
             "distill": {
                 **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
-                **_changed(distill, DistillConfig()),
+                **_non_default_settings(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
         },
@@ -336,7 +337,7 @@ def recipe_yaml(
     return header + OmegaConf.to_yaml(content)
 
 
-def _changed(
+def _non_default_settings(
     settings: Mapping[str, Any], default: StageConfig, excluded: Collection[str] = ()
 ) -> dict[str, Any]:
     """Returns the settings that differ from the default, except ``NOT_COPIED`` and ``excluded``."""
