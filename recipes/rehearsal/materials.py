@@ -47,7 +47,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """Returns a job's settings, changed for the generated inputs: ``hf_path`` becomes a folder."""
+    """Returns a job's settings. Changes ``weights`` and ``hf_path`` for the generated inputs."""
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         # With weights, each text source must have a cached sequence. But all sequences of the
         # generated cache have the number 0, which is in the first source.
@@ -126,7 +126,7 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     """Writes each split as a sparse file of zeros, which is one document.
 
-    Each source in a split has as many sequences as the stage with the settings ``config`` can read.
+    Each source in a split has as many sequences as a stage with the settings ``config`` can read.
     """
     counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in counts)
