@@ -110,7 +110,8 @@ def jobs_of(
         settings = _reduced_settings(config)
         if settings is None:
             continue
-        world, search_settings = config.resources.ranks, None
+        world = config.resources.ranks
+        search_settings = None
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
         if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
             # ``config`` is a training run of the search. It trains the largest candidate.

@@ -104,7 +104,9 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     preparation = {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
     hours |= preparation
-    tokenization = ({"stage": name, "hours": f"{h:.2f}"} for name, h in preparation.items())
+    tokenization: list[Row] = [
+        {"stage": name, "hours": f"{number:.2f}"} for name, number in preparation.items()
+    ]
     result = PlanResult(
         summary=summary_of(costs, hardware, cfg.from_published_config),
         tables=[
