@@ -43,10 +43,10 @@ class Channel:
 def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert: int) -> list[int]:
     """Returns the ranks to rehearse. Every other rank runs the same code as one of them.
 
-    Returns all ranks of the first data-parallel replica, the first rank of the last replica, and
+    These are all ranks of the first data-parallel replica, the first rank of the last replica, and
     the last rank. A replica has every combination of tensor, context, expert and pipeline index.
     Ranks that differ only in their data-parallel index run the same code on different text, except
-    that the first and the last rank often do more. So these are compared across replicas.
+    that the first and the last rank often do more.
 
     Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
     groups span context and data indices.
@@ -67,21 +67,17 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
     return sorted(ranks)
 
 
-def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
-    """Yields, for each channel, the first difference between the calls of the channel's ranks.
-
-    Args:
-        channels: The channels of each rehearsed rank.
-    """
+def differences(channels_by_rank: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
+    """Yields, for each channel, the first difference between the calls of the rehearsed ranks."""
     by_name: dict[str, dict[int, Channel]] = {}
-    for rank, rank_channels in channels.items():
-        for channel in rank_channels:
+    for rank, channels in channels_by_rank.items():
+        for channel in channels:
             by_name.setdefault(channel.name, {})[rank] = channel
     for name, by_rank in by_name.items():
         members = {rank for channel in by_rank.values() for rank in channel.ranks}
         calls_by_rank = {  # a member that does not have the channel made no call
             rank: by_rank[rank].calls if rank in by_rank else []
-            for rank in sorted(members & channels.keys())
+            for rank in sorted(members & channels_by_rank.keys())
         }
         yield from _first_difference(name, calls_by_rank)
 
@@ -94,8 +90,8 @@ def _first_difference(name: str, calls_by_rank: Mapping[int, Sequence[Call]]) ->
         actual = calls_by_rank[rank]
         if [call.operation for call in expected] == [call.operation for call in actual]:
             continue
-        # Position of the first pair that differs in operation or call site. The site matters if a
-        # rank makes only one of two equal calls in a row: it shows which call is missing.
+        # The first pair that differs in operation or call site. If a rank makes only one of two
+        # equal calls in a row, the site shows which call is missing.
         pairs = enumerate(zip(expected, actual, strict=False))
         common_length = min(len(expected), len(actual))
         position = next((i for i, (call, other) in pairs if call != other), common_length)

@@ -1,8 +1,7 @@
 """Replaces reading and writing of NeMo checkpoints by checks of the tensors' keys and shapes.
 
-The tensors of a rehearsal are fake, that is, have no values. The shapes in a model's checkpoint
-follow from the model's architecture. When a training run saves a checkpoint, its shapes are kept in
-memory, so that the run can resume.
+The tensors of a rehearsal are fake: they have no values. The shapes in a model's checkpoint follow
+from its architecture. Those in a training run's checkpoint are kept in memory, for resuming.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ OUTPUT_WEIGHT = "output_layer.weight"
 
 
 class CheckpointError(Exception):
-    """A tensor is not in the checkpoint, or its shape in the checkpoint is wrong."""
+    """A tensor is not in the checkpoint, or has another shape there."""
 
 
 @dataclass(frozen=True)
 class _SavedRun:
-    """What is kept in memory of a training run's checkpoint."""
+    """The checkpoint of a training run, without values of its tensors."""
 
     metadata: Any
     """Sharding of the optimizer's state."""
@@ -77,11 +76,7 @@ def _load_content_metadata(folder: str, **kwargs: object) -> Any:
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Fills a state dict with fake tensors, after comparing its shapes with the checkpoint.
-
-    Raises:
-        CheckpointError: A tensor is not in the checkpoint, or has another shape.
-    """
+    """Fills a state dict with fake tensors, after comparing its shapes with the checkpoint."""
     state = sharded_state_dict
     # As in Megatron, a factory splits a tensor for loading, and merges the loaded shards.
     factories, _ = extract_matching_values(
@@ -90,7 +85,7 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
     apply_factories(state)
     saved = _saved_runs.get(Path(checkpoint_dir))
     if saved:
-        # Only items of these types stay. As in Megatron, all others come from the common state.
+        # As in Megatron, items of all other types come from the common state.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
@@ -107,9 +102,8 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
 
     dict_list_map_inplace(load_item, state)
     if saved:
-        # ``merge`` writes into its first argument, so it gets a copy of the saved state.
-        common = dict_list_map_outplace(lambda item: item, saved.common)
-        state = merge(common, state)
+        # ``merge`` writes into its first argument, so the saved state is copied.
+        state = merge(dict_list_map_outplace(lambda item: item, saved.common), state)
     return apply_factory_merges(state, factories)
 
 
@@ -149,14 +143,14 @@ def _read_weights(
 
 
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
-    """Raises an error if the stored shapes do not have the tensor's key and global shape."""
+    """Raises ``CheckpointError`` unless the tensor's key and global shape are stored."""
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
     # Axis 0 of such a tensor is the padded vocabulary, whose size depends on the tensor-parallel
     # size. So Megatron allows another size of this axis.
-    axes = slice(1 if item.allow_shape_mismatch else 0, None)
+    first_axis = 1 if item.allow_shape_mismatch else 0
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
-    if shape[axes] != stored_shape[axes]:
+    if shape[first_axis:] != stored_shape[first_axis:]:
         raise CheckpointError(
             f"{item.key} is {stored_shape} in the checkpoint, but must be {shape}"
         )
@@ -171,20 +165,16 @@ def _save(
 ) -> AsyncRequest | None:
     """Checks the tensors to save, and keeps the state of a training run, so that it can resume.
 
-    Returns:
-        A request without work for an asynchronous save; ``None`` for a synchronous one.
+    Returns a request without work for an asynchronous save; ``None`` for a synchronous one.
     """
     apply_factories(sharded_state_dict)
-    tensors = [
-        item for item in nested_values(sharded_state_dict) if isinstance(item, ShardedTensor)
-    ]
+    items = nested_values(sharded_state_dict)
+    tensors = [item for item in items if isinstance(item, ShardedTensor)]
     for tensor in tensors:
         tensor.validate_metadata_integrity()
         if isinstance(sharded_strategy, streaming.StreamedSave):
             _require_converted_shapes(tensor, sharded_strategy)
-    # Only training saves asynchronously. For other checkpoints nothing needs to be kept, since
-    # their shapes follow from the architecture.
-    if not kwargs.get("async_sharded_save"):
+    if not kwargs.get("async_sharded_save"):  # only training saves asynchronously
         return None
     sharded, common = extract_matching_values(
         sharded_state_dict, lambda item: isinstance(item, ShardedBase)
@@ -202,12 +192,9 @@ def _save(
 
 
 def _require_converted_shapes(item: ShardedTensor, save: streaming.StreamedSave) -> None:
-    """Converts each weight of a shard, and compares its shape with that of the stacked weights.
-
-    A key that does not have its weights from a conversion is not checked.
-    """
+    """Converts each weight of a shard, and compares its shape with that of the stacked weights."""
     axes = save.leading_axes.get(item.key)  # number of axes that stack layers and experts
-    if axes is None:
+    if axes is None:  # the key's weights do not come from a conversion
         return
     # ``local_shape`` does not have the prepended axes, in which a shard has size 1.
     sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:axes]

@@ -47,9 +47,8 @@ class _Redirect(TorchFunctionMode):
         kwargs.pop("pin_memory", None)  # needs a driver
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = DEVICE
-        if (replacement := REPLACED.get(func)) is not None:
-            return replacement(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        replacement = REPLACED.get(func)
+        return replacement(func, *args, **kwargs) if replacement else func(*args, **kwargs)
 
 
 def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -57,10 +56,6 @@ def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if args and _is_cuda(args[0]):
         args = (DEVICE, *args[1:])
     return func(tensor, *args, **kwargs)
-
-
-def _to_device(func: object, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return tensor.to(DEVICE)
 
 
 def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -79,9 +74,9 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits a tensor. If the sizes do not add up, splits it into equal chunks instead.
+    """Splits a tensor; into equal chunks if the sizes do not add up.
 
-    Sizes that do not add up were read from a fake tensor, so they mean nothing.
+    Such sizes were read from a fake tensor, so they mean nothing.
     """
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
@@ -103,7 +98,7 @@ def _attention(
 ) -> Any:
     """Runs fused attention. On an unknown device, PyTorch would run several unfused operations.
 
-    Checks the mask's device, but ignores its values and other options: they change no shape.
+    Ignores options, which change no shape, except that it checks the device of a mask.
     """
     tensors = [t for t in (query, key, value, *args, *kwargs.values()) if isinstance(t, Tensor)]
     devices = {str(tensor.device) for tensor in tensors}
@@ -142,10 +137,6 @@ def _log_sum_exp(func: object, tensor: Tensor, dim: int, keepdim: bool = False) 
     return (tensor - tensor.amax(dim, keepdim=True)).exp_().sum(dim, keepdim).log_()
 
 
-def _is_on_fake_device(func: object, tensor: Tensor) -> bool:
-    return bool(tensor.device == DEVICE)
-
-
 REPLACED: dict[Any, Callable[..., Any]] = {
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
@@ -153,11 +144,11 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.split: _split,
     Tensor.__deepcopy__: _copy,
     Tensor.__format__: lambda func, tensor, spec: format(tensor.item(), spec),
-    Tensor.cuda: _to_device,
+    Tensor.cuda: lambda func, tensor, *args, **kwargs: tensor.to(DEVICE),
     Tensor.pin_memory: lambda func, tensor, *args: tensor,
     Tensor.logsumexp: _log_sum_exp,
     Tensor.bincount: lambda func, tensor: tensor.new_ones(1),
-    Tensor.is_cuda.__get__: _is_on_fake_device,
+    Tensor.is_cuda.__get__: lambda func, tensor: tensor.device == DEVICE,
     Tensor.__setitem__: _set_item,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
@@ -173,8 +164,7 @@ def _read_real_number(real: Tensor) -> Any:
 def _all_indices(index: Tensor | None) -> list[Tensor | None]:
     """Returns the indices that replace one index of ``aten.index``.
 
-    A mask is replaced by one index per dimension of the mask, as if it selected all elements. Other
-    indices stay.
+    A mask becomes one index per dimension of the mask, as if it selected all elements.
     """
     if index is None or index.dtype != torch.bool:
         return [index]
@@ -192,10 +182,7 @@ MIXING = {
 
 @cache
 def _is_elementwise(name: str) -> bool:
-    """Returns whether an operation is element-wise, by PyTorch's tags.
-
-    On CUDA, element-wise operations also accept 0-dimensional CPU tensors.
-    """
+    """Returns whether an operation is element-wise, by PyTorch's tags."""
     packet = getattr(aten, name, None) or getattr(aten, f"{name}_")
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
@@ -231,16 +218,14 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _mixed_devices(name: str, devices: set[str]) -> RuntimeError:
-    names = " and ".join(sorted(devices))
-    expected = "expected all tensors on one device"
-    return RuntimeError(f"{name}: {expected}, but found at least two devices, {names}")
+    problem = "expected all tensors on one device, but found at least two devices"
+    return RuntimeError(f"{name}: {problem}, {' and '.join(sorted(devices))}")
 
 
 class _FakeCuda(TorchDispatchMode):
     """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
-    Stores each number that code copies to the device, so that ``item`` can return it. A write in
-    place removes the stored number, unless the write is a collective.
+    Stores each number that code copies to the device, so that ``item`` can return it.
     """
 
     def __init__(self) -> None:
@@ -260,8 +245,7 @@ class _FakeCuda(TorchDispatchMode):
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
-        # A write in place makes the number unknown. Collectives are not in ``aten``, so they keep
-        # the number.
+        # A write in place makes the number unknown, unless it is a collective (not in ``aten``).
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch.utils.backend_registration import (
 )
 
 from recipes.backend.device import FakeStream
-from recipes.backend.patches import Patch, apply, constant, replace_with
+from recipes.backend.patches import Patch, apply, constant, replace_with, wrap
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
@@ -27,10 +27,7 @@ MEMORY_BYTES = 80 << 30
 """80 GiB, the memory that stages see. It does not limit a rehearsal: the launcher compares the
 rehearsed peak with the memory of the recipe's GPU."""
 PROPERTIES = SimpleNamespace(
-    name="rehearsal",
-    major=CAPABILITY[0],
-    minor=CAPABILITY[1],
-    total_memory=MEMORY_BYTES,
+    name="rehearsal", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY_BYTES
 )
 RNG_STATE = torch.zeros(8, dtype=torch.uint8)
 """Placeholder for the state of the random number generator."""
@@ -51,12 +48,11 @@ def install() -> None:
 
 
 def patches() -> Iterator[Patch]:
-    """Yields the patches of PyTorch, which ``install`` applies."""
+    """Yields the patches of PyTorch."""
     for name, (source_hash, replace) in FUNCTIONS.items():
         yield Patch(f"torch.cuda:{name}", "there is no GPU", source_hash, replace)
-    yield Patch(
-        "torch:Tensor.type", "Megatron compares CUDA's type names", "49d1168ec63d", _name_types
-    )
+    reason = "Megatron compares CUDA's type names"
+    yield Patch("torch:Tensor.type", reason, "49d1168ec63d", wrap(_type))
     reason = "PyTorch cannot move a fake tensor that has other references"
     yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", replace_with(_apply))
 
@@ -74,15 +70,11 @@ def _count_devices() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _name_types(original: Any) -> Any:
-    """Returns a ``Tensor.type`` that returns CUDA's names for tensors on the fake device."""
-
-    def type_of(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPE_NAMES:
-            return original(tensor, *args, **kwargs)
-        return TYPE_NAMES[tensor.dtype]
-
-    return type_of
+def _type(original: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Returns CUDA's type name of a tensor on the fake device; otherwise calls ``Tensor.type``."""
+    if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPE_NAMES:
+        return original(tensor, *args, **kwargs)
+    return TYPE_NAMES[tensor.dtype]
 
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

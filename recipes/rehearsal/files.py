@@ -1,4 +1,4 @@
-"""Replaces functions of safetensors in rehearsals, whose tensors are fake, that is, have no values.
+"""Replaces functions of safetensors in rehearsals, whose tensors are fake: they have no values.
 
 Saving writes a sparse file of zeros. Loading returns real tensors, with the file's values.
 """
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 class _RealFile:
-    """Wraps an open safetensors file or a lazy slice of it. Reads real tensors, even in fake mode.
+    """Wraps an open safetensors file or a lazy slice of it, to read real tensors in fake mode.
 
     Fake mode is torch's ``FakeTensorMode``, which would make each tensor that is read fake.
     """

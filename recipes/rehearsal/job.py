@@ -43,7 +43,7 @@ class JobInput:
     shape: dict[str, Any]
     """Architecture of the input's model. For a list of shapes, this is the teacher's."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Those settings in ``CACHE_FIELDS`` that the stage that made the input has."""
+    """Settings of the stage that made the input, as far as they are in ``CACHE_FIELDS``."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class RankJob:
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training and evaluates candidates on this rank's
-    device; ``None`` if no search does so."""
+    """Settings of the search that starts this training, and that evaluates candidates on this
+    rank's device; ``None`` without such a search."""
 
     @property
     def stage(self) -> str:
@@ -110,14 +110,12 @@ def jobs_of(
         settings = _reduced_settings(config)
         if settings is None:
             continue
-        search_settings = None
         world = config.resources.ranks
+        search_settings = None
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
-        search = chain.stages[name]
-        if isinstance(search, SuccessiveHalvingConfig):
+        if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
             # ``config`` is a training run of the search. It trains the largest candidate.
-            shapes = chain.shapes.get(search.inputs["candidates"], ())  # the largest first
-            largest = next(iter(shapes), chain.teacher)
+            largest = chain.shape_of(search.inputs["candidates"])
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
             search_settings = _reduced_search(search)
         jobs += [
@@ -139,10 +137,13 @@ def jobs_of(
 
 def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
     """Returns ``distinct_ranks`` for a stage's settings. A parallel size that is not set is 1."""
-    names = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
-    tensor, pipeline, expert = (settings.get(name, 1) for name in names)
-    context = settings.get("context_parallel_size", 1)
-    return distinct_ranks(world, tensor, context, pipeline, expert)
+    return distinct_ranks(
+        world,
+        tensor=settings.get("tensor_model_parallel_size", 1),
+        context=settings.get("context_parallel_size", 1),
+        pipeline=settings.get("pipeline_model_parallel_size", 1),
+        expert=settings.get("expert_model_parallel_size", 1),
+    )
 
 
 def _rehearsed_config(config: StageConfig) -> StageConfig:
@@ -162,7 +163,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
 def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
     """Returns settings with fewer steps and samples; ``None`` if the stage uses no device.
 
-    Each data-parallel replica gets one micro batch, or a few in training.
+    A data-parallel replica gets one micro batch, or a few in training.
     """
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     micro_batch = settings.get("micro_batch_size", 1)
@@ -195,19 +196,16 @@ def _reduced_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
 
 
 def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
-    """Returns the changes of settings that make a training run do ``STEPS`` short steps.
-
-    A step has one micro batch more than there are pipeline stages, so that the pipeline schedule
-    reaches its steady state. If the configured global batch has fewer micro batches, it is kept.
-    """
+    """Returns the changes of settings that make a training run do ``STEPS`` short steps."""
     pipeline = config.pipeline_model_parallel_size
     replica_ranks = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     # Sequences in one micro batch of every data-parallel replica.
     sequences = config.resources.ranks // replica_ranks * config.micro_batch_size
+    # With one micro batch more than pipeline stages, the schedule reaches its steady state.
     micro_batches = min(config.global_batch_size // sequences, pipeline + 1)
+    without_stop = {"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}
     return {
-        # Only a distillation has the setting ``stop_at_recovered``.
-        **({"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}),
+        **without_stop,
         "global_batch_size": sequences * micro_batches,
         "max_steps": STEPS,
         "warmup_steps": 1,
@@ -236,9 +234,6 @@ def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobIn
     return JobInput(kind, shape.as_dict(), config)
 
 
-# Results
-
-
 @dataclass(frozen=True)
 class RehearsalResult:
     """Result of the rehearsal of one rank of a stage."""
@@ -246,7 +241,7 @@ class RehearsalResult:
     seconds: float = 0
     """Duration of the rehearsal, which says nothing about the time on a GPU."""
     error: str | None = None
-    """End of the traceback, if the stage failed; otherwise ``None``."""
+    """End of the traceback; ``None`` if the stage did not fail."""
     peak: dict[str, int] = field(default_factory=dict)
     """Bytes on the device by label (see ``MemoryTracker``), when their sum is largest."""
     host: int = 0

@@ -38,22 +38,19 @@ END = "<end>"
 
 def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """Writes all inputs of a job below a run's directory, and returns them by role."""
-    items = {role: _input(job, source, run_dir / role) for role, source in job.inputs.items()}
-    hashes = {role: item.manifest.content_hash() for role, item in items.items()}
+    by_role = {role: _input(job, source, run_dir / role) for role, source in job.inputs.items()}
+    hashes = {role: source.manifest.content_hash() for role, source in by_role.items()}
     # Training checks in the manifest of a cached teacher that the teacher read the same text.
-    for item in items.values():
-        item.manifest.input_content = hashes
-    return items
+    for source in by_role.values():
+        source.manifest.input_content = hashes
+    return by_role
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """Returns a job's settings, changed for the generated inputs.
-
-    ``hf_path`` becomes the generated folder. With a cached teacher, the setting ``weights`` of the
-    text sources is emptied. With weights, each source must have a cached sequence, but all
-    sequences of the generated cache have the number 0, which is in the first source.
-    """
+    """Returns a job's settings. Changes ``weights`` and ``hf_path`` for the generated inputs."""
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
+        # With weights, each text source must have a cached sequence. But all sequences of the
+        # generated cache have the number 0, which is in the first source.
         return {**job.config, "weights": {}}
     if "hf_path" not in job.config:
         return job.config
@@ -71,7 +68,7 @@ def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
-    """Writes one input to a directory, laid out like that of the stage that makes such an input."""
+    """Writes one input to a directory like that of the stage that makes such an input."""
     artifact = directory / ARTIFACT
     artifact.mkdir(parents=True)
     shape, teacher = Architecture(**source.shape), read_architecture(job.hf_config, "a rehearsal")
@@ -111,10 +108,7 @@ def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes the files beside a model's weights: ``config.json`` and a tokenizer.
-
-    Any tokenizer would do, because a rehearsal tokenizes no text.
-    """
+    """Writes the files beside a model's weights: ``config.json`` and any tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,11 +126,7 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     """Writes each split as a sparse file of zeros, which is one document.
 
-    Each source in a split has as many sequences as the stage can read, and at least one batch.
-
-    Args:
-        config: Settings of the stage that reads the dataset.
-        artifact: Folder of the dataset.
+    Each source in a split has as many sequences as a stage with the settings ``config`` can read.
     """
     counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in counts)
@@ -161,13 +151,7 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
-    """Writes a cached teacher of one shard, in which all values are zero.
-
-    Args:
-        source: The input, with the settings of the stage that would write the cache.
-        sequences: Number of cached sequences.
-        artifact: Folder of the cache.
-    """
+    """Writes a cached teacher of one shard with a number of sequences. All values are zero."""
     index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)
     write_index(artifact, index)
     tensors = {
@@ -180,15 +164,12 @@ def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None
 
 def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
     """Returns ``Importance.widths`` in which all scores of channels and heads are zero."""
-    axes = {
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-    }
-    layers = range(1, shape.num_layers + 1)
-    widths = {
-        f"layers.{i}.{axis}": torch.zeros(size) for i in layers for axis, size in axes.items()
-    }
-    return {**widths, "hidden_size": torch.zeros(shape.hidden_size)}
+    widths = {}
+    for i in range(1, shape.num_layers + 1):
+        widths[f"layers.{i}.ffn_hidden_size"] = torch.zeros(shape.ffn_hidden_size)
+        widths[f"layers.{i}.num_attention_heads"] = torch.zeros(shape.num_attention_heads)
+    widths["hidden_size"] = torch.zeros(shape.hidden_size)
+    return widths
 
 
 def _empty_manifest(stage: str, kind: str) -> Manifest:

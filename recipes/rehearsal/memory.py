@@ -41,8 +41,8 @@ class _Allocation:
 class MemoryTracker(TorchDispatchMode):
     """Counts the memory that operations allocate, until it is freed.
 
-    Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default label is
-    "logits" if the size of the tensor's last dimension is ``vocabulary``, otherwise "activations".
+    Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default is
+    "logits" if the size of the last dimension is ``vocabulary``, otherwise "activations".
 
     Args:
         vocabulary: Size of the rank's shard of the vocabulary.
@@ -135,11 +135,7 @@ class MemoryTracker(TorchDispatchMode):
         self._reserved = self._total
 
     def label_as_parent(self) -> None:
-        """Labels all memory, live or cached, as that of a search.
-
-        Memory that is allocated later belongs to a training process, which the search starts on the
-        same GPU.
-        """
+        """Labels all memory, live or cached, as that of a search that now starts a training run."""
         for allocation in self._live.values():
             allocation.label = PARENT
         self.now = Counter({PARENT: self._total})
@@ -166,8 +162,8 @@ def install_labels(memory: MemoryTracker) -> None:
         nonlocal has_stepped
         _label_states(memory, optimizer)
         if not has_stepped:
-            # The optimizer allocates its states in the first step. They get their label only at the
-            # end of the step. So the peak is measured in later steps.
+            # The states that an optimizer allocates in its first step get their label only now. So
+            # the peak is measured in later steps.
             memory.reset_peak()
         has_stepped = True
 

@@ -1,9 +1,9 @@
 """Checks and records a rank's collectives and point-to-point messages without sending them.
 
 Tensors must meet the requirements of NCCL. These are in torch's ``ProcessGroupNCCL.cpp``:
-``_allgather_base``, ``_reduce_scatter_base``, ``alltoall_base`` and ``check_gpu_single_tensor``. In
-a rehearsal each rank runs without the other ranks, on fake tensors, which have no values. The
-module ``agreement`` compares the ranks' records afterwards.
+``_allgather_base``, ``_reduce_scatter_base``, ``alltoall_base`` and ``check_gpu_single_tensor``. A
+rehearsed rank runs alone, on fake tensors, which have no values. The module ``agreement`` compares
+the ranks' records afterwards.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_ex
 """Substrings of paths of files that are not listed as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
 """Prefixes that are removed from the paths of callers."""
+MESSAGES = ("send", "recv_")
+"""Operators of c10d for messages between two ranks; all other operators are collectives."""
+EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
+"""By collective: index of the argument whose shapes must be equal on all ranks; by default 0."""
+WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
+"""Collectives in which no argument has equal shapes on all ranks."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
 """Channels of this rank by name: its process groups, and its messages to and from other ranks."""
@@ -60,7 +66,7 @@ def recorded_channels() -> list[Channel]:
 def _init_process_group(
     original: Any, backend: str | None = None, *args: object, **kwargs: object
 ) -> None:
-    """Creates a fake group of all ranks, without waiting for the other ranks."""
+    """Creates a fake group of all ranks, without waiting for them."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     original(FAKE, rank=rank, world_size=world, store=FakeStore())
     _register(distributed.group.WORLD, backend)
@@ -70,12 +76,12 @@ def _new_group(
     original: Any, ranks: Any = None, *args: Any, backend: str | None = None, **kwargs: Any
 ) -> Any:
     """Creates a fake group, and records the creation. ``ranks=None`` means all ranks."""
-    world = distributed.group.WORLD
+    world_group = distributed.group.WORLD
     members = list(range(distributed.get_world_size())) if ranks is None else list(ranks)
-    _record(world, f"new_group of {_describe_ranks(members)}")
+    _record(world_group, f"new_group of {_describe_ranks(members)}")
     group = original(ranks, *args, backend=FAKE, **kwargs)
     if isinstance(group, distributed.ProcessGroup):  # this rank is a member
-        _register(group, backend or _backends[world.group_name])  # type: ignore[union-attr]
+        _register(group, backend or _backends[world_group.group_name])  # type: ignore[union-attr]
     return group
 
 
@@ -186,14 +192,7 @@ class MessageChecker(TorchDispatchMode):
 
 
 def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
-    """Records a message or a collective.
-
-    Args:
-        name: Name of the operator, without ``c10d::``.
-        func: The operator.
-        args: Its arguments.
-        group: Its process group.
-    """
+    """Records a message or a collective: the operator ``func`` with the short name ``name``."""
     this_rank = distributed.get_rank()
     if name in MESSAGES:
         # The arguments are tensors, group, the other rank's index in the group, and tag.
@@ -240,15 +239,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-MESSAGES = ("send", "recv_")
-"""Operators for messages from one rank to another; all other operators are collectives."""
-EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
-"""Index of the argument whose shapes must be equal on all ranks. For collectives that are not
-listed, the index is 0."""
-WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
-"""Collectives in which no argument has equal shapes on all ranks."""
-
-
 def _tensors(value: object) -> list[Tensor]:
     """Returns all tensors in an argument, which may be a nested list."""
     if isinstance(value, (list, tuple)):
@@ -257,16 +247,12 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
-    """Checks the device and the memory layout of tensors that NCCL would send.
-
-    If no backend was requested (``None``), the group has two: gloo sends tensors on the CPU, and
-    NCCL those on the GPU.
-    """
+    """Checks the device and the memory layout of tensors that NCCL would send."""
     if backend == "gloo":
         return
     for tensor in tensors:
         if tensor.device.type == "cpu" and backend != "nccl":
-            continue  # gloo sends it
+            continue  # a group without a requested backend sends CPU tensors by gloo
         _require(
             name,
             tensor.device == DEVICE,
@@ -308,13 +294,10 @@ def _check_scatter_base(name: str, args: Args, size: int) -> None:
 
 def _check_gather(name: str, args: Args, size: int) -> None:
     for outputs, shard in zip(*args[:2], strict=True):
-        are_like_shard = all(
-            output.shape == shard.shape and output.dtype == shard.dtype for output in outputs
-        )
-        what = (
-            f"needs {size} outputs of {list(shard.shape)} {shard.dtype}, got "
-            f"{[list(output.shape) for output in outputs]}"
-        )
+        expected = (shard.shape, shard.dtype)
+        are_like_shard = all((output.shape, output.dtype) == expected for output in outputs)
+        shapes = [list(output.shape) for output in outputs]
+        what = f"needs {size} outputs of {list(shard.shape)} {shard.dtype}, got {shapes}"
         _require(name, are_like_shard and len(outputs) == size, what)
 
 
@@ -353,22 +336,20 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a replacement of a coalesced collective: it runs ``collective`` for each pair.
-
-    A pair is an output and its input.
-    """
+    """Returns a replacement of a coalesced collective: runs ``collective`` by (output, input)."""
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
-        _, work = results[-1]  # the coalesced operator returns the last work
-        return work
+        _, last_work = results[-1]  # as the coalesced operator returns
+        return last_work
 
     return run_each
 
 
 def _all_reduce_list(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
-    """Returns the work of an all-reduce. The argument that is None is ``sparse_indices``."""
-    _, work = torch.ops.c10d.allreduce_(tensors, group, operation, None, *args)
+    """Runs one all-reduce of all tensors; returns its work, for which the caller waits."""
+    sparse_indices = None
+    _, work = torch.ops.c10d.allreduce_(tensors, group, operation, sparse_indices, *args)
     return work
 
 

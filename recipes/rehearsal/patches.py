@@ -1,8 +1,7 @@
 """Patches functions that a rehearsal cannot run.
 
 A rehearsal runs one rank of a stage on fake tensors, which have no values. So it cannot run
-functions that read tensor values, or need other ranks or TransformerEngine. A process that has
-called ``install`` can only rehearse.
+functions that read tensor values, or need other ranks or TransformerEngine.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ def install() -> None:
 
 
 def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) -> None:
-    """Sets placeholder losses of 1, because only the last pipeline stage computes losses.
-
-    In a real run, that stage sends its losses to the other stages.
-    """
+    """Sets placeholder losses of 1. In a real run, the last pipeline stage sends its losses."""
     original(self, objective)
     self.last_means = dict.fromkeys(("loss", *objective.weights), 1.0)
 
@@ -103,8 +99,8 @@ def _permute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a row per pair of token and expert, and each row's probability and token index.
 
-    Megatron's function reads the token indices from ``routing_map``, which has no values here. This
-    function only has to return the right shapes, so its indices are not initialized.
+    Megatron's function reads the token indices from ``routing_map``, which has no values here. So
+    they are not initialized: only the shapes matter.
     """
     indices = routing_map.new_empty(num_out_tokens, dtype=torch.int64)
     row_probs = probs.T.contiguous().flatten().index_select(0, indices)

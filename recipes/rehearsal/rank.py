@@ -39,10 +39,7 @@ MAX_FRAMES = 5
 
 
 def rehearse(job: RankJob) -> RehearsalResult:
-    """Runs the job's stage, and returns its peak memory and its communication with other ranks.
-
-    If the stage raises an error, the error is part of the result.
-    """
+    """Runs the job's stage; returns its peak memory, its communication, and its error if any."""
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
     memory = MemoryTracker(job.vocabulary)
@@ -60,8 +57,8 @@ def rehearse(job: RankJob) -> RehearsalResult:
             install_labels(memory)
             with device.fake_tensors(), memory, messages.MessageChecker():
                 if job.search is not None:
-                    # The training is a child process of the search. While it runs, the search
-                    # still holds the memory of this evaluation on the same GPU.
+                    # In a real run, the search still holds the memory of this evaluation while
+                    # its child process trains on the same GPU.
                     _measure_candidate(job.search, inputs, run_dir)
                     memory.label_as_parent()
                 if job.resumed:
@@ -123,8 +120,7 @@ def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
     A float32 optimizer holds views of weights. The autograd graph of the views has hooks that refer
-    to the model. The loop is in a separate function, because in the caller the loop variable would
-    keep the last object alive.
+    to the model. In the caller of this function, the loop variable would keep an object alive.
     """
     for instance in gc.get_objects():
         # ``isinstance`` would raise an error at the proxy of a freed object.
@@ -133,10 +129,7 @@ def _clear_optimizers() -> None:
 
 
 def _error_text() -> str:
-    """Returns the current error and its innermost frames, as in a traceback.
-
-    Leaves out frames in torch and in the code of rehearsals.
-    """
+    """Returns the current error and its innermost frames outside of torch and of rehearsals."""
     _, error, trace = sys.exc_info()
     frames = [
         frame

@@ -17,6 +17,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -46,7 +47,7 @@ def main(file: Path, processes: int) -> None:
     die_with_parent()
     prepare_imports()
     jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
-    # Only results go to standard output. What libraries print there goes to standard error.
+    # Only results go to standard output. Output of libraries is redirected to standard error.
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     rehearse = prepare()
@@ -76,10 +77,7 @@ def prepare() -> Rehearse:
 
 
 def in_forks(tasks: Iterable[Task], processes: int) -> Iterator[RehearsalResult]:
-    """Runs each task in a forked process; yields the results in the order of the tasks.
-
-    At most ``processes`` tasks run at a time.
-    """
+    """Runs each task in a fork, at most ``processes`` at a time; yields the results in order."""
     running: deque[tuple[BaseProcess, Connection]] = deque()
     for task in tasks:
         if len(running) == processes:
@@ -93,7 +91,7 @@ def _start(task: Task) -> tuple[BaseProcess, Connection]:
     """Starts a task in a fork; returns the fork and the pipe that will receive the result."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(task, sender))
+    child = context.Process(target=lambda: sender.send(task()))
     child.start()
     sender.close()  # now only the fork can send, so the pipe ends if the fork dies
     return child, receiver
@@ -101,17 +99,11 @@ def _start(task: Task) -> tuple[BaseProcess, Connection]:
 
 def _receive(child: BaseProcess, receiver: Connection) -> RehearsalResult:
     """Waits for the result of a fork, and for the fork's end."""
-    try:
-        result: RehearsalResult = receiver.recv()
-    except EOFError:  # the fork died before it sent a result
-        child.join()
-        result = RehearsalResult(error=f"its process ended with exit code {child.exitcode}")
+    result: RehearsalResult | None = None
+    with suppress(EOFError):  # the fork died before it sent a result
+        result = receiver.recv()
     child.join()
-    return result
-
-
-def _send(task: Task, pipe: Connection) -> None:
-    pipe.send(task())
+    return result or RehearsalResult(error=f"its process ended with exit code {child.exitcode}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Adds layers of the teacher to a distilled student, without training.
 
-Reads the student, its teacher and held-out text. For each number of layers from the student's to
-one less than the teacher's, measures a model of that size. Writes the model of the configured size
-as a NeMo checkpoint.
+Reads the student, its teacher and held-out text. Measures a model of each size: from the student's
+number of layers to one less than the teacher's. Writes the model of the configured size as a NeMo
+checkpoint.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that layers of the teacher fit into the student, and the configured number of layers.
-
-    Layers fit if the student was pruned from this teacher, and only in depth.
-    """
+    """Checks the size, and that the student was pruned only in depth, from the teacher."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     teacher_source = cfg.inputs.get("teacher")
     origin = pruned_model(cfg.inputs.get("student", ""), chain)
@@ -46,11 +43,8 @@ def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
     size = cfg.size(student, teacher)
     differs_in_width = replace(student, num_layers=teacher.num_layers) != teacher
     if differs_in_width:
-        yield Problem(
-            rules.ADDED_LAYERS,
-            f"the student of {cfg.name} was also pruned in width",
-            "set add_layers=null, or prune only layers",
-        )
+        what = f"the student of {cfg.name} was also pruned in width"
+        yield Problem(rules.ADDED_LAYERS, what, "set add_layers=null, or prune only layers")
     elif teacher.num_layers == student.num_layers:
         yield Problem(
             rules.ADDED_LAYERS,
@@ -69,23 +63,22 @@ def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def pruned_model(student: str, chain: Chain) -> str | None:
-    """Returns the model from which the student was pruned: a stage or a directory.
-
-    Returns an empty string if the student was not pruned, and ``None`` if the student comes from
-    another run.
+    """Follows a student's inputs back to the model from which it was pruned.
 
     Args:
         student: The stage that provides the student, or its directory in another run.
         chain: Stages of the run.
+
+    Returns:
+        A stage or a directory; empty if the student was not pruned, ``None`` if it comes from
+        another run.
     """
-    # Follows the inputs back to the last pruning.
-    name = student
-    while (config := chain.stages.get(name)) is not None:
+    source = student
+    while (config := chain.stages.get(source)) is not None:
         if isinstance(config, PruneConfig):
             return config.inputs.get("checkpoint")
-        name = config.inputs.get("student") or config.inputs.get("checkpoint") or ""
-    # A name that is not a stage is a directory of another run. Without a name, an input is missing.
-    return None if name else ""
+        source = config.inputs.get("student") or config.inputs.get("checkpoint") or ""
+    return None if source else ""  # a source that is not a stage is a directory
 
 
 def models(cfg: AddLayersConfig, chain: Chain) -> tuple[Architecture, Architecture]:
@@ -109,9 +102,8 @@ def inference_cost(cfg: AddLayersConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     # ``healed=True`` also counts the teacher's head, which stays in memory beside one model.
     cost = ranking_cost(teacher, bf16, text, chain.hardware, healed=True)
-    # ``cost`` has the teacher's forward passes. Those of each measured model are added.
-    compute = cost.compute
-    for num_layers in range(student.num_layers, teacher.num_layers):
+    compute = cost.compute  # of the teacher
+    for num_layers in range(student.num_layers, teacher.num_layers):  # of each measured model
         compute += text.compute(replace(teacher, num_layers=num_layers), bf16)
     return replace(cost, compute=compute)
 
@@ -135,9 +127,9 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
         inputs[name].manifest.result(KeptLayers).kept_layers for name in ("student", "teacher")
     )
     # Results number layers as in the model before all pruning. ``original_numbers`` has this number
-    # for each layer of the teacher. If the teacher was not pruned, its own numbers are the same.
+    # for each layer of the teacher, which may be a pruned model, too.
     original_numbers = teacher_layers or list(range(1, teacher_shape.num_layers + 1))
-    # From here on, layers are numbered as in the teacher, from 1.
+    # ``kept`` and ``layers`` number layers as in the teacher, from 1.
     kept = layers_of_student(student_layers, original_numbers)
     text = read_sequences(inputs["data"], "heldout", cfg.seq_length, cfg.num_sequences)
     progress = partial(metrics_log(out).progress, "measure")
@@ -147,10 +139,8 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
     layers = layers_by_size(kept, teacher_shape.num_layers)[num_added]
     weights = combine_weights(student, teacher, kept, layers)
     checkpoint = out / teacher.name
-    # The first argument determines the data type. With the teacher as the first argument, a float32
-    # student of a bfloat16 teacher would be rounded.
     shape = replace(teacher_shape, num_layers=len(layers))
-    save_weights(student, shape, weights, checkpoint)
+    save_weights(student, shape, weights, checkpoint)  # in the student's data type
     result = AddLayersResult(
         kept_layers=[original_numbers[layer - 1] for layer in layers],
         added_layers=[original_numbers[layer - 1] for layer in layers if layer not in kept],
@@ -170,11 +160,11 @@ def _require_origin(inputs: Inputs) -> None:
     from recipes.report.upstream import upstream
 
     student, teacher = inputs["student"].manifest, inputs["teacher"].manifest
-    # A teacher may be a pruned model, too. The stages that made it say nothing about the student.
+    # A teacher may be a pruned model, too. Pruning upstream of the teacher is not checked.
     of_teacher = {m.fingerprint for m in upstream({"teacher": inputs["teacher"]}).values()}
     for manifest in (student, *upstream({"student": inputs["student"]}).values()):
-        is_between = manifest.stage == "prune" and manifest.fingerprint not in of_teacher
-        if is_between and manifest.inputs["checkpoint"] != teacher.fingerprint:
+        is_checked = manifest.stage == "prune" and manifest.fingerprint not in of_teacher
+        if is_checked and manifest.inputs["checkpoint"] != teacher.fingerprint:
             raise RecipeError(
                 f"{inputs['student'].directory} was not pruned from {inputs['teacher'].directory}.",
                 "set the input teacher of add_layers to the model that was pruned",
@@ -194,6 +184,5 @@ STAGE = Stage(
         "data": ("dataset",),
     },
     shapes=lambda config, chain: [result_shape(config, chain)],
-    # At most float32, 4 bytes per parameter.
-    disk_bytes=lambda config, chain: 4 * result_shape(config, chain).parameters(),
+    disk_bytes=lambda config, chain: 4 * result_shape(config, chain).parameters(),  # if float32
 )

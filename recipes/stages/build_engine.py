@@ -2,14 +2,15 @@
 
 Reads a Hugging Face folder or a NeMo checkpoint, and held-out text if configured. Writes the
 engine. ``backend=openvino`` builds on any CPU. ``tensorrt_llm`` builds a TensorRT engine, and
-``tensorrt_llm_pytorch`` prepares the checkpoint for TensorRT-LLM's PyTorch backend; both need a GPU
-and NVIDIA's image. Only OpenVINO engines are compared, because TensorRT-LLM does not return logits.
+``tensorrt_llm_pytorch`` prepares the checkpoint for TensorRT-LLM's PyTorch backend. Both need a GPU
+and NVIDIA's image, and are not compared, because TensorRT-LLM does not return logits.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from recipes.core.files import folder_bytes
 from recipes.core.manifest import Outcome
@@ -22,7 +23,7 @@ from recipes.stages.contract import Stage
 
 
 def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Builds the engine, and compares it with the model if the backend returns logits."""
+    """Builds the engine, and compares an OpenVINO engine with the model."""
     require_backend(cfg.backend)
     source, log = inputs["checkpoint"], metrics_log(out)
     # The three steps: convert a NeMo checkpoint if necessary, build, compare.
@@ -33,18 +34,18 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     BUILDERS[cfg.backend](cfg, folder, out)
     build_seconds = time.monotonic() - start
     log.progress("engine", 2, 3)
-    comparison = None
-    if cfg.backend == "openvino":  # TensorRT-LLM does not return logits
+    comparison: dict[str, Any] = {}
+    if cfg.backend == "openvino":
         from recipes.engines.checks import compare_engine
 
-        comparison = compare_engine(cfg, folder, out, inputs.get("data"), log)
+        comparison = vars(compare_engine(cfg, folder, out, inputs.get("data"), log))
     log.progress("engine", 3, 3)
     result = EngineResult(
         backend=cfg.backend,
         precision=cfg.precision,
         build_seconds=round(build_seconds, 3),
         bytes=folder_bytes(out),
-        **(vars(comparison) if comparison else {}),
+        **comparison,
     )
     return Outcome.of(result, source.manifest)
 
@@ -64,8 +65,8 @@ STAGE = Stage(
     ),
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
-    # The engine, a temporary copy of it, and the Hugging Face folder of its model. Each has at most
-    # 4 bytes per parameter. The model is at most as large as the teacher.
+    # The engine, a temporary copy of it, and the Hugging Face folder of its model. Each is at most
+    # as large as the teacher in float32.
     disk_bytes=lambda config, chain: 3 * 4 * chain.teacher.parameters(),
     check_machine=lambda config: require_backend(config.backend),
 )

@@ -33,8 +33,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
-    # By default, ``weights`` are those of ``distill``, which trains on the cached sequences. So a
-    # problem names ``stages.distill``.
+    # The user sets the weights in ``distill``, which trains on the cached sequences.
     yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if not planned_sequences(cfg, chain):
@@ -47,10 +46,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns how many sequences will be cached; 0 if unknown.
-
-    By default, the whole text is cached. The number is unknown if the text's size is unknown.
-    """
+    """Returns how many sequences are cached, by default all; 0 if the text's size is unknown."""
     if cfg.num_sequences is not None:
         return cfg.num_sequences
     tokens_by_source, _ = training_tokens(chain, cfg.inputs.get("data", ""))
@@ -60,12 +56,14 @@ def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
     """Returns the teacher's forward passes, for plans; one step if their number is unknown."""
-    tensor, micro_batch_size = cfg.tensor_model_parallel_size, cfg.micro_batch_size
     layout = Layout(
-        cfg.resources.nodes, cfg.resources.devices, tensor, micro_batch_size=micro_batch_size
+        nodes=cfg.resources.nodes,
+        devices=cfg.resources.devices,
+        tensor=cfg.tensor_model_parallel_size,
+        micro_batch_size=cfg.micro_batch_size,
     )
-    data_parallel_size = max(1, layout.ranks // tensor)
-    global_batch_size = micro_batch_size * data_parallel_size
+    data_parallel_size = max(1, layout.ranks // layout.tensor)
+    global_batch_size = layout.micro_batch_size * data_parallel_size
     return Workload(
         trained=None,  # no model is trained
         teacher=chain.shape_of(cfg.inputs.get("teacher")),
@@ -84,11 +82,7 @@ def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
 
 
 def progress(work: Path) -> str | None:
-    """Returns the number of complete shards, such as "3 shards"; ``None`` if there are none.
-
-    Args:
-        work: The stage's folder of unfinished work.
-    """
+    """Returns the number of complete shards, such as "3 shards"; ``None`` if there are none."""
     count = len(list((work / SHARDS).glob("*.safetensors")))
     return f"{count} shard{'s' * (count > 1)}" if count else None
 
@@ -99,8 +93,7 @@ def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.distillation.logit_cache_writer import cache_logits
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
-    shards = out.parent / SHARDS
-    result = cache_logits(cfg, teacher, inputs["data"], shards, out, metrics_log(out))
+    result = cache_logits(cfg, teacher, inputs["data"], out.parent / SHARDS, out, metrics_log(out))
     return Outcome(result, tokenizer_sha256=hf.tokenizer_sha256(nemo.side_folder(teacher)))
 
 

@@ -1,7 +1,4 @@
-"""Defines the interface of a stage.
-
-The launcher plans stages through this interface, and the worker runs them.
-"""
+"""Defines the interface through which the launcher plans a stage and the worker runs it."""
 
 from __future__ import annotations
 
@@ -50,13 +47,12 @@ Kinds = tuple[Kind, ...]
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
     """Returns the architectures that a stage's input may have, the largest first.
 
-    The result is empty if a search that lists them must run first.
+    Returns no architecture if a search that lists them must run first.
     """
     for name in ("candidates", "shapes"):  # inputs from a search, which may have many shapes
         if name in config.inputs:
             return chain.shapes.get(config.inputs[name], ())
-    source = config.inputs.get("checkpoint") or config.inputs.get("student")
-    return chain.shapes_of(source)
+    return chain.shapes_of(config.inputs.get("checkpoint") or config.inputs.get("student"))
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
@@ -70,8 +66,8 @@ def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
         {"pipeline_model_parallel_size": size, "resources.devices": size}
         for size in PARALLEL_SIZES[1:]  # without 1
     ]
-    half_samples = vars(config).get("num_calibration_samples", 0) // 2
-    fewer_samples = {"num_calibration_samples": max(1, half_samples)}
+    num_samples = vars(config).get("num_calibration_samples", 0)
+    fewer_samples = {"num_calibration_samples": max(1, num_samples // 2)}
     changes = (
         small_batch,
         bf16,
@@ -119,7 +115,7 @@ def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
             value = with_changes(vars(config)[name], {nested_key: value})
         changed = replace(config, **{name: value})
         if isinstance(config, StageConfig):
-            changed.name = config.name  # ``replace`` has set the module's name
+            changed.name = config.name  # ``replace`` resets it to the module's name
         config = changed
     return config
 
@@ -156,8 +152,7 @@ class Stage(Generic[ConfigT]):
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
     """Optional inputs: maps each name to the artifact types that it may have."""
     starts: tuple[str, ...] = ()
-    """Other stages that this stage runs itself, as a search does. Their code is part of the code
-    fingerprint of this stage."""
+    """Other stages that this stage runs itself. Its code fingerprint includes their code."""
     devices: Callable[[ConfigT, Chain], int] = lambda config, chain: config.resources.devices
     """Devices per node that the stage uses; by default one for each process. A search and a stage
     that runs engines may use more devices than processes."""
@@ -168,16 +163,13 @@ class Stage(Generic[ConfigT]):
     needs_tensorrt_llm: Callable[[ConfigT, Chain], bool] = lambda config, chain: False
     """Whether the stage runs TensorRT-LLM, which has its own container image."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
-    """Files and folders outside the run that the result depends on, each with a name for the
-    fingerprint."""
+    """Files and folders outside the run that the result depends on, by name in the fingerprint."""
     external_files: tuple[str, ...] = ("**/*",)
     """Glob patterns of the files that the result depends on, in the folders of ``external``."""
     libraries: tuple[str, ...] = ()
-    """Libraries that the stage uses in addition to those of all stages. Their versions are in the
-    fingerprint."""
+    """Libraries that not all stages use. Their versions are in the fingerprint."""
     programs: tuple[str, ...] = ()
-    """Programs that the stage runs if they are on ``PATH``. Their versions are in the
-    fingerprint."""
+    """Programs that the stage runs if they are installed. The fingerprint has their versions."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
     """Disk space of the artifact and temporary files, in bytes."""
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes

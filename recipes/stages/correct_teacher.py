@@ -1,8 +1,7 @@
 """Fine-tunes the teacher on the distillation data (teacher correction, arXiv:2408.11796).
 
-A teacher that was trained on other data is a worse target for distillation. A few steps of
-next-token training adapt the teacher to the distillation data. Evaluation still compares models
-with the original teacher.
+A teacher that was trained on other data is a worse target for distillation. So a few steps of
+next-token training adapt it. Evaluation still compares models with the original teacher.
 
 Reads the teacher and the prepared text. Writes the corrected teacher as a NeMo checkpoint.
 """
@@ -37,15 +36,14 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.distillation.trainer import train
 
     teacher = nemo.find_checkpoint(inputs["teacher"].artifact)
-    # Only next-token loss, with weight 1, because there is no other model to learn from.
-    objective, log = Objective({"lm": 1.0}), metrics_log(out)
-    train(cfg, teacher, objective, inputs["data"], out / teacher.name, log)
+    next_token_loss = Objective({"lm": 1.0})  # with weight 1, the only term
+    train(cfg, teacher, next_token_loss, inputs["data"], out / teacher.name, metrics_log(out))
     result = None
     if rank() == 0:  # only rank 0 writes metrics
-        result = training_result(cfg, metrics_file(out))
+        training = training_result(cfg, metrics_file(out))
         result = replace(
-            result,
-            sources=trained_sources(cfg, result, inputs),
+            training,
+            sources=trained_sources(cfg, training, inputs),
             kept_layers=inputs["teacher"].manifest.result(KeptLayers).kept_layers,
         )
     return checkpoint_outcome(result, teacher)

@@ -53,10 +53,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems that would stop the training later.
-
-    Also yields a note if the loss on hidden states omits layers.
-    """
+    """Yields problems that would stop the training, and a note on layers that the loss omits."""
     yield from training_problems(cfg, chain, chain.shapes_of(cfg.inputs.get("student")))
     yield from loss_problems(cfg, chain.teacher.vocab_size)
     yield from _hidden_state_problems(cfg, chain)
@@ -79,9 +76,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
-    """Checks what ``stop_at_recovered`` needs.
-
-    A validation before the end must measure the student's KL to the teacher.
+    """Checks that a validation before the end can measure the student's KL to the teacher.
 
     Args:
         cfg: Settings with ``stop_at_recovered``.
@@ -161,8 +156,8 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     """
     if not uses_teacher(vars(cfg)):
         return None
-    source = cfg.inputs.get("teacher")
-    stage = chain.stages.get(source or "")
+    source = cfg.inputs.get("teacher", "")
+    stage = chain.stages.get(source)
     if stage is not None:
         return stage if isinstance(stage, CacheLogitsConfig) else None
     manifest = manifest_of(source)  # the source is a directory of another run
@@ -176,8 +171,8 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
 
 def _unused_teacher_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Refuses stages that prepare the teacher if the loss does not use a teacher."""
-    source = cfg.inputs.get("teacher")
-    stage = chain.stages.get(source or "")
+    source = cfg.inputs.get("teacher", "")
+    stage = chain.stages.get(source)
     if isinstance(stage, CacheLogitsConfig | CorrectTeacherConfig) and not uses_teacher(vars(cfg)):
         yield Problem(
             rules.LOSS,
@@ -196,7 +191,7 @@ def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator
     settings: dict[str, tuple[object, object]] = {
         "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
     }
-    if cache.num_sequences is not None:  # else the order in which they are read does not matter
+    if cache.num_sequences is not None:  # these settings decide which sequences are cached
         settings["seed"] = (cfg.seed, cache.seed)
         settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
     for name, (value, cached) in settings.items():
@@ -243,14 +238,10 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
-    """Returns the training's workload, for plans.
-
-    A teacher whose logits are cached or not used costs nothing.
-    """
+    """Returns the training's workload, without a teacher whose logits are cached or not used."""
     cache = _cached_teacher(cfg, chain)
-    runs_teacher = cache is None and uses_teacher(vars(cfg))
     student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
-    live_teacher = teacher if runs_teacher else None
+    live_teacher = teacher if cache is None and uses_teacher(vars(cfg)) else None
     num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     training = training_workload(cfg, student, live_teacher, num_logits_losses)
     may_stop_early = cfg.stop_at_recovered is not None
@@ -289,7 +280,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     objective = Objective.of(cfg, inputs, nemo.architecture_of(student))
     log = metrics_log(out)
     # ``stop_at_recovered`` also counts the KL that healing has removed. ``stop_reason`` reads the
-    # fraction that remains from the metrics file, so it is logged with a progress record.
+    # remaining fraction from the metrics file.
     if heal_result := inputs["student"].manifest.result_if("heal", HealResult):
         log.progress("student", 1, 1, **{INITIAL_KL: heal_result.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)

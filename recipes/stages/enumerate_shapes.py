@@ -20,7 +20,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.results import PlanResult, Table
+from recipes.planning.results import Cell, PlanResult, Table
 from recipes.planning.rules import Problem
 from recipes.pruning.targets import searched_shape_problems
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
@@ -64,35 +64,33 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
         return
     budget = cfg.budget.limits()
-    measured = SPEED_LIMITS if "latency" in cfg.inputs else ()  # only the run can check these
-    estimated = {name: limit for name, limit in budget.items() if name not in measured}
     if not budget:
         names = ", ".join(f"budget.{name}" for name in SHAPE_COSTS)
         yield Problem(rules.BUDGET, "a search needs a budget", f"set one of {names}")
-    elif not (shapes := enumerate_shapes(chain.teacher, cfg.space, estimated, cfg.service)):
-        limits = absolute_limits(chain.teacher, estimated, cfg.service)
+        return
+    # A latency model is measured when the search runs. Only then can speed limits be checked.
+    is_measured = "latency" in cfg.inputs
+    checked = {n: limit for n, limit in budget.items() if not (is_measured and n in SPEED_LIMITS)}
+    shapes = enumerate_shapes(chain.teacher, cfg.space, checked, cfg.service)
+    if not shapes:
+        limits = absolute_limits(chain.teacher, checked, cfg.service)
         yield Problem(rules.BUDGET, f"no architecture fits the budget {limits}", EMPTY_BUDGET_FIX)
-    # If the teacher is within the budget, it is the only listed shape. With the input ``latency``,
-    # ``run`` checks this.
-    elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
+    elif is_measured:
+        return
+    elif shapes == [chain.teacher]:  # the only listed shape if it is within the budget
         costs = ", ".join(
             f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
         )
-        yield Problem(
-            rules.BUDGET,
-            f"the teacher is within the budget: {costs}",
-            TEACHER_FITS_FIX,
-        )
-    elif "latency" not in cfg.inputs:
+        what = f"the teacher is within the budget: {costs}"
+        yield Problem(rules.BUDGET, what, TEACHER_FITS_FIX)
+    else:
         yield from searched_shape_problems(cfg.name, shapes)
 
 
 def resolve_from_chain(cfg: EnumerateShapesConfig, chain: Chain) -> EnumerateShapesConfig:
     """Adds the device to the fingerprint if the budget limits speed."""
-    limits_speed = cfg.budget.latency_ms is not None or cfg.budget.tokens_per_second is not None
-    if not limits_speed:
-        return cfg
-    return replace(cfg, service=cfg.service.with_speed())
+    limits_speed = any(name in SPEED_LIMITS for name in cfg.budget.limits())
+    return replace(cfg, service=cfg.service.with_speed()) if limits_speed else cfg
 
 
 def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -109,25 +107,20 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
         what = f"the teacher is within the budget {budget} with the measured latency"
         raise RecipeError(what, TEACHER_FITS_FIX)
     write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
-    return Outcome(
-        PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])
-    )
+    shapes_table = table(teacher, shapes, cfg.service)
+    return Outcome(PlanResult({"shapes": len(shapes), **budget}, [shapes_table]))
 
 
 def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
     """Returns a table with a row of ``SHAPE_COSTS`` for the teacher and for each architecture."""
-    rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
+    named_shapes = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
+    rows: list[list[Cell]] = [
+        [name, *(cost(shape, service) for cost in SHAPE_COSTS.values())]
+        for name, shape in named_shapes
+    ]
     latency_source = "measured" if service.measured else f"by roofline of {service.device}"
-    return Table(
-        f"Architectures within the budget; latency {latency_source}",
-        ["shape", *SHAPE_COSTS],
-        [[name, *(cost(shape, service) for cost in SHAPE_COSTS.values())] for name, shape in rows],
-    )
-
-
-def external(cfg: EnumerateShapesConfig) -> dict[str, Path]:
-    """Returns the teacher's folder, if the teacher is local."""
-    return {"config": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
+    title = f"Architectures within the budget; latency {latency_source}"
+    return Table(title, ["shape", *SHAPE_COSTS], rows)
 
 
 STAGE = Stage(
@@ -139,7 +132,7 @@ STAGE = Stage(
     check=check,
     single_rank_reason="the stage takes only a moment",
     resolve_from_chain=resolve_from_chain,
-    external=external,
+    external=lambda cfg: {"config": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {},
     external_files=("config.json",),
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,

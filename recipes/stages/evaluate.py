@@ -23,12 +23,10 @@ from recipes.stages.contract import Stage
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
     """Checks the lengths of prompts and sequences, and that each rank gets a sequence or more."""
     if cfg.prompt_tokens >= cfg.seq_length:
-        yield Problem(
-            rules.EVALUATE,
-            f"prompt_tokens={cfg.prompt_tokens} must be less than seq_length={cfg.seq_length}",
-            "lower prompt_tokens",
-        )
-    length, positions = cfg.prompt_tokens + cfg.new_tokens, chain.teacher.max_position_embeddings
+        what = f"prompt_tokens={cfg.prompt_tokens} must be less than seq_length={cfg.seq_length}"
+        yield Problem(rules.EVALUATE, what, "lower prompt_tokens")
+    length = cfg.prompt_tokens + cfg.new_tokens
+    positions = chain.teacher.max_position_embeddings
     if cfg.num_generations and length > positions:
         yield Problem(
             rules.LENGTH,

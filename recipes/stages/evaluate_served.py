@@ -25,7 +25,7 @@ from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 BUILDERS = ("build_engine", "export_gguf", "quantize")
-"""Types of the stages that convert a model for a server."""
+"""Modules of the stages that convert a model to a format of another runtime."""
 GENERATION_TASKS = ("gsm8k_cot",)
 """Tasks of ``offline_tasks`` in which the model generates text. The other tasks compare the
 log-probabilities of given answers."""
@@ -36,8 +36,9 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
     yield from task_problems(cfg, chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if needs_tensorrt_llm(cfg, chain):
-        # Of tasks outside ``TASKS`` it is not known whether the model generates text.
-        for name in sorted({*cfg.tasks} & TASKS.keys() - {*GENERATION_TASKS}):
+        # Tasks outside ``TASKS`` are not checked: they may be generation tasks.
+        log_probability_tasks = TASKS.keys() - GENERATION_TASKS
+        for name in sorted(log_probability_tasks & {*cfg.tasks}):
             yield Problem(
                 rules.SERVED,
                 f"task {name} needs log-probabilities of prompts, which trtllm-serve does not "
@@ -59,9 +60,9 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _model_problems(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that the engine or GGUF file is of the student with which it is compared."""
+    """Checks that the engine or GGUF file was built from the student it is compared with."""
     source = cfg.inputs.get("artifact", "")
-    # Follows the stages from the artifact to the folder that it was built from.
+    # Follows the stages back from the artifact to the folder that it was built from.
     while (stage := chain.stages.get(source)) is not None and stage.stage in BUILDERS:
         source = stage.inputs["checkpoint"]
     if stage is not None and source != cfg.inputs.get("checkpoint"):

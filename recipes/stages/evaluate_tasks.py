@@ -24,9 +24,9 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     roles = ("teacher", "pruned", "distilled")
     teacher, pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in roles)
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
+    # Students of earlier steps are evaluated like the final one.
     num_earlier = len(distill.student_steps) if isinstance(distill, DistillConfig) else 0
-    students = [distilled] * (1 + num_earlier)  # the final one and those of earlier steps
-    models = (teacher, pruned, *students)
+    models = (teacher, pruned, distilled, *[distilled] * num_earlier)
     bf16 = cfg.precision == "bf16-mixed"
     tokens, generations = task_tokens(cfg)
     cost = benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware, generations)

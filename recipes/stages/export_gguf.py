@@ -39,11 +39,8 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem if GGUF export does not support the model's family, tokenizer or numbers."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
-        yield Problem(
-            rules.FORMAT,
-            f"{cfg.name} does not support {family}, only {', '.join(ARCHITECTURES)}",
-            "set gguf=null",
-        )
+        what = f"{cfg.name} does not support {family}, only {', '.join(ARCHITECTURES)}"
+        yield Problem(rules.FORMAT, what, "set gguf=null")
     try:
         folder = local_folder(chain.hf_path)
         # A hub model may not be downloaded yet. A tokenizer of another format has other files.
@@ -59,8 +56,8 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
 
 def run(cfg: ExportGgufConfig, inputs: Inputs, out: Path) -> Outcome:
     """Converts the Hugging Face folder to a GGUF file."""
-    source, log = inputs["checkpoint"], metrics_log(out)
-    result = write(source.artifact, out / FILE, cfg.type, partial(log.progress, "gguf"))
+    source, progress = inputs["checkpoint"], partial(metrics_log(out).progress, "gguf")
+    result = write(source.artifact, out / FILE, cfg.type, progress)
     return Outcome.of(result, source.manifest)
 
 
@@ -72,6 +69,5 @@ STAGE = Stage(
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",)},
     needs_gpu=lambda config, chain: False,
-    # An upper bound: the teacher's size in float32.
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # upper bound: float32
 )

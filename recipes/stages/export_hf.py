@@ -78,8 +78,8 @@ STAGE = Stage(
     check=check,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # All are for the model card. Speed is not in the card, because ``measure_speed`` reads this
-    # stage's output.
+    # For the model card. It cannot have the speed, because ``measure_speed`` reads this stage's
+    # output.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
@@ -89,7 +89,6 @@ STAGE = Stage(
     },
     external=lambda config: {"card": CARD_TEMPLATE},  # a file that the result depends on
     names_accepted_results=True,  # in the model card
-    # An upper bound: the teacher's size in float32.
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # upper bound: float32
     inference_cost=inference_cost,
 )

@@ -33,16 +33,12 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     """Checks ``seq_length``, and that the model is dense and was pruned from the teacher."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if chain.teacher.num_moe_experts:
-        yield Problem(
-            rules.HEALING,
-            f"{cfg.name} does not support MoE models",
-            "set heal=null",
-        )
-    pruning = chain.stages.get(cfg.inputs.get("checkpoint", ""))
-    if pruning is None:  # the checkpoint comes from another run
+        yield Problem(rules.HEALING, f"{cfg.name} does not support MoE models", "set heal=null")
+    stage = chain.stages.get(cfg.inputs.get("checkpoint", ""))
+    if stage is None:  # the checkpoint comes from another run; ``run`` checks it
         return
-    source, teacher = pruning.inputs.get("checkpoint"), cfg.inputs.get("teacher")
-    if not isinstance(pruning, PruneConfig):
+    source, teacher = stage.inputs.get("checkpoint"), cfg.inputs.get("teacher")
+    if not isinstance(stage, PruneConfig):
         yield Problem(
             rules.HEALING,
             f"the checkpoint of {cfg.name} comes from the stage {cfg.inputs['checkpoint']}, which "
@@ -58,10 +54,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing, and of comparing two students with the teacher.
-
-    The two students are the pruned model before and after healing.
-    """
+    """Estimates the cost of healing, and of comparing both students with the teacher."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -70,7 +63,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` includes the forward passes of one student. The other has the same shape.
+    # ``comparison`` has the forward passes of the pruned student. Those of the healed are the same.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
     # All FLOPs count as float32, because healing runs in float32 and takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
@@ -114,16 +107,14 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _require_pruned_from_teacher(inputs: Inputs) -> None:
-    """Checks inputs of other runs, which ``check`` does not know.
+    """Raises ``RecipeError`` if the checkpoint was not pruned, or not from the teacher.
 
-    Raises:
-        RecipeError: The checkpoint is not the result of ``prune``, or was pruned from another model
-            than the teacher.
+    This covers inputs of other runs, which ``check`` does not know.
     """
     from recipes.pruning.kept import KEPT_FILE
 
     pruned, teacher = inputs["checkpoint"], inputs["teacher"]
-    # In one run, a result of ``prune`` that the user accepts may have an earlier teacher.
+    # In the same run, the user may have accepted a stale result of ``prune`` for an older teacher.
     is_same_run = pruned.directory.parent == teacher.directory.parent
     is_of_teacher = pruned.manifest.inputs.get("checkpoint") == teacher.manifest.fingerprint
     is_pruned = (pruned.artifact / KEPT_FILE).exists()
@@ -147,6 +138,6 @@ STAGE = Stage(
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
-    # At most float32, 4 bytes per parameter.
+    # If the weights are float32.
     disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
 )

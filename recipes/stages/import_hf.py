@@ -36,24 +36,17 @@ class ImportConfig(StageConfig):
     """Also write the checkpoint as one ``.nemo`` file."""
 
 
-def external(cfg: ImportConfig) -> dict[str, Path]:
-    """Returns the model's folder, if the model is local."""
-    return {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
-
-
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the model's licence and files, if they can be read on this machine."""
-    readable = (
+    is_readable = (
         is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
     )
-    if not readable:
+    if not is_readable:
         return
     for finding in check_model(cfg.hf_path):
-        if finding.is_error:
-            yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
-        else:
-            yield Problem(rules.CHECKPOINT_NOTE, finding.what, finding.fix)
-    # ``check_model`` has downloaded the model card of a hub model, so the card can be read here.
+        rule = rules.CHECKPOINT if finding.is_error else rules.CHECKPOINT_NOTE
+        yield Problem(rule, finding.what, finding.fix)
+    # ``check_model`` has downloaded the model card of a hub model, which states the licence.
     licence = known_licence(cfg.hf_path)
     if forbids_commercial_use(licence):
         what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"
@@ -88,8 +81,8 @@ STAGE = Stage(
     check=check,
     inference_cost=lambda config, chain: conversion_cost(chain.teacher, chain.hardware),
     single_rank_reason="a conversion is not split over ranks",
-    external=external,
+    external=lambda cfg: {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {},
     external_files=(*SIDE_FILES, ADAPTER, "**/*.safetensors", INDEX_FILE),
-    # At most float32, 4 bytes per parameter, and a second copy in the ``.nemo`` file.
+    # If the weights are float32; with ``pack``, a second copy is in the ``.nemo`` file.
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

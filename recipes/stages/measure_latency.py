@@ -1,9 +1,9 @@
 """Fits a latency model for the search to the measured speed of a few architectures.
 
 Reads the teacher's config and tokenizer. Builds and times engines for the corners of the search
-space, and fits the latency model to their times. Also times an engine for the middle of the space.
-Its time is not part of the fit and shows the latency model's error. The engines have random
-weights, which do not affect the time. Writes ``latency.json``.
+space, and fits the latency model to their times. An engine for the middle of the space is timed to
+show the latency model's error. The engines have random weights, which do not affect the time.
+Writes ``latency.json``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies the search space and the serving settings from ``enumerate_shapes``.
-
-    The serving settings include the device and its rates, so both are in the fingerprint.
-    """
+    """Copies the space, and the serving settings with the device's rates, from the search."""
     for stage in chain.stages.values():
         if isinstance(stage, EnumerateShapesConfig):
             return replace(cfg, space=stage.space, service=stage.service.with_speed())
@@ -48,9 +45,10 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the budget, of the engine's settings and of the timed requests."""
     cfg = resolve_from_chain(cfg, chain)
-    budgets = [s.budget for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig)]
+    searches = [s for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig)]
+    budgets = [search.budget.limits() for search in searches]
     # Only these two limits depend on the latency model.
-    if any(b.latency_ms is None and b.tokens_per_second is None for b in budgets):
+    if any(limits.keys().isdisjoint({"latency_ms", "tokens_per_second"}) for limits in budgets):
         yield Problem(
             rules.BUDGET,
             "measure_latency would build and time engines, but the budget does not limit latency",
@@ -88,21 +86,14 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     positions = chain.teacher.max_position_embeddings
     length = request.prompt_tokens + request.new_tokens
     if length > positions:
-        yield Problem(
-            rules.LENGTH,
-            f"timed requests have {length} tokens, more than the model's {positions} positions",
-            "lower service.context_length",
-        )
+        what = f"timed requests have {length} tokens, more than the model's {positions} positions"
+        yield Problem(rules.LENGTH, what, "lower service.context_length")
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Returns an upper bound in bytes.
-
-    Each shape has a bfloat16 model and an engine in at most float32. No shape is larger than the
-    teacher.
-    """
+    """Returns the bytes of a model and an engine per shape, if all are as large as the teacher."""
     num_shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # the corners and the middle
-    model_bytes, engine_bytes = 2, 4  # per parameter
+    model_bytes, engine_bytes = 2, 4  # per parameter: bfloat16, and at most float32
     return num_shapes * (model_bytes + engine_bytes) * chain.teacher.parameters()
 
 
@@ -115,13 +106,12 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side_files))
     corners, middle = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
-    # In a small space, the middle is also a corner.
-    shapes = corners if middle in corners else [*corners, middle]
+    shapes = corners if middle in corners else [*corners, middle]  # it may be a corner, too
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
     models = []
-    for done, shape in enumerate(shapes):
-        log.progress("engine", done, len(shapes))
+    for num_built, shape in enumerate(shapes):
+        log.progress("engine", num_built, len(shapes))
         shape_config = with_shape(config, shape)
         models.append(build_random_engine(cfg, side_files, shape_config, shape, scratch))
     threads = cfg.threads or cpu_threads()

@@ -1,7 +1,6 @@
 """Measures the speed of the teacher's and the student's engine, and computes roofline bounds.
 
-Reads both models and their engines. Writes ``results.json`` with the fields of
-``BenchmarkResults``.
+Reads both models and their engines. Writes ``BenchmarkResults`` to ``results.json``.
 """
 
 from __future__ import annotations
@@ -43,6 +42,9 @@ from recipes.planning.rules import Problem
 from recipes.planning.transformer import Compute, Memory, Storage, largest
 from recipes.stages.contract import Stage
 
+ENGINES = tuple(f"{role}_engine" for role in ENGINE_ROLES)
+"""Names of the inputs that are engines: the teacher's, then the student's."""
+
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the largest batch of requests, and of engines that cannot be compared."""
@@ -50,29 +52,22 @@ def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
     largest_batch = RequestShape(max(cfg.batch_sizes), max(cfg.prompt_tokens), cfg.new_tokens)
     length = largest_batch.prompt_tokens + largest_batch.new_tokens
     if length > positions:
-        yield Problem(
-            rules.LENGTH,
-            f"prompt_tokens + new_tokens is {length}, but the model has {positions} positions",
-            "lower prompt_tokens or new_tokens",
-        )
-    engines = []  # in the order of ``ENGINE_ROLES``: teacher, student
-    for name in (f"{role}_engine" for role in ENGINE_ROLES):
+        what = f"prompt_tokens + new_tokens is {length}, but the model has {positions} positions"
+        yield Problem(rules.LENGTH, what, "lower prompt_tokens or new_tokens")
+    engines = []
+    for name in ENGINES:
         if engine := engine_of(cfg.inputs.get(name, ""), chain):
             engines.append(engine)
             other_fix = "lower batch_sizes, prompt_tokens or new_tokens"
             yield from request_problems(largest_batch, engine, cfg.inputs[name], other_fix)
-    if len(engines) == len(ENGINE_ROLES):
+    if len(engines) == len(ENGINES):
         yield from _pair_problems(*engines)
 
 
 def _pair_problems(teacher: BuildEngineConfig, student: BuildEngineConfig) -> Iterator[Problem]:
-    """Yields a problem for each setting in which the engines must agree.
-
-    The weights' precisions may differ, because the student may be quantized. If they differ, the
-    types of the KV caches may differ, too.
-    """
+    """Yields a problem for each setting that must be equal in both engines, but is not."""
     names = ["backend"]
-    if teacher.precision == student.precision:
+    if teacher.precision == student.precision:  # else the KV caches may differ, too
         names.append("kv_cache_dtype")
     for name in names:
         teacher_value, student_value = getattr(teacher, name), getattr(student, name)
@@ -85,17 +80,16 @@ def _pair_problems(teacher: BuildEngineConfig, student: BuildEngineConfig) -> It
 
 
 def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
-    """Estimates the minimum cost of all requests to both engines.
+    """Estimates the minimum cost of all requests to both engines, without the baselines' time.
 
-    The baseline's time is not counted. On GPUs, the memory is that of the larger engine; on a CPU,
-    that of all engines and baselines together.
+    On GPUs, the memory is that of the larger engine; on a CPU, that of all engines and baselines.
     """
     shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
     requests = (1 + cfg.repetitions) * shapes  # the shapes once more for the warm-up
     costs, baseline_bytes = [], 0
-    for role in ENGINE_ROLES:
+    for role, name in zip(ENGINE_ROLES, ENGINES, strict=True):
         # If the engine's settings are not known, this assumes the defaults.
-        engine = engine_of(cfg.inputs.get(f"{role}_engine", ""), chain) or BuildEngineConfig()
+        engine = engine_of(cfg.inputs.get(name, ""), chain) or BuildEngineConfig()
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
         costs.append(serving_cost(arch, requests, cfg.new_tokens, engine.storage, devices))
         if cfg.baseline:
@@ -115,12 +109,7 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
     """Returns whether TensorRT-LLM builds one of the engines, in this or in another run."""
-    return any_tensorrt_llm([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
-
-
-def devices(cfg: MeasureSpeedConfig, chain: Chain) -> int:
-    """Returns the number of devices of the larger engine, because the engines run in turn."""
-    return engine_devices([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
+    return any_tensorrt_llm(ENGINES, cfg.inputs, chain)
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -151,8 +140,10 @@ def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> lis
 
     NeMo checkpoints are converted to Hugging Face folders in ``scratch``.
     """
-    folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
-    engines = [timed_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
+    engines = []
+    for role, name in zip(ENGINE_ROLES, ENGINES, strict=True):
+        folder = model_folder(inputs[role], scratch / f"{role}_hf")
+        engines.append(timed_engine(role, inputs[name], folder))
     baselines = [
         TimedModel(
             role=engine.role,
@@ -164,7 +155,7 @@ def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> lis
         )
         for engine in engines
     ]
-    return [*engines, *(baselines if cfg.baseline else ())]
+    return engines + baselines if cfg.baseline else engines
 
 
 def timed_engine(role: str, engine: Input, folder: Path) -> TimedModel:
@@ -188,11 +179,8 @@ def timed_engine(role: str, engine: Input, folder: Path) -> TimedModel:
 
 
 def _roofline(machine: MachineRates, model: TimedModel) -> Roofline:
-    """Returns the machine's peak rates, which bound a model's speed.
-
-    Only ``fp32`` engines compute in float32. Others may compute in the fastest dtype.
-    """
-    rates = machine.flops_per_second  # by dtype
+    """Returns the machine's peak rates, which bound a model's speed."""
+    rates = machine.flops_per_second  # by dtype; only ``fp32`` engines need float32
     peak_flops = rates["float32"] if model.storage.precision == "fp32" else max(rates.values())
     return Roofline(peak_flops, machine.bytes_per_second)
 
@@ -211,7 +199,8 @@ STAGE = Stage(
         "teacher_engine": ("engine",),
         "student_engine": ("engine",),
     },
-    devices=devices,
+    # The engines run in turn, so the larger one counts.
+    devices=lambda config, chain: engine_devices(ENGINES, config.inputs, chain),
     needs_gpu=needs_gpu,
     needs_tensorrt_llm=needs_gpu,
 )

@@ -50,6 +50,7 @@ VARIABLE_INFO = (
 """Beginnings of lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 T = TypeVar("T")
 Row = dict[str, Cell]
+"""Cell by column."""
 Costs = Mapping[str, tuple[Workload, TrainingCost]]
 """Workload and cost by stage."""
 
@@ -73,10 +74,8 @@ class PlanConfig(StageConfig):
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """Copies workloads, costs and hardware from the chain.
-
-    If the hardware profile sets no memory, this machine's memory is used.
-    """
+    """Copies workloads, costs and hardware from the chain."""
+    # If the hardware profile sets no memory, this is the machine's memory.
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     preparation = preparation_seconds(chain)
     estimated = {cfg.name, *chain.workloads, *chain.inference_costs, *preparation}
@@ -92,7 +91,7 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
 
 
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Computes the cost of every stage, and lists cheaper layouts."""
+    """Computes the cost of every stage, and lists cheaper layouts of the last training."""
     workloads = {name: _typed(Workload, plain) for name, plain in cfg.workloads.items()}
     inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)
@@ -103,19 +102,17 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     }
     hours = {name: cost.hours for name, (_, cost) in costs.items()}
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
-    hours |= {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
+    preparation = {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
+    hours |= preparation
+    tokenization: list[Row] = [
+        {"stage": name, "hours": f"{number:.2f}"} for name, number in preparation.items()
+    ]
     result = PlanResult(
         summary=summary_of(costs, hardware, cfg.from_published_config),
         tables=[
             *tables(costs, hardware),
-            *inference_table(inference, hardware),
-            *_table(
-                "Tokenization",
-                (
-                    {"stage": name, "hours": f"{seconds / 3600:.2f}"}
-                    for name, seconds in cfg.preparation_seconds.items()
-                ),
-            ),
+            *_table("Other stages", _inference_rows(inference, hardware)),
+            *_table("Tokenization", tokenization),
             *_table("Time not estimated", ({"stage": name} for name in cfg.not_estimated)),
         ],
         tokens_per_second={name: cost.tokens_per_second for name, (_, cost) in costs.items()},
@@ -133,13 +130,9 @@ def _typed(cls: type[T], plain: dict[str, Any]) -> T:
 
 
 def _machine_rates() -> TrainingRates | None:
-    """Reads this machine's rates from the cache, or measures and caches them.
+    """Reads this machine's rates from the cache, or measures them.
 
-    Rates that were measured while other programs ran are not cached.
-
-    Returns:
-        FLOPs and bytes per second; ``None`` if they are not cached and torch, which the measurement
-        needs, is missing.
+    Returns ``None`` if they are not cached, and torch, which the measurement needs, is missing.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -149,7 +142,7 @@ def _machine_rates() -> TrainingRates | None:
     from recipes.engines.machine_rates import training_rates
 
     rates, is_undisturbed = training_rates(threads)
-    if is_undisturbed:
+    if is_undisturbed:  # no other programs ran during the measurement
         write_rates(threads, rates)
     return rates
 
@@ -172,17 +165,18 @@ def write_rates(threads: int, rates: TrainingRates) -> None:
 def _rates_file(threads: int) -> Path:
     """Returns the cache file, named by a digest of all that may change the rates."""
     lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
-    key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
-    key |= {"torch": installed_version("torch"), "format": RATES_FORMAT}
+    key = {
+        "processor": "\n".join(sorted(lines)),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "torch": installed_version("torch"),
+        "format": RATES_FORMAT,
+    }
     return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"
 
 
 def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
-    """Returns the plan's summary by label.
-
-    It has the assumed hardware, sums over all workloads, and the memory of the workload that needs
-    the most.
-    """
+    """Returns the assumed hardware, sums over all workloads, and the largest memory, by label."""
     training_costs = [cost for _, cost in costs.values()]
     largest_memory = max((cost.memory.total for cost in training_costs), default=0)
     return {
@@ -215,9 +209,7 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
         *_table("Seconds per step", _time_rows(costs, hardware)),
         *_table("Time and money", _cost_rows(costs, hardware)),
     ]
-    trainings = [
-        (name, workload) for name, (workload, _) in costs.items() if workload.trained is not None
-    ]
+    trainings = [(name, workload) for name, (workload, _) in costs.items() if workload.trained]
     if trainings and hardware.on_gpu:
         name, workload = trainings[-1]
         title = f"Layouts of {name} that fit into memory, the cheapest first"
@@ -225,26 +217,10 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
     return all_tables
 
 
-def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
-    """Returns a table of the memory and time of stages with an ``InferenceCost``, if any."""
-    return _table(
-        "Other stages",
-        (
-            {
-                "stage": name,
-                "GB": f"{cost.memory.total / 1e9:.1f}",
-                "available": f"{hardware.memory_of_rank(cost.ranks_on_node) / 1e9:.1f}",
-                "hours": f"{cost.hours(hardware):.2f}",
-            }
-            for name, cost in costs.items()
-        ),
-    )
-
-
 def _table(title: str, row_iterable: Iterable[Row]) -> list[Table]:
     """Returns a list with one table, or an empty list if there are no rows.
 
-    Rows map columns to cells. All rows must have the same columns in the same order.
+    All rows must have the same columns in the same order.
     """
     rows = list(row_iterable)
     cells = [list(row.values()) for row in rows]
@@ -272,16 +248,25 @@ def _model_rows(costs: Costs) -> Iterable[Row]:
             }
 
 
+def _inference_rows(costs: Mapping[str, InferenceCost], hardware: Hardware) -> Iterable[Row]:
+    for name, cost in costs.items():
+        yield {
+            "stage": name,
+            "GB": f"{cost.memory.total / 1e9:.1f}",
+            "available": f"{hardware.memory_of_rank(cost.ranks_on_node) / 1e9:.1f}",
+            "hours": f"{cost.hours(hardware):.2f}",
+        }
+
+
 def _memory_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
     for name, (workload, cost) in costs.items():
-        available = hardware.memory_of_rank(workload.layout.devices)
         yield {
             "stage": name,
             "layout": _layout_text(workload),
             # A column for each field of ``Memory``.
             **{use: f"{size / 1e9:.2f}" for use, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
-            "available": f"{available / 1e9:.1f}",
+            "available": f"{hardware.memory_of_rank(workload.layout.devices) / 1e9:.1f}",
             "host memory to save": f"{gathering_bytes(workload) / 1e9:.1f}",
         }
 
@@ -291,10 +276,7 @@ def _time_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
         yield {
             "stage": name,
             # A column for each field of ``StepTime``.
-            **{
-                cause.replace("_", " "): f"{seconds:.3g}"
-                for cause, seconds in vars(cost.step).items()
-            },
+            **{cause.replace("_", " "): f"{time:.3g}" for cause, time in vars(cost.step).items()},
             "total": f"{cost.step.total:.3g}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
             "seconds to save": f"{gathering_seconds(workload, hardware):.3g}",

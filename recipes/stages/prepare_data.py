@@ -61,8 +61,8 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns the local files, and folders of ``hf://`` sources, that the result depends on."""
     sources = [parse_source(source) for source in cfg.all_sources()]
     paths = [path for source in sources for path in source.local_files()]
-    names = [Path(source.hub.name) for source in sources if source.hub]
-    paths += filter(Path.is_dir, names)  # the name of a ``hf://`` source may be a local folder
+    hub_names = [Path(source.hub.name) for source in sources if source.hub]
+    paths += filter(Path.is_dir, hub_names)  # some are local folders
     if cfg.prefix:
         paths += paths_of(cfg.prefix_path).values()
     return {str(path.absolute()): path for path in paths}
@@ -103,29 +103,28 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 def _read_tokenizer(chain: Chain) -> tuple[dict[str, int], str | None]:
     """Returns the vocabulary and ``eos_token`` of the model's tokenizer.
 
-    The vocabulary is empty if the tokenizer is not on this machine, or is invalid. The check of
-    ``import_hf`` reports an invalid tokenizer.
+    The vocabulary is empty if the tokenizer is not on this machine, or is invalid.
     """
     folder = local_folder(chain.hf_path)
+    if folder is None:
+        return {}, None
     try:
-        eos_token = read_special_token(folder, "eos_token") if folder else None
-        return (read_vocabulary(folder) if folder else {}, eos_token)
-    except RecipeError:
+        return read_vocabulary(folder), read_special_token(folder, "eos_token")
+    except RecipeError:  # the check of ``import_hf`` reports it
         return {}, None
 
 
 def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
     """Yields a problem if documents that the input ``held_out`` holds out could be trained on.
 
-    Documents are compared by digest. A prefix has no digests, but held-out sources have.
+    Held-out documents are recognized by their digests. Only text of a prefix has no digests.
     """
-    earlier = cfg.inputs.get("held_out", "")
+    earlier, later = cfg.inputs.get("held_out", ""), cfg.name
     earlier_cfg = chain.stages.get(earlier)
     if not isinstance(earlier_cfg, PrepareDataConfig) or not (cfg.prefix or earlier_cfg.prefix):
         return
-    if earlier_cfg.prefix and earlier_cfg.heldout_sources:
+    if earlier_cfg.prefix and earlier_cfg.heldout_sources:  # the held-out text has digests
         return
-    later = cfg.name
     if not cfg.prefix or not earlier_cfg.prefix:
         yield (
             f"only one of {earlier} and {later} has tokenized text (prefix), so {later} cannot "
@@ -137,7 +136,8 @@ def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, 
     # If both divide the same files, all settings that affect the split boundaries must be equal.
     keys = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
     different = [key for key in keys if vars(cfg)[key] != vars(earlier_cfg)[key]]
-    different += ["heldout_sources"] if cfg.heldout_sources else []
+    if cfg.heldout_sources:  # ``earlier_cfg`` has none
+        different.append("heldout_sources")
     data, earlier_data = (paths_of(config.prefix_path)[".bin"] for config in (cfg, earlier_cfg))
     if data.resolve() == earlier_data.resolve() and different:
         what = f"{earlier} and {later} divide data.prefix={cfg.prefix} at different documents"
@@ -192,15 +192,14 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         chat_tokenizer.require_template()
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
-    if "held_out" in inputs and rank() == 0:
+    if "held_out" in inputs and rank() == 0:  # digests of documents that ``prepare`` leaves out
         shutil.copyfile(inputs["held_out"].artifact / HELD_OUT, folder / EARLIER)
-    # Rank 0 resolves the sources and sends the result to the other ranks.
+    # Rank 0 resolves the sources and sends their origins to the other ranks.
     origins: dict[str, Origin] = broadcast(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
     pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
-    # The teacher's conversations are read from the files that it has written.
-    if cfg.teacher_sources():
+    if cfg.teacher_sources():  # they are replaced by files that the teacher writes
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             pinned_sources[source], origins[source] = file, origin
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat_tokenizer, pinned_sources)
@@ -209,7 +208,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     link_or_copy(folder / HELD_OUT, out / HELD_OUT)
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
-    # ``sizes`` has the bytes and the documents of each split.
+    # ``sizes`` has the bytes and the number of documents of each split.
     tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
     endings = ("bin", "idx", LOSS_MASK) if chat_tokenizer else ("bin", "idx")
@@ -242,8 +241,8 @@ def _link_tokens(
 ) -> Outcome:
     """Divides the tokens of the files ``data.prefix`` into splits that link to these files.
 
-    If ``heldout_sources`` is set, the held-out split consists of these sources, which ``prepare``
-    has already tokenized; ``prepared`` has their counts.
+    With ``heldout_sources``, the held-out split has these sources instead. ``prepare`` has already
+    tokenized them; ``prepared`` has their counts.
     """
     from recipes.data.token_sequences import warn_of_short_sources
 
@@ -289,7 +288,7 @@ def _link_tokens(
 def _write_chats(
     cfg: PrepareDataConfig, teacher: Input, out: Path
 ) -> dict[str, tuple[str, Origin]]:
-    """Lets the teacher write conversations; maps ``teacher:`` sources to file and origin."""
+    """Lets the teacher write conversations; returns the file and origin by ``teacher:`` source."""
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_folder
@@ -298,11 +297,8 @@ def _write_chats(
 
     checkpoint = find_checkpoint(teacher.artifact)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
-    writer = ChatWriter(
-        model,
-        AutoTokenizer.from_pretrained(side_folder(checkpoint), trust_remote_code=False),
-        model_sha256(model, checkpoint),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(side_folder(checkpoint), trust_remote_code=False)
+    writer = ChatWriter(model, tokenizer, model_sha256(model, checkpoint))
     imported = teacher.manifest.result_if("import_hf", ImportResult)
     licence = imported.licence if imported else "unknown"
     name = short_name(teacher.manifest.config.get("hf_path", teacher.directory.name))
@@ -325,11 +321,7 @@ def _write_chats(
 def _require_sequences(
     tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """Checks that each split has more tokens than one sequence.
-
-    Raises:
-        RecipeError: A split has too few tokens.
-    """
+    """Raises ``RecipeError`` unless each split has more tokens than one sequence."""
     short = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
     if short:
         counts = "".join(f" Of {name}, {describe_counts(n)}." for name, n in conversations.items())

@@ -36,14 +36,6 @@ if TYPE_CHECKING:
     from recipes.pruning.kept import Importance
 
 
-def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """Returns the student's shape; before a search has run, the largest that the search allows."""
-    input_shape = chain.shape_of(cfg.inputs.get("checkpoint"))
-    if "shape" in cfg.inputs:
-        return chain.shape_of(cfg.inputs["shape"])
-    return pruned_shape(input_shape, cfg.targets(chain.teacher))
-
-
 SCORED_AXES = {
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "layers.1.ffn_hidden_size",
@@ -52,6 +44,13 @@ SCORED_AXES = {
     "moe_ffn_hidden_size": "layers.1.experts.0.moe_ffn_hidden_size",
 }
 """By axis: a key of ``Importance.widths`` with one score for each index of the axis."""
+
+
+def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
+    """Returns the student's shape; before a search has run, the largest that the search allows."""
+    if "shape" in cfg.inputs:
+        return chain.shape_of(cfg.inputs["shape"])
+    return pruned_shape(chain.shape_of(cfg.inputs.get("checkpoint")), cfg.targets(chain.teacher))
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
@@ -68,7 +67,14 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
         yield from problems or transformers_5_problems(cfg.name, student)
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, input_shape.num_layers - student.num_layers)
-    yield from _large_reduction_problems(cfg, input_shape, student)
+    removed_fraction = 1 - student.parameters() / input_shape.parameters()
+    if removed_fraction > MAX_FRACTION:  # more than one distillation can recover well
+        yield Problem(
+            rules.LARGE_REDUCTION,
+            f"{cfg.name} removes {removed_fraction:.0%} of the parameters at once",
+            "prune less, or distil a larger student and prune it again in a second run: "
+            "model.hf_path=FIRST_RUN/export_hf/artifact",
+        )
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
@@ -83,8 +89,8 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             f"{cfg.name} has both targets and the result of a search ({source})",
             f"remove the targets, or the input with '~stages.{cfg.name}.inputs.shape'",
         )
-    # ``search`` is set if ``source`` is a stage of this run, ``manifest`` if it is a directory.
-    search, manifest = chain.stages.get(source), manifest_of(source)
+    search = chain.stages.get(source)  # ``None`` if ``source`` is a directory
+    manifest = manifest_of(source)  # ``None`` if ``source`` is a stage, or not complete
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
         if isinstance(ranking, RankCandidatesConfig):
@@ -110,8 +116,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         # The stage that ranked the candidates is in the same run directory as the search.
         ranking_name = manifest.config.get("inputs", {}).get("candidates")
         ranking_dir = str(Path(source).parent / ranking_name) if ranking_name else ""
-        ranking_manifest = manifest_of(ranking_dir)
-        if ranking_manifest is not None:
+        if (ranking_manifest := manifest_of(ranking_dir)) is not None:
             method = ranking_manifest.config["layer_importance"]
             yield from _method_problems(cfg, ranking_name, method)
 
@@ -154,27 +159,10 @@ def _method_problems(
         )
 
 
-def _large_reduction_problems(
-    cfg: PruneConfig, input_shape: Architecture, student: Architecture
-) -> Iterator[Problem]:
-    """Warns if a stage removes more parameters than one distillation can recover well."""
-    removed_fraction = 1 - student.parameters() / input_shape.parameters()
-    if removed_fraction > MAX_FRACTION:
-        yield Problem(
-            rules.LARGE_REDUCTION,
-            f"{cfg.name} removes {removed_fraction:.0%} of the parameters at once",
-            "prune less, or distil a larger student and prune it again in a second run: "
-            "model.hf_path=FIRST_RUN/export_hf/artifact",
-        )
-
-
-def _scored_model_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that the scored model and the model to prune have the same shape.
-
-    Scores of another run are not checked here, but in ``run``.
-    """
+def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
+    """Checks that the scores are of the right shape and suffice to drop ``num_dropped`` layers."""
     score = chain.stages.get(cfg.inputs.get("importance", ""))
-    scored = score.inputs.get("checkpoint") if score else None
+    scored = score.inputs.get("checkpoint") if score else None  # ``run`` checks other runs' scores
     pruned = cfg.inputs.get("checkpoint")
     if scored and chain.shape_of(scored) != chain.shape_of(pruned):
         yield Problem(
@@ -184,12 +172,6 @@ def _scored_model_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
             f"add another score stage with inputs.checkpoint={pruned}, and name it in "
             f"stages.{cfg.name}.inputs.importance",
         )
-
-
-def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
-    """Checks that the scores are of the right shape and suffice to drop ``num_dropped`` layers."""
-    score = chain.stages.get(cfg.inputs.get("importance", ""))
-    yield from _scored_model_problems(cfg, chain)
     # Without ``block_sizes``, ``score`` measures the blocks that the stages of this run drop.
     is_automatic = isinstance(score, ScoreConfig) and score.block_sizes is None
     if num_dropped > 0 and not (cfg.layer_importance == "block" and is_automatic):
@@ -212,7 +194,8 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         # ``resolve_from_chain`` has replaced fractions of the teacher's sizes by numbers.
         student = pruned_shape(input_shape, cfg.targets(input_shape))
     if cfg.drop_layers:
-        layers = sorted(set(range(1, input_shape.num_layers + 1)) - set(cfg.drop_layers))
+        all_layers = range(1, input_shape.num_layers + 1)
+        layers = [layer for layer in all_layers if layer not in cfg.drop_layers]
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
     kept = select_indices(importance.widths, input_shape, student, layers)
@@ -222,7 +205,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept.save(out)
     score = inputs["importance"].manifest.result(ScoreResult)
     measured_method, layer_scores = importance.layer_scores(cfg.layer_importance)
-    # The result numbers layers as in the model before all pruning, also if the input was pruned.
+    # The result numbers layers as in the model before all pruning. The input may be pruned, too.
     kept_before = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
     original_numbers = kept_before or range(1, input_shape.num_layers + 1)
     original_number = dict(enumerate(original_numbers, start=1))  # by number in the input
@@ -238,22 +221,17 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _require_scores_of(model: Architecture, importance: Importance, directory: Path) -> None:
-    """Checks that the scores fit the model to prune. They may be of another run.
+    """Raises ``RecipeError`` if the scores are of a model with other sizes, maybe of another run.
 
     Args:
         model: Shape of the model to prune.
         importance: The scores.
         directory: Directory of the ``score`` stage, for the message.
-
-    Raises:
-        RecipeError: The scored model has other sizes.
     """
     scored_sizes = {"num_layers": len(importance.layers["block_influence"])}
-    scored_sizes |= {
-        axis: len(importance.widths[key])
-        for axis, key in SCORED_AXES.items()
-        if key in importance.widths
-    }
+    for axis, key in SCORED_AXES.items():
+        if key in importance.widths:
+            scored_sizes[axis] = len(importance.widths[key])
     for axis, size in scored_sizes.items():
         if size != vars(model)[axis]:
             raise RecipeError(

@@ -1,8 +1,7 @@
 """Quantizes the exported model with ModelOpt for TensorRT-LLM.
 
 Reads a Hugging Face folder and calibration text. Writes ModelOpt's unified Hugging Face format,
-which TensorRT-LLM, vLLM and SGLang read. OpenVINO does not need this stage: it compresses weights
-when it builds an engine.
+which TensorRT-LLM, vLLM and SGLang read. OpenVINO compresses weights when it builds an engine.
 """
 
 from __future__ import annotations

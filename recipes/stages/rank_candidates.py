@@ -29,15 +29,12 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the sequences, and of scores that do not suffice to drop layers.
-
-    If the shapes are known only after latency is measured, the scores must suffice for all depths
-    of the search space.
-    """
+    """Yields problems of the sequences, and of scores that do not suffice to drop layers."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
-    name = cfg.inputs.get("shapes", "")
-    depths = [shape.num_layers for shape in chain.shapes.get(name, ())]
-    search = chain.stages.get(name)
+    source = cfg.inputs.get("shapes", "")
+    depths = [shape.num_layers for shape in chain.shapes.get(source, ())]
+    search = chain.stages.get(source)
+    # Before latency is measured, all depths of the search space are possible.
     if not depths and isinstance(search, EnumerateShapesConfig):
         depths = layer_choices(chain.teacher, search.space)
     drop_counts = {chain.teacher.num_layers - depth for depth in depths} - {0}
@@ -48,8 +45,7 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of measuring the teacher and all shapes, and of healing the best shapes.
 
     Healing (reconstruction by least squares) is estimated for the ``num_healed`` largest shapes,
-    because the best are not known yet. With healing, the whole cost counts as float32, because
-    healing takes most of the time.
+    because the best are not known yet.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)
@@ -57,18 +53,17 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     search = chain.stages.get(cfg.inputs.get("shapes", ""))
     # The largest first. Shapes of a search in another run are not counted.
     shapes = search.shapes(chain.teacher) if isinstance(search, EnumerateShapesConfig) else []
-    costs = [
-        ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0),
-        *(
-            healing_cost(chain.teacher, shape, calibration, chain.hardware)
-            for shape in shapes[: cfg.num_healed]
-        ),
+    measuring = ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0)
+    healing = [
+        healing_cost(chain.teacher, shape, calibration, chain.hardware)
+        for shape in shapes[: cfg.num_healed]
     ]
+    costs = [measuring, *healing]
     compute = sum((cost.compute for cost in costs), Compute())
     compute = sum((text.compute(shape, bf16) for shape in shapes), compute)
     memory = largest(*(cost.memory for cost in costs))
-    includes_healing = len(costs) > 1
-    return InferenceCost(memory, compute, bf16 and not includes_healing)
+    # Healing runs in float32, and takes most of the time.
+    return InferenceCost(memory, compute, bf16 and not healing)
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -91,9 +86,8 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
 
-    The proxy is the metric of the untrained candidate. Proxies of healed candidates cannot be
-    compared with those of other candidates. So all healed candidates come first. If there are any,
-    only they can be on the Pareto front.
+    The proxy is the metric of the untrained candidate. It cannot be compared between healed and
+    other candidates. So healed ones come first. If there are any, only they can be on the front.
     """
     ranked = sorted(candidates, key=lambda candidate: (not candidate.healed, candidate.proxy))
     comparable = [candidate for candidate in ranked if candidate.healed] or ranked

@@ -42,7 +42,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
-    if any(size >= layers for size in blocks) or (blocks and not cfg.num_loss_samples):
+    if blocks and (max(blocks) >= layers or not cfg.num_loss_samples):
         yield Problem(
             rules.CALIBRATION,
             f"block_sizes={blocks} cannot be measured with "
@@ -76,15 +76,10 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     # Each data-parallel rank gets the same fraction of the sequences and of the ablations.
     sequences = cfg.num_calibration_samples / data_ranks
+    text = Sequences(sequences, cfg.seq_length, cfg.micro_batch_size)
     ablations = ablation_passes(model.num_layers, cfg.num_loss_samples, block_sizes) / data_ranks
-    cost = scoring_cost(
-        model,
-        cfg.precision == "bf16-mixed",
-        Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
-        chain.hardware,
-        cfg.pipeline_model_parallel_size,
-        ablations,
-    )
+    bf16, stages = cfg.precision == "bf16-mixed", cfg.pipeline_model_parallel_size
+    cost = scoring_cost(model, bf16, text, chain.hardware, stages, ablations)
     return replace(cost, ranks_on_node=cfg.resources.devices)
 
 

@@ -1,10 +1,10 @@
 """Chooses an architecture by successive halving (arXiv:1502.07943).
 
 Each round distils all remaining candidates, then drops the worse half. Every round gets the same
-number of training tokens, and divides them equally among its candidates. There are two ways to use
-several devices: either the ranks train different candidates, or the search has one rank and each
-training run uses all devices. Pruning and training of each candidate are stages below ``work/``, so
-a killed search resumes.
+number of training tokens, and divides them equally among its candidates. With several devices,
+either the ranks train different candidates, or the search has one rank and each training run uses
+all devices. Pruning and training of each candidate are stages below ``work/``, so a killed search
+resumes.
 
 Reads the teacher, its importance scores, text and the ranked candidates. Writes
 ``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
@@ -68,12 +68,11 @@ NOT_COPIED = {
     *("stage", "inputs", "resources", "precision", "seq_length", "compile", "weights"),
     *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
 }
-"""Settings of the search's stages that are not copied to the chosen recipe. The recipe has its own
-inputs and number of steps. Its hardware profile sets the precision, its sources have the weights.
-"""
+"""Settings of the search's stages that are not copied to the recipe. It has its own inputs, number
+of steps and hardware profile, which sets the precision. Its sources have the weights."""
 CHOSEN_BY_SEARCH = (
-    *("inputs", "max_steps", "val_check_interval", "checkpoint_interval", "stop_at_recovered"),
-    "student_steps",
+    *("inputs", "max_steps", "val_check_interval", "checkpoint_interval"),
+    *("stop_at_recovered", "student_steps"),
 )
 """Settings of ``distill`` that the search sets for each training, or that it does not use."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
@@ -94,8 +93,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"distill.resources.nodes={nodes}, but each training of a search runs on one node",
             "set distill.resources.nodes=1",
         )
-    yield from _chosen_settings(cfg)
-    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
+    yield from _chosen_setting_problems(cfg)
+    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())  # empty if not known yet
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
@@ -118,15 +117,14 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         yield from loss_problems(training, chain.teacher.vocab_size)
         by_shape = (pair_problems(training, shape, chain.teacher) for shape in trained)
         yield from first_problems(by_shape)
-        data = cfg.inputs.get("data", "")
+        data = cfg.inputs.get("data", "")  # ``training`` has no inputs yet
         yield from weight_problems(training.name, training.weights, data, chain)
-        # Without known shapes, only the teacher's layout is checked.
         workload = training_workload(training, chain.teacher, chain.teacher)
         yield from shape_layout_problems(workload, shapes, chain.hardware)
 
 
-def _chosen_settings(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
-    """Refuses values of the settings that the search chooses."""
+def _chosen_setting_problems(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
+    """Refuses values of the settings in ``distill`` that the search chooses."""
     for name in CHOSEN_BY_SEARCH:
         if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
             yield Problem(
@@ -140,9 +138,8 @@ def _chosen_settings(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of training in all rounds, and of the evaluation after each round.
 
-    The time is estimated as if all candidates had the largest shape within the budget, or the
-    teacher's shape if the shapes are not known yet. Memory is that of the candidate that needs the
-    most.
+    The time is that of candidates with the largest shape, or the teacher's if no shapes are known
+    yet. Memory is that of the candidate that needs the most.
     """
     candidate = chain.shape_of(cfg.inputs.get("candidates"))
     round_sizes = cfg.round_sizes(cfg.max_candidates())
@@ -152,10 +149,9 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     if not round_sizes:  # a single candidate is chosen without training and evaluation
         return replace(evaluation, compute=Compute())
     num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    # Settings of each round's training runs.
     trainings = [training_of(cfg, round_sizes, number) for number in range(len(round_sizes))]
     layers = (candidate.num_layers, chain.teacher.num_layers)
-    workload = replace(
+    workload = replace(  # of a training run; rounds differ only in the number of steps
         training_workload(trainings[0], candidate, chain.teacher, num_logits_losses),
         hidden_state_bytes=hidden_state_bytes(cfg.distill, *layers),
     )
@@ -164,17 +160,15 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
     # By round: number of training runs of the busiest rank.
     runs_in_turn = [math.ceil(size / ranks) for size in round_sizes]
-    steps = sum(
-        training.max_steps * num_runs
-        for training, num_runs in zip(trainings, runs_in_turn, strict=True)
-    )
+    steps = sum(t.max_steps * runs for t, runs in zip(trainings, runs_in_turn, strict=True))
+    num_runs = sum(runs_in_turn)  # each has one validation and one checkpoint
+    all_runs = replace(workload, steps=steps, checkpoints=num_runs, validations=num_runs)
     seconds, compute = 0.0, Compute()
     if chain.hardware.on_gpu:
-        num_runs = sum(runs_in_turn)  # each has one validation and one checkpoint
-        all_steps = replace(workload, steps=steps, checkpoints=num_runs, validations=num_runs)
-        seconds = training_cost(all_steps, chain.hardware).hours * 3600
+        seconds = training_cost(all_runs, chain.hardware).hours * 3600
     else:
-        compute = token_compute(workload) * replace(workload, steps=steps).tokens
+        compute = token_compute(workload) * all_runs.tokens
+    # The evaluation after each round.
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)
     compute += text.compute(candidate, bf16) * sum(round_sizes)
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
@@ -182,8 +176,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     peak = largest(*(peak_memory(workload, chain.hardware) for workload in workloads))
     # A second process trains. Meanwhile, the search's own process keeps its CUDA context.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
-    # A stage that has just started cannot stop before it has transferred both models, in bfloat16:
-    # training loads both; pruning reads the teacher and writes the candidate.
+    # A stage that has just started cannot stop before it has loaded both models, in bfloat16.
     model_bytes = 2 * (chain.teacher.parameters() + candidate.parameters())
     load_seconds = model_bytes / STORAGE_BYTES_PER_SECOND
     return InferenceCost(
@@ -196,14 +189,12 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
 
 
 def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
-    """Returns the bytes of all pruned and trained candidates, and of each rank's checkpoint.
-
-    A training run has one checkpoint, at its end, which is deleted when the run is complete.
-    """
+    """Returns the bytes of all pruned and trained candidates, and of each rank's checkpoint."""
     round_sizes = cfg.round_sizes(cfg.max_candidates())
     if not round_sizes:  # a single candidate is chosen without training
         return 0
     num_models = round_sizes[0] + sum(round_sizes)  # pruned once, trained in each round
+    # A training run writes one checkpoint at its end, and deletes it when the run is complete.
     num_checkpoints = min(cfg.resources.ranks, round_sizes[0])  # runs at the same time
     parameters = chain.shape_of(cfg.inputs.get("candidates")).parameters()
     return parameters * (4 * num_models + CHECKPOINT_BYTES * num_checkpoints)  # 4: if float32
@@ -211,7 +202,7 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
 
 def progress(work: Path) -> str | None:
     """Describes unfinished work by its training runs; ``None`` if none has saved anything."""
-    count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))
+    count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))  # complete runs
     if count:
         return f"{count} training{'s' * (count > 1)}"
     has_checkpoint = any((work / CANDIDATES).glob(f"*/round-*/{WORK}/{CHECKPOINTS}/*"))
@@ -238,18 +229,17 @@ def training_of(
         round_number: Round, counted from 0.
     """
     steps = cfg.steps(round_sizes[round_number], len(round_sizes))
-    settings: dict[str, Any] = {
-        "stage": "distill",
-        "seed": cfg.distill.seed + round_number,  # so each round reads other sequences
-        "max_steps": steps,
-        "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),  # at most 20% of the steps
-        "val_check_interval": steps,  # one validation and one checkpoint, at the end
-        "checkpoint_interval": max(steps, 1),  # must be positive, also before ``check``
-        "stop_at_recovered": None,  # all candidates must train on the same number of tokens
-    }
-    training = replace(cfg.distill, **settings)
-    # ``replace`` resets the name. Problems must name where the user sets the value.
-    training.name = f"{cfg.name}.distill"
+    training = replace(
+        cfg.distill,
+        stage="distill",
+        seed=cfg.distill.seed + round_number,  # so each round reads other sequences
+        max_steps=steps,
+        warmup_steps=min(cfg.distill.warmup_steps, steps // 5),  # at most 20% of the steps
+        val_check_interval=steps,  # one validation and one checkpoint, at the end
+        checkpoint_interval=max(steps, 1),  # must be positive, also before ``check``
+        stop_at_recovered=None,  # all candidates must train on the same number of tokens
+    )
+    training.name = f"{cfg.name}.distill"  # where the user sets the values that problems name
     return training
 
 
@@ -259,15 +249,14 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
 
     search = inputs["candidates"].manifest.result(SearchResult)
     ranked = {candidate.name: candidate for candidate in search.candidates}  # the best first
-    for what in _unknown_candidates(cfg.also, ranked):
-        raise RecipeError(what, LIST_CANDIDATES)
+    if unknown_candidates := _unknown_candidates(cfg.also, ranked):
+        raise RecipeError(unknown_candidates[0], LIST_CANDIDATES)
     remaining = [
         name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
     ]
-    ranking_settings = inputs["candidates"].manifest.config
+    ranking_settings, log = inputs["candidates"].manifest.config, metrics_log(out)
     method, metric = ranking_settings["layer_importance"], ranking_settings["proxy"]
     halving = HalvingRun(cfg, inputs, out.parent / CANDIDATES, method)
-    log = metrics_log(out)
     round_sizes = cfg.round_sizes(len(remaining))
     for round_number in range(len(round_sizes)):
         training = training_of(cfg, round_sizes, round_number)
@@ -280,7 +269,9 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
                 candidate, **vars(quality), tokens=candidate.tokens + round_tokens
             )
         # Lower is better for every metric that ``proxy`` allows.
-        remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], metric))))
+        scores = {name: float(getattr(ranked[name], metric)) for name in remaining}
+        # NaN, from a diverged training run, sorts after all numbers.
+        remaining.sort(key=lambda name: (math.isnan(scores[name]), scores[name]))
         log.progress("successive_halving", round_number + 1, len(round_sizes), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
     winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
@@ -292,11 +283,6 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         architecture=winner.shape.as_dict(),
         parameters=winner.parameters,
     )
-
-
-def _nan_last(score: float) -> tuple[bool, float]:
-    """Returns a sort key that orders NaN (a diverged training run) after all numbers."""
-    return math.isnan(score), score
 
 
 def recipe_yaml(
@@ -332,15 +318,15 @@ def recipe_yaml(
         "model": {"hf_path": teacher.config["hf_path"]},
         "data": {name: data[name] for name in DATA_SETTINGS} | {"sources": sources},
         "stages": {
-            "prepare_data": _changed(data, PrepareDataConfig(), DATA_SETTINGS),
+            "prepare_data": _non_default_settings(data, PrepareDataConfig(), DATA_SETTINGS),
             "score": {
-                **_changed(score, ScoreConfig()),
+                **_non_default_settings(score, ScoreConfig()),
                 "resources": {name: score["resources"][name] for name in ("nodes", "devices")},
             },
             "prune": prune_settings(targets, method),
             "distill": {
                 **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
-                **_changed(distill, DistillConfig()),
+                **_non_default_settings(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
         },
@@ -351,7 +337,7 @@ def recipe_yaml(
     return header + OmegaConf.to_yaml(content)
 
 
-def _changed(
+def _non_default_settings(
     settings: Mapping[str, Any], default: StageConfig, excluded: Collection[str] = ()
 ) -> dict[str, Any]:
     """Returns the settings that differ from the default, except ``NOT_COPIED`` and ``excluded``."""

@@ -369,5 +369,5 @@ def test_a_report_is_about_a_whole_distillation_or_a_search(
 def test_an_import_depends_on_local_files_only(hf_folder: Path) -> None:
     """``external`` returns the paths outside the run whose content is in the fingerprint."""
     local, hub = (import_hf.ImportConfig(hf_path=path) for path in (str(hf_folder), "org/name"))
-    assert import_hf.external(local) == {"hf_path": hf_folder}
-    assert import_hf.external(hub) == {}
+    assert import_hf.STAGE.external(local) == {"hf_path": hf_folder}
+    assert import_hf.STAGE.external(hub) == {}
