@@ -29,7 +29,7 @@ from launch.slurm_queue import (
     SlurmJob,
     job_name,
     job_states,
-    lasting_jobs,
+    wait_for_completing_jobs,
     query,
     read_jobs,
     run_hash,
@@ -113,7 +113,7 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems), fix="")
-    active = lasting_jobs(plan.run_dir)  # after jobs that are ending have ended
+    active = wait_for_completing_jobs(plan.run_dir)
     new_jobs = {stage.name for stage in plan.todo() if stage.name not in active}
     stages = {stage.name: stage for stage in plan.stages}
     for name, (job, state) in active.items():
@@ -209,7 +209,8 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """Returns the text of a stage's ``job.sbatch``."""
     image, run_dir = stage.image, stage.directory.parent
-    mpi = cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None
+    needs_tensorrt_llm = stage.definition.needs_tensorrt_llm(stage.config, stage.chain)
+    mpi = cluster.mpi.get(stage.config.stage) if needs_tensorrt_llm else None
     env = ({LAUNCHER: mpi} if mpi else {}) | container.environment(cluster, stage)
     return _render(
         "job.sbatch.j2",
