@@ -105,7 +105,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     notes += refuse_errors(_limit_problems(chain, selected, notes), settings.skip_rules)
     # Also updates ``chain.stages``, which is the same dict, but only after all were resolved.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
-    needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
+    input_stages = {source for name in selected for source in configs[name].inputs.values()}
+    needed = {*selected, *input_stages}
     planned: dict[str, PlannedStage] = {}
     # An interrupted command with ``force`` may have replaced some results already.
     replaced, unfinished = replaced_results(run_dir) if force else ({}, {})

@@ -29,10 +29,10 @@ from launch.slurm_queue import (
     SlurmJob,
     job_name,
     job_states,
-    wait_for_completing_jobs,
     query,
     read_jobs,
     run_hash,
+    wait_for_completing_jobs,
 )
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.errors import RecipeError
