@@ -33,8 +33,8 @@ if __name__ == "__main__":
     on_interrupt(exit_now)  # during the imports below; ``cli`` sets another handler
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-# Commands start faster if garbage is collected after 50,000 new objects instead of 700, and if Hydra
-# does not import the slow plugin of multistorageclient.
+# Commands start faster if garbage is collected after 50,000 new objects instead of 700, and if
+# Hydra does not import the slow plugin of multistorageclient.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -224,8 +224,8 @@ def _is_from_killed_launch(path: Path) -> bool:
 
 
 RunState = tuple[int | None, dict[str, StageState]]
-"""The time in ns when a launcher last wrote ``run.yaml``, which it does before it starts stages, and
-the state of each stage by name. The time is ``None`` without the file."""
+"""The modification time of ``run.yaml`` in nanoseconds (``None`` without the file), and the state
+of each stage by name. A launcher writes ``run.yaml`` before it starts stages."""
 
 
 def _read_state(run_dir: Path) -> RunState:

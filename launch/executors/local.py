@@ -62,7 +62,7 @@ CONFIG = LocalConfig
 
 
 def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
-    """Raises ``RecipeError`` as ``require_one_machine``, and for stages that lack a library here."""
+    """Raises ``RecipeError`` if this machine alone cannot run the plan, or lacks a library."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
         stage.definition.check_machine(stage.config)
