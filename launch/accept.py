@@ -1,8 +1,9 @@
 """Keeps stale results that the user accepts; refuses to replace expensive ones without ``force``.
 
 A stale result was computed with other settings, inputs, code or libraries than those of the plan.
-The setting ``accept`` can also list a stage that was interrupted before its code changed. The stage
-then resumes with the code that it was started with.
+An acceptance is the user's decision to keep it, by listing its stage in the setting ``accept``.
+``accept`` can also list a stage that was interrupted before its code changed. The stage then
+resumes with the code that it was started with.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from recipes.planning.training_cost import hours_text
 RESUMED = "resumed.json"
 """File in a stage's directory with the acceptance of the result that a resumed start will write.
 
-The start runs older code, which may not know acceptances. So the start does not write it into the
-manifest; the next plan does."""
+The start runs older code, which may not know acceptances. So the next plan writes the acceptance
+into the manifest."""
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
@@ -38,15 +39,15 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
     An earlier acceptance ends when settings, inputs, code or libraries change again. It also ends
     if an input was computed again with other content, or will be computed again in this plan.
-    The returned stage has the kept result's fingerprint, because later stages use that result.
-    If nothing is accepted, the stage is returned unchanged.
-
-    A stage may have both an old result and interrupted work. If only its code has changed since the
-    interruption, and ``accept`` lists the stage, the work is resumed.
 
     Args:
         stage: The stage, as planned without acceptance.
         named: Whether the user's setting ``accept`` lists the stage.
+
+    Returns:
+        The stage with the fingerprint of the kept result, because later stages use that result. If
+        ``accept`` lists the stage and its interrupted work can be resumed, the resumed stage.
+        Otherwise the unchanged stage.
 
     Raises:
         RecipeError: ``accept`` lists the stage, but the stage has neither a complete result nor
@@ -59,15 +60,15 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
         return stage
     acceptance = result.accepted or _resumed_acceptance(stage.directory, result)
     input_content = _input_content(stage)
-    is_current = (
-        acceptance is not None
-        and acceptance.fingerprint == stage.fingerprint
-        and not stage.rerun_inputs
-        and not replaced_inputs(acceptance.input_content, input_content)
-    )
-    if not named and not is_current:
-        return stage
-    if acceptance is None or not is_current:
+    if acceptance is not None and (
+        acceptance.fingerprint != stage.fingerprint
+        or stage.rerun_inputs
+        or replaced_inputs(acceptance.input_content, input_content)
+    ):
+        acceptance = None  # it has ended
+    if acceptance is None:
+        if not named:
+            return stage
         acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result), input_content)
     return replace(
         stage,
@@ -85,7 +86,7 @@ def _input_content(stage: PlannedStage) -> dict[str, str]:
 
 
 def _can_resume(stage: PlannedStage) -> bool:
-    """Returns whether interrupted work would be lost, and could resume with its own code."""
+    """Returns whether a stage has interrupted work that ``_resume`` accepts."""
     begun, work = stage.state().begun, stage.directory / WORK
     return (
         begun is not None
@@ -110,10 +111,10 @@ def _resume(stage: PlannedStage) -> PlannedStage:
     """Plans to resume a stage's interrupted work with the code that it was started with.
 
     Raises:
-        RecipeError: There is no interrupted work, its code was not stored, or other things than
-            its code changed.
+        RecipeError: There is no interrupted work, its code is no longer in the run, or not only its
+            code has changed.
     """
-    if stage.action == RESUME:
+    if stage.action == RESUME:  # with the current code, which has not changed
         return stage
     interrupted = stage.state().begun
     if interrupted is None or not _has_snapshot(stage, interrupted):
@@ -142,17 +143,14 @@ def _resume(stage: PlannedStage) -> PlannedStage:
 
 
 def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
-    """Returns why a complete result is stale: what changed and which inputs run again.
-
-    If nothing changed and no input runs again, returns the reason why the stage runs, such as a
-    replaced input.
-    """
-    changed = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
-    return [*changed, *(f"{name} runs again" for name in stage.rerun_inputs)] or [stage.reason]
+    """Returns why a complete result is stale: what changed and which inputs run again."""
+    changes = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
+    reasons = [*changes, *(f"{name} runs again" for name in stage.rerun_inputs)]
+    return reasons or [stage.reason]  # such as a replaced input
 
 
 def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:
-    """Returns the acceptances that differ from the recorded ones, by stage directory.
+    """Returns the acceptances to record, by stage directory: those that differ from the record.
 
     ``None`` removes the recorded acceptance.
     """
@@ -166,24 +164,21 @@ def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | N
 
 
 def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
-    """Records in a complete stage's manifest that the user keeps its stale result.
-
-    ``None`` removes the record.
-    """
+    """Records an acceptance in a complete stage's manifest; ``None`` removes the recorded one."""
     if (manifest := read_manifest(stage_dir)) is not None:
         write_manifest(stage_dir, replace(manifest, accepted=acceptance))
         (stage_dir / RESUMED).unlink(missing_ok=True)
 
 
 def record_resumed(stage: PlannedStage) -> None:
-    """Records that the user keeps the result that a resumed start with older code will write."""
+    """Writes ``RESUMED`` if the stage will be resumed with older code."""
     if stage.resumed and stage.accepted:
         record = {"result": stage.fingerprint, "acceptance": asdict(stage.accepted)}
         write_json(stage.directory / RESUMED, record)
 
 
 def _resumed_acceptance(stage_dir: Path, result: Manifest) -> Acceptance | None:
-    """Returns the acceptance of a result that a resumed start wrote; ``None`` for other results."""
+    """Returns the acceptance in ``RESUMED``; ``None`` if it is of another result."""
     file = stage_dir / RESUMED
     record = read_json(file) if file.is_file() else {}
     is_of_result = record.get("result") == result.fingerprint
@@ -195,15 +190,8 @@ def require_confirmed(
 ) -> None:
     """Refuses to replace a result that cost more than ``confirm_above`` device-hours.
 
-    ``force`` must list each such stage, even a stage that reruns only because of an earlier stage.
-
-    Args:
-        stages: The planned stages.
-        force: Names of the stages whose results may be replaced.
-        confirm_above: Device-hours.
-
-    Raises:
-        RecipeError: ``force`` does not list a stage with such a result.
+    Does not refuse stages that ``force`` lists. It must list even a stage that runs again only
+    because of an earlier stage.
     """
     expensive: dict[str, str] = {}
     for stage in stages:
@@ -211,9 +199,9 @@ def require_confirmed(
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
+        cost = f"{hours_text(result.device_hours())} device-hours"
         why = ", ".join(stale_reasons(stage, result))
-        hours = hours_text(result.device_hours())
-        expensive[stage.name] = f"\n  {stage.name}, {hours} device-hours: {why}"
+        expensive[stage.name] = f"\n  {stage.name}, {cost}: {why}"
     if expensive:
         names = ",".join(expensive)
         raise RecipeError(

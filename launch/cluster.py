@@ -35,26 +35,21 @@ class Cluster:
 
 
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Returns the environment variables that a stage gets on every cluster.
-
-    These are the user's variables (``cluster.env`` and ``resources.env``), the variables that make
-    Python import the snapshot of the code, ``NEEDS_GPU`` for stages on GPUs, and with tensor or
-    context parallelism on some GPUs ``CUDA_DEVICE_MAX_CONNECTIONS``.
-    """
+    """Returns the environment variables that a stage gets on every cluster."""
     hardware = stage.chain.hardware
-    gpu_env = {NEEDS_GPU: hardware.name} if stage.uses_gpu else {}
+    variables = {NEEDS_GPU: hardware.name} if stage.uses_gpu else {}
     connections = hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
     training_config = getattr(stage.config, "distill", stage.config)
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
     is_split = max(getattr(training_config, size, 1) for size in sizes) > 1
-    kernel_order_env = {}
     if is_split and connections is not None:
         # On GPUs before Blackwell, communication overlaps with computation only if kernels start in
         # the order of their calls. One connection ensures this order.
-        kernel_order_env = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
-    variables = {**gpu_env, **kernel_order_env, **cluster.env, **stage.config.resources.env}
-    # The snapshot comes before the paths of the settings and, outside containers, of the launcher.
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = str(connections)
+    variables |= cluster.env | stage.config.resources.env
+    # Python imports the snapshot of the code before the paths that the user has set. The launcher's
+    # paths do not exist in containers.
     launcher_paths = None if stage.image else os.environ.get("PYTHONPATH")
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH"), launcher_paths])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.

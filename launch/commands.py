@@ -36,11 +36,11 @@ STYLES = {
     Status.HUNG: "red",
 }
 STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
-"""Time limit for a launcher to stop, and time between two signals to the launcher."""
+"""How long ``cancel`` waits for a launcher to stop, and the time between two signals to it."""
 ROOT = Path("runs")
 """Default folder of runs."""
 YES = "--yes"
-"""Without this option, ``runs clean`` only lists what it would delete."""
+"""Option of ``runs clean``: delete. Without it, the command only lists what it would delete."""
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
 """Units of an age, largest first, and the seconds of each."""
 INCOMPLETE = (
@@ -73,10 +73,7 @@ def status(options: Options, console: Console) -> None:
 
 
 def cancel(options: Options, console: Console) -> None:
-    """Cancels a run's Slurm jobs, and stops the launcher that runs its stages on this machine.
-
-    If the directory is that of a sweep, does so for all of its runs.
-    """
+    """Cancels the Slurm jobs of a run or sweep, and stops its launchers on this machine."""
     stopped_any = False
     for run_dir in find_runs([_directory(options)]):
         jobs = {stage: job for stage, (job, _) in active_jobs(run_dir).items()}
@@ -121,10 +118,7 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 
 
 def logs(options: Options, console: Console) -> None:
-    """Prints the end of a stage's newest log.
-
-    Without the option ``stage``, ``_default_stage`` chooses the stage.
-    """
+    """Prints the end of a stage's newest log."""
     [run_dir, *other_runs] = find_runs([_directory(options)])
     if other_runs:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
@@ -146,13 +140,9 @@ def logs(options: Options, console: Console) -> None:
 
 
 def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
-    """Returns the stage whose log is most useful.
+    """Returns the first stage that failed, hung or is running, in this order of preference.
 
-    This is the first stage that failed. If none failed, it is the first stage that hung, otherwise
-    the first stage that is running, otherwise the last stage that was started.
-
-    Raises:
-        RecipeError: No stage was started.
+    If there is none, returns the last stage that was started, or raises ``RecipeError``.
     """
     for status in (Status.FAILED, Status.HUNG, Status.RUNNING):
         for stage in statuses:
@@ -173,8 +163,8 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
     options = [arg for arg in arguments if arg.startswith("out=")]
     paths = [Path(arg) for arg in arguments if arg not in options]
-    flags = [arg for arg in arguments if arg.startswith("-")]  # compare has no flags
-    if not paths or len(options) > 1 or flags:
+    has_flag = any(arg.startswith("-") for arg in arguments)  # compare has no flags
+    if not paths or len(options) > 1 or has_flag:
         raise RecipeError(
             "compare needs the directories of runs.",
             "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of a sweep",
@@ -188,7 +178,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
 
 def runs(arguments: Sequence[str], console: Console) -> int:
-    """Lists the runs in a directory. After the word ``clean``, deletes runs (see ``_clean``)."""
+    """Lists the runs in a directory, or deletes runs: ``runs [DIR]`` or ``runs clean RUN``."""
     if list(arguments[:1]) == ["clean"]:
         _clean([arg for arg in arguments[1:] if arg != YES], YES in arguments, console)
         return 0
@@ -209,12 +199,12 @@ def runs(arguments: Sequence[str], console: Console) -> int:
 
 
 def _table_row(path: Path, root: Path) -> tuple[str, ...]:
-    """Returns the cells of a run in the table of ``runs``, whose columns are listed there."""
+    """Returns a run's row in the table of ``runs``."""
     name, age = str(path.relative_to(root)), _age(path)
     disk = f"{folder_bytes(path) / 1e9:.2f} GB"
     try:
         record, state = read_run(path), _run_state(read_statuses(path.resolve()))
-    except RecipeError:  # the other runs are still listed
+    except RecipeError:  # lists the other runs nevertheless
         return name, "", "unreadable: see status", "", "", "", disk, age
     exported = record.exported
     parameters = f"{exported.parameters / 1e6:.1f} M" if exported and exported.parameters else ""
@@ -226,10 +216,7 @@ def _table_row(path: Path, root: Path) -> tuple[str, ...]:
 
 
 def _run_state(stages: Sequence[StageStatus]) -> str:
-    """Returns the first status of ``INCOMPLETE`` that any stage has, and the stage.
-
-    If no stage has such a status, says how many stages are complete.
-    """
+    """Describes the state of a run, such as "failed at prune" or "3 of 5 stages"."""
     for status in INCOMPLETE:
         for stage in stages:
             if stage.status is status:
@@ -249,18 +236,10 @@ def _age(path: Path) -> str:
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, except for stages that other runs need.
+    """Lists runs and, if ``confirmed``, deletes them, except for stages that other runs need.
 
-    The other runs are all runs in ``runs``, and all runs in the parent folders of the runs to
-    delete.
-
-    Args:
-        names: Runs to delete, each as ``runs`` lists it or as a path.
-        confirmed: Whether ``--yes`` is set. Otherwise the folders are only listed.
-        console: Where the folders are listed.
-
-    Raises:
-        RecipeError: A name is neither a run nor a sweep, or a run is active.
+    Other runs are looked for in ``ROOT`` and in the parent folders of the runs. Refuses active
+    runs, and names of neither a run nor a sweep.
     """
     chosen_runs = _runs_to_clean(names)
     for path in chosen_runs:
@@ -295,8 +274,8 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
 def _runs_to_clean(names: Sequence[str]) -> list[Path]:
     """Returns the runs with these names, and all runs of the sweeps with these names.
 
-    Refuses an empty name, which a script's unset variable gives, and folders such as ``runs``.
-    Otherwise a wrong name would delete all runs below a folder.
+    A name is a path, or a run or sweep in ``ROOT``. Refuses an empty name, which a script's unset
+    variable gives, and folders such as ``runs``: they would delete all runs below a folder.
     """
     if not names:
         raise RecipeError(
@@ -318,33 +297,29 @@ def _runs_to_clean(names: Sequence[str]) -> list[Path]:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a run or a stage, manifests first: after a kill, no partial stage looks complete."""
+    """Deletes a run or a stage; manifests first, so that after a kill no stage looks complete."""
     for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
         manifest.unlink()
     shutil.rmtree(folder)
 
 
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
-    """Returns the folders of a run to delete.
-
-    This is the whole run if no stage is in ``needed``; otherwise it is each stage that is not.
-    """
-    folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
+    """Returns the whole run if no stage is ``needed``; otherwise each stage that is not."""
     # Stages that stay need the run's code, so the code is deleted only with the whole run.
-    stages = [folder for folder in folders if folder.name != CODE]
-    unneeded = [folder for folder in stages if folder not in needed]
+    stages = [path for path in sorted(run.iterdir()) if path.is_dir() and path.name != CODE]
+    unneeded = [stage for stage in stages if stage not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
 
 
 def _needed_folders(run: Path) -> Iterator[Path]:
-    """Yields the folders that a run needs: itself, and its stages' inputs, models and text.
+    """Yields the run, the paths of its stages' inputs, models and text, and all parents of these.
 
-    Also yields all parents of these folders, because a needed folder may be inside a stage.
+    A path may be inside a stage of another run. With the parents, that stage counts as needed.
     """
     for file in run.glob(f"*/{REQUEST}"):
-        request = read_yaml(file)  # not as a ``Request``, which refuses other formats
-        paths = [run, *(ref["directory"] for ref in request["inputs"].values())]
+        request = read_yaml(file)  # not with ``read_request``, which refuses other formats
         model_and_text = (request["config"].get(name) for name in ("hf_path", "prefix"))
+        paths = [run, *(ref["directory"] for ref in request["inputs"].values())]
         paths += filter(None, model_and_text)  # not every stage has these settings
         for path in paths:
             resolved = Path(path).resolve()
@@ -366,10 +341,7 @@ OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
 
 
 def run(arguments: Sequence[str], console: Console) -> int | None:
-    """Runs a command such as ``status run_dir=DIR`` and returns the exit status.
-
-    Returns ``None`` if the arguments are not a command but overrides for Hydra.
-    """
+    """Runs a command and returns the exit status; ``None`` if the arguments are not a command."""
     name = arguments[0] if arguments else ""
     if name in OTHER_COMMANDS:
         return OTHER_COMMANDS[name](arguments[1:], console)

@@ -1,4 +1,4 @@
-"""Prints a run's plan, tables, summary and gates, which are limits that its results must meet."""
+"""Prints a run's plan, tables, summary and gates (limits that its results must meet)."""
 
 from __future__ import annotations
 
@@ -49,12 +49,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_sources(plan: Plan, console: Console) -> None:
-    """Shows the text sources that the plan's ``prepare_data`` stages will tokenize.
-
-    The size of a source is known only if its text is on this machine or the settings limit it.
-    With the setting ``prefix`` there are no sources, because the text is already tokenized. Then
-    ``prepare_data`` cannot search the text for duplicates and for benchmark items.
-    """
+    """Shows the text sources that the plan's ``prepare_data`` stages will tokenize."""
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
             continue
@@ -64,20 +59,21 @@ def print_sources(plan: Plan, console: Console) -> None:
         for name, source in source_names(config.all_sources()).items():
             licence = parse_source(source).licence or licences.get(source) or "not stated"
             use = "training" if source in config.sources else "evaluation only"
+            # A size is known only if the text is on this machine or the settings limit it.
             sizes = []
             if documents := source_documents(source):
                 sizes += [f"{documents:,} documents"]
-            if (tokens := tokens_by_name[name]) < math.inf:  # infinite: unknown
+            if (tokens := tokens_by_name[name]) < math.inf:
                 sizes += [f"about {tokens:,.0f} tokens"]
             table.add_row(escape(name), use, ", ".join(sizes) or "unknown", escape(licence))
         if table.rows:
             console.print(table)
-        if config.prefix:
+        if config.prefix:  # no sources: the text is already tokenized
             console.print(f"text {config.prefix}: {NOT_COMPARED}", markup=False)
 
 
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:
-    """Shows the plan's warnings, and its errors whose rules the user skips with ``skip_rules``."""
+    """Shows the plan's warnings, and its errors of the rules in ``skip_rules``."""
     for note in plan.notes:
         is_skipped = note.rule.name in skip_rules
         label = "skipped" if is_skipped else note.rule.severity
@@ -86,11 +82,10 @@ def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> No
 
 def print_tables(plan: Plan, console: Console) -> None:
     """Shows the tables of ``plan`` and ``enumerate_shapes`` if they ran or are the only stage."""
-    for stage in plan.stages:
+    for stage in plan.stages if len(plan.stages) == 1 else plan.todo():
         manifest = read_manifest(stage.directory)
-        is_shown = stage in plan.todo() or len(plan.stages) == 1
         # "plan" and "shapes" are the types of artifacts that these stages write.
-        if manifest is None or manifest.kind not in ("plan", "shapes") or not is_shown:
+        if manifest is None or manifest.kind not in ("plan", "shapes"):
             continue
         for result_table in manifest.result(PlanResult).tables:
             table = plain_table(result_table.title, *result_table.columns)
@@ -107,7 +102,7 @@ def _cell_text(cell: Cell) -> str:
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
-    """Shows the time, memory, size and main result of every stage, and the run's ``seconds``."""
+    """Shows the time, memory, size and main result of every stage, and the command's time."""
     stages_run = {stage.name for stage in plan.todo()}
     table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
@@ -124,7 +119,7 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    message = "1 stage ran" if len(stages_run) == 1 else f"{len(stages_run)} stages ran"
+    message = f"{len(stages_run)} stage{'s' * (len(stages_run) > 1)} ran"
     if not stages_run:
         message = "everything was complete, nothing ran"
     console.print(f"{message}; {seconds:.1f} s")
@@ -134,7 +129,7 @@ def headline(manifest: Manifest) -> str:
     """Returns the most important result of a stage, as text for a table."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
-    # A healed model has the kind of any model, so the type of its stage decides.
+    # All other kinds are models.
     if result := manifest.result_if("heal", HealResult):
         return f"KL {result.kl_pruned:.3f} → {result.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
@@ -161,21 +156,17 @@ def _perplexities(manifest: Manifest) -> str:
 
 
 def _mean_score(manifest: Manifest) -> str:
-    """States each model's mean score over the benchmarks whose scores are fractions.
-
-    Other metrics, such as perplexity, cannot be averaged. If there are no fractions, names the
-    benchmarks instead.
-    """
+    """States each model's mean score over the benchmarks whose scores are fractions."""
     results = manifest.result(TaskResults)
     num_fractions = len(results.fractions())
-    if not num_fractions:
+    if not num_fractions:  # other metrics, such as perplexity, cannot be averaged
         return f"{', '.join(results.tasks)} evaluated"
     means = " → ".join(f"{value:.3f}" for value in results.means().values())
     return f"mean score of {num_fractions} benchmark{'s' * (num_fractions > 1)} {means}"
 
 
 def _served(manifest: Manifest) -> str:
-    """States both perplexities, and the served model's mean score minus the student's."""
+    """States perplexities of the student and the served model, and their mean score difference."""
     result = manifest.result(ServedResult)
     text = f"{result.program} {result.precision}"
     if result.text:
@@ -186,28 +177,21 @@ def _served(manifest: Manifest) -> str:
 
 
 def _planned_cost(manifest: Manifest) -> str:
-    """States the planned device-hours of training, the hardware, and the price."""
     cost = manifest.result(PlanResult).summary
     hours = f"{cost['device-hours']:,} device-hours of training"
     return f"{hours} on {cost['hardware']}, ${cost['dollars']:,}"
 
 
 def _best_candidate(manifest: Manifest) -> str:
-    """Describes the candidate that successive halving chose.
-
-    Before successive halving, describes the candidate with the highest rank.
-    """
     result = manifest.result(SearchResult)
+    # Before successive halving chooses, the candidate with the highest rank is the first.
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the teacher's latency, and the largest relative error of the latency model.
-
-    The error is measured on the held-out shapes. If there are none, it is measured on all shapes.
-    """
-    shapes = manifest.result(LatencyResult).shapes
+    """States the teacher's latency, and the latency model's largest error on held-out shapes."""
+    shapes = manifest.result(LatencyResult).shapes  # the first is the teacher's
     held_out = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in held_out or shapes)
     return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
@@ -242,8 +226,7 @@ def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
     Gates are checked after the run, not by a stage. So a failed gate deletes no results, and a new
-    threshold makes no stage run again. A gate is checked only once all stages that measure its
-    value are complete.
+    threshold makes no stage run again.
     """
     if not plan.gates:
         return

@@ -1,4 +1,4 @@
-"""Command ``doctor``: checks this machine. ``doctor rules`` lists the rules of the planner."""
+"""Command ``doctor``: checks this machine. ``doctor rules`` lists the rules that plans check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recipes.planning.rules import RULES
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 MIN_DISK_BYTES, MIN_MEMORY_BYTES, MIN_SHM_BYTES = 9e9, 5e9, 1e9
-"""What ``make demo`` needs: free disk space after the installation, memory, and shared memory."""
+"""What ``make demo`` needs: free disk space, memory and shared memory."""
 PROGRAMS = {
     "docker": "cluster=docker",
     "sbatch": "cluster=slurm",
@@ -48,11 +48,7 @@ class Check:
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
-    """Prints all checks, or with the argument ``rules`` all rules.
-
-    Returns:
-        The exit status: 1 if a check failed, otherwise 0.
-    """
+    """Prints all checks, or all rules; returns the exit status, which is 1 if a check failed."""
     if list(arguments) == ["rules"]:
         table = plain_table("rules", "rule", "severity", "reason", "reference")
         for rule in RULES.values():
@@ -86,7 +82,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Yields all checks, or only the launcher's checks if only the launcher is installed."""
+    """Yields all checks, or only those of what the launcher needs if only it is installed."""
     if _has_only_launcher():
         yield from _pins(["launcher"], "./install.sh launcher")
         yield _cache()
@@ -108,7 +104,7 @@ def _has_only_launcher() -> bool:
 
 
 def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
-    """Compares the installed libraries with the versions that extras of pyproject.toml require."""
+    """Compares installed versions with those that the extras of pyproject.toml require."""
     for pin in pins(extras):
         name = f"{pin.name} {pin.required}"
         yield _check(name, pin.installed or "missing", pin.is_satisfied, fix)
@@ -116,11 +112,11 @@ def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
 
 def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
     """Returns a check: ``OK`` without a fix if ``passed`` is true, or else ``otherwise``."""
-    return Check(name, value, OK, "") if passed else Check(name, value, otherwise, fix)
+    return Check(name, value, OK) if passed else Check(name, value, otherwise, fix)
 
 
 def _accelerators() -> Iterator[Check]:
-    """Checks that torch supports the GPUs, or without GPUs, that the CPU supports bfloat16."""
+    """Checks that torch supports the GPUs or, without GPUs, that the CPU supports bfloat16."""
     gpus, cuda = _gpus(), _cuda_of_torch()
     fix = "install a CUDA build of torch: this machine has a GPU"
     yield _check("build of torch", f"CUDA {cuda}" if cuda else "for CPU", cuda or not gpus, fix)
@@ -144,13 +140,10 @@ def _gpus() -> list[str]:
 
 
 def _cuda_of_torch() -> str | None:
-    """Returns the CUDA version that torch was built with; ``None`` without torch or CUDA.
-
-    Reads it from a file of torch, because importing torch takes seconds.
-    """
-    try:
-        version = metadata.distribution("torch").locate_file("torch/version.py")
-        text = Path(str(version)).read_text(encoding="utf-8")
+    """Returns the CUDA version that torch was built with; ``None`` without torch or CUDA."""
+    try:  # reads a file, because importing torch takes seconds
+        file = metadata.distribution("torch").locate_file("torch/version.py")
+        text = Path(str(file)).read_text(encoding="utf-8")
     except (metadata.PackageNotFoundError, OSError):
         return None
     # The line is ``cuda: Optional[str] = '12.9'``, or ``= None`` in a build for CPUs.
@@ -164,11 +157,9 @@ def _resources() -> Iterator[Check]:
     yield _check("disk here", f"{disk / 1e9:.1f} GB", disk >= MIN_DISK_BYTES, fix)
     memory, fix = physical_memory(), "use a smaller model or micro batch"
     yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MIN_MEMORY_BYTES, fix)
-    shm, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
-    size = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    yield _check(
-        "shared memory", f"{size / 1e9:.1f} GB", size >= MIN_SHM_BYTES, fix, otherwise=WARN
-    )
+    folder, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
+    shm = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    yield _check("shared memory", f"{shm / 1e9:.1f} GB", shm >= MIN_SHM_BYTES, fix, otherwise=WARN)
 
 
 def _cache() -> Check:

@@ -1,4 +1,4 @@
-"""Turns an error of Hydra or OmegaConf, with its causes, into one message with a fix."""
+"""Turns errors of Hydra and OmegaConf into messages with fixes; converts nodes to dataclasses."""
 
 from __future__ import annotations
 
@@ -34,17 +34,14 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
-    """Converts a node of the config to a dataclass; refuses invalid values.
+    """Converts a node of the config to the dataclass ``schema``; refuses invalid values.
 
-    Args:
-        schema: The dataclass.
-        node: The node.
-        where: The node's dotted name in the config, for messages; empty for the root.
+    Messages have the node's dotted name ``where``, which is empty for the root.
     """
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+        key = str(error.full_key or error.key)
         name, message = f"{where}.{key}".strip("."), str(error).splitlines()[0]
         # Do not suggest the field itself: if its name is known, only its value is wrong.
         hint = did_you_mean(key, {field.name for field in fields(schema)} - {key})
@@ -63,27 +60,27 @@ def refuse_unknown_fields(node: DictConfig, where: str) -> None:
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {where}.{name}.{hint}", SHOW_FIELDS)
         # Reading a missing value or an interpolation may fail.
-        is_value = not (OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name))
-        if is_value and isinstance(child := node[name], DictConfig):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        if isinstance(child := node[name], DictConfig):
             refuse_unknown_fields(child, f"{where}.{name}")
 
 
 def explain(error: Exception) -> str:
-    """Returns the message that the user sees for an error of Hydra, OmegaConf or YAML."""
+    """Returns the message and fix that the user sees for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, RecipeError):
         return str(error)
-    messages = [str(cause) for cause in _causes(error)]
-    text = "\n".join(messages)
     if isinstance(error, YAMLError):
         return f"a config is not valid YAML: {error}\n  fix: correct this line"
     if isinstance(error, OverrideParseException):
         return _malformed_argument(error.override)
+    messages = [str(cause) for cause in _causes(error)]
+    text = "\n".join(messages)
     if message := _ambiguous_value(text) or _unknown_choice(text):
         return message
     # OmegaConf has two messages for an unknown key.
-    unknown_key = re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text)
-    if unknown_key:
-        name = unknown_key.group(1) or unknown_key.group(2)
+    if unknown_key := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", text):
+        name = unknown_key.group(1)
         full_key = re.search(r"full_key: (\S+)", text)
         where = full_key.group(1) if full_key else name
         return f"there is no field {where}.{_suggestion(where, name, error)}"
@@ -122,7 +119,7 @@ def _malformed_argument(argument: str) -> str:
         fix = f"write out the home directory: {shlex.quote(f'{name}={expanded}')}"
     else:
         escaped = value.replace('"', '\\"')
-        # For a list or a mapping, shows a fixed example. Any other value is quoted as a whole.
+        # A value that starts with "[" or "{" is a list or a mapping, whose items may need quotes.
         examples = {"[": '["a >= 1"]', "{": '{a: "b >= 1"}'}
         example = examples.get(value[:1], f'"{escaped}"')
         fix = f"quote text with special characters, such as {shlex.quote(f'{name}={example}')}"
@@ -167,18 +164,13 @@ def _unknown_group(group: str) -> str:
 def _suggestion(where: str, name: str, error: Exception) -> str:
     """Returns the end of a message about an unknown field: a similar name, or a fix.
 
-    Args:
-        where: The field's dotted name.
-        name: The last key of ``where``.
-        error: The error. Its causes may hold the node that lacks the field (``parent_node``).
+    ``where`` is the field's dotted name, and ``name`` its last key.
     """
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
-    parents = [
-        parent
-        for cause in _causes(error)
-        if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
-    ]
+    # Causes may hold the node that lacks the field.
+    nodes = (getattr(cause, "parent_node", None) for cause in _causes(error))
+    parents = [node for node in nodes if isinstance(node, DictConfig)]
     # The field is at the config's root, but the user gave it a prefix, as in stages.only.
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,8 +20,8 @@ LOCK = ".lock"
 NO_LOCKS = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK))
 """Error numbers of ``flock`` on a file system that has no locks."""
 WAIT_SECONDS = 0.5
-"""How long to try to get the lock. ``read_holder`` also holds the lock for a moment, so a single
-failed try does not mean that another launcher runs."""
+"""How long ``acquire`` tries to get the lock. ``read_holder`` also holds it for a moment, so a
+single failed try does not mean that another launcher runs."""
 SetStage = Callable[[str | None], None]
 """Writes the running stage, or ``None``, to the lock file, which the command ``status`` reads."""
 
@@ -73,18 +73,15 @@ def acquire(run_dir: Path) -> Iterator[SetStage]:
 
 def read_holder(run_dir: Path) -> Holder | None:
     """Returns the holder of the lock; ``None`` if the lock is free."""
-    try:
-        with (run_dir / LOCK).open(encoding="utf-8") as file:
-            try:
-                # Two readers can hold a shared lock at once. With exclusive locks, each would take
-                # the other for a launcher.
-                _flock(file, fcntl.LOCK_SH)
-            except BlockingIOError:
-                text = file.read()
-                # The file is empty for a moment while the launcher rewrites it.
-                return Holder(**json.loads(text)) if text else Holder("?", 0, None)
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError), (run_dir / LOCK).open(encoding="utf-8") as file:
+        try:
+            # A shared lock, because with exclusive locks two readers would take each other for a
+            # launcher.
+            _flock(file, fcntl.LOCK_SH)
+        except BlockingIOError:
+            text = file.read()
+            # The file is empty for a moment while the launcher rewrites it.
+            return Holder(**json.loads(text)) if text else Holder("?", 0, None)
     return None
 
 

@@ -22,7 +22,7 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
 
 HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
-"""Environment variables of huggingface_hub's folders. A site sets them to share downloads."""
+"""Environment variables with folders of huggingface_hub."""
 
 
 def chain_of(
@@ -30,7 +30,7 @@ def chain_of(
 ) -> Chain:
     """Returns a run's stages and resources; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
-    # Resolve within the whole config, because a CPU's profile refers to the cluster's settings.
+    # Resolves interpolations here, because ``as_typed`` converts the profile without its root.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
     hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
     if hardware.memory_bytes is None and cfg.cluster.executor == "slurm":
@@ -49,10 +49,7 @@ def chain_of(
 
 
 def has_own_python(cluster: DictConfig) -> bool:
-    """Returns whether stages run with the launcher's Python.
-
-    Otherwise they run with the Python of an image, or with ``cluster.python``.
-    """
+    """Returns whether stages run with the launcher's Python, not an image's or another one."""
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))
 
@@ -61,7 +58,7 @@ def cluster_problems(
     cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
     """Checks the cluster that runs the selected stages, as far as this machine can check it."""
-    if not chain.hardware.on_gpu:
+    if cluster.executor == "slurm" and not chain.hardware.on_gpu:
         yield from _cpu_problems(cluster, chain.hardware)
     if chain.own_python and any(stage_of(chain.stages[name]).needs_torch for name in selected):
         yield from _stack_problems()
@@ -81,7 +78,7 @@ def cluster_problems(
                 f"cluster.mounts: {path} does not exist, or is not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
-    # The local executor has no containers, so its config has no mounts.
+    # The local executor has no containers, so its config has no mounts. Others mount these folders.
     mounted_folders = hub_folders() if "mounts" in cluster else {}
     for name, folder in mounted_folders.items():
         if not Path(folder).is_dir():
@@ -93,16 +90,16 @@ def cluster_problems(
 
 
 def hub_folders() -> dict[str, str]:
-    """Returns the folders of huggingface_hub, by environment variable.
+    """Returns the absolute paths of huggingface_hub's folders, by environment variable.
 
-    Without ``HF_HOME``, its default folder is used if it exists. It has the token of ``hf auth
-    login``, also if ``HF_HUB_CACHE`` moves the models.
+    Without the variable ``HF_HOME``, its default folder is returned if it exists. Even if
+    ``HF_HUB_CACHE`` moves the models, ``HF_HOME`` has the token of ``hf auth login``.
     """
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    default = Path(cache_root) / "huggingface"
-    defaults = {"HF_HOME": str(default)} if default.is_dir() else {}
-    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
-    return {name: str(Path(value).absolute()) for name, value in {**defaults, **values}.items()}
+    default_home = Path(cache_root) / "huggingface"
+    folders = {"HF_HOME": str(default_home)} if default_home.is_dir() else {}
+    folders |= {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
+    return {name: str(Path(folder).absolute()) for name, folder in folders.items()}
 
 
 def _image_problems(
@@ -111,7 +108,7 @@ def _image_problems(
     """Checks that images exist, and that stages that run TensorRT-LLM have an image."""
     configs = {name: chain.stages[name] for name in selected}
     images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
-    or_no_engine = ", or set engine=null, which builds no engine"
+    or_no_engine = ", or set engine=null, which builds no engine"  # the end of a fix
     for name, image in (cluster.get("images") or {}).items():
         is_used = image and image in images.values()
         if is_used and not _image_exists(image, cluster.executor):
@@ -137,11 +134,8 @@ def _image_problems(
 
 def _stack_problems() -> Iterator[Problem]:
     """Checks the versions of the libraries that the launcher's Python has."""
-    unsatisfied = [
-        f"{pin.name} {pin.installed or 'missing'} ({pin.required})"
-        for pin in pins()
-        if not pin.is_satisfied
-    ]
+    wrong_pins = [pin for pin in pins() if not pin.is_satisfied]
+    unsatisfied = [f"{p.name} {p.installed or 'missing'} ({p.required})" for p in wrong_pins]
     if unsatisfied:
         yield Problem(
             rules.STACK_VERSIONS,
@@ -152,9 +146,7 @@ def _stack_problems() -> Iterator[Problem]:
 
 
 def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks a CPU's profile for Slurm: jobs request no GPUs, and the nodes' precision is known."""
-    if cluster.executor != "slurm":  # stages run on this machine, whose CPU the profile describes
-        return
+    """Checks a CPU's profile on Slurm: jobs request no GPUs, and the precision is set."""
     if cluster.get("gpus") is not None:
         yield Problem(
             rules.CLUSTER_HARDWARE,
@@ -172,11 +164,11 @@ def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
 
 def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> Iterator[Problem]:
     """Checks that ``cluster.mpi`` is not ``null`` for stages that start TensorRT-LLM on Slurm."""
-    mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
+    mpi = cluster.get("mpi", {})  # only Slurm's settings have it
     for name in selected:
         config = chain.stages[name]
         needs_mpi = stage_of(config).needs_tensorrt_llm(config, chain)
-        is_null = mpi.get(config.stage, "") is None  # false for a missing key
+        is_null = config.stage in mpi and mpi[config.stage] is None
         if needs_mpi and is_null:
             yield Problem(
                 rules.MPI,
@@ -186,10 +178,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 
 
 def _image_exists(image: str, executor: str) -> bool:
-    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it.
-
-    Docker's client cannot check it without a running daemon and the permission to use the daemon.
-    """
+    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it."""
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
     if executor != "docker" or shutil.which("docker") is None:
@@ -199,5 +188,5 @@ def _image_exists(image: str, executor: str) -> bool:
         process = subprocess.run(["docker", *arguments], capture_output=True, check=False)
         return process.returncode == 0
 
-    # ``docker version`` fails if the client cannot reach the daemon.
+    # ``docker version`` fails if the client cannot reach the daemon, or may not use it.
     return succeeds("image", "inspect", image) or not succeeds("version")

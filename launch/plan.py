@@ -51,11 +51,13 @@ from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 
 @dataclass(frozen=True)
 class Plan:
-    """The planned stages of a run, in order."""
+    """The plan of a run."""
 
     run_dir: Path
     chain: Chain
+    """All stages of the recipe, and the hardware."""
     stages: tuple[PlannedStage, ...]
+    """The selected stages, in order."""
     excluded: tuple[PlannedStage, ...] = ()
     """Stages of the recipe that ``only`` excludes."""
     notes: tuple[Problem, ...] = ()
@@ -65,7 +67,7 @@ class Plan:
     acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
     """Acceptances of stale results to record, by stage directory; ``None`` removes one."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """Start times of the results that ``force`` replaces, by stage; see ``LastPlan.replaces``."""
+    """See ``LastPlan.replaces``."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
@@ -74,24 +76,22 @@ class Plan:
     def judge_gates(self) -> tuple[list[Verdict], list[Gate]]:
         """Judges the gates by the results of all stages, also of those that ``only`` excludes.
 
-        If several stages measure the same value, the last one counts. It has the final model.
-
         Returns:
             The verdicts, and the gates that have none because a stage has no result yet.
         """
         stages = {stage.name: stage for stage in (*self.stages, *self.excluded)}
+        # In the recipe's order, because ``judge`` takes a value from the last stage that has it.
         results = {name: stages[name].result for name in self.chain.stages}
         complete = {name: result for name, result in results.items() if result}
         missing = metrics_of(stages[name].config for name in results.keys() - complete.keys())
-        measured = [gate for gate in self.gates if gate.name not in missing]
-        verdicts = judge(measured, complete)
+        verdicts = judge([gate for gate in self.gates if gate.name not in missing], complete)
         judged = [verdict.gate for verdict in verdicts]
         return verdicts, [gate for gate in self.gates if gate not in judged]
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     """Decides which stages must run. Refuses errors whose rules are not in ``skip_rules``."""
-    hf_path = settings.hf_path  # first, because its error is clearer than those of stages
+    hf_path = settings.hf_path  # first: without a model, errors of stages would be unclear
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force, accept = forced_and_accepted(settings, configs)
@@ -103,11 +103,10 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
     notes += refuse_errors(_limit_problems(chain, selected, notes), settings.skip_rules)
-    # All stages are resolved from the configured settings before ``|=`` updates the dict
-    # ``configs``, which is also ``chain.stages``.
+    # Also updates ``chain.stages``, which is the same dict, but only after all were resolved.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     input_stages = {source for name in selected for source in configs[name].inputs.values()}
-    needed_stages = {*selected, *input_stages}
+    needed = {*selected, *input_stages}
     planned: dict[str, PlannedStage] = {}
     # An interrupted command with ``force`` may have replaced some results already.
     replaced, unfinished = replaced_results(run_dir) if force else ({}, {})
@@ -121,13 +120,13 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
         stage = replace(stage, action=action, reason=reason)
         if name not in force:
             stage = accept_result(stage, named=name in accept)
-        if name in needed_stages and stage.action == SKIP:
+        if name in needed and stage.action == SKIP:
             check_artifact(stage.directory, rehash=False)  # refuses edited files
         if name in selected:
             require_same_optimizers(stage)
             if name not in force:
                 require_no_lost_work(stage, planned)
-        if name in needed_stages and name not in selected and stage.action != SKIP:
+        if name in needed and name not in selected and stage.action != SKIP:
             raise RecipeError(
                 f"only=[…] excludes {name}, but its result is needed, and missing or stale "
                 f"({stage.reason}).",
@@ -139,7 +138,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
     still_unfinished = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
-    replaces = {**replaced, **still_unfinished, **_old_starts(stages)} if force else {}
+    to_replace = {s.name: start_of(s.directory) for s in stages if s.action != SKIP}
+    replaces = {**replaced, **still_unfinished, **to_replace} if force else {}
     plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
@@ -149,11 +149,11 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
     yield from cluster_problems(cfg.cluster, chain, selected)
     yield from mpi_problems(cfg.cluster, chain, selected)
     yield from _licence_problems(chain)
-    # The stage ``plan`` also estimates unselected stages, so their settings must be valid.
-    has_plan_stage = any(stage_of(chain.stages[name]).kind == "plan" for name in selected)
+    # A stage of the kind ``plan`` also estimates unselected stages, so these must be valid.
+    estimates_all = any(stage_of(chain.stages[name]).kind == "plan" for name in selected)
     for name, config in chain.stages.items():
         stage = stage_of(config)
-        if name in selected or (has_plan_stage and stage.workload):
+        if name in selected or (estimates_all and stage.workload):
             yield from stage.problems(config, chain)
         if (hf_path := vars(config).get("hf_path", chain.hf_path)) != chain.hf_path:
             yield Problem(
@@ -164,7 +164,7 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
 
 
 def _licence_problems(chain: Chain) -> Iterator[Problem]:
-    """Checks the licences of texts and models of other runs; each stage checks its own settings."""
+    """Checks the licences of texts and models of other runs. Stages check those of this run."""
     inputs = inputs_from_other_runs(chain.stages)
     for licence in sorted(filter(forbids_commercial_use, recorded_licences(inputs))):
         yield Problem(
@@ -180,8 +180,7 @@ def _limit_problems(
 ) -> Iterator[Problem]:
     """Checks whether time and memory suffice for the selected stages.
 
-    Yields one warning instead if there are no estimates, because a rule in ``SIZE_RULES`` is among
-    the ``skipped`` problems.
+    If the user skips an error of ``SIZE_RULES``, nothing can be estimated. Then yields a warning.
     """
     broken = ", ".join(sorted({p.rule.name for p in skipped if p.rule in rules.SIZE_RULES}))
     if broken:
@@ -197,20 +196,14 @@ def _limit_problems(
 
 def _with_costs(chain: Chain) -> Chain:
     """Adds workloads of stages that train or cache logits, and inference costs of other stages."""
-    stages = {name: (config, stage_of(config)) for name, config in chain.stages.items()}
-    return replace(
-        chain,
-        workloads={
-            name: stage.workload(config, chain)
-            for name, (config, stage) in stages.items()
-            if stage.workload is not None
-        },
-        inference_costs={
-            name: stage.inference_cost(config, chain)
-            for name, (config, stage) in stages.items()
-            if stage.inference_cost is not None
-        },
-    )
+    workloads, inference_costs = {}, {}
+    for name, config in chain.stages.items():
+        stage = stage_of(config)
+        if stage.workload is not None:
+            workloads[name] = stage.workload(config, chain)
+        if stage.inference_cost is not None:
+            inference_costs[name] = stage.inference_cost(config, chain)
+    return replace(chain, workloads=workloads, inference_costs=inference_costs)
 
 
 def planned_gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
@@ -240,15 +233,10 @@ def metrics_of(configs: Iterable[StageConfig]) -> list[str]:
     return metric_names((config, stage_of(config).kind) for config in configs)
 
 
-def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
-    """Returns the start time of the old result of each stage to run; ``None`` without a result."""
-    return {stage.name: start_of(stage.directory) for stage in stages if stage.action != SKIP}
-
-
 def forced_and_accepted(
     settings: RunSettings, configs: Mapping[str, StageConfig]
 ) -> tuple[set[str], set[str]]:
-    """Returns the stages that ``force`` lists, and those that ``accept`` lists."""
+    """Returns the stages that ``force`` lists, and those that ``accept`` lists; checks both."""
     force = known_stages(settings.force, configs, "force")
     accept = known_stages(settings.accept, configs, "accept")
     if excluded := sorted(force - set(force if settings.only is None else settings.only)):
@@ -267,8 +255,11 @@ def forced_and_accepted(
 def _plan_stage(
     directory: Path, config: StageConfig, planned: Mapping[str, PlannedStage], chain: Chain
 ) -> PlannedStage:
-    """Plans a stage with the placeholder action ``SKIP``, which the caller replaces."""
-    name, definition = directory.name, stage_of(config)
+    """Plans a stage with a placeholder, ``SKIP``, as its action, which the caller replaces.
+
+    ``planned`` has the earlier stages of the plan, by name.
+    """
+    name, definition = directory.name, stage_of(config)  # ``resolve_from_chain`` loses config.name
     require_inputs(name, config, {n: stage.definition for n, stage in planned.items()})
     upstream = [planned[source] for source in config.inputs.values() if source in planned]
     kept = {key: why for stage in upstream for key, why in stage.kept.items()}
@@ -312,7 +303,7 @@ def _disk_problems(plan: Plan) -> Iterator[Problem]:
     """Checks whether the disk has space for artifacts and for checkpoints of training runs."""
     needed = 0
     for stage in plan.todo():
-        # The stage resumes its unfinished work or deletes it, so the work's space is reused.
+        # The stage resumes or deletes its unfinished work, whose space it then uses.
         existing = folder_bytes(stage.directory / WORK)
         needed += max(0, stage.definition.disk_bytes(stage.config, plan.chain) - existing)
     # The run directory may not exist yet; its nearest existing parent is on the same disk.

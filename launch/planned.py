@@ -36,9 +36,9 @@ from recipes.stages.contract import Stage
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
-"""A Slurm job that an earlier command submitted runs the stage, now or later."""
+"""Action of a stage that a job of an earlier command runs, now or later."""
 REASON_CHARACTERS = 80
-"""Maximum length of a reason with a setting's values; a longer reason has only the setting."""
+"""Maximum length of a reason with a setting's values; a longer reason omits the values."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class PlannedStage:
     reason: str
     """Why the plan has this action, such as "not run yet"."""
     chain: Chain = field(repr=False, compare=False)
+    """All stages of the recipe, and the hardware."""
     rerun_inputs: tuple[str, ...] = ()
     """Names of the stages in ``inputs`` that will run in this plan."""
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why accepted stale results are stale, by stage: the result of this stage, and the results in
-    the plan on which this stage depends."""
+    """Why accepted stale results are stale, by stage: this stage's, and those it depends on."""
     resumed: Manifest | None = None
     """The interrupted start whose code the stage runs; ``None`` to run this checkout's code."""
 
     @property
     def definition(self) -> Stage[Any]:
-        """The stage's definition in its stage module: artifact, inputs and checks."""
+        """The constant ``STAGE`` of the stage's module."""
         return stage_of(self.config)
 
     @property
@@ -103,11 +103,6 @@ class PlannedStage:
         return self.needs_gpu and self.chain.hardware.on_gpu
 
     @property
-    def needs_tensorrt_llm(self) -> bool:
-        """Whether the stage runs TensorRT-LLM."""
-        return self.definition.needs_tensorrt_llm(self.config, self.chain)
-
-    @property
     def devices(self) -> int:
         """Devices per node that the stage and the processes that it starts use."""
         return self.definition.devices(self.config, self.chain)
@@ -129,10 +124,8 @@ class PlannedStage:
         return snapshot_dir(self.directory.parent, resumed or code_hash())
 
     def request(self) -> Request:
-        """Returns the content of the stage's ``config.yaml``, from which its process starts.
-
-        For a skipped stage, the request names the code that made the result, not the current code.
-        """
+        """Returns the content of the stage's ``config.yaml``, from which its process starts."""
+        # A skipped or resumed stage keeps the snapshot and commit of its earlier start.
         earlier = self.result if self.action == SKIP else self.resumed
         return Request(
             name=self.name,
@@ -162,12 +155,12 @@ class PlannedStage:
 
 
 def stage_names() -> list[str]:
-    """Returns the names of all stage modules, which are the folders of ``conf/stage``."""
+    """Returns the names of all stage modules, each of which has a folder in ``conf/stage``."""
     return sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
 
 
 def stage_of(config: StageConfig) -> Stage[Any]:
-    """Returns the definition of the stage that the config's field ``stage`` names."""
+    """Returns the definition of the stage whose settings are ``config``."""
     return load_stage(config.stage)
 
 
@@ -180,25 +173,25 @@ def load_stage(name: str) -> Stage[Any]:
 
 
 def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
-    """Returns what to do with a stage, and why.
-
-    Unfinished work with the stage's fingerprint and inputs is resumed even if the stage is forced.
-    An earlier command with the same ``force`` may have started this work.
+    """Returns the action for a stage, and why; ignores the action that the stage has.
 
     Args:
-        stage: The stage; its field ``action`` is ignored.
+        stage: The stage.
         forced: Whether the setting ``force`` lists the stage.
-        selected: Whether the setting ``only`` includes the stage. A selected report or model card
-            is written again if the user now accepts other results than those that it lists.
+        selected: Whether the setting ``only`` includes the stage.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    if reason is None and selected and _lists_old_acceptances(stage):
-        reason = "other results were accepted"
+    # A report or model card lists the stale results that the user accepted.
+    if reason is None and selected and stage.definition.names_accepted_results:
+        result = read_manifest(stage.directory)
+        if result is not None and result.kept != stage.kept:
+            reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"
     begun = stage.state().begun
     if begun is None or begun.fingerprint != stage.fingerprint or _replaced_inputs(stage, begun):
         return RUN, reason
+    # Also if forced: an earlier command with the same ``force`` may have started this work.
     if stage.rerun_inputs:
         names = ", ".join(stage.rerun_inputs)
         return RESUME, f"was interrupted; starts over if {names} gives another result"
@@ -206,12 +199,12 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
 
 
 def replaced_results(run_dir: Path) -> tuple[dict[str, str | None], dict[str, str | None]]:
-    """Returns what an interrupted command with ``force`` has replaced, and what it has not.
+    """Returns which stages an interrupted command with ``force`` has run, and which it has not.
 
     Returns:
-        Two dicts with the start times of old results, by stage: of the results that a newer result
-        has replaced, and of the others. Both are empty if no others exist, because the command is
-        then complete and a new ``force`` must not skip its stages.
+        Two dicts with the start times of old results, by stage: of stages that have a newer result
+        now, and of stages that do not. If all have one, the command is complete and both dicts are
+        empty, so that a new ``force`` runs its stages again.
     """
     last_plan = read_last_plan(run_dir)
     replaces = last_plan.replaces if last_plan else {}
@@ -233,9 +226,7 @@ def start_of(stage_dir: Path) -> str | None:
 def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> None:
     """Refuses to start a stage if it would delete an earlier start's progress.
 
-    Args:
-        stage: The stage.
-        planned: The earlier stages of the plan, by name.
+    ``planned`` has the earlier stages of the plan, by name.
     """
     begun = stage.state().begun
     progress = stage.definition.progress(stage.directory / WORK)
@@ -248,12 +239,12 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
             f"{stage.name} is running, at {progress}, and since its start {changes}.",
             f"wait for it, or: python launch/run.py cancel run_dir={run_dir}",
         )
-    fields, other_changes = compare(stage, begun)
+    changed_settings, other_changes = compare(stage, begun)
     old_values = [
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
-        for key, (old, _) in fields.items()
+        for key, (old, _) in changed_settings.items()
     ]
-    fixes = [f"set {shlex.join(old_values)}"] if fields else []
+    fixes = [f"set {shlex.join(old_values)}"] if old_values else []
     if other_changes:
         to_accept = [*_stale_results(stage, planned), stage.name]
         # An accepted stale result keeps its fingerprint, so the input no longer counts as changed.
@@ -268,10 +259,10 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
 
 
 def require_same_optimizers(stage: PlannedStage) -> None:
-    """Refuses to resume a training if only one of both layouts splits experts over ranks.
+    """Refuses to resume a training if only the old or only the new layout splits experts.
 
-    With such a layout, Megatron-Core has a second optimizer for the experts. It cannot load the
-    state of one optimizer into two, or of two into one.
+    If experts are split over ranks, Megatron-Core has a second optimizer for them. It cannot load
+    the state of one optimizer into two, or of two into one.
     """
     begun, work = stage.state().begun, stage.directory / WORK
     if stage.action != RESUME or begun is None or stage.definition.progress(work) is None:
@@ -297,26 +288,20 @@ def _stale_results(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> 
     return [name for name in planned if name in names]
 
 
-def _lists_old_acceptances(stage: PlannedStage) -> bool:
-    """Returns whether the user now accepts other results than those that the result lists."""
-    manifest = read_manifest(stage.directory) if stage.definition.names_accepted_results else None
-    return manifest is not None and manifest.kept != stage.kept
-
-
 def _reason_to_run(stage: PlannedStage) -> str | None:
     """Returns why a stage without ``force`` must run; ``None`` if its result is up to date."""
     manifest = read_manifest(stage.directory)
     if manifest is None:
         return "not run yet"
     if manifest.fingerprint != stage.fingerprint:
-        fields, other_changes = compare(stage, manifest)
-        if not fields:
+        changed_settings, other_changes = compare(stage, manifest)
+        if not changed_settings:
             return f"{other_changes[0]} changed"
-        key, (old, new) = next(iter(fields.items()))
+        [(key, (old, new)), *more_settings] = changed_settings.items()
         reason = f"{key} {old} → {new}"
         if len(reason) > REASON_CHARACTERS:
             reason = f"{key} changed"
-        return reason if len(fields) == 1 else f"{reason} and {len(fields) - 1} more"
+        return f"{reason} and {len(more_settings)} more" if more_settings else reason
     if stage.rerun_inputs:
         return f"after {', '.join(stage.rerun_inputs)}"
     replaced = _replaced_inputs(stage, manifest)
@@ -324,20 +309,17 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
 
 
 def _replaced_inputs(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
-    """Returns the inputs that were computed again with other content since an earlier start.
-
-    Returns none if this plan computes inputs again, because their new content is not known yet.
-    """
-    if stage.rerun_inputs:
+    """Returns the inputs that were computed again with other content since an earlier start."""
+    if stage.rerun_inputs:  # their new content is not known yet
         return []
     return replaced_inputs(earlier_start.input_content, content_of(stage.inputs))
 
 
 def describe_changes(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
     """Returns what has changed since an earlier start of a stage, such as "its code changed"."""
-    fields, other_changes = compare(stage, earlier_start)
-    changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
-    return changed + [f"its {what} changed" for what in other_changes]
+    changed_settings, other_changes = compare(stage, earlier_start)
+    changes = [f"{key} changed {old} → {new}" for key, (old, new) in changed_settings.items()]
+    return changes + [f"its {what} changed" for what in other_changes]
 
 
 def compare(
@@ -349,7 +331,7 @@ def compare(
         The old and the new value of each changed setting, and the names of other changes, such as
         "code" or "input model".
     """
-    settings = dict(_differences("", earlier_start.config, stage.config))
+    changed_settings = dict(_differences("", earlier_start.config, stage.config))
     replaced = _replaced_inputs(stage, earlier_start)
     fingerprints = {name: ref.fingerprint for name, ref in stage.inputs.items()}
     other_changes = [
@@ -366,9 +348,9 @@ def compare(
         if old.get(name) != new.get(name)
     ]
     # The manifest does not record files from outside the run, but the fingerprint covers them.
-    if not settings and not other_changes:
+    if not changed_settings and not other_changes:
         other_changes = ["files from outside the run"]
-    return settings, other_changes
+    return changed_settings, other_changes
 
 
 def _differences(

@@ -19,7 +19,8 @@ from recipes.core.metrics import METRICS, Record, new_records
 from recipes.planning.results import PlanResult
 
 SPEED_RECORDS = 50
-"""Number of records (lines of ``metrics.jsonl``) over which a task's speed is measured."""
+"""Number of records (lines of ``metrics.jsonl``) over which the speed of a task is measured. A
+stage has one or more tasks, such as training and validation."""
 OVERHEAD_SECONDS = 10.0
 """Assumed time of a stage for imports and files, in addition to its planned time."""
 LINE_SECONDS = 15.0
@@ -43,9 +44,8 @@ def remaining_seconds(records: Sequence[Record]) -> int | None:
     recent = recent[-SPEED_RECORDS:]
     if len(recent) < 2:
         return None
-    seconds_per_unit = (last["time"] - recent[0]["time"]) / (last["done"] - recent[0]["done"])
-    seconds: int = round(seconds_per_unit * (last["total"] - last["done"]))
-    return seconds
+    seconds_per_step = (last["time"] - recent[0]["time"]) / (last["done"] - recent[0]["done"])
+    return round(float(seconds_per_step * (last["total"] - last["done"])))
 
 
 def planned_seconds(run_dir: Path) -> Mapping[str, float]:
@@ -69,23 +69,23 @@ def remaining_run_seconds(
         return None
     expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *remaining)}
     # Measured time of the complete stages, divided by their expected time.
-    pace = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
+    slowdown = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
     return sum(
-        pace * expected[stage] if seconds is None else seconds
+        slowdown * expected[stage] if seconds is None else seconds
         for stage, seconds in remaining.items()
     )
 
 
 def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
-    """Returns a function that takes the stage's remaining seconds and returns the run's.
+    """Returns a function that takes a running stage's remaining seconds and returns the run's.
 
     The function returns ``None`` if the run has no planned times.
     """
     planned = planned_seconds(plan.run_dir)
     index = plan.stages.index(stage)
-    later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
-    finished = [other for other in plan.stages if other.name not in (stage.name, *later)]
-    spent = {other.name: result.seconds for other in finished if (result := other.result)}
+    later = [s.name for s in plan.stages[index + 1 :] if s.action != SKIP]
+    finished = [s for s in plan.stages if s.name not in (stage.name, *later)]
+    spent = {s.name: result.seconds for s in finished if (result := s.result)}
     no_progress = dict.fromkeys(later)  # each value is ``None``
 
     def estimate(stage_seconds: float) -> float | None:
@@ -107,8 +107,7 @@ class Follower:
     Args:
         stage: The running stage.
         console: Where the progress is shown.
-        run_estimate: Takes the stage's remaining seconds and returns the run's; ``None`` if they
-            are unknown.
+        run_estimate: See the function ``run_estimate``; by default, the run's time is not shown.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class Follower:
     ) -> None:
         self._name, self._path = stage.name, stage.directory / METRICS
         self._console, self._run_estimate = console, run_estimate
-        # Twice ``SPEED_RECORDS``, because records of other tasks, such as validation, intervene.
+        # Twice ``SPEED_RECORDS``, because tasks alternate, such as training and validation.
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
-        # Skip the old records of a resumed stage, which appends to its file.
+        # Starts at the end of the file, because a resumed stage appends to its old records.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line_time, self._start_time = 0.0, time.monotonic()
         self._progress = Progress(
@@ -135,7 +134,7 @@ class Follower:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[str, Any] = {}
+        self._bars: dict[str, Any] = {}  # rich's task ids, by task of the stage
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -158,15 +157,14 @@ class Follower:
     def _show(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
         self._recent.append(record)
-        metrics = {k: record[k] for k in SHOWN_METRICS if record.get(k) is not None}
-        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        names = [name for name in SHOWN_METRICS if record.get(name) is not None]
+        values = "  ".join(f"{name} {record[name]:.4g}" for name in names)
         if self._console.is_terminal:
             columns: dict[str, Any] = {"time_left": self._time_left(), "values": values}
-            if task not in self._tasks:
-                self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._name, **columns
-                )
-            self._progress.update(self._tasks[task], completed=done, total=total, **columns)
+            if task not in self._bars:
+                bar = self._progress.add_task(task, total=total, stage=self._name, **columns)
+                self._bars[task] = bar
+            self._progress.update(self._bars[task], completed=done, total=total, **columns)
         elif done == total or time.monotonic() - self._last_line_time > LINE_SECONDS:
             self._last_line_time = time.monotonic()
             progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))

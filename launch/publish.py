@@ -2,7 +2,7 @@
 
 ``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its model card, the report and the
 export's manifest in one commit. The hub's client reads the token from ``HF_TOKEN`` or ``hf auth
-login``; no file gets the token.
+login``.
 """
 
 from __future__ import annotations
@@ -39,19 +39,15 @@ MODEL_FILES = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
-"""Names and patterns of files that transformers writes, and loads if they exist.
-
-A push deletes such files of an earlier push if the new export does not have them."""
+"""Names and patterns of files that transformers writes, and loads if they exist. A push deletes
+such files of an earlier push if the new export does not have them."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, waits_for_stages: bool) -> None:
     """Refuses, before anything starts, a run that could not be published in the end.
 
-    Args:
-        plan: The run.
-        settings: The run's settings. A dry run does not check the access to the hub.
-        waits_for_stages: Whether all stages are complete, or the launcher waits for them. Otherwise
-            the launcher cannot publish.
+    ``waits_for_stages`` says whether all stages are complete, or the launcher waits for them.
+    Otherwise the launcher cannot publish. A dry run does not check the access to the hub.
     """
     hub = settings.hub
     if hub.push is None:
@@ -73,10 +69,7 @@ def require_publishable(plan: Plan, settings: RunSettings, waits_for_stages: boo
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists the files to upload, and the files to delete if the hub answers in ``HUB_SECONDS``.
-
-    If the export is incomplete, its files are not known yet, so only the stage is named.
-    """
+    """Lists the files to upload, and the files to delete if the hub answers in ``HUB_SECONDS``."""
     export = _export_stage(plan)
     if hub.push is None or export is None:
         return
@@ -86,7 +79,7 @@ def show_files(plan: Plan, hub: Hub, console: Console) -> None:
     files = _files(plan, export)
     for name, path in files.items():
         table.add_row(escape(name), f"{path.stat().st_size / 1e6:.1f} MB")
-    if not files:
+    if not files:  # the export is incomplete, so its files are not known yet
         table.add_row(f"the result of {export.name}", "")
     elif get_token() and not constants.HF_HUB_OFFLINE:
         with suppress(RecipeError):
@@ -104,8 +97,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
     _require_measured_gates(plan, hub)
     files = _files(plan, export)
-    # Licence and access were also checked before the run. Since then, results may have added
-    # licences, and access may have changed.
+    # Checked again: results of the run may have added licences, and access may have changed.
     _require_licence(plan, hub)
     _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):
@@ -124,10 +116,9 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file of a stage that is uploaded in addition to the model.
+    """Returns the file of a stage that is uploaded in addition to the model; ``None`` if none is.
 
-    For the export, the file is its manifest. For the report stage, it is the report. Other stages
-    have none.
+    These are the manifest of the export, and the report of the report stage.
     """
     if _exports_student(stage):
         return stage.directory / MANIFEST
@@ -164,7 +155,7 @@ def _obsolete_files(
 ) -> list[str]:
     """Returns the ``MODEL_FILES`` of a repository that are not in ``files``.
 
-    transformers would load a ``model.safetensors`` of an earlier push instead of the new shards.
+    For example, transformers would load an old ``model.safetensors`` instead of new shards.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -174,16 +165,14 @@ def _obsolete_files(
             siblings = HfApi().model_info(repository, timeout=timeout).siblings or ()
         except RepositoryNotFoundError:
             return []
-    return sorted(
-        file.rfilename
-        for file in siblings
-        if file.rfilename not in files
+
+    def is_model_file(name: str) -> bool:
         # The * of fnmatch also matches slashes, so their numbers are compared.
-        and any(
-            fnmatch(file.rfilename, pattern) and file.rfilename.count("/") == pattern.count("/")
-            for pattern in MODEL_FILES
-        )
-    )
+        patterns = [p for p in MODEL_FILES if p.count("/") == name.count("/")]
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    old_files = {sibling.rfilename for sibling in siblings} - set(files)
+    return sorted(filter(is_model_file, old_files))
 
 
 def _require_measured_gates(plan: Plan, hub: Hub, pending: Iterable[PlannedStage] = ()) -> None:
@@ -199,10 +188,7 @@ def _require_measured_gates(plan: Plan, hub: Hub, pending: Iterable[PlannedStage
 
 
 def _require_licence(plan: Plan, hub: Hub) -> None:
-    """Refuses to publish if a licence of the training text or teacher forbids commercial use.
-
-    ``hub.allow_noncommercial`` permits such licences.
-    """
+    """Refuses licences that forbid commercial use, unless ``hub.allow_noncommercial`` is set."""
     restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
     if restricted and not hub.allow_noncommercial:
         raise RecipeError(
@@ -215,8 +201,8 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 def _licences(plan: Plan) -> Iterator[str]:
     """Yields the licences of the texts and models that the student depends on.
 
-    Their sources are the teacher's folder, the settings of ``prepare_data`` and the results of
-    stages. Results of other runs are included if this run depends on them.
+    Reads them from the teacher's folder, the settings of ``prepare_data``, and the results of this
+    run and of other runs that are its inputs.
     """
     results = {stage.name: stage.result for stage in plan.stages}
     yield known_licence(plan.chain.hf_path)

@@ -1,8 +1,4 @@
-"""``python -m launch.reference`` writes the tables of ``docs/configuration.md``.
-
-The tables list the choices of each group in ``conf``, and the type, default and meaning of each
-field.
-"""
+"""``python -m launch.reference`` writes ``docs/configuration.md``: tables of choices and fields."""
 
 from __future__ import annotations
 
@@ -75,18 +71,16 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields the choices of all groups, each with the first sentence of its file's comment.
-
-    A file without a comment is described by its values.
-    """
+    """Yields each choice of each group with the first sentence of its file's comment, or values."""
     folders = [CONF / group for group in groups() if group != "recipe"]
     for file in sorted(file for folder in folders for file in folder.glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
-        values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
+        values = _yaml(f"{file.parent.name}/{file.name}")
+        text_of_values = ", ".join(f"{name}: {value}" for name, value in values.items())
         # A sentence ends with a period after a word or a parenthesis.
-        sentence = re.split(r"(?<=[\w)])\.(?= |$)", " ".join(comments) or f"`{values}`")[0]
-        yield f"`{file.parent.name}={file.stem}`", sentence
+        text = " ".join(comments) or f"`{text_of_values}`"
+        yield f"`{file.parent.name}={file.stem}`", re.split(r"(?<=[\w)])\.(?= |$)", text)[0]
 
 
 def _yaml(name: str) -> dict[str, Any]:
@@ -117,12 +111,9 @@ def _stage(name: str) -> Iterator[str]:
 def _fields(
     dataclass: type, values: Mapping[str, Any] | None = None, without: type | None = None
 ) -> str:
-    """Returns a table of a dataclass's fields.
+    """Returns a table of a dataclass's fields, but not of those of the base class ``without``.
 
-    Args:
-        dataclass: The dataclass.
-        values: Values from a YAML file, which replace the dataclass's defaults.
-        without: A base class whose fields the table omits.
+    ``values`` has values from a YAML file, which replace the dataclass's defaults.
     """
     rows = list(_rows(dataclass, values or {}, without=without))
     return _table(("field", "type", "default", "meaning"), rows) if rows else "No other fields.\n"
@@ -133,8 +124,7 @@ def _rows(
 ) -> Iterator[tuple[str, ...]]:
     """Yields name, type, default and meaning of each field, also in nested dataclasses.
 
-    ``prefix`` is the dotted name of a nested dataclass, with a final dot. ``_fields`` describes the
-    other arguments.
+    ``prefix`` is the dotted name of a nested dataclass, with a final dot.
     """
     hints, meanings = typing.get_type_hints(dataclass, include_extras=True), _meanings(dataclass)
     skipped = {field.name for field in fields(without)} if without else set()
@@ -157,7 +147,7 @@ def _rows(
 def _meanings(dataclass: type) -> dict[str, str]:
     """Returns the docstring of each field (the string after it), including inherited fields."""
     meanings = {}
-    # Base classes come first, so a subclass may replace the docstring of an inherited field.
+    # Base classes first, because a subclass may replace the docstring of an inherited field.
     for base in filter(is_dataclass, reversed(dataclass.__mro__)):
         [tree] = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
@@ -169,24 +159,23 @@ def _meanings(dataclass: type) -> dict[str, str]:
 
 
 def _value(value: object) -> str:
-    """Formats a default as YAML; "…" if it has no short form, or if there is no default."""
+    """Formats a default as YAML; "…" for a dataclass, or if there is no default."""
     if is_dataclass(value) or value is MISSING:
         return "…"
-    # YAML does not quote interpolations (``${…}``) and ``???``.
-    is_unquoted = isinstance(value, str) and value.startswith(("$", "?"))
-    return str(value) if is_unquoted else json.dumps(value)
+    if isinstance(value, str) and value.startswith(("$", "?")):
+        return value  # without quotes: an interpolation, or ``???`` for a missing value
+    return json.dumps(value)
 
 
 def _type(hint: Any) -> str:
-    """Describes a field's type."""
     arguments = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Annotated:
             base, *constraints = arguments
             texts = [text for constraint in constraints for text in _allowed(constraint)]
-            # The description of a validator implies the base type, so the base type is omitted.
-            base_type = [] if isinstance(constraints[0], AfterValidator) else [_type(base)]
-            return " ".join([*base_type, *texts])
+            if not isinstance(constraints[0], AfterValidator):  # whose text implies the base type
+                texts.insert(0, _type(base))
+            return " ".join(texts)
         case typing.Union | types.UnionType:
             return " or ".join(map(_type, arguments))
         case origin if origin is list:
@@ -216,7 +205,6 @@ def _allowed(constraint: object) -> Iterator[str]:
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Formats a Markdown table."""
     all_rows = [columns, ("---",) * len(columns), *rows]
     lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in all_rows)
     return "".join(f"| {line} |\n" for line in lines)

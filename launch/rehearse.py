@@ -1,4 +1,4 @@
-"""Rehearses a recipe: runs its stages at full size on fake tensors, on this machine's CPU."""
+"""Rehearses a recipe: runs its stages at full size on fake tensors, which have no data."""
 
 from __future__ import annotations
 
@@ -35,17 +35,15 @@ from recipes.rehearsal.agreement import differences
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
 KINDS = tuple(field.name for field in fields(Memory) if field.name != "reserved")
-"""Types of tensors in memory, such as weights. ``reserved`` is memory without tensors, such as that
-of the CUDA context."""
+"""Types of tensors in memory, such as weights. ``reserved`` is memory without tensors."""
 Results = list[tuple[RankJob, RehearsalResult]]
 """Each rehearsed rank of a stage with its result."""
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses the stages that compute on a device; prints a table of their memory.
+    """Rehearses the stages that compute on a device; compares their memory with the planned one.
 
-    The table compares rehearsed and planned memory. With ``dry_run``, this function only lists the
-    ranks that it would rehearse.
+    With ``dry_run``, only lists the ranks that it would rehearse.
 
     Raises:
         RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
@@ -94,7 +92,7 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
-    first_jobs: dict[str, str] = {}  # by error: stage and rank of the first job that failed with it
+    first_jobs: dict[str, str] = {}  # the first job that failed with each error
     for job, result in zip(jobs, _run_worker(jobs, num_processes), strict=True):
         results.append((job, result))
         label = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
@@ -111,11 +109,8 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
 
 
 def _parse_ranks(value: object) -> list[int] | None:
-    """Returns the ranks that the setting ``rehearse`` lists.
-
-    ``None`` for ``rehearse=true``: ``jobs_of`` then chooses the ranks.
-    """
-    if value is True:
+    """Returns the ranks that the setting ``rehearse`` lists; ``None`` for ``rehearse=true``."""
+    if value is True:  # ``jobs_of`` chooses the ranks
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
     if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance accepts bools
@@ -127,13 +122,10 @@ def _parse_ranks(value: object) -> list[int] | None:
 
 
 def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
-    """Rehearses jobs in another process, because a rehearsal patches libraries.
-
-    Yields:
-        The result of each job, in the order of ``jobs``.
+    """Yields the result of each job in order; works in new processes, since it patches libraries.
 
     Raises:
-        RecipeError: The process ended before all jobs had a result.
+        RecipeError: The worker ended before all jobs had a result.
     """
     from pydantic import TypeAdapter  # slow to import
 
@@ -166,7 +158,7 @@ def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[Rehears
 
 
 def communication_mistakes(results: Results) -> Iterator[str]:
-    """Yields each difference in communication between ranks of a stage; ignores failed ranks."""
+    """Yields each mismatch in communication between ranks of a stage; ignores failed ranks."""
     for name in dict.fromkeys(job.name for job, _ in results):
         channels = {
             job.rank: result.channels
@@ -180,12 +172,13 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
     """Yields a message for each rank whose peak exceeds the memory of its GPU."""
     hardware = chain.hardware
     for job, result in results:
-        needed = sum(result.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
-        if job.search is not None:  # its process has another CUDA context on the GPU
-            needed += hardware.reserved_bytes
+        # A search that starts this training has its own CUDA context on the GPU.
+        num_contexts = 1 if job.search is None else 2
+        tensors = sum(result.peak.values()) * FRAGMENTATION
+        needed = tensors + num_contexts * hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
-        parent = result.peak.get("parent", 0)
-        detail = f" ({parent / 1e9:.1f} GB of this in the search's own process)" if parent else ""
+        search = result.peak.get("parent", 0)
+        detail = f" ({search / 1e9:.1f} GB of this in the search's own process)" if search else ""
         if hardware.on_gpu and needed > available:
             yield (
                 f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{detail}, but "
@@ -203,23 +196,20 @@ def _table(results: Results, chain: Chain) -> Table:
         planned = planned_memory(job, chain)
         peak = peak_by_kind(result, planned)
         # A cell is "rehearsed", or "rehearsed / planned" if the stage has planned memory.
-        cells = {kind: f"{peak[kind] / 1e9:.2f}" for kind in KINDS}
-        total, difference = sum(peak.values()), ""
-        cells["total"] = f"{total / 1e9:.2f}"
+        rehearsed_bytes = [*peak.values(), sum(peak.values())]
+        cells, difference = [f"{size / 1e9:.2f}" for size in rehearsed_bytes], ""
         if planned is not None:
-            plan = {kind: getattr(planned, kind) for kind in KINDS}  # bytes
-            plan["total"] = sum(plan.values())
-            cells = {kind: f"{cell} / {plan[kind] / 1e9:.2f}" for kind, cell in cells.items()}
-            difference = f"{total / plan['total'] - 1:+.0%}"
-        table.add_row(*map(escape, (job.name, f"{job.rank}", *cells.values(), difference)))
+            planned_bytes = [getattr(planned, kind) for kind in KINDS]
+            planned_bytes.append(sum(planned_bytes))
+            pairs = zip(cells, planned_bytes, strict=True)
+            cells = [f"{cell} / {size / 1e9:.2f}" for cell, size in pairs]
+            difference = f"{rehearsed_bytes[-1] / planned_bytes[-1] - 1:+.0%}"
+        table.add_row(*map(escape, (job.name, f"{job.rank}", *cells, difference)))
     return table
 
 
 def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, int]:
-    """Maps each of ``KINDS`` to its bytes at the peak.
-
-    Leaves out the memory of a search that started the rehearsed training.
-    """
+    """Maps each of ``KINDS`` to its bytes at the peak, without those of a search's own process."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
     if planned and planned.teacher and not planned.weights:
         # The plan counts a model that is not trained as ``teacher``, the rehearsal as ``weights``.
@@ -228,7 +218,7 @@ def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, i
 
 
 def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
-    """Returns the planned memory of a rank; ``None`` for stages that the planner does not cover."""
+    """Returns the planned memory of a rank; ``None`` for stages without a cost estimate."""
     stage = load_stage(job.stage)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), job.config))
     # A rehearsal runs the code for GPUs even if the recipe is for a CPU.
@@ -239,10 +229,9 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # If a search starts this training, the config names the teacher as the student. The job has
-        # the shape that was rehearsed: that of the largest candidate.
+        # The training of a search has no student in its config. The job has the rehearsed shape:
+        # that of the largest candidate.
         workload = replace(workload, trained=Architecture(**student.shape))
-    # In Megatron's order of ranks, the pipeline index changes slowest, so that the ranks of a
-    # pipeline stage are consecutive.
-    pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
-    return stage_memory(workload, chain.hardware, pipeline_stage)
+    # In Megatron's order of ranks, those of a pipeline stage are consecutive.
+    ranks_per_stage = job.world // workload.layout.pipeline
+    return stage_memory(workload, chain.hardware, job.rank // ranks_per_stage)

@@ -33,9 +33,8 @@ if __name__ == "__main__":
     on_interrupt(exit_now)  # during the imports below; ``cli`` sets another handler
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-# The next two lines make every command start faster. The first makes garbage collection rare during
-# imports and parsing: it runs after 50,000 new objects instead of 700. The second keeps Hydra from
-# importing the plugin of multistorageclient, which is slow.
+# Commands start faster if garbage is collected after 50,000 new objects instead of 700, and if
+# Hydra does not import the slow plugin of multistorageclient.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -93,23 +92,23 @@ console = screen()
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
 def main(cfg: DictConfig) -> Path | RecipeError | None:
-    """Runs one config; Hydra passes the returned value to a sweep's callback, ``sweep.Best``.
+    """Runs one config; in a sweep, Hydra passes the returned value to the callback ``sweep.Best``.
 
     Returns:
-        The run's directory, or ``None`` for a dry run or a rehearsal. In a sweep, the error of a
-        run that failed; otherwise an error ends this process.
+        What ``run`` returns. In a sweep, its error if it failed; otherwise an error ends this
+        process.
     """
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
-    # Errors are handled here: Hydra would also print the overrides.
-    try:
-        if is_sweep():
+    # Errors are handled here, because Hydra would also print the overrides.
+    if is_sweep():
+        try:
             require_separate_results(cfg, sys.argv[1:])
-    except RecipeError as error:
-        remove_unused_folder()
-        raise SystemExit(_fail(error)) from error  # ends the sweep before its first run
+        except RecipeError as error:
+            remove_unused_folder()
+            raise SystemExit(_fail(error)) from error  # ends the sweep before its first run
     try:
         return run(cfg, recipe)
     except RecipeError as error:
@@ -120,11 +119,7 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
-    """Plans and runs a config.
-
-    Returns:
-        The run's directory; ``None`` for a dry run or a rehearsal.
-    """
+    """Plans and runs a config; returns its directory, or ``None`` for a dry run or a rehearsal."""
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
@@ -146,7 +141,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)
     with _write_plan(plan, last_plan, state, settings.dry_run) as record_stage:
-        if record_stage is not None:  # a stage must run
+        if record_stage is not None:
             executor.write_scripts(plan, cluster)
             write_tracker(run_dir, recipe, settings.tracker)
             if settings.dry_run:
@@ -194,7 +189,7 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns the last plan of a run; a plan without stages if no launcher has written one.
+    """Returns the last plan of a run; a plan without stages for a new run.
 
     Refuses a run of another recipe, and a directory that has files of the user but no plan.
     """
@@ -215,10 +210,9 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
 
 
 def _is_from_killed_launch(path: Path) -> bool:
-    """Returns whether a launcher may have left a path when it was killed.
+    """Returns whether a launcher that was killed before it wrote ``run.yaml`` may have left a path.
 
-    Assumes a kill before the launcher wrote ``run.yaml``. Earlier it writes only the lock, a
-    snapshot of the code, and a request for each stage.
+    Until then, it writes only the lock, a snapshot of the code, and a request for each stage.
     """
     if not path.is_dir():
         return path.name == lock.LOCK or path.match(PARTIAL)
@@ -230,10 +224,8 @@ def _is_from_killed_launch(path: Path) -> bool:
 
 
 RunState = tuple[int | None, dict[str, StageState]]
-"""The time when ``run.yaml`` was last written, and the state of each stage by name.
-
-The time is in nanoseconds, ``None`` without the file. It changes whenever a launcher starts stages.
-"""
+"""The modification time of ``run.yaml`` in nanoseconds (``None`` without the file), and the state
+of each stage by name. A launcher writes ``run.yaml`` before it starts stages."""
 
 
 def _read_state(run_dir: Path) -> RunState:
@@ -261,15 +253,9 @@ def _write_plan(
 ) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the ``with`` block runs under the lock.
 
-    Writes a snapshot of the code, the user's acceptances of stale results, and ``config.yaml`` of
-    each stage that will run or whose fingerprint changed since the last plan. Deletes leftover work
-    of complete stages. If there is nothing to write or delete, does not lock either.
-
-    Args:
-        plan: The plan.
-        last_plan: The last plan of the run.
-        state: The state of the run before it was planned.
-        dry_run: Whether to change no acceptances and no unfinished work.
+    Also deletes leftover work of complete stages. If there is nothing to write or delete, does not
+    lock either. A dry run changes no acceptances and no unfinished work. ``state`` is the state of
+    the run before it was planned.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.
@@ -278,7 +264,7 @@ def _write_plan(
         RecipeError: The run's state is not ``state`` any more, so the plan is out of date.
     """
     # Stages that ``only`` excludes keep their fingerprints of the last plan.
-    fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
+    fingerprints = {**last_plan.stages, **{s.name: s.fingerprint for s in plan.stages}}
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
     # A dry run replaces no results, so it keeps what the last plan replaces.
     to_replace = last_plan.replaces if dry_run else plan.replaces
@@ -323,7 +309,7 @@ def _write_requests(plan: Plan, last_plan: LastPlan) -> None:
 
 
 def cli() -> int:
-    """Runs the command line and returns the exit status; shows expected errors as one message."""
+    """Runs the command line and returns the exit status; prints expected errors."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
@@ -336,7 +322,7 @@ def cli() -> int:
         argument = resuming_argument(arguments)
         addition = f" with {argument}" if argument else ""
         console.print(f"interrupted; the same command{addition} resumes", markup=False)
-        return 130
+        return 130  # as in ``exit_now``
     except (HydraException, OmegaConfBaseException, YAMLError, RecipeError) as error:
         return _fail(error)
     except (FileExistsError, NotADirectoryError) as error:

@@ -59,14 +59,10 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     jobs_of_plan = {
         name: job for name, job in jobs.items() if job.fingerprint == fingerprints.get(name)
     }
-    incomplete = {name for name, s in states.items() if s.status is not Status.COMPLETE}
-    # squeue does not list these jobs any more. sacct may know how they ended.
-    unlisted_jobs = [
-        job
-        for name, job in jobs_of_plan.items()
-        if name in incomplete and job.id not in slurm_states
-    ]
-    slurm_states |= final_states(unlisted_jobs)
+    incomplete = [name for name, s in states.items() if s.status is not Status.COMPLETE]
+    jobs_of_incomplete = [jobs_of_plan[name] for name in incomplete if name in jobs_of_plan]
+    # sacct may know how jobs ended that squeue does not list any more.
+    slurm_states |= final_states(job for job in jobs_of_incomplete if job.id not in slurm_states)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)
@@ -88,7 +84,7 @@ def _active_status(
         state: The stage's state according to its files.
         job: The stage's newest Slurm job, which may be of an earlier plan.
         slurm_state: The state of ``job``; ``None`` if Slurm does not know it.
-        holder: The launcher that runs stages of this run now.
+        holder: The launcher that has locked the run now.
     """
     name = state.directory.name
     if slurm_state and slurm_state.active:
@@ -107,10 +103,7 @@ def _ended_status(
 ) -> StageStatus:
     """Returns the status of a stage that neither runs nor waits.
 
-    Args:
-        state: The stage's state according to its files.
-        job: The stage's newest Slurm job, if it is of the last plan.
-        slurm_state: How this job ended; ``None`` if Slurm does not know it.
+    Takes the arguments of ``_active_status``, but no ``job`` of an earlier plan.
     """
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
@@ -123,8 +116,7 @@ def _ended_status(
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    # Slurm names a log by the id of its job. The newest log may be that of an earlier job, which
-    # says nothing about this job.
+    # A log of Slurm has the job's id as its name. The newest log may be of an earlier job.
     job_log = log if job is None or (log and log.stem == job.id) else None
     # The stage failed: it recorded an error, or its job left a log or a final state.
     if state.error or (job and (job_log or job_state)):
@@ -137,16 +129,15 @@ def _ended_status(
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
-    # A result that does not make the stage complete has another fingerprint than the last plan.
+    # An incomplete stage with a result: the result has another fingerprint than the last plan.
     stale = "its settings, inputs or code differ from those of the last plan"
-    detail = stale if state.result else ""
-    return StageStatus(state, state.status, detail)
+    return StageStatus(state, state.status, stale if state.result else "")
 
 
 def progress_text(state: StageState, detail: str = "") -> str:
     """Describes a stage's progress, such as "distill 5/10, 0:00:50 left; DETAIL".
 
-    Leaves out the progress if the stage has recorded none, and the time if it is unknown.
+    Leaves out what is unknown.
     """
     texts = [detail] if detail else []
     if records := state.progress():
@@ -157,15 +148,12 @@ def progress_text(state: StageState, detail: str = "") -> str:
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
-    """Returns how many seconds a run will still take.
-
-    ``None`` if the run is complete, or if its stage ``plan`` has no result with planned times.
-    """
+    """Returns how many seconds a run will still take; ``None`` as for ``remaining_run_seconds``."""
     spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
     remaining: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
-            # Without unfinished work, the records are of an earlier start and tell nothing.
+            # Without unfinished work, the records are of an earlier start and do not count.
             records = stage.state.progress() if stage.state.begun else []
             remaining[stage.name] = remaining_seconds(records) if records else None
     return remaining_run_seconds(planned_seconds(run_dir), spent, remaining)

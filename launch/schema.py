@@ -34,8 +34,8 @@ OPTIONAL_GROUPS = (
 )
 """Config groups that a user may omit with ``GROUP=null``."""
 CHOICE = re.compile(r"[\w.-]*[a-df-z][\w.-]*", re.IGNORECASE)
-"""Matches the name of a choice, such as 32k or my-7b. The name needs a letter other than e, because
-Hydra parses 32 and 1e5 as numbers."""
+"""Matches names of choices, such as 32k or my-7b. A name needs a letter other than e, because Hydra
+parses 32 and 1e5 as numbers."""
 FLAGS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "--experimental-rerun"),
     *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
@@ -76,31 +76,27 @@ def register() -> None:
     """Registers ``stage/<stage>/schema`` for each stage, and the resolvers for ``conf``."""
     OmegaConf.register_new_resolver("cpu", _cpu)
     OmegaConf.register_new_resolver("concatenate", lambda *lists: sum(lists, ListConfig([])))
+    store = ConfigStore.instance()
     for name in stage_names():
-        ConfigStore.instance().store(
-            group=f"stage/{name}", name="schema", node=load_stage(name).config
-        )
+        store.store(group=f"stage/{name}", name="schema", node=load_stage(name).config)
 
 
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
-    """Returns a field of this machine's CPU profile.
+    """Resolves ``${cpu:NAME}`` to a field of this machine's CPU profile.
 
-    Slurm may run the stages on other machines. For Slurm, the value is therefore valid for any CPU.
-
-    Args:
-        name: The field, as in ``${cpu:flops_per_second}``.
-        _root_: The whole config, which OmegaConf passes.
+    OmegaConf passes the whole config as ``_root_``.
     """
+    # Slurm may run the stages on other machines, so its value must be valid for any CPU.
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
 def compose(*arguments: str) -> DictConfig:
-    """Composes a config from command-line arguments, without Hydra's own settings."""
+    """Composes a config from command-line arguments, and sets Hydra's global config."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", hydra_arguments(arguments), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
-    OmegaConf.set_struct(cfg, False)  # otherwise nothing can be deleted
+    OmegaConf.set_struct(cfg, False)  # otherwise ``del`` raises
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -120,16 +116,15 @@ def choices(group: str) -> list[str]:
 
 
 def choices_with(stage: str) -> list[str]:
-    """Returns each choice of a group that adds a stage to a recipe, such as ``gguf=f16``."""
+    """Returns each choice of a group that adds the stage to a recipe, such as ``gguf=f16``."""
     files = sorted(file for group in groups() for file in (CONF / group).glob("*.yaml"))
     # An entry "/stage/MODULE@stages.STAGE: default" in the defaults list of a file adds a stage.
     entry = f"@stages.{stage}:"
-    files_with_stage = [file for file in files if entry in file.read_text(encoding="utf-8")]
-    return [f"{file.parent.name}={file.stem}" for file in files_with_stage]
+    return [f"{f.parent.name}={f.stem}" for f in files if entry in f.read_text(encoding="utf-8")]
 
 
 def help_text() -> str:
-    """Returns the text of ``--help``: commands, and every choice of every group."""
+    """Returns the text of ``--help``: usage, and every choice of every group."""
     return HELP + "\n".join(f"{group}: {', '.join(choices(group))}" for group in groups())
 
 
@@ -141,14 +136,15 @@ def hydra_arguments(arguments: Iterable[str]) -> list[str]:
     remaining = iter(arguments)
     for arg in remaining:
         if arg.startswith("-"):
-            flags += [arg, *islice(remaining, arg in FLAGS_WITH_VALUE)]
+            num_values = 1 if arg in FLAGS_WITH_VALUE else 0
+            flags += [arg, *islice(remaining, num_values)]
         else:
             overrides.append(_hydra_override(arg))
     return overrides + flags
 
 
 def _hydra_override(arg: str) -> str:
-    """Translates one override; changes only ``GROUP=null``, and ``run_dir`` if it is one word."""
+    """Translates one override: quotes ``run_dir=WORD``, and replaces the null of ``GROUP=null``."""
     key, equals, value = arg.partition("=")
     group = key.lstrip("+")  # "+" adds a group
     if group == "run_dir" and value != "null" and re.fullmatch(r"[\w.-]+", value):
@@ -162,7 +158,7 @@ def _hydra_override(arg: str) -> str:
             is_model = group == "model" and name.lower() not in VALUES
             hint = f"model.hf_path={value} for a folder or a hub id; " if is_model else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
-        if name.endswith(".yaml"):  # Hydra accepts it, but the recipe's name is in the run_dir
+        if name.endswith(".yaml"):  # Hydra accepts it, but the default run_dir would have it, too
             raise RecipeError(f"{arg} names a file.", f"{key}={value.replace('.yaml', '')}")
     # Hydra accepts null in files only. On the command line, an empty list has the same effect.
     return f"{key}={','.join('[]' if name == 'null' else name for name in names)}"
@@ -174,7 +170,7 @@ def recipes() -> dict[str, str]:
 
 
 def _description(recipe: Path) -> str:
-    """Returns the field ``description`` of a recipe's file; empty if there is none."""
+    """Returns the field ``description`` of a recipe's file; empty without this field."""
     try:
         return str(OmegaConf.select(OmegaConf.load(recipe), "description", default=""))
     except (YAMLError, OmegaConfBaseException):

@@ -1,4 +1,4 @@
-"""The settings of a run: the root of the config, except data, stages, hardware and cluster."""
+"""Reads and checks the settings at the config's root, such as ``run_dir`` and ``force``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from recipes.planning.rules import RULES
 from recipes.search.space import Budget
 
 GROUPS_WITH_FIELDS = {"model", "data", "hardware", "cluster", "tracker"}
-"""Groups whose files set fields of the same name, as in ``model.hf_path``. Files of other groups,
-such as recipes, set fields at the config's root."""
+"""Groups whose files set fields below the group's name, as in ``model.hf_path``. Files of other
+groups, such as recipes, set fields at the config's root."""
 DATA_FIELDS = (
     "sources",
     "heldout_sources",
@@ -93,13 +93,9 @@ class RunSettings:
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:
-    """Returns the settings of a run; replaces single names in ``cfg`` where it needs lists.
+    """Returns the settings at the root of the whole config; refuses invalid settings.
 
-    Args:
-        cfg: The whole config, because the settings may refer to any part of it.
-
-    Raises:
-        RecipeError: A setting is invalid.
+    A setting such as ``only=prune`` becomes the list ``[prune]``, also in ``cfg``.
     """
     _refuse_misplaced_groups(cfg)
     _refuse_unknown_fields(cfg)
@@ -109,7 +105,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
             value = cfg[name]
             is_container = OmegaConf.is_config(value)
             values[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
-        values["tracker"] = values.get("tracker") or {}
+        values["tracker"] = values.get("tracker") or {}  # of ``tracker=null``
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {str(error).splitlines()[0]}."
         raise RecipeError(message, SHOW_FIELDS) from error
@@ -122,7 +118,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
 
 
 def _refuse_misplaced_groups(cfg: DictConfig) -> None:
-    """Refuses groups without fields, and groups whose file would have no effect."""
+    """Refuses nodes that must have fields and do not, and groups whose file has no effect."""
     for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(
@@ -139,10 +135,10 @@ def _refuse_misplaced_groups(cfg: DictConfig) -> None:
 
 
 def _refuse_unknown_fields(cfg: DictConfig) -> None:
-    """Refuses unknown fields at the root, and in its nodes that have no dataclass."""
+    """Refuses unknown fields at the root and in nodes that are not converted to a dataclass."""
     _refuse_unknown(cfg, [*_fields_of("config.yaml"), *groups()])
     _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
-    if isinstance(budget := cfg.get("budget"), DictConfig):  # of the recipe ``shrink``
+    if isinstance(budget := cfg.get("budget"), DictConfig):  # only the recipe ``shrink`` has it
         _refuse_unknown(budget, [item.name for item in fields(Budget)], "budget.")
     if isinstance(tracker := cfg.get("tracker"), DictConfig):
         file = f"tracker/{tracker.get('name')}.yaml"
@@ -156,12 +152,9 @@ def _fields_of(file: str) -> list[str]:
 
 
 def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
-    """Refuses unknown fields, which would have no effect unless an interpolation refers to them.
+    """Refuses fields of a node that are neither known nor used by an interpolation in the config.
 
-    Args:
-        node: The node of the config with the fields.
-        known: Names of the known fields.
-        prefix: Path of the node in the config, with a dot at its end.
+    ``prefix`` is the path of the node in the config, with a dot at its end.
     """
     for name in map(str, node):
         # Matches the start of ${PREFIX.NAME} and of ${oc.select:PREFIX.NAME,DEFAULT}.

@@ -18,10 +18,8 @@ from recipes.core.run_state import Status, stage_state
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
-"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job.
-
-``OWNER`` comes from ``owner()`` and ``RUN_HASH`` from ``run_hash()``.
-"""
+"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job; see
+``owner`` and ``run_hash``."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -36,7 +34,7 @@ WAIT_REASONS = {
     "REQUEUED": "about to start again",
     "SPECIAL_EXIT": "held after an error, until scontrol release",
 }
-"""For each state, why the job waits. For PENDING jobs, Slurm itself gives a reason."""
+"""Why a job in one of these states waits. For PENDING jobs, Slurm itself gives a reason."""
 STATE_REASONS = {
     "CANCELLED": "it was cancelled; repeat the command of the run to submit it again",
     "NODE_FAIL": "one of its nodes failed; repeat the command of the run to submit it again",
@@ -44,13 +42,13 @@ STATE_REASONS = {
     "PREEMPTED": "another job took its nodes; repeat the command of the run to submit it again",
     "TIMEOUT": "it reached its time limit; repeat the command of the run to resume it",
 }
-"""For each state, why the job ended. Logs show only that ranks lost their connections."""
+"""Why a job in one of these states ended. Its log does not show the reason."""
 TIMEOUT_SECONDS = 60
 """Maximum run time of a Slurm program, such as squeue."""
 POLL_SECONDS = 2.0
-"""Time between two requests for the states of jobs that are ending."""
+"""Time between two requests for the states of jobs."""
 MAX_COMPLETING_SECONDS = 300.0
-"""How long to wait for jobs that are ending. Slurm kills their processes and cleans their nodes."""
+"""How long to wait for jobs in the state COMPLETING, in which Slurm kills a job's processes."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +56,24 @@ class SlurmJob:
     """A job that was submitted for a stage."""
 
     name: str
-    """The job's name in Slurm, see ``job_name``."""
+    """See ``job_name``."""
     stage: str
     id: str
     owner: str
-    """The user and the cluster, see ``owner``."""
+    """See ``owner``."""
     fingerprint: str
     """The stage's fingerprint when the job was submitted."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job's state in Slurm, why the job waits, the time until its time limit, and its nodes."""
+    """A job's state in Slurm. sacct sets only ``state``, squeue sets all fields."""
 
     state: str
     reason: str = ""
+    """Why the job waits; "None" if Slurm gives no reason."""
     time_left: str = ""
+    """Time until the job's time limit."""
     nodes: str = ""
 
     @property
@@ -99,7 +99,7 @@ class JobState:
 
 
 def run_hash(run_dir: Path) -> str:
-    """Returns a short hash of a run's path. A copy of the run has another path and hash."""
+    """Returns a short hash of a run's path, so that a copy of the run has another hash."""
     return hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
 
 
@@ -115,16 +115,13 @@ def owner() -> str:
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of each stage, by stage.
-
-    Ignores incomplete lines, and jobs of the run from which this run was copied.
-    """
+    """Returns the newest job of each stage, by stage; ignores jobs of a run that was copied."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
-    # Newer lines come later in the file, so they replace older lines of the same stage.
+    # The last line of a stage counts. An incomplete line has no fifth word.
     return {
         row[0]: SlurmJob(job_name(run_dir, row[0]), *row[:4])
         for row in rows
@@ -133,7 +130,7 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
 
 
 def forget_job(run_dir: Path, stage: str) -> None:
-    """Removes a stage's jobs from the record, because this machine runs the stage now."""
+    """Removes a stage's jobs from ``RECORD``, because this machine runs the stage now."""
     if stage in read_jobs(run_dir):
         lines = (run_dir / RECORD).read_text(encoding="utf-8").splitlines()
         other_lines = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
@@ -166,10 +163,7 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of those jobs that have ended, by job id.
-
-    Reads Slurm's accounting records; returns nothing if Slurm keeps none.
-    """
+    """Returns the states of those jobs that ended by Slurm's accounting records, by job id."""
     names = {job.id: job.name for job in jobs}
     if not names:
         return {}
@@ -186,9 +180,8 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, and their states, by stage.
 
     Raises:
-        RecipeError: A job of an incomplete stage may run, but Slurm does not show it here. Either
-            this machine has no Slurm or is part of another cluster, or Slurm hides the jobs of
-            other users.
+        RecipeError: A job of an incomplete stage may run, but this machine has no Slurm, is part of
+            another cluster, or Slurm hides the jobs of other users.
     """
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
@@ -217,22 +210,22 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     }
 
 
-def lasting_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Waits until no job is ending, such as a cancelled job; returns ``active_jobs``.
+def wait_for_completing_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
+    """Waits while jobs of a run are COMPLETING, as after a cancellation; returns ``active_jobs``.
 
     Raises:
         RecipeError: A job does not end within ``MAX_COMPLETING_SECONDS``.
     """
     active = active_jobs(run_dir)
     deadline: float | None = None
-    while ending := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
+    while ids := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
         if deadline is None:
-            screen().print(f"waiting until Slurm has ended job {', '.join(ending)}")
+            screen().print(f"waiting until Slurm has ended job {', '.join(ids)}")
             deadline = time.monotonic() + MAX_COMPLETING_SECONDS
         elif time.monotonic() > deadline:
             raise RecipeError(
-                f"Slurm does not end job {', '.join(ending)}, which is completing.",
-                f"repeat the command when scontrol show job {ending[0]} says that it has ended",
+                f"Slurm does not end job {', '.join(ids)}, which is completing.",
+                f"repeat the command when scontrol show job {ids[0]} says that it has ended",
             )
         time.sleep(POLL_SECONDS)
         active = active_jobs(run_dir)
@@ -251,7 +244,7 @@ def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
 
 
 def query(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a Slurm program. If the program is missing or hangs, the exit status is not 0."""
+    """Runs a Slurm program. If it is missing or hangs, the returned exit status is not 0."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

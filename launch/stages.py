@@ -1,4 +1,4 @@
-"""Reads the stages of a composed config: their settings, order, shapes and inputs."""
+"""Reads and checks the stages of a composed config: their settings, order, shapes and inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recipes.stages.contract import Stage
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Converts the stages of a composed config to their dataclasses; refuses invalid settings."""
+    """Returns the settings of each stage of a composed config, by name; refuses invalid ones."""
     typed: dict[str, StageConfig] = {}
     invalid: list[str] = []
     for name, node in cfg.stages.items():
@@ -54,7 +54,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
 
 
 def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
-    """Returns the stages that a setting names; refuses names that are not in the recipe."""
+    """Returns the stages that the setting ``where`` names; refuses names of no stage."""
     for name in names:
         require_known(name, configs, f"{where}: there is no stage '{name}'")
     return set(names)
@@ -66,14 +66,7 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
     for name, config in configs.items():
         for key, source in config.inputs.items():
             if source not in configs and not Path(source).is_dir():
-                fix = f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)"
-                missing_choices = choices_with(source)  # group choices that would add the stage
-                raise RecipeError(
-                    f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
-                    "stage directory."
-                    f"{'' if missing_choices else did_you_mean(source, configs)}",
-                    f"set {' or '.join(missing_choices)}" if missing_choices else fix,
-                )
+                raise _unknown_input(f"stages.{name}.inputs.{key}={source}", source, configs)
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
         graphlib.TopologicalSorter(graph).prepare()  # finds cycles; its order is not used
@@ -89,8 +82,16 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
     return order
 
 
+def _unknown_input(setting: str, source: str, configs: Mapping[str, StageConfig]) -> RecipeError:
+    what = f"{setting} is neither a stage of this recipe nor a stage directory."
+    if choices := choices_with(source):  # each would add the stage to the recipe
+        return RecipeError(what, f"set {' or '.join(choices)}")
+    fix = f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)"
+    return RecipeError(what + did_you_mean(source, configs), fix)
+
+
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the shapes that each stage may produce. ``order`` lists each stage after its inputs."""
+    """Adds the architectures that each stage's model may have. ``order`` is the stages' order."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)
@@ -101,19 +102,12 @@ def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
 def require_inputs(name: str, config: StageConfig, stages: Mapping[str, Stage[Any]]) -> None:
     """Refuses missing and unknown inputs of a stage, and inputs whose artifact has a wrong type.
 
-    Args:
-        name: The stage.
-        config: The stage's settings.
-        stages: The stages of the run that may be inputs, by name.
-
-    Raises:
-        RecipeError: An input is refused. Or it is of another run and not complete, or its files
-            are not those of its manifest.
+    An input that is not in ``stages``, the stages of this run by name, is of another run. It must
+    also be complete, and have the files of its manifest.
     """
     required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
-    names = config.inputs.keys()
-    # All required inputs must be set, and no input that is neither required nor optional.
-    if not required.keys() <= names <= required.keys() | optional.keys():
+    names, allowed = config.inputs.keys(), {**optional, **required}
+    if not required.keys() <= names <= allowed.keys():
         optional_text = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
@@ -121,12 +115,11 @@ def require_inputs(name: str, config: StageConfig, stages: Mapping[str, Stage[An
             f"set all inputs that {config.stage} needs, and no unknown inputs",
         )
     for key, source in config.inputs.items():
-        kinds = required[key] if key in required else optional[key]
         stage = stages.get(source)
         kind = stage.kind if stage else check_artifact(Path(source).resolve(), rehash=False).kind
-        if kind not in kinds:
+        if kind not in allowed[key]:
+            kinds = " or ".join(allowed[key])
             raise RecipeError(
-                f"stages.{name}.inputs.{key}={source} is a {kind}; "
-                f"a {' or '.join(kinds)} is needed.",
-                f"set it to a stage whose artifact is a {' or '.join(kinds)}",
+                f"stages.{name}.inputs.{key}={source} is a {kind}; a {kinds} is needed.",
+                f"set it to a stage whose artifact is a {kinds}",
             )

@@ -28,10 +28,8 @@ UNIQUE_SETTINGS = {
     "hub.push": "include the swept field: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
 }
 """Settings that must differ between the runs of a sweep, and the fix if they do not."""
-
-
 _results: set[str] = set()
-"""Where the runs of this process's sweep write results, so far: ``run_dir=DIR``, ``hub.push=…``."""
+"""Values of these settings in the started runs of this process's sweep, such as ``run_dir=DIR``."""
 
 
 def is_sweep() -> bool:
@@ -51,31 +49,27 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     overrides = [arg for arg in arguments if "=" in arg and not arg.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [override for override in parsed if override.is_sweep_override()]
+    # Hydra runs all combinations of swept fields. So only a single swept field can have another
+    # value in each run.
+    only_swept = swept[0] if len(swept) == 1 else None
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg
-        # The run itself refuses a group without fields, such as ``hub=null``.
-        if (
-            not isinstance(node, DictConfig)
-            or node[key] is None
-            or OmegaConf.is_interpolation(node, key)
-        ):
+        if not isinstance(node, DictConfig):  # such as ``hub=null``, which the run itself refuses
             continue
-        overrides_of_name = [override for override in swept if override.key_or_group == name]
-        values = [value for o in overrides_of_name for value in o.sweep_string_iterator()]
-        # With two swept fields, several runs have the same value of each field, because Hydra runs
-        # all combinations.
-        is_unique = len(swept) == 1 and len(values) > 1 and len(set(values)) == len(values)
-        if not is_unique:
+        if node[key] is None or OmegaConf.is_interpolation(node, key):
+            continue
+        values: list[str] = []
+        if only_swept is not None and only_swept.key_or_group == name:
+            values = list(only_swept.sweep_string_iterator())
+        if len(values) < 2 or len(set(values)) < len(values):
             raise RecipeError(f"several runs of this sweep would have {name}={node[key]}.", fix)
 
 
 def require_new_results(run_dir: Path, push: str | None) -> None:
     """Refuses a run of a sweep that would overwrite the results of an earlier run of the sweep.
 
-    Args:
-        run_dir: The run's directory.
-        push: The run's ``hub.push``.
+    ``push`` is the run's ``hub.push``. The values of an accepted run are added to ``_results``.
     """
     values = {"run_dir": str(run_dir), "hub.push": push}
     results = {f"{name}={value}": name for name, value in values.items() if value is not None}
@@ -95,34 +89,28 @@ def remove_unused_folder() -> None:
 
 
 def resuming_argument(arguments: Sequence[str]) -> str:
-    """Returns the argument with which the same command line resumes the runs of a sweep.
+    """Returns the argument that a command line lacks to resume the runs of a started sweep.
 
-    Without this argument, a repeated sweep gets a new directory.
-
-    Returns:
-        ``hydra.sweep.dir=DIR``. Empty if the command is not a sweep, if ``arguments`` already has
-        the argument, or if no run of the sweep has been started.
+    This is ``hydra.sweep.dir=DIR``: without it, a repeated sweep gets a new directory. Returns an
+    empty string if no argument is needed.
     """
     if not HydraConfig.initialized():  # for example, the command ``status``
         return ""
-    hydra_cfg = HydraConfig.get()
-    argument = f"hydra.sweep.dir={hydra_cfg.sweep.dir}"
-    is_started = any(Path(hydra_cfg.sweep.dir).glob(f"*/{RUN_FILE}"))
+    folder = HydraConfig.get().sweep.dir
+    argument = f"hydra.sweep.dir={folder}"
+    is_started = any(Path(folder).glob(f"*/{RUN_FILE}"))
     return argument if is_sweep() and is_started and argument not in arguments else ""
 
 
 class Best(Callback):
-    """Hydra callback that compares a sweep's runs and counts those that failed.
-
-    ``conf/config.yaml`` registers it.
-    """
+    """Compares a sweep's runs. ``conf/config.yaml`` registers this class as a callback of Hydra."""
 
     def __init__(self) -> None:
         self._runs: list[Path] = []
-        self._started = self._failed = 0
+        self._started = self._failed = 0  # numbers of runs
 
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
-        """Sets Hydra's global config, which ``resuming_argument`` reads.
+        """Forgets an earlier sweep; sets Hydra's global config, which ``resuming_argument`` reads.
 
         Hydra itself sets it only during a run, but an interrupt may come between two runs.
         """
@@ -130,15 +118,12 @@ class Best(Callback):
         HydraConfig.instance().set_config(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
-        """Collects the run's directory that ``main`` returned, or counts its error.
-
-        For a dry run or a rehearsal, ``main`` returned ``None``.
-        """
+        """Collects the run's directory that ``main`` returned, or counts its error."""
         self._started += 1
         result = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
         if isinstance(result, RecipeError):
             self._failed += 1
-        elif result is not None:
+        elif result is not None:  # ``None`` for a dry run or a rehearsal
             self._runs.append(result)
 
     def on_multirun_end(self, config: DictConfig, **more: Any) -> None:
@@ -159,10 +144,7 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Describes the best of the runs, if two or more are evaluated.
-
-    Also names the command that compares all of them.
-    """
+    """Describes the best of the runs, and names the command that compares all of them."""
     from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 
@@ -170,6 +152,6 @@ def best_of(run_dirs: Sequence[Path]) -> str:
     command = f"python launch/run.py compare {paths}"
     try:
         rows = compare_runs([read_run(path) for path in run_dirs])["rows"]
-    except RecipeError:
+    except RecipeError:  # fewer than two runs are evaluated
         return f"no best run yet: at least two must be evaluated; then: {command}"
     return f"{describe_best(rows)}\nside by side: {command}"

@@ -27,11 +27,8 @@ DEFAULT = "default"
 """Key in ``cluster.images`` of the image for stages that have no other image."""
 LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 """Variables with the paths of compilation caches. Each start of a stage gets new, empty caches on
-its node's disk.
-
-PyTorch compiles extensions under a lock file. A killed process leaves the lock file behind, and
-then every process with the same cache waits forever.
-"""
+its node's disk, because a killed process leaves PyTorch's lock file in its cache. Every later
+process with this cache would wait forever."""
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 """Matches paths that can be mounted: not the root, and without spaces, colons and commas."""
 
@@ -71,34 +68,23 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
                 )
 
 
-def require_stages(setting: str, names: Iterable[str], *other_keys: str) -> None:
-    """Raises ``RecipeError`` unless all keys of a setting are stage modules or ``other_keys``.
-
-    Args:
-        setting: Name of the setting in ``cluster``, such as ``images``.
-        names: The setting's keys.
-        other_keys: Allowed keys that are not stage modules.
-    """
-    for name in names:
-        message = f"cluster.{setting}.{name} is for no stage"
-        require_known(name, [*other_keys, *stage_names()], message)
+def require_stages(setting: str, keys: Iterable[str], *other_keys: str) -> None:
+    """Raises ``RecipeError`` unless all keys of ``cluster.SETTING`` are stages or other keys."""
+    for key in keys:
+        message = f"cluster.{setting}.{key} is for no stage"
+        require_known(key, [*other_keys, *stage_names()], message)
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
-    """Returns the mounts of all paths that a stage reads or writes, parents first.
-
-    These are writable: the current directory (where relative paths start), the run directory (which
-    contains the code), the cache and the folders of the Hugging Face hub. Inputs from other runs
-    and the user's files are read-only.
-    """
-    writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
-    writable |= set(_hub_mounts())
-    readable = set(_read_paths(stage))
+    """Returns the mounts of all paths that a stage reads or writes, parents first."""
+    # Relative paths start at the current directory. The run directory has the stage's code.
+    writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute(), *_hub_mounts()}
+    read_only = set(_read_paths(stage))
     for folder in cluster.mounts:
-        paths = readable if folder.endswith(":ro") else writable
+        paths = read_only if folder.endswith(":ro") else writable
         paths.add(Path(folder.removesuffix(":ro")))
     mounts: list[Mount] = []
-    for path in sorted(writable | readable):  # a parent sorts before its children
+    for path in sorted(writable | read_only):  # a parent sorts before its children
         # A path below a mounted parent needs a mount only if it is writable and the parent is not.
         parents = [m for m in mounts if path.is_relative_to(m.path)]
         if not parents or (path in writable and all(m.read_only for m in parents)):
@@ -109,7 +95,8 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 def _read_paths(stage: PlannedStage) -> Iterator[Path]:
     """Yields the inputs and the user's files that a stage reads, and the targets of their links."""
     for ref in stage.inputs.values():
-        # With ``prefix``, the result of ``prepare_data`` has links to the user's tokenized files.
+        # With the setting ``prefix``, the text was tokenized before. Then the result of
+        # ``prepare_data`` has links to the user's files.
         yield from (ref.directory, *_link_folders(ref.directory / ARTIFACT))
     for file in stage.definition.external(stage.config).values():
         # A path in a mounted folder may pass through a link whose target is not mounted.
@@ -122,18 +109,18 @@ def _read_paths(stage: PlannedStage) -> Iterator[Path]:
 
 
 def _hub_mounts() -> Iterator[Path]:
-    """Yields the hub's folders. The folder of its models may be a link to a larger disk."""
+    """Yields the folders of huggingface_hub."""
     for folder in map(Path, hub_folders().values()):
         yield folder
         if (folder / "hub").is_dir():
-            yield (folder / "hub").resolve()
+            yield (folder / "hub").resolve()  # the models may be on a larger disk
 
 
 def _followed_paths(path: Path) -> Iterator[Path]:
-    """Yields a path, the path without links, and each path between them.
+    """Yields a path, and the paths that result when its links are replaced one after the other.
 
-    Replaces one link after the other by its target. If ``/a`` links to ``/b``, and ``/b/c`` to
-    ``/d``, the paths of ``/a/c`` are ``/a/c``, ``/b/c`` and ``/d``. A path may occur repeatedly.
+    If ``/a`` links to ``/b``, and ``/b/c`` to ``/d``, the paths of ``/a/c`` are ``/a/c``, ``/b/c``
+    and ``/d``. A path may occur repeatedly.
     """
     yield from (path, path.resolve())
     from_root = (*reversed(path.parents), path)
@@ -145,10 +132,9 @@ def _followed_paths(path: Path) -> Iterator[Path]:
 def _link_folders(path: Path) -> Iterator[Path]:
     """Yields the paths to mount for the links in a folder that itself may be a link.
 
-    Docker and Pyxis resolve a path that they mount, so in the container the path is a folder and
-    not a link. That suffices if the folder has no links. But relative links in the folder start at
-    its real path. For them, the container needs the link to the folder, its target, and the folders
-    to which the links in the folder lead.
+    Docker and Pyxis resolve a path that they mount, so in the container it is not a link. But
+    relative links in the folder start at its real path. So if it has links, the container needs the
+    link to the folder, the folder, and the folders to which the links in it lead.
     """
     if not any(file.is_symlink() for file in path.rglob("*")):
         return
@@ -180,13 +166,15 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 
 
 def home(stage: PlannedStage) -> dict[str, str]:
-    """Returns the variables that describe a container's user, whose home is the cache directory.
+    """Returns the user's variables in a stage's container; empty for a stage without an image.
 
-    Empty for a stage without an image. The variables may be set only inside the container. Outside,
-    ``HOME`` would also tell Enroot where to look for credentials and images.
+    They may be set only inside the container: Enroot would look for credentials and images in
+    ``HOME``.
     """
+    if not stage.image:
+        return {}
     cache = str(cache_dir().absolute())
-    variables = {
+    return {
         "HOME": cache,
         # Inductor looks up the user's name, which the image may not have.
         "USER": "nemo-recipes",
@@ -194,4 +182,3 @@ def home(stage: PlannedStage) -> dict[str, str]:
         "TMPDIR": "/tmp",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
     }
-    return variables if stage.image else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from launch.cluster import Follow
 from launch.executors import container, local
 from launch.plan import Plan
 from launch.planned import PlannedStage
+from launch.slurm_queue import run_hash
 from recipes.core.constraints import matching
 from recipes.core.errors import RecipeError
 from recipes.core.wheels import cache_dir
@@ -43,7 +43,7 @@ problems, dry_run = local.problems, local.dry_run  # Docker has no scheduler eit
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
-    """Raises for stages on several nodes or without an image, and for paths it cannot mount."""
+    """Raises ``RecipeError`` for stages on several nodes or without an image, and bad mounts."""
     local.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
@@ -55,26 +55,21 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
 
 
 def container_name(stage: PlannedStage) -> str:
-    """Returns the name of a stage's container, which has a hash of the run directory.
+    """Returns the name of a stage's container, which no stage of another run has.
 
     Docker refuses a second container of this name, so a stage cannot run twice at a time.
     """
-    run_hash = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
-    return f"nemo-recipes-{run_hash}-{stage.name}"
+    return f"nemo-recipes-{run_hash(stage.directory.parent)}-{stage.name}"
 
 
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
-    """Returns the arguments of ``docker run`` for a stage; each inner list is a line of ``run.sh``.
-
-    An inner list is empty if its option is omitted.
-    """
+    """Returns the lines of the command ``docker run`` for a stage, each as a list of arguments."""
     env = local.environment(stage, cluster) | container.home(stage)
-    env |= {
-        name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES
-    }  # in the container, which --rm deletes
+    # These folders are in the container, which --rm deletes.
+    env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}
     # Last, so the user's variables replace those above. The launcher's PYTHONPATH is replaced, too.
     env |= container.environment(cluster, stage)
-    return [
+    lines = [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
         [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.uses_gpu else [],
         # --init: otherwise Python would be the container's process 1, which ignores SIGTERM.
@@ -93,6 +88,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         [str(stage.image)],
         local.command(stage, cluster.python),
     ]
+    return [line for line in lines if line]  # without omitted options
 
 
 def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
@@ -101,7 +97,7 @@ def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
     The script first removes a container that a killed launcher may have left behind.
     """
     for stage in plan.todo():
-        lines = [shlex.join(arguments) for arguments in command(stage, cluster) if arguments]
+        lines = [shlex.join(arguments) for arguments in command(stage, cluster)]
         remove_old = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
         # No exports: the variables are options of ``docker run``.
         local.write_script(stage, " \\\n  ".join(lines), {}, setup=remove_old)
@@ -120,7 +116,7 @@ def start_container(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[]
     """Runs a stage's ``run.sh`` during the block, and removes the stage's container afterwards.
 
     Usually ``--rm`` has removed the container by then. But if the stage does not stop in time, only
-    docker's client is killed, and the container goes on without it.
+    docker's client is killed, and the container continues without it.
 
     Yields:
         A function that tells whether the stage has ended.

@@ -45,12 +45,10 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Modules that the fork server imports once for all stages.
-
-Their import takes long, because they import torch, NeMo and ModelOpt.
-"""
+"""Modules that the fork server imports once for all stages. They import torch, NeMo and ModelOpt,
+which takes long."""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
-"""A function that starts a stage, whose output goes to the file."""
+"""A function that starts a stage, and writes the stage's output to the file."""
 
 
 @dataclass
@@ -64,7 +62,7 @@ CONFIG = LocalConfig
 
 
 def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
-    """Raises ``RecipeError`` for stages on several nodes, or that lack a library here."""
+    """Raises ``RecipeError`` if this machine alone cannot run the plan, or lacks a library."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
         stage.definition.check_machine(stage.config)
@@ -77,7 +75,7 @@ def problems(plan: Plan, cluster: Cluster) -> Iterator[Problem]:
     for stage in plan.todo():
         if not stage.uses_gpu:
             continue
-        if 0 < gpus < stage.devices:
+        if 0 < gpus < stage.devices:  # 0: unknown
             yield Problem(
                 rules.GPUS,
                 f"{stage.name} needs {stage.devices} GPUs, but this machine has {gpus}",
@@ -118,20 +116,16 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
 
 
 def command(stage: PlannedStage, python: str) -> list[str]:
-    """Returns a stage's command line on one machine; ``python`` is the interpreter."""
+    """Returns the command line that runs a stage on one machine with the interpreter ``python``."""
     devices = stage.config.resources.devices
     return start_command(stage.module, stage.directory / REQUEST, devices, python)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets in addition to those of the launcher."""
-    devices = stage.config.resources.devices
-    return {
-        # The ranks share the machine's cores.
-        "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
-        **(SINGLE_RANK if devices == 1 else {}),
-        **stage_variables(stage, cluster),
-    }
+    threads = max(1, cores() // stage.devices)  # the ranks share the machine's cores
+    single_rank = SINGLE_RANK if stage.config.resources.devices == 1 else {}
+    return {"OMP_NUM_THREADS": str(threads), **single_rank, **stage_variables(stage, cluster)}
 
 
 def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
@@ -146,37 +140,34 @@ def write_script(
 ) -> None:
     """Writes ``run.sh``, with which the launcher or the user starts the stage.
 
-    Args:
-        stage: The stage.
-        command: The stage's shell command.
-        exports: Environment variables to export.
-        setup: Shell command to run before ``command``; may be empty.
+    The script exports variables, runs the shell command ``setup`` if there is one, and then runs
+    the stage's shell command.
     """
-    lines = ["#!/usr/bin/env bash"]
-    lines += ["# shellcheck disable=SC2016 # text in single quotes must not be expanded"]
-    lines += ["set -euo pipefail"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    lines += [f"cd {shlex.quote(os.getcwd())}"]
-    lines += [setup] if setup else []
-    lines += [f"exec {command}"]
+    lines = [
+        "#!/usr/bin/env bash",
+        "# shellcheck disable=SC2016 # text in single quotes must not be expanded",
+        "set -euo pipefail",
+        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        f"cd {shlex.quote(os.getcwd())}",
+        *([setup] if setup else []),
+        f"exec {command}",
+    ]
     path = stage.directory / SCRIPT
     write_text_atomically(path, "\n".join(lines) + "\n")
     path.chmod(0o755)
 
 
 def may_fork(stage: PlannedStage) -> bool:
-    """Whether the fork server can start the stage.
-
-    These stages need a new process instead:
-
-    - A stage that does not use torch, because it does not need the server's imports.
-    - A stage with ``resources.env``, because libraries read variables when they are imported.
-    - A resumed stage. It runs the code of an earlier start, but the server has imported new code.
-    - A stage on several devices, because torchrun starts it. ``stage.devices`` also counts the
-      devices of a search's training runs.
-    """
-    needs_own_imports = bool(stage.config.resources.env) or stage.resumed is not None
-    return stage.definition.needs_torch and stage.devices == 1 and not needs_own_imports
+    """Returns whether the fork server can start the stage."""
+    # Libraries read variables when they are imported.
+    has_own_variables = bool(stage.config.resources.env)
+    # The server has imported the current code.
+    runs_old_code = stage.resumed is not None
+    # Otherwise torchrun starts the stage. Also counts the devices of a search's training runs.
+    has_one_device = stage.devices == 1
+    # Without torch, a stage does not need the server's imports.
+    needs_torch = stage.definition.needs_torch
+    return needs_torch and has_one_device and not (has_own_variables or runs_old_code)
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
@@ -186,8 +177,8 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
         return run_all(plan, follow)
     # The variables of forkable stages differ only by ``NEEDS_GPU``, because each stage has one
     # device and no ``resources.env``. If one of the stages needs a GPU, all of them require it.
-    first = next((stage for stage in forkable if stage.uses_gpu), forkable[0])
-    shared_env = {**os.environ, **environment(first, cluster)}
+    gpu_stage = next((stage for stage in forkable if stage.uses_gpu), forkable[0])
+    shared_env = {**os.environ, **environment(gpu_stage, cluster)}
     with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:
 
         def start_stage(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
@@ -203,15 +194,15 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
 
 
 def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
-    """Starts a stage's ``run.sh``, whose output goes to ``log``."""
+    """Starts a stage's ``run.sh``, and writes its output to ``log``."""
     return start_process([stage.directory / SCRIPT], log)
 
 
 def run_all(plan: Plan, follow: Follow, start_stage: Start = start_script) -> bool:
-    """Runs the stages of ``plan.todo()`` in order; raises ``RecipeError`` if one fails.
+    """Runs the stages in order; raises ``RecipeError`` if a stage leaves no new result.
 
     Returns:
-        Always ``True``, because it waits for the stages. An executor's ``start`` must return this.
+        Always ``True``: an executor's ``start`` returns whether it waited for the stages.
     """
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)

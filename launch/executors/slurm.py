@@ -29,10 +29,10 @@ from launch.slurm_queue import (
     SlurmJob,
     job_name,
     job_states,
-    lasting_jobs,
     query,
     read_jobs,
     run_hash,
+    wait_for_completing_jobs,
 )
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.errors import RecipeError
@@ -50,9 +50,9 @@ SUBMIT = "submit.sh"
 TEST_ONLY = "--test-only"
 """Option of ``submit.sh``: asks Slurm when the jobs could start, and submits none."""
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
-"""Matches start time, CPUs and nodes in what ``sbatch --test-only`` prints about a valid job."""
+"""Finds start time, CPUs and nodes in what ``sbatch --test-only`` prints about a valid job."""
 RESTART_SECONDS = 900.0
-"""How long to wait for an answer of Slurm's controller, which gives none while it restarts."""
+"""How long to wait for an answer of Slurm's controller while it restarts."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
@@ -105,20 +105,21 @@ CONFIG = SlurmConfig
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
-    """Raises ``RecipeError`` for invalid settings, and for active jobs that do not fit the plan.
+    """Plans to ``ADOPT`` running and waiting jobs.
 
-    If a stage's active (running or waiting) job fits, the action is ``ADOPT``: no new job.
+    Raises:
+        RecipeError: A setting is invalid, or an active job conflicts with the plan.
     """
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems), fix="")
-    active = lasting_jobs(plan.run_dir)  # after jobs that are ending have ended
+    active = wait_for_completing_jobs(plan.run_dir)
     new_jobs = {stage.name for stage in plan.todo() if stage.name not in active}
     stages = {stage.name: stage for stage in plan.stages}
     for name, (job, state) in active.items():
         reason = f"job {job.id} is {state.state.lower()}"
-        # If ``only`` excludes a stage, ``stage`` is None. The stage's job still needs its inputs.
+        # ``stage`` is None if ``only`` excludes it. Its job needs unchanged inputs nevertheless.
         config, stage = plan.chain.stages.get(name), stages.get(name)
         new_inputs = sorted(new_jobs & set(config.inputs.values())) if config else []
         conflict = _conflict(stage, job) if stage else None
@@ -140,21 +141,20 @@ def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
         return " with other settings, inputs or code"
     # A stage that runs although it has a result, such as a forced one, must replace the result.
     old_result = stage.result if stage.action == RUN else None
-    if old_result is None:
-        return None
     script = stage.directory / SCRIPT  # contains ``started_at`` of the result that it replaces
-    if not script.exists() or old_result.started_at not in script.read_text(encoding="utf-8"):
+    text = script.read_text(encoding="utf-8") if script.exists() else ""
+    if old_result is not None and old_result.started_at not in text:
         return ", but will not replace its result"
     return None
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
-    """Yields problems of the jobs' requests; without Slurm on this machine, ignores partitions."""
+    """Yields problems of the jobs' requests; without Slurm here, does not check partitions."""
     jobs = [
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
     ]
-    # Without the launcher's own options, which ``_sbatch_options`` adds.
+    # Without the launcher's own options.
     user_options = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
     return job_problems(jobs, user_options, read_partitions())
 
@@ -208,8 +208,9 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """Returns the text of a stage's ``job.sbatch``."""
-    image, run_dir = stage.image, stage.directory.parent
-    mpi = cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None
+    image, run_dir, old_result = stage.image, stage.directory.parent, stage.result
+    needs_tensorrt_llm = stage.definition.needs_tensorrt_llm(stage.config, stage.chain)
+    mpi = cluster.mpi.get(stage.config.stage) if needs_tensorrt_llm else None
     env = ({LAUNCHER: mpi} if mpi else {}) | container.environment(cluster, stage)
     return _render(
         "job.sbatch.j2",
@@ -218,11 +219,9 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         resources=stage.config.resources,
         devices=stage.devices,
         cpus_per_task=_cpus_per_task(stage, cluster),
-        # Unique to stage and run, so ``singleton`` lets only one job of the stage run at a time.
         job_name=job_name(run_dir, stage.name),
-        # A forced stage already has a manifest. It has this start time, which tells the job that
-        # the manifest is not of the job's own result.
-        replaces=old_result.started_at if (old_result := stage.result) else None,
+        # By the start time, the job of a forced stage can tell the old manifest from its own.
+        replaces=old_result.started_at if old_result else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
         sbatch=list(_sbatch_options(stage, cluster)),
@@ -240,10 +239,9 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
 
 
 def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
-    """Yields the options of a stage's job except its name, log, size in nodes and time limit."""
-    partition = cluster.partition
-    if cluster.cpu_partition and not stage.needs_gpu:
-        partition = cluster.cpu_partition
+    """Yields the options of a stage's job that its script does not set otherwise."""
+    cpu_partition = None if stage.needs_gpu else cluster.cpu_partition
+    partition = cpu_partition or cluster.partition
     named = {"partition": partition, "account": cluster.account, "qos": cluster.qos}
     yield from (f"--{name}={value}" for name, value in named.items() if value)
     if cluster.gpus and stage.needs_gpu:
@@ -251,14 +249,13 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
         yield f"--{option}{stage.devices}"
     if cpus := _cpus_per_task(stage, cluster):
         yield f"--cpus-per-task={cpus}"
-    own_options = (*cluster.sbatch, *stage.config.resources.sbatch)
+    user_options = (*cluster.sbatch, *stage.config.resources.sbatch)
     if _takes_whole_nodes(stage, cluster):
         yield "--exclusive"
-        # sbatch refuses --mem together with the user's --mem-per-cpu or --mem-per-gpu.
-        if not any(option.startswith("--mem-per-") for option in own_options):
+        # sbatch refuses --mem together with --mem-per-cpu or --mem-per-gpu.
+        if not any(option.startswith("--mem-per-") for option in user_options):
             yield "--mem=0"  # all memory of each node
-    # Last, because sbatch uses the last value of a repeated option.
-    yield from own_options
+    yield from user_options  # last, because sbatch uses the last value of a repeated option
 
 
 def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
@@ -276,16 +273,17 @@ def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
 
 def submit_script(plan: Plan) -> str:
     """Returns the text of ``submit.sh``, where each job depends on the jobs of its inputs."""
-    # Includes adopted stages: ``submit.sh`` looks up the ids of their jobs for dependencies.
+    # Includes adopted stages, on whose jobs new jobs may depend.
     pending = [stage for stage in plan.stages if stage.action != SKIP]
     job_variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
     jobs = []
     for stage in pending:
         inputs = {ref.directory for ref in stage.inputs.values()}
-        needed = sorted(job_variables[directory] for directory in inputs & job_variables.keys())
-        # Such as afterok:$job_import_hf:$job_prune,singleton. Complete inputs need no dependency.
-        afterok = "afterok" + "".join(f":${name}" for name in needed)
-        dependency = f"{afterok},singleton" if needed else "singleton"
+        # Complete inputs have no variable, and need no dependency.
+        variables = sorted(job_variables[path] for path in inputs & job_variables.keys())
+        # Such as afterok:$job_import_hf:$job_prune,singleton.
+        afterok = "".join(f":${variable}" for variable in variables)
+        dependency = f"afterok{afterok},singleton" if variables else "singleton"
         jobs.append((stage, job_variables[stage.directory], dependency))
     return _render(
         "submit.sh.j2",
@@ -334,7 +332,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs. Returns whether it waited (``cluster.follow``); raises if a job fails."""
+    """Submits the jobs. With ``cluster.follow``, which it returns, waits; raises if a job fails."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     todo = plan.todo()
     if todo:
@@ -357,9 +355,9 @@ def _submit(plan: Plan) -> None:
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
-        # ``submit.sh`` stops at the first job that Slurm refuses. Later stages get no job either.
-        missing = [s.name for s in plan.todo() if jobs.get(s.name) == old_jobs.get(s.name)]
-        error = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
+        # ``submit.sh`` stops at the first job that Slurm refuses.
+        without_job = [s.name for s in plan.todo() if jobs.get(s.name) == old_jobs.get(s.name)]
+        error = f"Slurm refused the job of {without_job[0]}" if without_job else f"{script} failed"
         raise RecipeError(
             f"{error}: {done.stderr.strip()}\n  jobs submitted before this error stay in the queue",
             f"change the settings of cluster and repeat the command; to retry unchanged: {script}",
@@ -375,12 +373,12 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # ``result`` is read now. It alone does not prove success: until the job of a forced stage
-        # succeeds, the stage has its old result with the same fingerprint.
+        # A result alone does not prove success: if the job of a forced stage fails, the stage has
+        # its old result with the same fingerprint.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
             end_state = f" ({state.state})" if state else ""
-            log = newest_log(stage.directory)
             reason = STATE_REASONS.get(state.state) if state else None
+            log = newest_log(stage.directory)
             raise RecipeError(
                 f"stage {stage.name}, job {job.id}, failed{end_state}: "
                 f"{reason or failure(stage.directory, log)}\n  log: {log}",

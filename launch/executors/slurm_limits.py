@@ -38,20 +38,20 @@ HARMFUL = {
     "clusters": ("is unknown to squeue and scancel", "set the variable SLURM_CLUSTERS instead"),
     "signal": ("would kill training before it saves", "it stops before the time limit without it"),
 }
-"""For each option of sbatch that would break a run, why it would, and what to do instead."""
+"""Options of sbatch that would break a run, why they would, and what to do instead."""
 CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-gpu", "partition")
 """Options of sbatch that the user may set, and whose values are checked."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Slurm's units of memory, in megabytes. A number without a unit is in megabytes."""
 MEGABYTE = 1024**2  # bytes of Slurm's megabyte
 CLUSTER_MEMORY = re.compile(r"^(DefMemPer(?:Node|CPU))\s*= (\d+)$", re.M)
-"""Finds the default memory of jobs in slurm.conf's settings, as ``scontrol show config`` prints."""
+"""Matches the default memory of jobs in the output of ``scontrol show config``."""
 CONVERSIONS = ("import_hf", "export_hf")
 """Modules of the stages that load their model with transformers, in float32 on the CPU."""
 EVALUATIONS = ("evaluate", "evaluate_tasks")
 """Modules of the stages in which each rank loads the weights and builds a transformers model."""
 RESOURCES = "stages.NAME.resources"
-"""How fixes name a stage's ``resources``."""
+"""Name of a stage's ``resources`` in fixes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
     seconds: int
     """Time limit."""
     partition: str | None
-    """One partition, or several separated by commas. Slurm then chooses one of them."""
+    """A partition, or several separated by commas, from which Slurm chooses."""
     whole_nodes: bool
     gpus: int | None
     """GPUs per node."""
@@ -99,8 +99,7 @@ class Partition:
     """A partition of Slurm with its limits and nodes."""
 
     fields: Mapping[str, str]
-    """What ``scontrol show partition`` prints. ``read_partitions`` adds the items of the field
-    ``JobDefaults``, such as ``DefMemPerGPU``, as further fields."""
+    """What ``scontrol show partition`` prints, and default sizes such as ``DefMemPerGPU``."""
     groups: Sequence[NodeGroup]
 
     @property
@@ -115,7 +114,7 @@ class Partition:
         return float(value) if value.isdigit() else math.inf
 
     def fitting_nodes(self, job: Job) -> int:
-        """Returns the number of nodes that can satisfy a job's request per node."""
+        """Returns the number of nodes that have what a job requests per node."""
         max_cpus, max_memory = self.limit("MaxCPUsPerNode"), self.limit("MaxMemPerNode")
         return sum(
             group.count
@@ -126,41 +125,34 @@ class Partition:
         )
 
     def cpus(self, job: Job) -> float:
-        """Returns the minimum number of CPUs that a job gets on a node."""
-        per_gpu = self.limit("DefCpuPerGPU")
+        """Returns the number of CPUs that a job gets on a node, at least."""
         if job.cpus:
             return job.cpus
+        per_gpu = self.limit("DefCpuPerGPU")
         return per_gpu * job.gpus if job.gpus and per_gpu < math.inf else 1
 
     def default_memory_mb(self, job: Job) -> float:
         """Returns the megabytes that a job gets on a node if it does not request memory.
 
-        The partition's defaults are per node, per CPU or per GPU. The smallest counts. The result
-        is infinite if the partition has none.
+        This is the smallest of the partition's defaults, or infinity if it has none.
         """
-        per_cpu, per_gpu = self.limit("DefMemPerCPU"), self.limit("DefMemPerGPU")
-        defaults = (per_cpu * self.cpus(job), per_gpu * (job.gpus or math.inf))
-        return min(self.limit("DefMemPerNode"), *defaults)
+        by_cpus = self.limit("DefMemPerCPU") * self.cpus(job)
+        by_gpus = self.limit("DefMemPerGPU") * (job.gpus or math.inf)
+        return min(self.limit("DefMemPerNode"), by_cpus, by_gpus)
 
 
-Partitions = Mapping[str, Partition]
-"""Partitions by name."""
+Partitions = Mapping[str, Partition]  # by name
 
 
 def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
-    """Returns what a job requests.
-
-    Args:
-        stage: The stage that the job runs.
-        options: Options of sbatch. The last value of a repeated option counts, as for sbatch.
-        time: The job's time limit in Slurm's format, such as ``04:00:00``.
-    """
+    """Returns what a stage's job requests with these options of sbatch, and this time limit."""
+    # The last value of a repeated option counts, as for sbatch.
     values = dict(_parse_option(option) for option in options)
     per_node = values.get("gpus-per-node")  # such as 8, or h100:8
     gpu_requests = (values.get("gres"), per_node and f"gpu:{per_node}")
     counts = [count for count in map(_gpus, gpu_requests) if count is not None]
-    # If both options are set and differ, takes the count that differs more from the stage's
-    # devices, because ``_request_problems`` must report it.
+    # If the counts differ, takes the one that differs more from the stage's devices, because
+    # ``_request_problems`` must report it.
     gpus = max(counts, key=lambda count: abs(count - stage.devices), default=None)
     cpus = int(values["cpus-per-task"]) if values.get("cpus-per-task", "").isdigit() else None
     memory = _megabytes(values.get("mem"))
@@ -184,15 +176,14 @@ def _with_unit(number: int, unit: str) -> str:
 
 
 def _parse_option(option: str) -> tuple[str, str]:
-    """Returns the name and the value of an option of sbatch.
+    """Returns the name and the value of ``--time=9``, ``--time 9`` or ``--exclusive`` (no value).
 
-    It may be written as ``--time=9``, ``--time 9`` or ``--exclusive``, whose value is empty. As for
-    sbatch, a name may be abbreviated: ``dep`` becomes ``dependency``.
+    As for sbatch, a name may be abbreviated: ``dep`` becomes ``dependency``.
     """
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
     known = {*SETTINGS, *OPTIONS, *HARMFUL, *CHECKED}
     matches = [full_name for full_name in known if full_name.startswith(name)]
-    if name not in known and len(matches) == 1:  # one match: the abbreviation is unambiguous
+    if name not in known and len(matches) == 1:
         name = matches[0]
     return name, value.strip()
 
@@ -206,8 +197,7 @@ def _megabytes(size: str | None) -> float | None:
 def _gpus(gres: str | None) -> int | None:
     """Returns the GPUs in Slurm's list of generic resources; ``None`` if it names no GPUs.
 
-    Args:
-        gres: The resources of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``.
+    The list is that of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``.
     """
     without_sockets = re.sub(r"\(.*?\)|gres/", "", gres or "")  # such as gpu:h100:8,tmp:10
     counts = []
@@ -224,10 +214,8 @@ def job_problems(
 ) -> Iterator[Problem]:
     """Yields the problems of jobs. A problem of several jobs is yielded once, with their stages.
 
-    Args:
-        jobs: What the jobs request.
-        user_options: Options of sbatch from the user's settings, by stage.
-        partitions: Partitions by name; if empty, limits are not checked.
+    ``user_options`` has the options of sbatch in the user's settings, by stage. Without
+    ``partitions``, limits are not checked.
     """
     stage_names: dict[Problem, list[str]] = {}
     for job in jobs:
@@ -241,7 +229,7 @@ def job_problems(
 
 
 def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem]:
-    """Yields conflicts of options with the launcher, and requests too small for the processes."""
+    """Yields options that the user may not set, and requests that do not fit the processes."""
     for option in user_options:
         name, _ = _parse_option(option)
         if name in OPTIONS:
@@ -265,10 +253,9 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Returns the problems of a job in its partition.
+    """Returns the problems of a job in its partition, by default Slurm's default partition.
 
     If the job names several partitions, returns the problems in the one with the fewest problems.
-    If the job names none, it runs in Slurm's default partition.
     """
     default = [name for name, item in partitions.items() if item.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
@@ -315,6 +302,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
         memory_mb = partition.default_memory_mb(job)
+    # What takes memory, and its size in bytes.
     config, chain = job.stage.config, job.stage.chain
     needs: dict[str, float] = {"the model in bfloat16": 2 * chain.teacher.parameters()}
     if config.stage in CONVERSIONS:
@@ -322,8 +310,8 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         needs = {"the model in float32": 4 * model.parameters()}
     if config.stage in EVALUATIONS:
         ranks, is_bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
-        parameter_bytes = 2 + (2 if is_bf16 else 4)  # weights in bfloat16, and the model
-        size = ranks * parameter_bytes * chain.teacher.parameters()
+        weight_bytes, model_bytes = 2, 2 if is_bf16 else 4  # per parameter
+        size = ranks * (weight_bytes + model_bytes) * chain.teacher.parameters()
         needs = {f"loading the model on {ranks} ranks": size}
     if workload is not None:
         ranks = workload.layout.devices
@@ -340,11 +328,11 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def read_partitions() -> Partitions:
-    """Returns the user's partitions; empty if Slurm is not installed here or does not answer."""
+    """Returns Slurm's partitions; empty if Slurm is not installed here or does not answer."""
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")
-    # Has defaults of the whole cluster, in lines such as "DefMemPerCPU            = 4000".
+    # Defaults of the whole cluster, such as "DefMemPerCPU            = 4000".
     cluster = dict(CLUSTER_MEMORY.findall(query("scontrol", "show", "config").stdout))
     # A line: partition, number of equal nodes, CPUs, memory in MB, generic resources (``_gpus``).
     nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
@@ -357,13 +345,16 @@ def read_partitions() -> Partitions:
         groups.setdefault(name, []).append(group)
     result: dict[str, Partition] = {}
     for line in partitions.stdout.splitlines():
-        words = line.split()  # each is FIELD=VALUE
-        fields = dict(word.partition("=")[::2] for word in words)
-        defaults = fields.get("JobDefaults", "").split(",")  # such as DefCpuPerGPU=8,DefMemPerGPU=9
-        fields |= dict(default.partition("=")[::2] for default in defaults)
+        fields = _parse_fields(line.split())
+        fields |= _parse_fields(fields.get("JobDefaults", "").split(","))
         if not any(fields.get(f"DefMemPer{unit}", "").isdigit() for unit in ("Node", "CPU", "GPU")):
             fields |= cluster
         if "PartitionName" in fields:  # else: "No partitions in the system"
             name = fields["PartitionName"]
             result[name] = Partition(fields, groups.get(name, ()))
     return result
+
+
+def _parse_fields(words: Iterable[str]) -> dict[str, str]:
+    """Parses words such as ``DefCpuPerGPU=8``."""
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
