@@ -236,7 +236,7 @@ def _token_text(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _as_list(tokens: dict[str, Any] | list[Any]) -> list[Any]:
+def _as_list(tokens: Any) -> list[Any]:
     return list(tokens.values() if isinstance(tokens, dict) else tokens)
 
 

@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.core.constraints import type_adapter
+from pydantic import TypeAdapter
+
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import (
@@ -179,7 +180,7 @@ def _settings_of(request: Request, config_class: type[StageConfig]) -> StageConf
     if unknown := request.config.keys() - {setting.name for setting in fields(config_class)}:
         names = ", ".join(sorted(unknown))
         raise RecipeError(f"{request.name} has unknown settings: {names}.", "start a new run_dir")
-    cfg: StageConfig = type_adapter(config_class).validate_python(request.config)
+    cfg: StageConfig = TypeAdapter(config_class).validate_python(request.config)
     cfg.name = request.name
     return cfg
 

@@ -245,8 +245,11 @@ class ServedText:
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
         """Compares the models by their mean loss on each sequence, in nats."""
         change = difference(served, student)
-        perplexities = [perplexity(fmean(losses)) for losses in (student, served)]
-        return cls(*perplexities, change, len(served), predictions)
+        student_perplexity, served_perplexity = (
+            perplexity(fmean(student)),
+            perplexity(fmean(served)),
+        )
+        return cls(student_perplexity, served_perplexity, change, len(served), predictions)
 
 
 PROGRAMS = {

@@ -151,6 +151,8 @@ def target_problems(
         yield _problem("no target is set", "set at least one target_* field or drop_layers")
     elif not targets.drop_layers and pruned_shape(teacher, targets) == teacher:
         yield _problem("all targets are the teacher's sizes", "lower at least one of them")
+    existing_axes: tuple[str, ...]
+    absent_axes: tuple[str, ...]
     if teacher.num_moe_experts:
         layer_type, existing_axes, absent_axes = "experts", EXPERT_AXES, DENSE_AXES
     else:
