@@ -1,4 +1,4 @@
-"""Writes the mean of the weights of a training's students as one model.
+"""Averages the weights of the students of one training.
 
     python -m benchmarks.average RUN/distill OUT
 
@@ -24,10 +24,7 @@ from recipes.pruning.pruned_checkpoint import save_weights
 
 
 def average(checkpoints: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Returns the mean of each weight, computed in float32, in the type of the last checkpoint.
-
-    Keeps one checkpoint and one float32 sum in memory.
-    """
+    """Returns the mean of each weight, computed in float32, in the type of the last checkpoint."""
     sums: dict[str, torch.Tensor] = {}
     for checkpoint in checkpoints:
         weights = dict(hf_weights(checkpoint))
@@ -39,7 +36,7 @@ def average(checkpoints: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Averages the students of one training."""
+    """Reads the command line, and writes the mean."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.average")
     parser.add_argument("training", type=Path, help="directory of the stage distill")
     parser.add_argument("out", type=Path, help="new directory")

@@ -3,14 +3,14 @@
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Each compared program is called a side. ``transformers``, the baseline, loads and saves the model.
-``to-nemo`` converts the model, and ``to-hf`` converts the result back. ``verify`` compares logits
-and weights of the Hugging Face model with those of the NeMo checkpoint.
+The compared programs are called sides. ``transformers``, the baseline, loads and saves the model.
+``to-nemo`` converts the model, and ``to-hf`` converts it back. ``verify`` compares logits and
+weights of the Hugging Face model with those of the NeMo checkpoint.
 
 Sides run one after the other, each in its own process. The baseline runs first in one repeat and
 last in the next. The table has the shortest time and the lowest peak of all repeats. Times exclude
-imports. Memory is the peak minus the memory after imports. ``resident`` is all memory.
-``anonymous`` excludes pages of mapped files, which the system can drop at any time.
+imports. Memory is the peak minus the memory after imports. ``anonymous`` memory is ``resident``
+memory without pages of mapped files, which the system can drop at any time.
 
 With ``--billions N``, the model is a random Llama with about N billion parameters in bfloat16. The
 baseline ``copy`` is then a plain copy of the model's files. Files are not in the page cache when a
@@ -33,8 +33,9 @@ from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.errors import RecipeError
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
+"""The first side is the baseline."""
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
-"""Sides with ``--billions``. The first side of each tuple is the baseline."""
+"""Sides with ``--billions``; the first is the baseline. No side has its files in the page cache."""
 LAYER = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -45,18 +46,15 @@ LAYER = {
 }
 """Sizes of a layer of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
-"""Parameters of a layer of these sizes, in billions. ``--billions`` does not count embeddings."""
+"""Billions of parameters of such a layer. ``--billions`` does not count embeddings."""
 SAMPLE_SECONDS = 0.005
 """Time between two readings of the memory."""
 
 
 def prepare_side(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
-    """Imports a side's libraries in advance, and returns the function to measure.
+    """Imports a side's libraries, and returns the function to measure.
 
-    Args:
-        side: Name of the side.
-        folder: The Hugging Face model.
-        scratch: Folder for output. ``to-hf`` and ``verify`` read the output of ``to-nemo`` there.
+    The output is in ``scratch``. ``to-hf`` and ``verify`` read the output of ``to-nemo`` there.
     """
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
@@ -66,11 +64,9 @@ def prepare_side(side: str, folder: Path, scratch: Path) -> Callable[[], object]
         from nemo_convert.hf import load_causal_lm
 
         def load_and_save() -> None:
-            model = load_causal_lm(folder, "auto")
-            model.save_pretrained(scratch / "copy")
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(
-                scratch / "copy"
-            )
+            load_causal_lm(folder, "auto").save_pretrained(scratch / "copy")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.save_pretrained(scratch / "copy")
 
         return load_and_save
     from nemo.collections import llm  # noqa: F401
@@ -90,17 +86,15 @@ def memory() -> dict[str, int]:
     """Returns this process's current ``anonymous`` and ``resident`` memory, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
-    names = {"anonymous": "RssAnon", "resident": "VmRSS"}
-    # A field's text is, for example, "  1234 kB".
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
+    fields_by_name = {"anonymous": "RssAnon", "resident": "VmRSS"}
+    kib = {name: fields[field].split()[0] for name, field in fields_by_name.items()}  # "1234 kB"
+    return {name: int(value) * 1024 for name, value in kib.items()}
 
 
 def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
-    """Calls ``work`` and measures it.
+    """Calls ``work`` and returns its ``seconds``, ``cpu_seconds``, ``anonymous`` and ``resident``.
 
-    Returns:
-        ``seconds`` (wall clock), ``cpu_seconds``, and in bytes the rise of ``anonymous`` and
-        ``resident`` memory to its peak.
+    The last two are the rise of ``memory`` to its peak, in bytes.
     """
     before = memory()
     peak = dict(before)
@@ -125,10 +119,7 @@ def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
 
 
 def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
-    """Measures a side in this process; see ``run_and_measure``.
-
-    ``cold`` includes the time until all output is on the disk.
-    """
+    """Measures a side in this process; with ``cold``, until all output is on the disk."""
     work = prepare_side(side, folder, scratch)
 
     def work_to_disk() -> None:
@@ -150,23 +141,18 @@ def flush(folder: Path, drop_cache: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in its own process, once per repeat.
-
-    Args:
-        folder: The Hugging Face model.
-        repeats: Number of repeats.
-        cold: Whether to measure as with ``--billions``: ``COLD_SIDES``, without the page cache.
+    """Measures each of ``SIDES``, or of ``COLD_SIDES`` if ``cold``, in its own process.
 
     Returns:
-        The measurements of each side, one per repeat; see ``run_and_measure``.
+        The results of ``run_and_measure`` by side, one per repeat.
     """
-    baseline, *others = COLD_SIDES if cold else SIDES
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
+    sides = COLD_SIDES if cold else SIDES
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(repeats):
         with tempfile.TemporaryDirectory() as temporary:
             scratch = Path(temporary)
-            baseline_last = number % 2 == 1
-            for side in (*others, baseline) if baseline_last else (baseline, *others):
+            baseline_last = (*sides[1:], sides[0])
+            for side in sides if number % 2 == 0 else baseline_last:
                 if cold:
                     flush(folder, drop_cache=True)
                     flush(scratch, drop_cache=True)
@@ -176,7 +162,7 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                 runs[side].append(measurement)
                 os.sync()  # unwritten data of one side must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-                if cold and side == "to-hf":  # makes space for the baseline's copy, if it runs last
+                if cold and side == "to-hf":  # makes space for the baseline's copy
                     shutil.rmtree(scratch / "model.nemo")
             if cold:
                 require_same_weights(folder, scratch / "back")
@@ -186,10 +172,8 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
 def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
     """Writes a random Llama in bfloat16.
 
-    Args:
-        folder: Folder to write.
-        like: Folder of a Llama with the tokenizer, and with the settings that ``shape`` lacks.
-        shape: Fields of the model's config.
+    The tokenizer and the config are those of the Llama in ``like``, except for the fields ``shape``
+    of the config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -208,11 +192,7 @@ def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]
 
 
 def require_same_weights(folder: Path, back: Path) -> None:
-    """Checks that the bfloat16 weights in ``back`` are those of ``folder``.
-
-    Raises:
-        RecipeError: Names of weights differ, or any bit of a weight.
-    """
+    """Raises ``RecipeError`` if names or bits of the bfloat16 weights in both folders differ."""
     import torch
 
     from nemo_convert.hf import Weights
@@ -221,18 +201,16 @@ def require_same_weights(folder: Path, back: Path) -> None:
     if original.names() != converted.names():
         raise RecipeError(f"the names of the weights in {back} and {folder} differ", fix="")
     for name in original.names():
-        # As integers, bits are compared: 0 and -0 differ, and a NaN equals itself.
+        # Comparing integers compares bits: 0 and -0 differ, and a NaN equals itself.
         bits, converted_bits = (w.read(name).view(torch.int16) for w in (original, converted))
         if not torch.equal(bits, converted_bits):
             raise RecipeError(f"{name} differs after a conversion to NeMo and back", fix="")
 
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
-    """Formats each side's lowest measurements.
+    """Returns a table of each side's lowest measurements in the result of ``run_sides``.
 
-    Args:
-        runs: Measurements of each side; see ``run_sides``. The first side is the baseline.
-        size: Size of the model's weight files in bytes, for the column ``x size``.
+    ``size`` is the model's weight files in bytes, for the column ``x size``.
     """
     lowest = {
         side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
@@ -253,7 +231,7 @@ def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
 
 
 def main() -> None:
-    """Measures all sides and prints the table."""
+    """Reads the command line, measures all sides and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--repeats", type=int, default=3)

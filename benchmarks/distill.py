@@ -4,8 +4,7 @@
 length, on the CPU. Each method runs in its own process, with the environment variables of
 ``conf/cluster/local.yaml``. Methods take turns, A B C A B C, so that a change of the machine's
 speed affects all equally. A step's time is measured from the end of the previous step to its own
-end. Warm-up steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for
-NeMo.
+end. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
 
 The baselines (the loops and ModelOpt) train on the same sequences. NeMo's methods share another set
 of sequences. So losses of the first step are compared only within each of these two groups.
@@ -41,7 +40,7 @@ from recipes.core.versions import installed_versions
 from recipes.planning.results import PlanResult
 
 WARM_UP_STEPS = 2
-"""Steps at the start of a run whose speed does not count."""
+"""Number of steps at the start of a run whose speed does not count."""
 BASELINES = ("loop-fp32", "loop-bf16", "modelopt-bf16")
 LOSS_TOLERANCE = 0.02
 """Largest relative difference of first losses that rounding to bfloat16 may cause."""
@@ -50,7 +49,7 @@ console = screen()
 
 @dataclass
 class TrainingRun:
-    """One training run of a method."""
+    """Measurements of a training run."""
 
     ends: list[float] = field(default_factory=list)
     """Time when each step ended, in seconds since the epoch."""
@@ -62,7 +61,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Shape:
-    """Optimizer steps, sequences per step, and tokens per sequence."""
+    """Size of a training run: steps, sequences per step, and tokens per sequence."""
 
     steps: int
     micro_batch: int
@@ -74,9 +73,9 @@ class DistillMethod:
     """A method to distil.
 
     Attributes:
-        reference: Method whose first loss this method must reproduce, because it has the same
-            batches; ``None``: the first loss is not checked. With a cached teacher it cannot be
-            checked, because the cache has only the teacher's largest probabilities.
+        reference: Method on the same batches whose first loss this method must reproduce, if any.
+            Methods with a cached teacher have none, because the cache has only the largest
+            probabilities.
         stages: Stages of the launcher; empty for a baseline.
         overrides: Further overrides of the launcher.
     """
@@ -105,8 +104,8 @@ METHODS = {
 repository's patches of Megatron (``cpu_speed_patches``). ``cached``: with a cached teacher.
 ``compiled``: with ``stages.distill.compile``. ``loop`` and ``modelopt`` are ``BASELINES``."""
 for patch in SPEED_PATCH_NAMES:  # adds nemo-cached-compiled with all patches but this one
-    others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
-    overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
+    other_patches = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
+    overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{other_patches}]")
     METHODS[f"without-{patch}"] = DistillMethod(None, CACHED_STAGES, overrides)
 # Methods that run without --only.
 DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatron-"))]
@@ -121,7 +120,6 @@ class Result:
     slowest: float
     """Speed of the slowest step."""
     fastest: float
-    """Speed of the fastest step."""
     peak_rss_bytes: int
     planned_tokens_per_second: float | None
     ratios: dict[str, float]
@@ -129,7 +127,6 @@ class Result:
     first_loss: float
     """Loss of the first step in the last round."""
     last_loss: float
-    """Loss of the last step in the last round."""
 
 
 def run_method(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
@@ -142,13 +139,13 @@ def run_method(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     if method.stages:
         with tempfile.TemporaryDirectory(dir=run_dir.parent) as scratch:
             return _run_stages(method, shape, run_dir, Path(scratch))
-    record: TrainingRun = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
-    return record
+    run: TrainingRun = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
+    return run
 
 
 def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> TrainingRun:
-    """Runs the launcher in ``scratch``, on the model and text of ``run_dir``."""
-    _, teacher_stage, *_ = method.stages  # the stage after plan reads the teacher
+    """Runs the launcher in ``scratch``, on the models and the text of ``run_dir``."""
+    teacher_stage = method.stages[1]  # the stage after plan reads the teacher
     settings = {
         "distill.inputs.student": run_dir / "prune",
         "distill.inputs.data": run_dir / "prepare_data",
@@ -179,25 +176,22 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     )
 
 
-def speeds(record: TrainingRun, shape: Shape) -> list[float]:
+def speeds(run: TrainingRun, shape: Shape) -> list[float]:
     """Returns the tokens/s of the steps after warm-up, or of the last step if there are only two.
 
     Step 1 has no start time, because only the ends of steps are recorded.
     """
     tokens = shape.micro_batch * shape.seq_length
-    last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1  # an index of ``ends``
-    ends = record.ends[last_warm_up:]  # the first counted step starts when the last warm-up ends
+    warm_up_steps = min(WARM_UP_STEPS, shape.steps - 1)
+    ends = run.ends[warm_up_steps - 1 :]  # the first is when the last warm-up step ended
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
 
 def summarise(records: Mapping[str, Sequence[TrainingRun]], shape: Shape) -> dict[str, Result]:
-    """Summarises all rounds of each method; ``records`` has one run per round."""
+    """Summarises the runs of each method, one per round."""
     # The speed of every counted step, by method and round.
     rounds = {name: [speeds(run, shape) for run in runs] for name, runs in records.items()}
-    medians = {
-        name: median(median(steps) for steps in method_rounds)
-        for name, method_rounds in rounds.items()
-    }
+    medians = {name: median(median(s) for s in by_round) for name, by_round in rounds.items()}
     return {
         name: Result(
             tokens_per_second=medians[name],
@@ -245,16 +239,10 @@ def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
 
 
 def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out: Path) -> None:
-    """Runs all rounds, prints the table, and writes the results.
+    """Runs the methods ``names`` in all rounds, prints a table, and writes the results as JSON.
 
-    A method that fails does not run in later rounds, and has no results.
-
-    Args:
-        names: Methods to measure.
-        shape: Size of a method's training run.
-        rounds: Number of training runs of each method.
-        run_dir: Run of the launcher with the teacher, the student and the text.
-        out: JSON file to write.
+    A method that fails does not run in later rounds, and has no results. ``run_dir`` is the run of
+    the launcher with the teacher, the student and the text.
 
     Raises:
         RecipeError: A stage of ``run_dir`` is not complete, or methods have different losses on the
@@ -292,7 +280,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
 
 
 def main() -> None:
-    """Measures the methods that the command line names."""
+    """Reads the command line, and measures the methods."""
     parser = argparse.ArgumentParser(description="Compares the speed of methods to distil.")
     parser.add_argument(
         "--run-dir",
@@ -314,8 +302,7 @@ def main() -> None:
                 f"invalid --only {name}: there is no such method.{did_you_mean(name, METHODS)}",
                 f"use some of: {', '.join(METHODS)}",
             )
-    # The first step has no speed; see ``speeds``.
-    if min(args.steps - 1, args.rounds, args.micro_batch, args.seq_length) < 1:
+    if args.steps < 2 or min(args.rounds, args.micro_batch, args.seq_length) < 1:
         raise RecipeError(
             "there is nothing to measure: --steps, --rounds, --micro-batch or --seq-length is too "
             "small",

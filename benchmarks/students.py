@@ -5,8 +5,8 @@
         --variant "forward_kl data=eight_kinds stages.distill.lm_weight=0" \
         --variant "chat data=chat 'data.sources=[teacher://chat#tokens=60000]'"
 
-A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
-run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
+A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in
+the run directory ``OUT/NAME-SEED``. All variants start from the same student and have the same
 schedule. The same command resumes an interrupted benchmark.
 
 A variant that overrides ``data`` prepares its own training text. Other variants train on the text
@@ -42,7 +42,7 @@ from recipes.evaluation.results import EvaluationResult, TextQuality
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of training: a name and overrides for the launcher."""
+    """A variant of training."""
 
     name: str
     overrides: list[str]
@@ -60,7 +60,7 @@ class StudentResult:
     variant: str
     seed: int
     tokens: int
-    """Tokens that the student was trained on."""
+    """Number of training tokens."""
     seconds: float
     """Time of the training steps."""
     validation_loss: float | None
@@ -88,15 +88,10 @@ def parse_variant(text: str) -> Variant:
 def train(
     variant: Variant, seed: int, steps: int, base: Path, student: Path, out: Path
 ) -> StudentResult:
-    """Trains and evaluates a student. The launcher skips stages that are already complete.
+    """Trains and evaluates a student in the run directory ``out``. Skips complete stages.
 
-    Args:
-        variant: Losses or data to train with.
-        seed: Seed of the training.
-        steps: Optimizer steps.
-        base: Run with the teacher, the pruned model and the text.
-        student: Directory of the stage that made the student to start from.
-        out: Run directory to write.
+    ``base`` is the run directory with the teacher, the pruned model and the text. ``student`` is
+    the directory of the stage that made the student to start from.
     """
     teacher, data = base / "import_hf", base / "prepare_data"
     settings: dict[str, object] = {
@@ -138,10 +133,6 @@ def require_weights(variant: Variant, data: Path) -> None:
     Weights in ``data.sources`` of the run that prepared the text do not apply to other runs.
     Without weights, longer sources would count more, without a message.
 
-    Args:
-        variant: A variant that does not prepare its own text.
-        data: Directory of the stage ``prepare_data`` that prepared the text.
-
     Raises:
         RecipeError: The text has several sources, and the variant sets no weights.
     """
@@ -157,14 +148,11 @@ def require_weights(variant: Variant, data: Path) -> None:
 
 
 def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
-    """Returns a model's quality by source of the text; if there is only one, it is named "text".
+    """Returns a model's quality by source of the text; a single source is named "text".
 
-    Args:
-        result: The evaluation.
-        role: The model: ``teacher``, ``pruned`` or ``distilled``.
+    ``role`` is the model: ``teacher``, ``pruned`` or ``distilled``.
     """
-    sources = result.sources.items()
-    qualities: dict[str, TextQuality] = {name: getattr(source, role) for name, source in sources}
+    qualities = {name: getattr(source, role) for name, source in result.sources.items()}
     return qualities or {"text": result.models()[role]}
 
 
@@ -172,10 +160,9 @@ def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
     """Returns a model's cells in the table: perplexity overall and by source, and KL.
 
     The overall perplexity is the geometric mean over sources. The KL is the mean over sources.
-    ``results`` has one result per seed. A cell shows the mean and the standard deviation over
-    seeds.
+    ``results`` has one result per seed.
     """
-    seeds = [by_source(result, role) for result in results]  # one dictionary per seed
+    seeds = [by_source(result, role) for result in results]
     losses = [fmean([quality.loss for quality in seed.values()]) for seed in seeds]
     kls = [fmean([quality.kl_to_teacher for quality in seed.values()]) for seed in seeds]
     return [
@@ -201,7 +188,7 @@ def draw(results: Sequence[StudentResult]) -> Table:
     for role in ("teacher", "pruned"):  # the same models in all results
         table.add_row(role, "", "", "", *cells([first], role), "")
     for name in dict.fromkeys(result.variant for result in results):
-        runs = [result for result in results if result.variant == name]  # one for each seed
+        runs = [result for result in results if result.variant == name]  # one per seed
         losses = [run.validation_loss for run in runs if run.validation_loss is not None]
         evaluations = [run.evaluation for run in runs]
         recovered = [e.recovered for e in evaluations if e.recovered is not None]
@@ -217,7 +204,7 @@ def draw(results: Sequence[StudentResult]) -> Table:
 
 
 def main() -> None:
-    """Trains all variants, prints the table, and writes ``students.json``."""
+    """Reads the command line, trains all variants, prints the table, writes ``students.json``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
     parser.add_argument("--variant", action="append", required=True, help="NAME OVERRIDE ...")
     parser.add_argument("--run-dir", type=Path, help=f"run of {RECIPE}, complete up to prune")

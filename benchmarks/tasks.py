@@ -58,7 +58,7 @@ class Settings:
     pack_tokens: int = 512
     """Tokens per forward pass of ``PackedLM``."""
     repeats: int = 1
-    """How often each task is answered; the fastest repeat counts."""
+    """How often each task is answered."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Answers:
 
 def _log_likelihoods(item: Item) -> np.ndarray:
     """Returns the log-likelihood of every continuation that the item offers, in nats."""
-    # One row per continuation: its log-likelihood, and whether it is the greedy continuation.
-    pairs: np.ndarray = np.array(item.response, dtype=float).reshape(-1, 2)
-    return pairs[:, 0]
+    # A response has two values per continuation: its log-likelihood, and whether it is greedy.
+    values: np.ndarray = np.array(item.response, dtype=float).reshape(-1, 2)
+    return values[:, 0]
 
 
 def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
-    """Answers every task in this process; returns the answers by task."""
+    """Returns a side's answers by task. Runs in this process."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
@@ -113,8 +113,8 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     )
     answers = {}
     for task in harness_tasks.load_tasks(settings.tasks, "pypi", SHOTS):
-        subtasks = dict(islice(task.subtasks.items(), settings.parts))
-        shortened = replace(task, subtasks=subtasks)
+        first_subtasks = dict(islice(task.subtasks.items(), settings.parts))
+        shortened = replace(task, subtasks=first_subtasks)
         seconds = []
         for _ in range(settings.repeats):
             start = time.process_time()
@@ -125,11 +125,7 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
-    """Runs each side whose precision this processor supports, in its own process.
-
-    Returns:
-        The answers by side and task.
-    """
+    """Returns the answers by side and task, for the precisions that this processor supports."""
     precisions = ("32", cpu_profile("precision"))  # the latter is "32" without bfloat16 GEMMs
     sides = [side for side, (_, precision) in SIDES.items() if precision in precisions]
     return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
@@ -137,21 +133,19 @@ def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
     """Makes a table with a row for each task and side, then each side's time over all tasks."""
-    table = Table(
-        "task", "items", "model", "CPU s", "times as fast", "score", "equal", "nats apart"
-    )
-    baseline = sides[BASELINE]
-    for task, baseline_answers in baseline.items():
+    columns = "task", "items", "model", "CPU s", "times as fast", "score", "equal", "nats apart"
+    table = Table(*columns)
+    for task, baseline_answers in sides[BASELINE].items():
         for side, by_task in sides.items():
             answers = by_task[task]
             table.add_row(
                 task,
-                f"{len(answers.items)}",
+                str(len(answers.items)),
                 side,
                 f"{min(answers.seconds):.2f}",
                 f"{min(baseline_answers.seconds) / min(answers.seconds):.2f}",
                 f"{mean(answers.scores):.4f}",
-                f"{answers.count_equal(baseline_answers)}",
+                str(answers.count_equal(baseline_answers)),
                 f"{answers.largest_difference(baseline_answers):.4f}",
             )
     totals = {
@@ -164,7 +158,7 @@ def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
 
 
 def main() -> None:
-    """Measures all sides and prints the table."""
+    """Reads the command line, measures all sides and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))

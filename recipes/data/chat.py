@@ -112,9 +112,7 @@ class ChatTokenizer:
     def _truncate(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
         """Truncates a conversation that is too long for a sequence after its last answer that fits.
 
-        Args:
-            ids: int32 [n], including ``end``.
-            loss_mask: bool [n].
+        ``ids`` is int32 [n], including ``end``, and ``loss_mask`` bool [n].
         """
         if len(ids) <= self.seq_length:
             return Encoded(ids, loss_mask)

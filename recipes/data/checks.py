@@ -65,11 +65,8 @@ def first_records_problem(
     Checks the file type of conversations and, if the file is on this machine, its first records.
     For a source that the teacher writes, checks the file with prompts.
 
-    Args:
-        source: A source with its options.
-        text_field: Field with the text of a mapping; see ``read_source``.
-        chat: Whether the records must be conversations.
-        strict: Whether all conversations must be usable; otherwise, at least one.
+    ``text_field`` and ``chat`` are those of ``read_source``. If ``strict``, all conversations must
+    be usable; otherwise, at least one.
     """
     parsed = parse_source(source)
     if parsed.prompts:
@@ -117,12 +114,8 @@ def prefix_problems(
 ) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with ``data.prefix``, each with a fix.
 
-    Checks the sizes of the files. Compares their first tokens and documents with the tokenizer.
-
-    Args:
-        cfg: The settings.
-        vocabulary: Ids of the tokenizer's tokens; empty if the tokenizer is not known.
-        eos_token: The tokenizer's ``eos_token``.
+    Checks the sizes of the files. Compares their first tokens and documents with ``vocabulary``,
+    the ids of the tokenizer's tokens, unless it is empty.
     """
     if not cfg.prefix:
         return

@@ -314,11 +314,9 @@ class _HubReader:
 
 
 def digest(text: str, *, chat: bool = False) -> bytes:
-    """Returns 16 bytes that identify a document.
+    """Returns 16 bytes that identify a document by its text.
 
-    Args:
-        text: The document's text.
-        chat: Whether the text is the JSON of messages. Then only roles and contents count.
+    With ``chat``, the text is the JSON of messages, and only roles and contents count.
     """
     if chat:
         messages = [{key: m[key] for key in ("role", "content")} for m in json.loads(text)]
@@ -352,12 +350,10 @@ def split_number(document: Document, document_digest: bytes) -> float:
 
 
 def split_of(number: float, fractions: Mapping[str, float]) -> str:
-    """Returns the split of a document.
+    """Returns the split of the document with a ``split_number``.
 
-    Args:
-        number: The document's ``split_number``.
-        fractions: Fraction of each split except ``train``. They take consecutive ranges of numbers
-            from 0, and ``train`` takes the remainder.
+    The splits of ``fractions`` take consecutive ranges of numbers from 0, and ``train`` takes the
+    remainder.
     """
     for split, fraction in fractions.items():
         if number < fraction:

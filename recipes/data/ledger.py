@@ -17,11 +17,9 @@ DIGEST_BYTES = 16
 class Ledger:
     """Stores the digests of all documents and, in the same transaction, the ``PreparationState``.
 
-    The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
-
-    Args:
-        path: SQLite file. The lock of the run directory protects it. SQLite does not lock it,
-            because some file systems have no locks.
+    The digests are on disk, because a Python set of 10^8 digests takes gigabytes. The lock of the
+    run directory protects the SQLite file. SQLite does not lock it, because some file systems have
+    no locks.
 
     Raises:
         RecipeError: The file is damaged.

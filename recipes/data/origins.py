@@ -17,10 +17,8 @@ from recipes.data.sources import parse_source, with_option
 def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
     """Returns the origin of each source.
 
-    Args:
-        sources: Sources, spelled as in the settings.
-        file: JSON file. If it exists, origins are read from it, so a resumed process has the same
-            commits. Otherwise, they are written to it.
+    Reads the origins from the JSON file if it exists, so a resumed process has the same commits.
+    Otherwise, writes them to it.
     """
     if file.exists():
         return {source: Origin(**origin) for source, origin in read_json(file).items()}
@@ -47,10 +45,7 @@ def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | 
     """Returns each source's licence from its options, or from its card on the hub; or ``None``.
 
     Sends no more requests after an error, so a plan waits for an unreachable hub only once.
-
-    Args:
-        entries: Sources.
-        seconds: Timeout of each request.
+    ``seconds`` is the timeout of each request.
     """
     licences = {entry: parse_source(entry).licence for entry in entries}
     without_option = [entry for entry, licence in licences.items() if licence is None]
@@ -63,9 +58,7 @@ def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | 
 def origin_of(entry: str, timeout: float | None = None) -> Origin:
     """Returns a source's licence and, for a hub dataset, the commit.
 
-    Args:
-        entry: The source.
-        timeout: Timeout of the request in seconds; that of ``huggingface_hub`` by default.
+    The default ``timeout``, in seconds, is that of ``huggingface_hub``.
 
     Raises:
         RecipeError: The hub does not have the dataset, or cannot be reached.

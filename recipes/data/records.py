@@ -248,7 +248,7 @@ def messages_of(record: object) -> list[dict[str, Any]]:
 
 def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replaces senders by roles, and joins consecutive messages of a sender by line breaks."""
-    allowed_types = (("sender", str | int, "str or int"), ("text", str, "str"))
+    allowed_types = (("sender", (str, int), "str or int"), ("text", (str,), "str"))
     for number, message in enumerate(messages, 1):
         for key, allowed, names in allowed_types:
             if not isinstance(message[key], allowed):

@@ -74,11 +74,8 @@ class DatasetResult:
     def with_sequences(self, numbers: Iterable[int], seq_length: int) -> DatasetResult:
         """Returns a copy whose tokens in the training split are those of some sequences.
 
-        All tokens of a sequence count for the source of its first token.
-
-        Args:
-            numbers: Numbers of the sequences, from 0.
-            seq_length: Tokens per sequence.
+        ``numbers`` are the indices of the sequences. All tokens of a sequence count for the source
+        of its first token.
         """
         train = self.source_tokens["train"]
         # The position in the split at which each source ends.
@@ -92,11 +89,9 @@ class DatasetResult:
         return replace(self, source_tokens=self.source_tokens | {"train": counted})
 
     def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
-        """Returns how much of each source a training run uses.
+        """Returns how much of each source a run uses that trains on ``tokens`` tokens.
 
-        Args:
-            tokens: Number of tokens that the run trains on, from all sources.
-            weights: Weights by source; if empty, a source's weight is its number of tokens.
+        If there are no weights by source, a source's weight is its number of tokens.
         """
         available = {entry.source: entry.tokens for entry in self.source_tokens["train"]}
         weights = weights or available

@@ -67,12 +67,9 @@ class SplitWriter:
     def add(
         self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
-        """Appends one document.
+        """Appends one document with the token ids [n].
 
-        Args:
-            split: Name of the split.
-            ids: Token ids [n].
-            loss_mask: bool [n]: which tokens are targets of the loss; by default all but the first.
+        The loss mask, bool [n], is ``Encoded.loss_mask``.
         """
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask

@@ -142,10 +142,8 @@ def _problem(
 def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, int], None]) -> None:
     """Checks the whole index and all tokens.
 
-    Args:
-        files: The files.
-        vocabulary: The tokenizer's largest id plus 1.
-        progress: Called with the number of checked tokens and the number of all tokens.
+    ``vocabulary`` is the tokenizer's largest id plus 1. ``progress`` is called with the number of
+    checked tokens and the number of all tokens.
 
     Raises:
         RecipeError: The index is inconsistent, or a token is not in the vocabulary.
@@ -171,11 +169,7 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
 
 
 def require_first_tokens(prefix: Path, vocabulary: int) -> None:
-    """Checks that the first ``FIRST_TOKENS`` tokens are in the vocabulary.
-
-    Args:
-        prefix: Path of both files without the suffix.
-        vocabulary: The tokenizer's largest id plus 1.
+    """Checks that the first ``FIRST_TOKENS`` tokens are less than ``vocabulary``.
 
     Raises:
         RecipeError: A token is not in the vocabulary, or ``require_token_files`` raises an error.
@@ -203,10 +197,7 @@ def _damaged_index(prefix: Path) -> RecipeError:
 def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) -> bool:
     """Returns whether the first ``CHECKED_ENDS`` documents all end with the token ``end``.
 
-    Args:
-        prefix: Path of both files without the suffix.
-        end: Token that should separate documents.
-        name_of: Returns the text of a token, for the error message.
+    ``name_of`` returns the text of a token, for the error message.
 
     Raises:
         RecipeError: At least two documents were checked, and all end with the same other token. Or
@@ -228,7 +219,7 @@ def _last_tokens(prefix: Path) -> list[int]:
     code, sequences, boundaries, total = require_token_files(prefix)
     index, data = paths_of(prefix).values()
     itemsize = struct.calcsize(DTYPES[code])
-    last_tokens = {}  # by the byte at which the document stops
+    last_tokens: dict[int, int] = {}  # by the byte at which the document stops
     with index.open("rb") as index_file, data.open("rb") as data_file:
 
         def read_pointers(position: int, count: int) -> array[int]:
@@ -293,15 +284,9 @@ def _document_at(files: TokenFiles, position: float) -> int:
 
 
 def write_split(files: TokenFiles, documents: range, target: Path) -> int:
-    """Writes an index of a range of documents, and a link to ``.bin``.
+    """Writes the files of a split: the index of a range of documents, and a link to ``.bin``.
 
-    Args:
-        files: The files of all splits.
-        documents: Range of documents in the split.
-        target: Path of the split's files without the suffix.
-
-    Returns:
-        The number of tokens in the split.
+    ``target`` is the path of the split's files without the suffix. Returns the number of tokens.
     """
     # Range of sequences. Their pointers do not change, because ``.bin`` is the whole file.
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))

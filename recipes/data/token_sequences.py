@@ -114,10 +114,8 @@ def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -
 
     Checks nothing with the input ``held_out``, because models are then evaluated on its text.
 
-    Args:
-        cfg: Settings of the text.
-        tokens: Number of tokens by source, in the order of the split ``heldout``. The held-out
-            sources come first, so the tokens of later sources may be missing.
+    ``tokens`` has the number of tokens by source, in the order of the split ``heldout``. The
+    held-out sources come first, so later sources may be missing.
 
     Raises:
         RecipeError: A held-out source has no whole sequence.
@@ -142,12 +140,7 @@ def _shorter_sequences(seq_length: int) -> str:
 def warn_of_short_sources(
     cfg: PrepareDataConfig, source_tokens: Mapping[str, Sequence[SourceTokens]]
 ) -> None:
-    """Prints a warning for each split in which a source has no whole sequence.
-
-    Args:
-        cfg: Settings of the text.
-        source_tokens: ``DatasetResult.source_tokens``.
-    """
+    """Prints a warning for each split in which a source has no whole sequence."""
     for split, entries in source_tokens.items():
         # Sources without text in the split have no entry, for example if it repeats other text.
         expected = _heldout_names(cfg) if split == "heldout" else cfg.training_names()
@@ -175,13 +168,7 @@ def _without_sequence(
 def read_sequences(
     data: Input, split: str, seq_length: int, count: int | None = None
 ) -> TextSequences:
-    """Reads the sequences of a split that ``sequences_by_source`` returns.
-
-    Args:
-        data: Output of ``prepare_data``.
-        split: Name of the split.
-        seq_length: Tokens per sequence.
-        count: Number of sequences, as in ``sequences_by_source``; ``None`` reads all.
+    """Reads the sequences of a split of ``prepare_data`` that ``sequences_by_source`` returns.
 
     Raises:
         RecipeError: No source has a whole sequence, or the text has conversations packed for
@@ -304,16 +291,9 @@ def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np
 def weighted_sequences(
     weights: Mapping[str, float], sources: Sequence[SourceTokens], seq_length: int, total: int
 ) -> list[np.ndarray]:
-    """Returns the indices of the training sequences of each source of ``weights``.
+    """Returns the indices of the training sequences of each source of ``weights``, int64 [n].
 
-    Args:
-        weights: Weights by source.
-        sources: All sources of the split, in the order of the text.
-        seq_length: Tokens per sequence.
-        total: The split's ``count_sequences``.
-
-    Returns:
-        One array int64 [n] per source, in the order of ``weights``.
+    ``sources`` are all sources of the split, and ``total`` is its ``count_sequences``.
 
     Raises:
         RecipeError: A source has no whole sequence with a next token.

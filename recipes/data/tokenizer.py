@@ -219,9 +219,7 @@ def _encode_in_worker(texts: list[str]) -> list[Encoded]:
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
     """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
-    Args:
-        folder: The folder.
-        document_end: Token after every document; ``None``: that of ``default_document_end``.
+    The default ``document_end`` is that of ``default_document_end``.
 
     Raises:
         RecipeError: The vocabulary does not have the token, or there is no ``tokenizer.json``.

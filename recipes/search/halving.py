@@ -28,12 +28,8 @@ POLL_SECONDS = 0.5
 class HalvingRun:
     """Prunes candidates in ``CANDIDATE/prune``, and trains them in ``CANDIDATE/round-0`` and so on.
 
-    Args:
-        cfg: The stage's config.
-        inputs: The stage's inputs.
-        directory: Parent of the candidates' directories. It is kept until the stage is complete, so
-            that a killed search can resume.
-        layer_importance: The setting ``layer_importance`` of ``prune``.
+    These are folders of ``directory``, which is kept until the stage is complete, so that a killed
+    search can resume. ``layer_importance`` is the setting of ``prune``.
     """
 
     def __init__(
@@ -45,9 +41,9 @@ class HalvingRun:
     def train(
         self, candidates: Sequence[Candidate], round_number: int, training: DistillConfig
     ) -> None:
-        """Trains every candidate for one round; the candidates are distributed over the ranks.
+        """Trains every candidate for one round, each on one rank. Skips completed trainings.
 
-        Returns after all ranks have trained their candidates. Skips completed trainings.
+        Returns after all ranks have trained their candidates.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
@@ -102,15 +98,13 @@ class HalvingRun:
                 find_checkpoint_in_time(self._round_dir(candidate, round_number) / ARTIFACT)
                 for candidate in candidates
             )
-            qualities = measure_checkpoints(
-                teacher, students, text, self._cfg.precision, batch_size
-            )
+            precision = self._cfg.precision
+            qualities = measure_checkpoints(teacher, students, text, precision, batch_size)
             write_text_atomically(results, json.dumps([asdict(quality) for quality in qualities]))
             release_cached_memory()  # the next round's training is another process on this GPU
         _wait_until(results.exists)
-        return [
-            TokenQuality(**quality) for quality in json.loads(results.read_text(encoding="utf-8"))
-        ]
+        qualities_json = json.loads(results.read_text(encoding="utf-8"))
+        return [TokenQuality(**quality) for quality in qualities_json]
 
 
 def _wait_until(is_finished: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""Builds engines to time, and fits the latency of a decoding step by shape to their times."""
+"""Builds engines to time, and fits a latency model to their times."""
 
 from __future__ import annotations
 
@@ -23,14 +23,10 @@ def build_random_engine(
     shape: Architecture,
     scratch: Path,
 ) -> TimedModel:
-    """Builds an engine with random weights.
+    """Builds an engine of ``shape`` with random weights, in a folder of ``scratch``.
 
-    Args:
-        cfg: The stage's config.
-        side_files: Folder of the teacher's tokenizer, generation config and similar files.
-        config: Hugging Face config of ``shape``.
-        shape: Shape of the engine.
-        scratch: Folder for the model and the engine.
+    ``side_files`` is the folder of the teacher's tokenizer, generation config and similar files.
+    ``config`` is the Hugging Face config of ``shape``.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,10 +54,7 @@ def build_random_engine(
 
 
 def step_ms(row: BenchmarkRow) -> float:
-    """Returns the milliseconds of a decoding step, in which each sequence gets one token.
-
-    Computes them from the median rate of the batch.
-    """
+    """Returns the milliseconds of a decoding step, in which each sequence gets one token."""
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
@@ -70,21 +63,19 @@ def fit_latency(
 ) -> LatencyFit:
     """Fits a latency model by least squares of relative errors, with coefficients of at least 0.
 
-    ``LatencyFit`` documents the coefficients.
-
     Args:
         shapes: Timed shapes of at least two sizes.
         step_times: Milliseconds of a decoding step of each shape.
         service: Precision, batch size and context length of the timed steps.
 
     Raises:
-        RecipeError: Smaller shapes were not faster, so only the fixed time is not 0.
+        RecipeError: Smaller shapes were not faster.
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    # Each shape has an equation: step_ms + layer_ms * layers + gigabyte_ms * gigabytes = time.
-    # The equation is divided by its time. Its right side is then 1, and errors are relative.
+    # The equation of a shape is step_ms + layer_ms * layers + gigabyte_ms * gigabytes = time.
+    # Divided by the time, its right side is 1, and errors are relative.
     rows = [
         [1 / time, shape.num_layers / time, gigabytes_per_step(shape, service) / time]
         for shape, time in zip(shapes, step_times, strict=True)
@@ -92,9 +83,9 @@ def fit_latency(
     coefficients, _ = nnls(np.array(rows), np.ones(len(rows)))
     latency = LatencyFit(*coefficients.tolist())
     if not latency.layer_ms and not latency.gigabyte_ms:
+        times = ", ".join(f"{time:.3g}" for time in step_times)
         raise RecipeError(
-            "smaller engines were not faster: "
-            f"{', '.join(f'{time:.3g}' for time in step_times)} ms a step.",
+            f"smaller engines were not faster: {times} ms a step.",
             "measure on a quiet machine, with more repetitions or a larger batch_size",
         )
     return latency

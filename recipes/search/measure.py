@@ -1,8 +1,4 @@
-"""Measures the quality of candidate shapes.
-
-The teacher's weights are sorted by importance. A candidate's weights are slices of the sorted
-weights, which need no copy.
-"""
+"""Measures the quality of candidate shapes."""
 
 from __future__ import annotations
 
@@ -51,18 +47,17 @@ def measure_shapes(
     """
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = importance_of(inputs)
-    text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
-    calibration = read_sequences(
-        inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples
-    )
+    data, seq_length = inputs["data"], cfg.seq_length
+    text = read_sequences(data, "validation", seq_length, cfg.num_samples)
+    calibration = read_sequences(data, "calibration", seq_length, cfg.num_calibration_samples)
     batches = calibration.tokens.split(cfg.micro_batch_size)
     teacher_states, candidates = _measure_pruned(cfg, teacher, importance, shapes, text, log)
     best = sorted(candidates, key=lambda candidate: candidate.proxy)[: cfg.num_healed]
     for number, candidate in enumerate(best):
         shape = candidate.shape
 
-        # ``done`` and ``total`` count the layers reconstructed for this shape. The log counts them
-        # over all shapes. The default value binds the loop's variable at once.
+        # ``done`` and ``total`` count the layers of this shape; the log counts those of all shapes.
+        # The default value binds the loop's variable at once.
         def progress(done: int, total: int, shapes_done: int = number) -> None:
             log.progress("heal", shapes_done * total + done, len(best) * total)
 
@@ -84,7 +79,7 @@ def _measure_pruned(
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and every pruned shape as a candidate."""
     teacher_shape = nemo.architecture_of(teacher)
-    # All layers are selected before the first measurement: missing scores raise an error early.
+    # Before the first measurement, because missing scores are an error.
     kept_layers = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
     model = load_transformers(teacher, dtype_of(cfg.precision))
     sorted_model = SortedModel(model, teacher_shape, importance.widths)
@@ -120,7 +115,7 @@ def _heal(
 def _candidate(
     cfg: RankCandidatesConfig, shape: Architecture, quality: TokenQuality, healed: bool
 ) -> Candidate:
-    """Returns a shape with its quality as a candidate.
+    """Returns a shape with its quality.
 
     Raises:
         RecipeError: The metric ``cfg.proxy`` is NaN, which cannot be ranked.
@@ -143,15 +138,11 @@ def _candidate(
 
 
 class SortedModel:
-    """A transformers model that can take any smaller shape without copying its weights.
+    """A transformers model that can take any smaller shape.
 
-    The rows and columns of each weight are sorted by importance. So the pruned weight consists of
-    the first rows and columns.
-
-    Args:
-        model: The teacher; its weights and layers are replaced in place.
-        teacher_shape: The teacher's shape.
-        scores: ``Importance.widths`` of the teacher.
+    The rows and columns of each weight are sorted by importance. So a pruned weight is a slice, the
+    first rows and columns, which needs no copy. The weights and layers of ``model``, the teacher,
+    are replaced in place. ``scores`` are its ``Importance.widths``.
     """
 
     def __init__(
@@ -159,7 +150,7 @@ class SortedModel:
     ) -> None:
         self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
-        # Each weight's name, its parameter, which gets slices, and the whole sorted tensor.
+        # Each weight's name, its parameter, which gets slices, and the whole sorted weight.
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():
@@ -170,7 +161,7 @@ class SortedModel:
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
         """Gives the model a shape and only these layers, counted from 1, and returns its predictor.
 
-        Every call changes the same model, so only the predictor of the last call may be used.
+        Invalidates earlier predictors, because every call changes the same model.
         """
         for name, parameter, weight in self._weights:
             parameter.data = leading_submatrix(name, weight, shape, self._teacher_shape)

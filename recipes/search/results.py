@@ -1,4 +1,4 @@
-"""Results of a search: candidates, the chosen one, and latency by shape. Torch-free."""
+"""Results of a search: candidates and latency by shape. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Candidate:
     parameters: int
     shape: Architecture
     proxy: float
-    """Value of the metric that ranks candidates, before any training; lower is better."""
+    """The metric that ranks candidates (``PROXIES``), before any training; lower is better."""
     perplexity: float
     kl_to_teacher: float
     healed: bool = False
-    """Whether the pruned model was reconstructed by least squares before ``proxy`` was measured."""
+    """Whether the pruned weights were adjusted by least squares before ``proxy`` was measured."""
     tokens: int = 0
     """Number of training tokens before ``perplexity`` and ``kl_to_teacher`` were measured."""
     chosen: bool = False
     """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
-    """Whether no other candidate dominates this one in size and ``proxy`` (``pareto_front``). If
-    some candidates were reconstructed, only those can be on the front."""
+    """Whether no other candidate is better in size and ``proxy`` (``pareto_front``). If some
+    candidates were healed, only those can be on the front."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
 
 @dataclass(frozen=True)
 class TimedShape:
-    """Milliseconds of a decoding step of one shape."""
+    """Time of a decoding step of one shape."""
 
     name: str
     step_ms: float
@@ -75,7 +75,7 @@ class TimedShape:
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """The latency model and the timed engines; the first engine is the teacher's."""
+    """Result of ``measure_latency``."""
 
     measured: LatencyFit
     """The latency model."""
@@ -83,4 +83,4 @@ class LatencyResult:
     """CPU threads of each engine."""
     backend: str
     precision: str
-    shapes: list[TimedShape]
+    shapes: list[TimedShape]  # the first is the teacher

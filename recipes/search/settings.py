@@ -1,4 +1,4 @@
-"""Settings of the stages of a search. Torch-free."""
+"""Settings of the stages of a search. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from recipes.search.results import LatencyResult
 from recipes.search.space import Budget, Service, Space, enumerate_shapes
 
 PROXIES = ("kl_to_teacher", "perplexity")
+"""Metrics that can rank candidates."""
 SHAPES_FILE = "shapes.json"
 
 
@@ -37,7 +38,7 @@ class EnumerateShapesConfig(StageConfig):
     """How the student is served."""
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
-        """Returns the shapes that cannot grow within the budget, the largest first."""
+        """Returns the shapes that fit the budget and cannot grow, the largest first."""
         return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
 
     def with_measured_latency(self, inputs: Inputs) -> EnumerateShapesConfig:
@@ -57,11 +58,10 @@ class MeasureLatencyConfig(StageConfig):
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """The search's space. The latency model is fitted to the corners of the space: the teacher, and
-    shapes with one axis or all axes at the minimum. A shape in the middle is timed to check the
-    latency model."""
+    """The latency model is fitted to the corners of this space: the teacher, and shapes with one
+    axis or all axes at the minimum. A shape in the middle is timed to check the latency model."""
     service: Service = field(default_factory=Service)
-    """How the search's student is served. Timed steps have this batch size and context length."""
+    """How the student is served. Timed steps have this batch size and context length."""
     new_tokens: Annotated[int, integer(least=2)] = 32
     """Number of generated tokens; the time of a step is the mean over them."""
     repetitions: Count = 3
@@ -85,8 +85,8 @@ class RankCandidatesConfig(InferenceConfig):
     among the trained ones: ``kl_to_teacher`` or ``perplexity``; lower is better."""
     num_healed: CountOrZero = 8
     """Number of shapes, the best by ``proxy``, that are also healed: their weights are adjusted by
-    least squares. They rank before all other shapes, by their metrics after healing. These metrics
-    predict the order after training better than those of pruned shapes (docs/results.md)."""
+    least squares. They rank before all other shapes, by ``proxy`` after healing. It predicts the
+    order after training better than ``proxy`` of pruned shapes (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Calibration sequences for healing."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
@@ -116,7 +116,7 @@ class SuccessiveHalvingConfig(StageConfig):
     """Hardware profile of the recipe that the stage writes for the chosen candidate."""
 
     def round_sizes(self, candidates: int) -> list[int]:
-        """Returns the number of candidates in each round, from the number in the first round."""
+        """Returns the number of candidates in each round, starting with ``candidates``."""
         counts = []
         while candidates > 1:
             counts.append(candidates)
@@ -128,9 +128,7 @@ class SuccessiveHalvingConfig(StageConfig):
         return self.num_candidates + len(set(self.also))
 
     def steps(self, candidates: int, num_rounds: int) -> int:
-        """Returns a candidate's training steps in a round of ``candidates``.
-
-        The rounds share ``max_tokens`` equally. A round's candidates share the round's tokens.
-        """
+        """Returns a candidate's training steps in a round of ``candidates``."""
+        # All rounds have the same number of tokens, and so do the candidates of a round.
         tokens = self.max_tokens / num_rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -1,7 +1,4 @@
-"""Lists the shapes that a teacher can be pruned to within a budget. Does not import torch.
-
-A shape is listed only if it cannot grow: one more step on any axis would exceed the budget.
-"""
+"""Lists the shapes that a teacher can be pruned to within a budget. Does not import torch."""
 
 from __future__ import annotations
 
@@ -59,10 +56,7 @@ class Space:
 
 @dataclass
 class Budget:
-    """Limits of a shape's costs.
-
-    A limit of at most 1 is a fraction of the teacher's cost, except for ``tokens_per_second``.
-    """
+    """Limits of a shape's costs."""
 
     parameters: Positive | None = None
     """Number of parameters, with embeddings. In this and the next three settings, a value of at
@@ -123,7 +117,7 @@ class Service:
     budget limits speed. Otherwise the rates change only a table."""
 
     def with_speed(self) -> Service:
-        """Returns these settings with ``speed``, which the fingerprint contains."""
+        """Returns these settings with ``speed``."""
         rates = f"{self.flops_per_second:g} FLOP/s, {self.bytes_per_second:g} bytes/s"
         return replace(self, speed=f"{self.device}, {rates}")
 
@@ -146,8 +140,8 @@ def search_sizes(shape: Architecture) -> dict[str, int]:
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
     """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``.
 
-    ``prune`` requires that the hidden and feed-forward sizes are multiples of its divisors, which
-    are 64 or more by default. So the settings also contain divisors that fit these sizes.
+    ``prune`` requires that the hidden and feed-forward sizes are multiples of its divisors, by
+    default 64 or more. So the settings also contain divisors that fit these sizes.
     """
     # Only the names of the hidden and feed-forward sizes contain "hidden".
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
@@ -165,8 +159,7 @@ def weight_bytes(shape: Architecture, service: Service) -> int:
 
 def cache_bytes(shape: Architecture, service: Service) -> int:
     """Returns the bytes of the KV cache of ``batch_size`` requests at ``context_length``."""
-    tokens = service.batch_size * service.context_length
-    return kv_cache_bytes(shape, tokens, service.storage)
+    return kv_cache_bytes(shape, service.batch_size * service.context_length, service.storage)
 
 
 def memory_bytes(shape: Architecture, service: Service) -> int:
@@ -175,10 +168,7 @@ def memory_bytes(shape: Architecture, service: Service) -> int:
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Returns the milliseconds of a decoding step.
-
-    Uses the latency model ``service.measured``, or else the roofline of the device.
-    """
+    """Returns the milliseconds of a decoding step, from ``service.measured`` or the roofline."""
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
@@ -224,7 +214,10 @@ def absolute_limits(
 def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
-    """Lists the shapes that cannot grow within limits of ``SHAPE_COSTS``, the largest first."""
+    """Returns the shapes within limits of ``SHAPE_COSTS`` that cannot grow, the largest first.
+
+    A shape cannot grow if one more step on any axis would exceed a limit.
+    """
     limits = absolute_limits(teacher, budget, service)
     allowed_sizes = {axis: _allowed_sizes(teacher, space, axis) for axis in SEARCH_AXES}
 
@@ -244,10 +237,9 @@ def enumerate_shapes(
 
     shapes = []
     ffn_sizes = sorted(allowed_sizes["ffn_hidden_size"], reverse=True)
-    for layers, hidden, heads in product(
-        *(allowed_sizes[axis] for axis in SEARCH_AXES if "ffn" not in axis)
-    ):
-        base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
+    other_axes = ("num_layers", "hidden_size", "num_attention_heads")
+    for other_sizes in product(*(allowed_sizes[axis] for axis in other_axes)):
+        base = _resize(teacher, dict(zip(other_axes, other_sizes, strict=True)))
         # Feed-forward sizes are in descending order, and if one fits, all smaller ones fit. So
         # ``fits`` is false for the first sizes and then true. Bisection finds the first true.
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
@@ -287,18 +279,17 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 
 
 def _allowed_sizes(teacher: Architecture, space: Space, axis: str) -> list[int]:
-    """Returns the teacher's size and the allowed smaller sizes of an axis, in ascending order.
+    """Returns the allowed sizes of an axis, up to the teacher's, in ascending order.
 
-    Leaves out sizes that tensor parallelism cannot split. So even the teacher's may be missing.
+    Leaves out sizes that tensor parallelism cannot split; this may include the teacher's.
     """
     teacher_size: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"
     max_pruning = space.max_depth_pruning if is_depth else space.max_width_pruning
-    smallest = teacher_size * (1 - max_pruning)
-    smallest -= 1e-9  # tolerates rounding errors: 30 * (1 - 0.7) is slightly more than 9
+    rounding_error = 1e-9  # 30 * (1 - 0.7) is slightly more than 9
+    smallest = teacher_size * (1 - max_pruning) - rounding_error
     if axis == "num_attention_heads":
-        # A step is one head per query group. If heads are not pruned, only the teacher's number
-        # is allowed.
+        # A step is one head per query group; without pruned heads, there is no smaller size.
         step = teacher.num_query_groups if space.prune_heads else teacher_size
     else:
         divisor = getattr(space, f"{axis}_divisor")
@@ -309,8 +300,6 @@ def _allowed_sizes(teacher: Architecture, space: Space, axis: str) -> list[int]:
 
 
 def name_of(shape: Architecture) -> str:
-    """Returns a short name made of the sizes of ``SEARCH_AXES``."""
-    return (
-        f"l{shape.num_layers}-h{shape.hidden_size}-f{shape.ffn_hidden_size}"
-        f"-a{shape.num_attention_heads}"
-    )
+    """Returns a short name made of the sizes of ``SEARCH_AXES``, such as l30-h576-f1536-a9."""
+    sizes = zip("lhfa", search_sizes(shape).values(), strict=True)
+    return "-".join(f"{letter}{size}" for letter, size in sizes)
