@@ -74,13 +74,9 @@ def write_shard(
 ) -> None:
     """Writes one shard atomically. Its metadata has the metrics that ``cache_metrics`` reads.
 
-    Args:
-        path: The shard's file.
-        index: Settings of the cache.
-        sequences: Numbers of the n sequences.
-        top: The teacher's top-k, [n, seq_length, …].
-        teacher_loss: The teacher's mean LM loss over the unmasked tokens of these sequences.
-        loss_tokens: Number of these tokens.
+    ``top`` [n, seq_length, …] is the teacher's top-k on the n sequences with the numbers
+    ``sequences``. ``teacher_loss`` is the teacher's mean LM loss over the unmasked tokens of these
+    sequences, and ``loss_tokens`` is the number of these tokens.
     """
     partial = path.with_suffix(".partial")
     tensors = {"sequences": torch.tensor(sequences, dtype=torch.int32)} | {

@@ -47,13 +47,8 @@ def cache_logits(
 ) -> CacheResult | None:
     """Caches the teacher's top-k tokens for the first sequences that training will read.
 
-    Args:
-        cfg: Settings.
-        teacher: Checkpoint of the teacher.
-        data: The tokenized text, which is the artifact of ``prepare_data``.
-        work: Folder in which shards are written. A restart keeps complete shards.
-        out: Folder of the artifact. Shards are linked into ``out`` when all are complete.
-        log: Receives progress.
+    Shards are written in the folder ``work``, where a restart keeps complete shards. When all
+    shards are complete, they are linked into ``out``, the artifact's folder.
 
     Returns:
         The metrics over all shards, on rank 0; ``None`` on other ranks.

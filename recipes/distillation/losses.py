@@ -156,9 +156,8 @@ def _sampled_forward_kl(
     ``tail_entropy`` [n, 1] is. Sparse Logit Sampling (arXiv:2503.16870) samples all tokens; the
     exact top-k here lowers the variance.
     """
-    log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
-        [teacher.indices.shape[1], 1], dim=1
-    )
+    log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
+    log_p, log_tail = log_probs[:, :-1], log_probs[:, -1:]
     count = draws.shape[1]
     p_hat = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)
     tokens = torch.cat([teacher.indices, draws], 1)

@@ -127,11 +127,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def without_loss_modules(self) -> AbstractContextManager[None]:
         """Returns a context in which the model lacks the parameters of the loss."""
-        core = self.core_module
-        hide: AbstractContextManager[None] = (
-            core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
-        )
-        return hide
+        if isinstance(self.core_module, mtd.DistillationModel):
+            return self.core_module.hide_loss_modules()  # type: ignore[no-any-return]
+        return nullcontext()
 
     def configure_model(self) -> None:
         """Builds the student, and a live teacher if there is one."""

@@ -110,8 +110,7 @@ class TeacherSource:
             teacher_kept = source.manifest.result(KeptLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, student_kept, student.num_layers, layers, teacher_kept)
-        runs_in_validation = cfg.stop_at_recovered is not None
-        return cls(checkpoint, pairs, runs_in_validation=runs_in_validation)
+        return cls(checkpoint, pairs, runs_in_validation=cfg.stop_at_recovered is not None)
 
 
 def _require_same_text(cache: Input, data: Input) -> None:

@@ -55,13 +55,9 @@ def train(
 ) -> None:
     """Trains a model, or resumes its training from the last complete checkpoint.
 
-    Args:
-        cfg: Settings.
-        start: Checkpoint with the initial weights.
-        objective: The loss.
-        data: The tokenized text.
-        out: Path of the trained model, in the folder ``artifact`` of the stage's work folder.
-        log: Receives the losses and the speed of each step.
+    ``start`` is the checkpoint with the initial weights. ``out`` is the path of the trained model,
+    in the folder ``artifact`` of the stage's work folder. ``log`` receives the losses and the speed
+    of each step.
     """
     _set_environment(cfg)
     select_gpu()
@@ -151,14 +147,8 @@ def _save_trained(
 ) -> None:
     """Writes the trained model without the optimizer, with weights in ``cfg.dtype``.
 
-    The caller must gather the weights before this.
-
-    Args:
-        cfg: Settings.
-        model: The trained model.
-        start_model: The model that ``model`` was built from.
-        start: The initial checkpoint, whose tokenizer and Hugging Face config are copied.
-        out: Path of the new checkpoint.
+    The caller must gather the weights before this. ``model`` was built from ``start_model``. The
+    tokenizer and the Hugging Face config are copied from the initial checkpoint ``start``.
     """
     saved_config = start_model.__io__.config  # NeMo's record of the config, which checkpoints store
     saved_config.params_dtype, saved_config.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16

@@ -111,11 +111,8 @@ def weight_problems(
 ) -> Iterator[Problem]:
     """Finds weights of unknown sources, and text of another run whose sources have no weights.
 
-    Args:
-        name: Where the user sets ``weights``, below ``stages``.
-        weights: Names of the weighted sources.
-        data: Name of the stage that prepares the text, or that stage's directory in another run.
-        chain: The stages of the run.
+    The user sets ``weights`` at the path ``name`` below ``stages``. ``data`` is the name of the
+    stage that prepares the text, or that stage's directory in another run.
     """
     prepare_data, manifest = chain.stages.get(data), manifest_of(data)
     if isinstance(prepare_data, PrepareDataConfig):

@@ -101,12 +101,7 @@ class Split(NamedTuple):
 
 
 def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Finds tokens in this rank's columns of the vocabulary.
-
-    Args:
-        indices: Ids in the whole vocabulary [n, k].
-        width: Number of this rank's columns.
-        group: Tensor-parallel ranks.
+    """Finds tokens, as ids in the whole vocabulary [n, k], in this rank's ``width`` columns.
 
     Returns:
         The tokens' columns [n, k], arbitrary for tokens of other ranks; and whether each token is

@@ -52,11 +52,9 @@ class LeastSquares:
         self.tokens = 0
 
     def add(self, inputs: Tensor, missing_outputs: Tensor) -> None:
-        """Adds a batch of tokens to the sums.
+        """Adds a batch of tokens, the weight's inputs [b, s, inputs], to the sums.
 
-        Args:
-            inputs: The weight's inputs [b, s, inputs].
-            missing_outputs: What the change should add to the weight's outputs [b, s, outputs].
+        ``missing_outputs`` [b, s, outputs] is what the change should add to the weight's outputs.
         """
         inputs, missing_outputs = inputs.flatten(0, 1), missing_outputs.flatten(0, 1)
         self.tokens += len(inputs)
@@ -226,8 +224,8 @@ class Reconstruction:
                 self._kept,
                 self._teacher.head_size,
             )
-            student_name = student_layer + name
-            self._student[student_name] = self._student[student_name] + weight_change
+            weight_name = student_layer + name
+            self._student[weight_name] = self._student[weight_name] + weight_change
         self._reconstruct_output(half, teacher_layer, student_layer, teacher_inputs, student_inputs)
 
     def _reconstruct_output(

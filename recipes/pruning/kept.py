@@ -192,13 +192,9 @@ def select_indices(
 ) -> KeptIndices:
     """Selects the most important indices on the pruned axes, in the teacher's order.
 
-    Of indices with equal scores, the first is kept.
-
-    Args:
-        scores: ``Importance.widths`` of the teacher.
-        teacher: The teacher's shape.
-        student: The student's shape. Only axes on which it differs from the teacher are pruned.
-        layers: Layers to keep, counted from 1.
+    Of indices with equal scores, the first is kept. Only axes on which the shapes of teacher and
+    student differ are pruned. ``scores`` are ``Importance.widths`` of the teacher. ``layers`` are
+    the layers to keep, counted from 1.
     """
     rankings = sort_indices(scores, teacher).indices
     selected = {}
@@ -276,13 +272,10 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
 
 
 def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
-    """Returns the kept rows and columns of a teacher's weight.
+    """Returns the kept rows and columns of a teacher's weight, in the order of ``kept``.
 
-    Args:
-        name: The weight's Hugging Face name in the teacher.
-        weight: The teacher's weight, or a tensor of its shape.
-        kept: The indices to keep, in their order.
-        head_size: Channels of one attention head.
+    ``name`` is the weight's Hugging Face name in the teacher. ``weight`` may be any tensor of its
+    shape. ``head_size`` is the number of channels of one attention head.
     """
     layer_match, expert_match = LAYER_INDEX.search(name), _EXPERT_INDEX.search(name)
     layer = f"layers.{int(layer_match.group()) + 1}." if layer_match else ""

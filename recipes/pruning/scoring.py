@@ -125,8 +125,8 @@ class LayerAblation:
     ) -> None:
         self._core, self._text, self._log = core, text, log
         self._micro_batch_size = micro_batch_size
-        numbers = [layer.layer_number for layer in core.decoder.layers]
-        self._first, self._last = numbers[0], numbers[-1]  # this rank's layers, counted from 1
+        self._layers = list(core.decoder.layers)  # only those of this rank
+        self._numbers = [layer.layer_number for layer in self._layers]  # counted from 1
         self.num_layers = core.config.num_layers
         if core.post_process:
             tied = core.share_embeddings_and_output_weights
@@ -139,14 +139,13 @@ class LayerAblation:
 
         A block is a set of layer numbers, counted from 1.
         """
-        layers = list(self._core.decoder.layers)
         sums = torch.zeros(len(blocks), dtype=torch.float64)  # losses, summed over predictions
         for done, batch in _batches(self._text, self._micro_batch_size):
             tokens, mask = batch.tokens.to(device()), batch.prediction_mask.to(device())
             # The hidden states before a block do not depend on the block: all blocks share them.
-            states = _run_layers(self._core, layers, tokens)
+            states = _run_layers(self._core, self._layers, tokens)
             for index, block in enumerate(blocks):
-                sums[index] += self._loss_without(block, layers, states, tokens, mask)
+                sums[index] += self._loss_without(block, states, tokens, mask)
             self._log.progress("leave out", done, len(self._text), blocks=len(blocks))
         sums = sums.to(device())  # 0 on all pipeline ranks but the last
         torch.distributed.broadcast(
@@ -158,38 +157,28 @@ class LayerAblation:
         return means
 
     def _loss_without(
-        self,
-        block: Collection[int],
-        layers: Sequence[nn.Module],
-        states: list[Tensor],
-        tokens: Tensor,
-        mask: Tensor,
+        self, block: Collection[int], states: list[Tensor], tokens: Tensor, mask: Tensor
     ) -> float:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
         Earlier ranks return 0. They send their output to the next rank if the block changes it.
-
-        Args:
-            block: Numbers of the layers to leave out.
-            layers: The layers of this rank.
-            states: Result of ``_run_layers`` with all layers.
-            tokens: int64 [b, s].
-            mask: Which predictions are in the loss, bool [b, s - 1].
+        ``states`` are the result of ``_run_layers`` for ``tokens`` [b, s] with all layers. ``mask``
+        [b, s - 1] is true for predictions in the loss.
         """
-        numbers = [layer.layer_number for layer in layers]
         # Index of the first layer of this rank that is left out; the layers before are not rerun.
-        start = next((i for i, number in enumerate(numbers) if number in block), len(layers))
+        missing_layers = (i for i, number in enumerate(self._numbers) if number in block)
+        start = next(missing_layers, len(self._layers))
         hidden = states[start]
-        input_changes = any(number < self._first for number in block)
+        input_changes = any(number < self._numbers[0] for number in block)
         if input_changes:  # an earlier rank sends the input without the block
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
-        for layer in layers[start:]:
+        for layer in self._layers[start:]:
             if layer.layer_number not in block:
                 hidden = _run_layer(layer, hidden, rotary)
         if self._core.post_process:
             return self._lm_loss(hidden, tokens, mask)
-        output_changes = any(number <= self._last for number in block)
+        output_changes = any(number <= self._numbers[-1] for number in block)
         if output_changes:  # the next rank waits in ``_receive``
             _send(hidden)
         return 0.0

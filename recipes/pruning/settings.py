@@ -158,11 +158,8 @@ def layer_score_problems(
 ) -> Iterator[Problem]:
     """Yields a problem if the run's ``score`` stage does not measure scores that a stage needs.
 
-    Args:
-        config: The stage that drops layers.
-        layer_importance: The stage's method to choose layers, one of ``LAYER_METHODS``.
-        drop_counts: Numbers of layers that the stage may drop, without 0.
-        chain: The stages of the run.
+    The stage ``config`` drops layers by the method ``layer_importance``, one of ``LAYER_METHODS``.
+    ``drop_counts`` are the numbers of layers that it may drop, without 0.
     """
     score_name = config.inputs.get("importance", "")
     score = chain.stages.get(score_name)
