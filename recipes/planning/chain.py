@@ -77,7 +77,7 @@ class Chain:
     def image_of(self, module: str, tensorrt_llm: bool) -> str | None:
         """Returns the image that a stage runs in; ``None`` outside of containers.
 
-        An image for the stage's module has precedence over those for TensorRT-LLM and for all.
+        An image for the stage's module has precedence over ``tensorrt_llm`` and ``default``.
         """
         names = (module, TENSORRT_LLM if tensorrt_llm else "default")
         return next((self.images[name] for name in names if name in self.images), None)
@@ -112,14 +112,12 @@ def sequence_problems(
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         long_data = chain.stages.get(LONG_DATA)
-        is_set_by_long_context = (
-            long_data is not None and vars(long_data)["seq_length"] == seq_length
-        )
+        is_long_context = long_data is not None and vars(long_data)["seq_length"] == seq_length
         set_length = f"set data.seq_length to at most {limit}"
         yield Problem(
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
-            "leave long_context out" if is_set_by_long_context else set_length,
+            "leave long_context out" if is_long_context else set_length,
         )
     for name in inputs.values():
         config = chain.stages.get(name)

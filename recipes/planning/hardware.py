@@ -108,10 +108,7 @@ class Hardware:
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
         """Returns the seconds that one rank takes for its work, without communication.
 
-        Args:
-            compute: FLOPs and memory traffic of the rank.
-            bf16: Whether GEMMs are in bfloat16 instead of float32.
-            ranks_on_node: Number of ranks on the node, which share the FLOP/s of a CPU node.
+        ``bf16`` means that GEMMs are in bfloat16, not float32. Ranks share a CPU node's FLOP/s.
         """
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
         if self.bandwidth_fraction is None:  # ``utilisation`` includes all other operations

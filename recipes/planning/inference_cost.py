@@ -204,7 +204,7 @@ def healing_cost(
 
 
 def ablation_passes(layers: int, sequences: int, block_sizes: Iterable[int]) -> int:
-    """Returns the number of forward passes of all sequences without each layer and each block."""
+    """Returns the number of forward passes of sequences with each layer or block left out once."""
     # A block of ``size`` layers can start at ``layers - size + 1`` positions.
     return sequences * sum(layers - size + 1 for size in (1, *block_sizes))
 
@@ -327,10 +327,7 @@ def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
 
 
 def quantization_cost(arch: Architecture, seq_length: int, hardware: Hardware) -> InferenceCost:
-    """Returns the memory of a comparison of a quantized model with the original in bfloat16.
-
-    The time is not counted.
-    """
+    """Returns the memory, not the time, of comparing a quantized model with the original."""
     memory = Memory(  # ModelOpt simulates the quantization, so both models have the same size
         weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),
         activations=inference_activation_bytes(arch, 2, seq_length),

@@ -40,7 +40,7 @@ def shape_layout_problems(
 
 
 def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
-    """Checks that a layout can split the ranks, the models, the sequences and the batch."""
+    """Checks that a layout can split ranks, models, sequences and batch."""
     layout = workload.layout
     yield from _rank_problems(workload)
     yield from _context_problems(workload, hardware)

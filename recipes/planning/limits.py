@@ -40,8 +40,7 @@ MIN_MARGIN_SECONDS = 300
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
     """Yields a problem for each limit that a stage exceeds, and warnings about the whole plan.
 
-    All checks of the stages must have passed. Only those whose names are in ``stages`` are compared
-    with limits.
+    All checks of the chain's stages must have passed. Only ``stages`` are compared with limits.
     """
     if chain.from_published_config:
         yield Problem(
@@ -338,12 +337,12 @@ def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     Numbers that are not known are infinite. ``data`` is the stage that prepares the text, or its
     directory in another run.
     """
-    config = chain.stages.get(data)
-    manifest = _prepared_text(chain, data, config)
+    manifest = _prepared_text(chain, data)
     if manifest is not None:
         result = manifest.result(DatasetResult)
         sources = {entry.source: float(entry.tokens) for entry in result.source_tokens["train"]}
         return sources, float(result.tokens["train"])
+    config = chain.stages.get(data)
     if not isinstance(config, PrepareDataConfig):
         return {"": math.inf}, math.inf
     train_fraction = 1 - sum(config.fractions().values())
@@ -360,8 +359,9 @@ def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     return expected, float(sum(size or math.inf for size in sizes))
 
 
-def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
+def _prepared_text(chain: Chain, data: str) -> Manifest | None:
     """Returns the manifest of the text if an earlier run prepared it with the same settings."""
+    config = chain.stages.get(data)
     if not isinstance(config, PrepareDataConfig):  # ``data`` is a directory of another run
         return manifest_of(data)
     manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None

@@ -124,8 +124,7 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
     """Returns the memory of a rank of one pipeline stage; ``stage`` counts from 0."""
     layout, dtype_bytes = workload.layout, workload.dtype_bytes
     tokens = layout.micro_batch_size * workload.seq_length / layout.context  # of a micro batch
-    # Fields of ``Memory``.
-    memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
+    memory: dict[str, float] = {"reserved": hardware.reserved_bytes}  # fields of ``Memory``
     if workload.trained is not None:
         embeddings, layers, experts = rank_parameters(workload.trained, layout, stage)
         dense = embeddings + layers

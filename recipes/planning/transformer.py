@@ -63,12 +63,8 @@ class Compute:
 def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: int = 1) -> Compute:
     """Returns FLOPs and memory traffic of one token in a model's forward and backward passes.
 
-    Args:
-        arch: The model.
-        seq_length: Length of the token's sequence.
-        dtype_bytes: Bytes of one value of an activation.
-        passes: 1 for a forward pass; 3 with a backward pass, which counts twice; 4 if full
-            recomputation also repeats the forward pass.
+    ``passes`` is 1 for a forward pass, and 3 with a backward pass, which counts twice. It is 4 if
+    full recomputation also repeats the forward pass. ``dtype_bytes`` is the size of an activation.
     """
     backward = passes > 1
     forwards = passes - FORWARDS_PER_BACKWARD if backward else passes

@@ -52,10 +52,8 @@ def cost_sections(
 ) -> dict[str, object]:
     """Returns the template variables of the sections ``cost`` and ``provenance``.
 
-    Args:
-        inputs: The report's inputs.
-        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
-        passes: The result of ``model_flops``.
+    ``earlier`` has the manifests of all stages upstream of the report's ``inputs``, by name.
+    ``passes`` is the result of ``model_flops``.
     """
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
@@ -120,11 +118,8 @@ def model_flops(
 ) -> list[ModelFlops]:
     """Returns the FLOPs of each stage that runs models and records the number of tokens.
 
-    The list is empty if the shape of the teacher or of the student is not known.
-
-    Args:
-        manifests: Manifests of the report's inputs, by name.
-        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
+    The list is empty if the shape of the teacher or of the student is not known. ``manifests`` are
+    those of the report's inputs, and ``earlier`` those of all stages upstream of them, by name.
     """
     teacher, student = (_shape(manifests[name]) for name in ("teacher", "distilled"))
     if teacher is None or student is None:
@@ -204,9 +199,8 @@ def _distillation_flops(
     tokens = training.tokens
     student_flops = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
     caches = {m.fingerprint for m in earlier.values() if m.kind == "logit_cache"}
-    has_live_teacher = (
-        uses_teacher(distilled.config) and distilled.inputs.get("teacher") not in caches
-    )
+    is_cached = distilled.inputs.get("teacher") in caches
+    has_live_teacher = uses_teacher(distilled.config) and not is_cached
     teacher_flops = tokens * _forward_flops(teacher, distilled) if has_live_teacher else 0
     seconds = tokens / training.tokens_per_second
     return [ModelFlops(label, tokens, student_flops, teacher_flops, seconds)]

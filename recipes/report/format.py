@@ -65,12 +65,9 @@ def _environment() -> Environment:
 
 
 def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
-    """Formats a value with a unit prefix, such as "1.5 kB".
+    """Formats a value with a unit prefix, such as "1.5 kB" for 1500.
 
-    Args:
-        value: The value, in the unit without a prefix.
-        prefixes: One letter for each power of 1000, such as "kMGT".
-        unit: The unit, such as "B".
+    ``prefixes`` has one letter for each power of 1000, such as "kMGT".
     """
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     if 0 < power < len(prefixes) and abs(value) / 1000**power >= 999.95:  # would round to 1,000.0

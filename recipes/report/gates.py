@@ -135,8 +135,7 @@ def parse_gate(text: str) -> Gate:
 def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
     """Returns the names of all metrics that stages measure, as in gates.
 
-    Args:
-        stages: The settings of each stage, and the type of its artifact, such as ``eval_results``.
+    Each stage is given by its settings and the type of its artifact, such as ``eval_results``.
     """
     names: list[str] = []
     for config, kind in stages:

@@ -41,9 +41,8 @@ def sections(
 ) -> dict[str, object]:
     """Returns the template variables of all sections whose inputs are optional.
 
-    Args:
-        manifests: Manifests of the report's inputs, by name.
-        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
+    ``manifests`` are those of the report's inputs, and ``earlier`` those of all stages upstream of
+    them, by name.
     """
     # Templates use these results as they are.
     result_types = {"plan": PlanResult, "served": ServedResult}
@@ -209,8 +208,7 @@ def trade_offs(
 ) -> Iterator[tuple[str, str, Markup]]:
     """Yields title, note and plot of perplexity against parameters, disk size and latency.
 
-    Of ``rows``, which are measurements of engines, plots show those of the smallest batch and
-    prompt.
+    Of the engines' measurements, ``rows``, plots show those of the smallest batch and prompt.
     """
     quality = evaluation.models()
     sized = [quality_mark(role, role, evaluation, q.parameters) for role, q in quality.items()]
