@@ -44,8 +44,10 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     if not is_readable:
         return
     for finding in check_model(cfg.hf_path):
-        rule = rules.CHECKPOINT if finding.is_error else rules.CHECKPOINT_NOTE
-        yield Problem(rule, finding.what, finding.fix)
+        if finding.is_error:
+            yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
+        else:
+            yield Problem(rules.CHECKPOINT_NOTE, finding.what, finding.fix)
     # ``check_model`` has downloaded the model card of a hub model, which states the licence.
     licence = known_licence(cfg.hf_path)
     if forbids_commercial_use(licence):
