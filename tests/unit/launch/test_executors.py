@@ -69,8 +69,8 @@ def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
     plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
     # Prune uses a GPU if the hardware has one; report never does.
     for name, expected in (("report", []), ("prune", options)):
-        arguments = sum(docker.command(stage_named(plan, name), cluster), [])
-        assert [argument for argument in arguments if argument.startswith("--gpus")] == expected
+        lines = docker.command(stage_named(plan, name), cluster)
+        assert [line[0] for line in lines if line[0].startswith("--gpus")] == expected
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
