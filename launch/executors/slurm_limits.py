@@ -125,7 +125,7 @@ class Partition:
         )
 
     def cpus(self, job: Job) -> float:
-        """Returns the number of CPUs that a job gets on a node, at least."""
+        """Returns the smallest number of CPUs that a job gets on a node."""
         if job.cpus:
             return job.cpus
         per_gpu = self.limit("DefCpuPerGPU")
@@ -136,6 +136,7 @@ class Partition:
 
         This is the smallest of the partition's defaults, or infinity if it has none.
         """
+        # Slurm uses one of these defaults. Without GPUs, the default per GPU does not apply.
         by_cpus = self.limit("DefMemPerCPU") * self.cpus(job)
         by_gpus = self.limit("DefMemPerGPU") * (job.gpus or math.inf)
         return min(self.limit("DefMemPerNode"), by_cpus, by_gpus)

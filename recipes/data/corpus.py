@@ -48,7 +48,7 @@ _JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
 LEFT_OUT = "left out"
 """The text of a record that is no usable conversation is ``{LEFT_OUT: reason}`` as JSON."""
 NOT_A_CONVERSATION, HAS_TOOLS = "not a conversation", "has tools"
-"""Reasons, which name the counts in reports."""
+"""Reasons. Reports count the records that are left out, under these names."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _HUB_ERRORS = (OSError, RuntimeError, ValueError)
@@ -65,14 +65,14 @@ class Document:
     """A document of a source."""
 
     text: str
-    """The text, the JSON of a conversation's messages, or that of ``LEFT_OUT``."""
+    """The text, the JSON of a conversation's messages, or the JSON ``{LEFT_OUT: reason}``."""
     position_in_stretch: float | None = None
     """Start of a paragraph as a fraction of its stretch (see ``STRETCH_BYTES``), in [0, 1).
     ``None`` for other records, because consecutive records may be unrelated."""
 
 
 class Reader(Protocol):
-    """Iterates over the documents of a source, after those of an earlier reader's ``state``."""
+    """Iterates over a source's documents; with an earlier reader's ``state``, over the rest of them."""
 
     def __iter__(self) -> Iterator[Document]:
         """Yields the documents that do not precede the reader's start."""

@@ -151,8 +151,8 @@ class TextFile:
 def parse_source(entry: str) -> Source:
     """Separates the path and the options of an entry of ``data.sources``.
 
-    Options are removed from the end of the entry, up to an unknown or repeated option. That option
-    and all before it stay in the path, where ``source_problem`` reports them.
+    Reads options from right to left, and stops at an unknown or repeated one. That option and all
+    to its left stay in the path, where ``source_problem`` reports them.
     """
     path = entry
     options: dict[str, str] = {}

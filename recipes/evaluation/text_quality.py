@@ -180,7 +180,7 @@ class Scores:
         )
 
     def __add__(self, more: Scores) -> Scores:
-        """Returns the metrics of these and of further sequences."""
+        """Joins the lists of both, so the result has the sequences of both."""
         return Scores(*(values + vars(more)[name] for name, values in vars(self).items()))
 
     def quality(self, span: slice = slice(None)) -> TextQuality:

@@ -1,8 +1,8 @@
 """Selects the layers, rows and columns to keep by importance, and prunes weights to them.
 
-ModelOpt prunes in memory, directly after scoring. It stores its scores as a pickle for one pipeline
-size. Here files store the scores and the kept indices. So indices for another shape are selected
-without a forward pass. Unlike in ModelOpt, whole query groups can be pruned.
+ModelOpt prunes in memory, directly after scoring, and its stored scores fit only one pipeline size.
+Here files store scores and kept indices for any pipeline size. So indices for another shape are
+selected without a forward pass. Unlike in ModelOpt, whole query groups can be pruned.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ def importance_of(inputs: Inputs) -> Importance:
         RecipeError: The scores are of another run and of another model.
     """
     scores, model = inputs["importance"], inputs["checkpoint"]
-    # Within a run, the user may accept scores of an earlier model.
+    # The user may keep stale scores (``accept``), so scores of the same run always pass.
     is_same_run = scores.directory.parent == model.directory.parent
     scored_fingerprint = scores.manifest.inputs.get("checkpoint")
     scored_content = scores.manifest.input_content.get("checkpoint")
     is_same_model = (
         scored_fingerprint == model.manifest.fingerprint
-        # The same files have another fingerprint if other code has imported them.
+        # Equal files have another fingerprint if ``import_hf`` ran with other code.
         or scored_content == model.manifest.content_hash()
     )
     if not (is_same_run or is_same_model):
@@ -148,7 +148,9 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
             "to drop.",
             f"set stages.score.{setting}",
         )
-    ranking = sorted(sorted(scores), key=scores.__getitem__)  # the least important first
+    ranking = sorted(
+        sorted(scores), key=scores.__getitem__
+    )  # the least important first; if equal, the lower layer first
     dropped: Collection[int] = ranking[:num_dropped]
     if method == "block":
         dropped = range(ranking[0], ranking[0] + num_dropped)
@@ -173,7 +175,7 @@ class KeptIndices:
     def save(self, folder: Path) -> None:
         """Writes the indices as NumPy arrays.
 
-        A rehearsal runs on fake tensors, so torch tensors that it loaded would have no values.
+        Not with torch: a rehearsal would load fake tensors, which have no values.
         """
         widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
         arrays = {"layers": np.array(self.layers, np.int32), **widths}

@@ -20,7 +20,7 @@ WORLD = "the process group of all ranks"
 class Call:
     """A collective, a message between two ranks, or the creation of a process group.
 
-    The channel of a creation is ``WORLD``, since all ranks must create all groups.
+    The creation of a group is recorded in the channel ``WORLD``, because all ranks must create it.
     """
 
     operation: str
@@ -90,8 +90,8 @@ def _first_difference(name: str, calls_by_rank: Mapping[int, Sequence[Call]]) ->
         actual = calls_by_rank[rank]
         if [call.operation for call in expected] == [call.operation for call in actual]:
             continue
-        # The first pair that differs in operation or call site. If a rank makes only one of two
-        # equal calls in a row, the site shows which call is missing.
+        # Finds the first pair that differs in operation or call site. Operations alone would not
+        # show which of two equal calls in a row a rank has left out.
         pairs = enumerate(zip(expected, actual, strict=False))
         common_length = min(len(expected), len(actual))
         position = next((i for i, (call, other) in pairs if call != other), common_length)

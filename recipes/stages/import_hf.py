@@ -85,6 +85,6 @@ STAGE = Stage(
     single_rank_reason="a conversion is not split over ranks",
     external=lambda cfg: {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {},
     external_files=(*SIDE_FILES, ADAPTER, "**/*.safetensors", INDEX_FILE),
-    # If the weights are float32; with ``pack``, a second copy is in the ``.nemo`` file.
+    # Weights have at most 4 bytes. With ``pack``, the ``.nemo`` file has a second copy.
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )
