@@ -72,7 +72,7 @@ class Document:
 
 
 class Reader(Protocol):
-    """Iterates over a source's documents; with an earlier reader's ``state``, over the rest of them."""
+    """Iterates over a source's documents, or over those after an earlier reader's ``state``."""
 
     def __iter__(self) -> Iterator[Document]:
         """Yields the documents that do not precede the reader's start."""
