@@ -148,9 +148,8 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
             "to drop.",
             f"set stages.score.{setting}",
         )
-    ranking = sorted(
-        sorted(scores), key=scores.__getitem__
-    )  # the least important first; if equal, the lower layer first
+    # The least important layer first. Of layers with equal scores, the lower one comes first.
+    ranking = sorted(sorted(scores), key=scores.__getitem__)
     dropped: Collection[int] = ranking[:num_dropped]
     if method == "block":
         dropped = range(ranking[0], ranking[0] + num_dropped)
