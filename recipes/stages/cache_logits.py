@@ -26,7 +26,7 @@ SHARDS = "shards"
 
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of ``top_k``, the sources' weights, the sequence length and the text's size."""
+    """Yields problems of ``top_k``, the sources' weights, ``seq_length`` and the text's size."""
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
