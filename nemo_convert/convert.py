@@ -62,7 +62,7 @@ class MergedWeights:
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
-        self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
+        self._by_key = {weight.checkpoint_key: weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight at ``index`` of the stack that a checkpoint stores under ``key``.
@@ -181,7 +181,7 @@ def require_matching_config(checkpoint: Path) -> None:
 def different_shapes(checkpoint: Path, arch: Architecture) -> list[str]:
     """Lists the weights of a checkpoint that do not have the shapes that ``arch`` implies."""
     weights = {
-        f"module.{weight.checkpoint_key}": weight
+        weight.checkpoint_key: weight
         for weight in FAMILIES[arch.hf_architecture].weights
         if not (arch.tied_embeddings and weight.megatron == OUTPUT_LAYER)
     }

@@ -44,14 +44,14 @@ class Weight:
 
     @property
     def checkpoint_key(self) -> str:
-        """Returns the key of the weight in a checkpoint, without the prefix ``module.``.
+        """Returns the key of the weight in a checkpoint.
 
         A checkpoint stacks the weights of all layers and experts under one key. The first axes of
         the stack are [i, e, …] for experts, and [i, …] for other weights of a layer. For example,
         the key of ``decoder.layers.{i}.mlp.experts.linear_fc1.weight{e}`` is
-        ``decoder.layers.mlp.experts.experts.linear_fc1.weight``.
+        ``module.decoder.layers.mlp.experts.experts.linear_fc1.weight``.
         """
-        key = self.megatron.replace(".{i}.", ".")
+        key = f"module.{self.megatron}".replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def stack_sizes(self, architecture: Architecture) -> dict[str, int]:

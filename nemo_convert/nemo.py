@@ -369,7 +369,7 @@ def outside_slurm() -> Iterator[None]:
 def leading_axes(arch: Architecture) -> dict[str, int]:
     """Maps each checkpoint key to its tensor's number of leading axes (layer, expert; 0 to 2)."""
     weights = FAMILIES[arch.hf_architecture].weights
-    return {f"module.{weight.checkpoint_key}": len(weight.stack_sizes(arch)) for weight in weights}
+    return {weight.checkpoint_key: len(weight.stack_sizes(arch)) for weight in weights}
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -377,7 +377,7 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from nemo_convert import streaming
 
     arch = architecture_of(checkpoint)
-    weights = {f"module.{w.checkpoint_key}": w for w in FAMILIES[arch.hf_architecture].weights}
+    weights = {w.checkpoint_key: w for w in FAMILIES[arch.hf_architecture].weights}
     for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
         indices = dict(zip(weights[key].stack_sizes(arch), index, strict=True))  # {"i": layer, …}
         yield weights[key].megatron.format(**indices), tensor

@@ -111,7 +111,7 @@ def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
     """Returns the global shapes of the weights in a model's checkpoint, by key."""
     arch = nemo.architecture_of(checkpoint)
     return {  # the weights of all layers and experts are stacked under one key
-        f"module.{weight.checkpoint_key}": (*weight.stack_sizes(arch).values(), *weight.shape(arch))
+        weight.checkpoint_key: (*weight.stack_sizes(arch).values(), *weight.shape(arch))
         for weight in FAMILIES[arch.hf_architecture].weights
         if not (arch.tied_embeddings and weight.megatron == OUTPUT_WEIGHT)
     }

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import MANIFEST, WORK, Outcome
-from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
+from recipes.core.stage import Inputs, Resources, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names, with_option
 from recipes.distillation.loss_checks import loss_problems, pair_problems
@@ -75,6 +75,8 @@ CHOSEN_BY_SEARCH = (
     *("stop_at_recovered", "student_steps"),
 )
 """Settings of ``distill`` that the search sets for each training, or that it does not use."""
+JOB_SETTINGS = ("env", "cpus_per_task", "time", "sbatch")
+"""Settings of a job. The trainings of a search run in the search's job."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -124,7 +126,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _chosen_setting_problems(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
-    """Refuses values of the settings in ``distill`` that the search chooses."""
+    """Refuses settings of ``distill`` that have no effect in a search."""
     for name in CHOSEN_BY_SEARCH:
         if (value := getattr(cfg.distill, name)) != getattr(DistillConfig(), name):
             yield Problem(
@@ -132,6 +134,13 @@ def _chosen_setting_problems(cfg: SuccessiveHalvingConfig) -> Iterator[Problem]:
                 f"distill.{name}={value} has no effect: the search chooses it for each training",
                 f"leave it out, or set stages.distill.{name} for the chosen student; "
                 f"stages.{cfg.name}.max_tokens sets the length of the trainings",
+            )
+    for name in JOB_SETTINGS:
+        if (value := getattr(cfg.distill.resources, name)) != getattr(Resources(), name):
+            yield Problem(
+                rules.SEARCH,
+                f"distill.resources.{name}={value} has no effect: the search is one job",
+                f"set stages.{cfg.name}.resources.{name}",
             )
 
 

@@ -84,7 +84,9 @@ def test_a_stopped_verify_removes_what_it_unpacked(
             time.sleep(0.01)
         process.send_signal(stop)
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT, error
+    # If the signal arrives in an exec of a string, CPython 3.11 ends itself with SIGINT, though the
+    # exception is caught. A shell reports 130 in both cases.
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT), error
     assert "Traceback" not in error
     assert list(unpacked.iterdir()) == []
 

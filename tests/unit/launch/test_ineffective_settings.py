@@ -32,6 +32,7 @@ CASES = {
     "inputs of a search": (
         *(SHRINK, [f"+{SEARCH}inputs.teacher=import_hf"], "chooses it for each training"),
     ),
+    "job of a training in a search": (SHRINK, [f"{SEARCH}resources.time=1:00:00"], "is one job"),
     "top-k in a search": (SHRINK, [f"{SEARCH}top_k=99999"], "less than the vocabulary size"),
     "computed speed": (SHRINK, ["stages.enumerate_shapes.service.speed=fast"], "set automatically"),
     "unknown limit": (SHRINK, ["+budget.flops=1"], "there is no field budget.flops"),
