@@ -6,18 +6,15 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from launch.plan import Plan
 from launch.schema import hydra_arguments
 from recipes.core.errors import RecipeError
 from recipes.planning.training_cost import training_cost
 from tests.support.text import write_token_files
 from tests.unit.conftest import MakePlan
-
-if TYPE_CHECKING:
-    from launch.plan import Plan
 
 LONG = "long_context=32k"
 ON_GPUS = ("cluster=slurm", "cluster.account=a", "cluster.images.tensorrt_llm=engine:1")
