@@ -26,19 +26,14 @@ PYTORCH_BACKEND = "stages.build_engine.backend=tensorrt_llm_pytorch"
 def test_only_stages_that_run_tensorrt_llm_use_its_image(plan: MakePlan, recipe: str) -> None:
     """All other stages use the default image, also those that run OpenVINO."""
     engine_stages = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
-    for engine, engine_overrides in (
-        ("openvino", ()),
-        ("tensorrt_llm", (PYTORCH_BACKEND, GENERATIVE_TASK)),
-    ):
-        overrides = (*DOCKER, f"engine={engine}", "served=engine", *engine_overrides)
-        planned = plan(*overrides, recipe=f"recipe={recipe}")
+    tensorrt_llm = ("engine=tensorrt_llm", PYTORCH_BACKEND, GENERATIVE_TASK)
+    for engine, in_engine_image in ((("engine=openvino",), set()), (tensorrt_llm, engine_stages)):
+        planned = plan(*DOCKER, *engine, "served=engine", recipe=f"recipe={recipe}")
         images = {stage.name: stage.image for stage in planned.stages}
-        in_engine_image = {
-            name for name, image in images.items() if image == "nemo-recipes-engine:0.1.0"
-        }
-        assert in_engine_image == (engine_stages if engine == "tensorrt_llm" else set())
-        other_images = {images[name] for name in images.keys() - in_engine_image}
-        assert other_images == {"nemo-recipes:0.1.0"}
+        default_images = dict.fromkeys(images, "nemo-recipes:0.1.0")
+        assert images == default_images | dict.fromkeys(
+            in_engine_image, "nemo-recipes-engine:0.1.0"
+        )
 
 
 @pytest.mark.parametrize(
@@ -193,13 +188,13 @@ def test_a_stage_that_does_not_stop_is_killed_and_leaves_no_container(
     """A fake docker starts a process that outlives docker's client, as a container does.
 
     ``docker run`` starts ``sleep`` in its own session. Then the client ignores SIGTERM, writes the
-    process ids of both to the log, and waits. ``docker rm`` kills the container.
+    process ids of both to the log, and waits. ``docker rm`` kills ``sleep``.
     """
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)  # instead of 40 s
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
     pid_file, log = tmp_path / "pid", tmp_path / "log"
     write_pid = f"echo $! >{pid_file}"
-    run = f"trap '' TERM; setsid sleep 600 & {write_pid}; echo $! $$; wait"
+    run = f"setsid sleep 600 & {write_pid}; trap '' TERM; echo $! $$; wait"
     remove = f"if [ -e {pid_file} ]; then kill $(cat {pid_file}); fi"
     commands = f'if [ "$1" = rm ]; then {remove}; elif [ "$1" = run ]; then {run}; fi'
     write_program(tmp_path / "bin" / "docker", commands)
