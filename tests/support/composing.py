@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Callable
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -11,15 +11,15 @@ from omegaconf import DictConfig
 
 from launch import schema
 
+PICKLED: dict[tuple[str, ...], bytes] = {}
+"""Composed configs by overrides of groups. Unpickling is ten times faster than ``deepcopy``."""
+
 
 def compose_quickly(compose: Callable[..., DictConfig], *arguments: str) -> DictConfig:
-    """Composes only the overrides of groups; sets fields in a copy of the result.
+    """Calls ``compose`` only for overrides of groups; sets fields in a copy of the result.
 
-    Hydra's own functions parse the overrides and set the fields, so errors are the same.
-
-    Args:
-        compose: Composes a config. It should cache its results.
-        arguments: Overrides.
+    Hydra's own functions parse the overrides and set the fields, so errors are the same. To save
+    time, ``compose`` must cache its results.
     """
     overrides = OverridesParser.create().parse_overrides(schema.hydra_arguments(arguments))
     groups, fields = [], []
@@ -29,6 +29,12 @@ def compose_quickly(compose: Callable[..., DictConfig], *arguments: str) -> Dict
             groups.append(argument)
         else:
             fields.append(override)
-    cfg = copy.deepcopy(compose(*groups))
+    cfg = compose(*groups)
+    if not fields:
+        return cfg
+    key = tuple(groups)
+    if key not in PICKLED:
+        PICKLED[key] = pickle.dumps(cfg)
+    cfg = pickle.loads(PICKLED[key])
     ConfigLoaderImpl._apply_overrides_to_config(fields, cfg)
     return cfg

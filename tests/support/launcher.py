@@ -87,8 +87,8 @@ def run_and_kill(
     Args:
         overrides: Overrides of the recipe.
         cwd: Working directory. No other process may have it.
-        metrics: The stage's metrics file, which must have ``records`` lines before the kill.
-        records: See ``metrics``.
+        metrics: The stage's metrics file, which has one record per line.
+        records: Number of records in that file to wait for before the kill.
         ready: Another condition to wait for before the kill.
 
     Returns:
