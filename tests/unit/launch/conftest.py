@@ -34,11 +34,7 @@ def compose(compose: Compose) -> Compose:
 
 @pytest.fixture
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets a working directory and a cache of the test, because job scripts contain their paths.
-
-    Also unsets the folders of huggingface_hub and ``PYTHONPATH``, and puts a fake ``docker`` first
-    on ``PATH``.
-    """
+    """Removes this machine's folders from the environment, because job scripts contain paths."""
     for folder in ("home", "cache"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")
