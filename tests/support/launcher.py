@@ -44,13 +44,7 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
 
 
 def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher with an interpreter that does not have torch.
-
-    Args:
-        python: The interpreter, from the fixture ``launcher_python``.
-        cwd: Working directory.
-        arguments: Arguments of the launcher.
-    """
+    """Runs the launcher with ``python``, the interpreter of the fixture ``launcher_python``."""
     # ``PYTHONPATH`` could add the packages of this process's interpreter.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
@@ -66,12 +60,7 @@ def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.Co
 def fork_launcher(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the launcher in a fork of a process that has imported it, which is faster.
 
-    Disks look large (``large_disks``).
-
-    Args:
-        arguments: Arguments of the launcher.
-        cwd: Working directory.
-        env: Environment variables to set in addition to this process's.
+    Disks look large (``large_disks``). ``env`` adds environment variables.
     """
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]

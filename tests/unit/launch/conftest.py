@@ -1,37 +1,40 @@
-"""Fixtures and overrides for tests of executors."""
+"""A fast ``compose``, and fixtures and overrides for tests of executors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from launch import machine
 from launch.executors import executor_of
+from launch.plan import Plan
+from tests.support.composing import compose_quickly
 from tests.support.launcher import write_program
-from tests.unit.conftest import RECIPE, complete_overrides
-
-if TYPE_CHECKING:
-    from launch.plan import Plan
-    from tests.unit.conftest import Compose, MakePlan
+from tests.unit.conftest import RECIPE, Compose, MakePlan, complete_overrides
 
 SLURM = ("cluster=slurm", "hardware=h100")
 DOCKER = ("cluster=docker", "hardware=h100")
 ENGINE_IMAGE = "cluster.images.tensorrt_llm=engine:1"
-Prepare = Callable[..., tuple["Plan", Any]]
+GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
+"""A benchmark of generated answers: TensorRT-LLM's server gives no log-likelihoods of prompts."""
+Prepare = Callable[..., tuple[Plan, Any]]
 """Takes overrides; returns the plan, as the executor prepared it, and the cluster's settings."""
 
 
 @pytest.fixture
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets a working directory and a cache of the test, because job scripts contain their paths.
+def compose(compose: Compose) -> Compose:
+    """Composes as the common fixture does, but faster."""
+    return partial(compose_quickly, compose)
 
-    Also unsets the folders of huggingface_hub and ``PYTHONPATH``, and puts a fake ``docker`` first
-    on ``PATH``.
-    """
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removes this machine's folders from the environment, because job scripts contain paths."""
     for folder in ("home", "cache"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")

@@ -1,7 +1,4 @@
-"""Tests ``status``, ``logs``, ``runs``, ``cancel`` and signals for runs on this machine.
-
-``tests/slurm`` tests these commands for Slurm jobs.
-"""
+"""``status``, ``logs``, ``runs``, ``cancel`` and signals, for runs on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,13 +26,17 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import RUN_FILE, begin_work, record_failure, stage_state
 from recipes.core.snapshot import CODE
+from tests.support.launcher import LAUNCHER
 from tests.support.manifests import edit_manifest, unfinished_manifest
-from tests.unit.conftest import SMALL_STUDENT, stage_named, write_last_plan
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.unit.conftest import Complete, Launch, MakePlan
+from tests.unit.conftest import (
+    RECIPE,
+    SMALL_STUDENT,
+    Complete,
+    Launch,
+    MakePlan,
+    stage_named,
+    write_last_plan,
+)
 
 AFTER_DISTILL = ["evaluate", "export_hf", "report"]
 """Stages that follow the distillation."""
@@ -62,6 +65,23 @@ with start_process(["sh", "-c", stage], sys.stdout.buffer):
         time.sleep(0.1)
 """
 """A launcher that waits for a stage. The stage takes 2 seconds to end after SIGTERM."""
+
+RunCommand = Callable[..., str]
+"""Type of the fixture ``run_command``."""
+
+
+@pytest.fixture
+def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    """Runs a command in this process, in an empty folder; returns the command's output."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*arguments: str) -> str:
+        output = StringIO()
+        assert commands.run(arguments, Console(file=output, width=200, soft_wrap=True)) == 0
+        return output.getvalue()
+
+    return run
 
 
 @pytest.fixture
@@ -98,33 +118,28 @@ def test_status_of_an_interrupted_run(run_dir: Path, launch: Launch) -> None:
     # from those of the complete stages, which were fast.
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "86.5 M parameters" in shown.stdout
+    edit_manifest(run_dir / "prune", fingerprint="other")
+    assert states(run_dir)["prune"] == "not started", "the result is of another plan"
 
 
 def test_status_shows_why_a_stage_failed_and_logs_shows_its_log(
-    run_dir: Path, launch: Launch
+    run_dir: Path, run_command: RunCommand
 ) -> None:
     record_failure(run_dir / "distill", "no memory\n  fix: buy some")
     assert states(run_dir)["distill"] == "failed"
-    assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
-    shown = launch("logs", f"run_dir={run_dir}", "lines=2")
-    assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
+    assert "no memory" in run_command("status", f"run_dir={run_dir}")
+    shown = run_command("logs", f"run_dir={run_dir}", "lines=2")
+    assert shown.splitlines()[1:] == ["line 198", "line 199"]
     # The first line is the path of the log. By default, 50 lines of the log follow.
-    assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
+    assert len(run_command("logs", f"run_dir={run_dir}", "stage=distill").splitlines()) == 51
     record_failure(run_dir / "distill", "at step 3", stopped=True)
     assert states(run_dir)["distill"] == "stopped"
-
-
-def test_result_with_another_fingerprint_is_not_complete(run_dir: Path) -> None:
-    edit_manifest(run_dir / "prune", fingerprint="other")
-    assert states(run_dir)["prune"] == "not started"
 
 
 def test_the_stage_in_the_lock_file_is_running(run_dir: Path) -> None:
     with lock.acquire(run_dir) as set_stage:
         set_stage("distill")
         assert list(states(run_dir).values())[-4:] == ["running"] + ["pending"] * 3
-        with pytest.raises(RecipeError, match="another process is running"), lock.acquire(run_dir):
-            pass
     assert lock.read_holder(run_dir) is None
 
 
@@ -156,133 +171,106 @@ def test_a_file_system_without_locks_is_refused(
         lock.read_holder(tmp_path)
 
 
-def listed_run(launch: Launch, run_dir: Path) -> str:
-    """Returns the row of a run in the table of the command ``runs``."""
-    shown = launch("runs", str(run_dir.parent))
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout.splitlines()[2]  # after the table's title and headings
-
-
 def test_runs_are_listed_with_their_state_and_results(
-    run_dir: Path, plan: MakePlan, complete: Complete, launch: Launch
+    run_dir: Path, plan: MakePlan, complete: Complete, run_command: RunCommand
 ) -> None:
-    unfinished = listed_run(launch, run_dir)
+    def listed_run() -> str:
+        """Returns the row of the only run, after the table's title and headings."""
+        return run_command("runs", str(run_dir.parent)).splitlines()[2]
+
+    unfinished = listed_run()
     assert "llama_width_prune" in unfinished
     assert "interrupted at distill" in unfinished
     assert "perplexity" not in unfinished
     complete(plan())
-    finished = listed_run(launch, run_dir)
+    finished = listed_run()
     assert " complete " in finished
     assert "perplexity 20.5 → 938.0 → 45.3, recovered 79%" in finished
     assert "86.5 M" in finished
     assert finished.rstrip().endswith("now")  # the column "age"
     (run_dir / "prune" / MANIFEST).write_text("{")
-    assert "unreadable: see status" in listed_run(launch, run_dir)
-    assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
+    assert "unreadable: see status" in listed_run()
+    with pytest.raises(RecipeError, match="is not a readable manifest"):
+        run_command("status", f"run_dir={run_dir}")
 
 
-def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
-    """The command deletes nothing without ``--yes``, or while a launcher holds the run's lock.
-
-    The other run is in a folder of a sweep. An earlier version wrote it, in another format.
-    """
+def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, run_command: RunCommand) -> None:
+    """The other run is in a folder of a sweep. An earlier version wrote it, in another format."""
     (run_dir / CODE / "hash").mkdir(parents=True)  # a snapshot of the code
     other = run_dir.parent / "sweep" / "0"
     shutil.copytree(run_dir, other)
+    link = run_dir.parent / "link"
+    link.symlink_to(run_dir)
     # Changes the paths in ``other`` so that it needs only two results of ``run_dir``: that of
-    # import_hf as an input, and the exported model as ``hf_path``.
+    # import_hf as an input, by the path of a link, and the exported model as ``hf_path``.
     for request in other.glob("*/config.yaml"):
         text = request.read_text().replace("format: 3", "format: 1")
         text = text.replace(f"{run_dir}/", f"{other}/")
         text = re.sub("hf_path: .*", f"hf_path: {run_dir}/export_hf/artifact", text)
-        request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
+        request.write_text(text.replace(f"{other}/import_hf", f"{link}/import_hf"))
     files = sorted(run_dir.rglob("[!.]*"))  # all but the lock file
-    listed = launch("runs", "clean", str(run_dir))
-    assert "nothing was deleted" in listed.stdout
-    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed.stdout)
+    listed = run_command("runs", "clean", str(run_dir))
+    assert "nothing was deleted" in listed
+    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed)
     assert sorted(run_dir.rglob("[!.]*")) == files
-    with lock.acquire(run_dir):
-        assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
+    with lock.acquire(run_dir), pytest.raises(RecipeError, match="is being run"):
+        run_command("runs", "clean", str(run_dir), "--yes")
     assert sorted(run_dir.rglob("[!.]*")) == files
     other_files = sorted(other.rglob("*"))
-    assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
+    run_command("runs", "clean", str(run_dir), "--yes")
     folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
     assert folders == {"import_hf", "export_hf", CODE}, "the remaining stages need the code"
     assert (run_dir / "import_hf" / MANIFEST).exists()
     assert sorted(other.rglob("*")) == other_files
     # If both runs are cleaned, nothing is needed any more.
-    assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
+    run_command("runs", "clean", str(run_dir), str(other), "--yes")
     assert not run_dir.exists()
     assert not other.exists()
 
 
 def test_clean_deletes_a_sweep_but_no_other_folder_of_runs(
-    run_dir: Path, launch: Launch, tmp_path: Path
+    run_dir: Path, run_command: RunCommand, tmp_path: Path
 ) -> None:
-    """Also covers an empty name in a folder that has runs below ``runs``."""
     sweep = tmp_path / "cwd" / "runs" / "sweeps" / "1"
     shutil.copytree(run_dir, sweep / "0")
-    for name in ("", "sweeps", "runs", str(sweep)):
-        assert "is neither a run nor a sweep" in launch("runs", "clean", name, "--yes").stderr
+    for name in ("", ".", "..", "sweeps", "runs", str(sweep)):
+        message = re.escape(f"'{name}' is neither a run nor a sweep")
+        with pytest.raises(RecipeError, match=message):
+            run_command("runs", "clean", name, "--yes")
     assert (sweep / "0" / RUN_FILE).exists()
     (sweep / "multirun.yaml").touch()  # Hydra writes it at the start of a sweep
-    assert launch("runs", "clean", "sweeps/1", "--yes").returncode == 0
+    run_command("runs", "clean", "sweeps/1", "--yes")
     assert not (sweep / "0").exists()
     assert (run_dir / RUN_FILE).exists()
 
 
-def test_clean_keeps_what_a_run_needs_by_the_path_of_a_link(run_dir: Path, launch: Launch) -> None:
-    """The other run has one stage, whose input has the path of a symbolic link to ``run_dir``."""
-    other = run_dir.parent / "other"
-    shutil.copytree(run_dir, other)
-    link = run_dir.parent / "link"
-    link.symlink_to(run_dir)
-    request = other / "score" / "config.yaml"
-    request.write_text(request.read_text().replace(f"{run_dir}/import_hf", f"{link}/import_hf"))
-    for folder in other.iterdir():
-        if folder.is_dir() and folder != request.parent:
-            shutil.rmtree(folder)
-    listed = launch("runs", "clean", str(run_dir)).stdout
-    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_invalid_commands_are_refused(run_dir: Path, run_command: RunCommand) -> None:
+    for arguments, message in (
         (["runs", "nowhere"], "there is no run in"),
         (["runs", "--all"], "runs does not know '--all'"),
         (["runs", "clean"], "names of runs"),
         (["runs", "clean", "nowhere", "--yes"], "is not a directory"),
-        (["runs", "clean", "", "--yes"], "'' is neither a run nor a sweep"),
-        (["runs", "clean", ".", "--yes"], "'.' is neither a run nor a sweep"),
-        (["runs", "clean", "..", "--yes"], "'..' is neither a run nor a sweep"),
         (["status"], "no run is given"),
         (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
         (["status", "run_dir=nowhere"], "is not a directory"),
         (["logs", "run_dir=."], "is not a run"),
         (["cancel", "stage=distill", "run_dir=x"], "cancel does not know 'stage=distill'"),
-        (["logs", "run_dir=RUN", "stage=distil"], "Did you mean 'distill'?"),
-        (["logs", "run_dir=RUN", "stage=report"], "it has no log"),
-        (["logs", "run_dir=RUN", "lines=x"], "not a number"),
-    ],
-)
-def test_invalid_commands_are_refused(
-    run_dir: Path, launch: Launch, arguments: list[str], message: str
-) -> None:
-    refused = launch(*(argument.replace("RUN", str(run_dir)) for argument in arguments))
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: ")
-    assert message in refused.stderr
+        (["logs", f"run_dir={run_dir}", "stage=distil"], "Did you mean 'distill'?"),
+        (["logs", f"run_dir={run_dir}", "stage=report"], "it has no log"),
+        (["logs", f"run_dir={run_dir}", "lines=x"], "not a number"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            run_command(*arguments)
 
 
 def test_cancel_stops_a_launcher_like_ctrl_c(
-    root: Path, tmp_path: Path, hf_folder: Path, run_dir: Path, launch: Launch
+    tmp_path: Path, hf_folder: Path, run_dir: Path, run_command: RunCommand
 ) -> None:
-    assert "nothing runs" in launch("cancel", f"run_dir={run_dir}").stdout
+    assert "nothing runs" in run_command("cancel", f"run_dir={run_dir}")
     cancelled_dir = tmp_path / "cancelled"
-    command = [sys.executable, str(root / "launch" / "run.py"), "recipe=llama_width_prune"]
-    command += [f"run_dir={cancelled_dir}", f"model.hf_path={hf_folder}"]
-    command += SMALL_STUDENT
+    command = [sys.executable, LAUNCHER, RECIPE, f"run_dir={cancelled_dir}"]
+    # This stage takes seconds, because it imports torch.
+    command += [f"model.hf_path={hf_folder}", *SMALL_STUDENT, "only=[import_hf]"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     # Wait until the launcher runs a stage.
@@ -290,8 +278,8 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    cancelled = launch("cancel", f"run_dir={cancelled_dir}")
-    assert f"{cancelled_dir}: stopped at " in cancelled.stdout, cancelled.stderr
+    cancelled = run_command("cancel", f"run_dir={cancelled_dir}")
+    assert f"{cancelled_dir}: stopped at import_hf\n" in cancelled
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 130  # as after Ctrl+C: 128 + SIGINT
     assert "interrupted; the same command resumes" in output
@@ -299,7 +287,7 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
 
 
 def test_cancel_of_another_users_run_is_refused(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This process holds the lock. ``os.kill`` fails as if the process were another user's."""
 
@@ -309,15 +297,15 @@ def test_cancel_of_another_users_run_is_refused(
     monkeypatch.setattr(os, "kill", failing_kill)
     refusal = pytest.raises(RecipeError, match=f"process {os.getpid()} .* another user")
     with lock.acquire(run_dir), refusal:
-        commands.cancel({"run_dir": str(run_dir)}, Console())
+        run_command("cancel", f"run_dir={run_dir}")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Signals) -> None:
+def test_a_signal_stops_the_imports(tmp_path: Path, sent: signal.Signals) -> None:
     """A fake module ``hydra`` takes long to import, and swallows ``KeyboardInterrupt``."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
-        [sys.executable, str(root / "launch" / "run.py")],
+        [sys.executable, LAUNCHER],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

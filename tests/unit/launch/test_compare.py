@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,10 +22,9 @@ from recipes.core.run_state import InputRef, LastPlan, Request, read_last_plan, 
 from recipes.core.statistics import pareto_front
 from recipes.report.compare import compare_runs, describe_best
 from recipes.report.format import render_template
-from recipes.report.runs import find_runs, paired_difference, read_run
+from recipes.report.runs import RunRecord, find_runs, paired_difference, read_run
 from tests.support.pages import Page
 from tests.support.reports import make_run
-from tests.unit.conftest import Launch
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(root / "10", loss=3.1, heldout="ab" * 32)  # the hash of other text
     (make_run(root / "11", loss=3.2) / "evaluate" / "manifest.json").unlink()
     return root
+
+
+@pytest.fixture
+def runs(sweep: Path) -> list[RunRecord]:
+    """The three runs of ``sweep`` on the same text, best run last. The test may change them."""
+    return [read_run(sweep / name) for name in ("2", "0", "1")]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +105,10 @@ def test_runs_that_are_not_significantly_worse_are_listed_beside_the_best(tmp_pa
     assert describe_best(rows).endswith("at 95%: b")
 
 
-def test_mean_scores_cover_only_the_tasks_that_all_runs_have_in_common(tmp_path: Path) -> None:
+def test_mean_scores_cover_only_the_tasks_that_all_runs_have_in_common(
+    runs: list[RunRecord],
+) -> None:
     """Two tasks do not count: one run lacks piqa, and another has fewer items of sciq."""
-    paths = [make_run(tmp_path / name) for name in ("a", "b", "c")]
-    runs = [read_run(path) for path in paths]
     del runs[1].stages["tasks"].metrics["tasks"]["piqa"]
     runs[2].stages["tasks"].metrics["tasks"]["sciq"]["items"] = 100
     content = compare_runs(runs)
@@ -126,13 +132,12 @@ def test_mean_scores_cover_only_the_tasks_that_all_runs_have_in_common(tmp_path:
     ],
 )
 def test_scores_that_were_measured_in_another_way_are_not_compared(
-    tmp_path: Path, name: str, value: object
+    runs: list[RunRecord], name: str, value: object
 ) -> None:
-    """Run b differs in one value: a field of its task piqa, or a setting of all its tasks.
+    """The second run differs in a field of its task piqa, or in a setting of all its tasks.
 
-    In both runs, only piqa has few-shot examples.
+    In all runs, only piqa has few-shot examples.
     """
-    runs = [read_run(make_run(tmp_path / run)) for run in ("a", "b")]
     for run in runs:
         run.stages["tasks"].metrics["tasks"]["piqa"]["num_fewshot"] = 1
     tasks = runs[1].stages["tasks"]
@@ -147,43 +152,41 @@ def test_scores_that_were_measured_in_another_way_are_not_compared(
     assert ("sciq" in content["tasks"]) == (is_task_field or name in ("limit", "seed"))
 
 
-def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
-    runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in (("a", 3.7), ("b", 3))]
-    content = compare_runs(runs)
+def test_kl_to_different_teachers_is_not_compared(sweep: Path, tmp_path: Path) -> None:
+    def compare_with(**changes: float) -> dict[str, Any]:
+        """Compares two runs after changes of the second run's teacher."""
+        runs = [read_run(sweep / name) for name in ("0", "1")]
+        runs[1].stages["evaluate"].metrics["teacher"] |= changes
+        return compare_runs(runs)
+
+    content = compare_with()
     assert any("plot-kl-" in plot["plot"] for plot in content["plots"])
-    assert content["teacher"]
+    teacher = content["teacher"]
     # The loss of the same teacher differs a little on another machine. A teacher of another size
     # is another teacher, even with the same loss.
-    for field, factor, is_same in (("loss", 1 + 1e-6, True), ("parameters", 2, False)):
-        runs = [read_run(tmp_path / run) for run in ("a", "b")]
-        runs[1].stages["evaluate"].metrics["teacher"][field] *= factor
-        assert (compare_runs(runs)["teacher"] is not None) == is_same
-    runs = [read_run(tmp_path / name) for name in ("a", "b")]
-    runs[1].stages["evaluate"].metrics["teacher"] |= {"loss": 2.5}  # another teacher
-    content = compare_runs(runs)
+    assert compare_with(loss=teacher.loss * (1 + 1e-6))["teacher"] is not None
+    assert compare_with(parameters=2 * teacher.parameters)["teacher"] is None
+    content = compare_with(loss=2.5)  # another teacher
     assert content["teacher"] is None
     assert not any("plot-kl-" in plot["plot"] for plot in content["plots"])
     render_template("compare.html.j2", content, tmp_path / "compare.html")
     assert 'id="other-teachers"' in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
-def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
-    losses = (("a", 3.8), ("b", 3.7), ("c", 3.6))
-    runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in losses]
-    metrics = runs[0].stages["evaluate"].metrics["distilled"]  # run a diverges
+def test_a_diverged_run_is_not_the_best(runs: list[RunRecord]) -> None:
+    metrics = runs[0].stages["evaluate"].metrics["distilled"]  # this run diverges
     metrics["loss"] = metrics["perplexity"] = math.nan
     runs[0] = replace(runs[0], losses=(math.nan, *runs[0].losses[1:]))
     content = compare_runs(runs)
-    assert content["best"] == "c"
+    assert content["best"] == "sweep/1"
     assert all("nan" not in plot["plot"] for plot in content["plots"])
 
 
 def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
     text = " ".join(page.text.split())  # with single spaces
     assert "sweep/10: evaluated on other held-out text" in text
-    content = compare_runs([read_run(run) for run in find_runs([sweep])])
-    assert content["best"] == "sweep/1"
-    assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is row 4"
+    plots = compare_runs([read_run(run) for run in find_runs([sweep])])["plots"]
+    assert all(">4<" not in plot["plot"] for plot in plots), "sweep/10 is row 4"
 
 
 def test_runs_that_share_a_data_set_have_the_same_text(tmp_path: Path) -> None:
@@ -197,8 +200,9 @@ def test_runs_that_share_a_data_set_have_the_same_text(tmp_path: Path) -> None:
     assert first.text_key() == second.text_key()
 
 
-def test_a_run_evaluated_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
-    runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
+def test_a_run_evaluated_on_other_sequences_of_the_same_text_is_flagged(
+    runs: list[RunRecord],
+) -> None:
     runs[2].stages["evaluate"].metrics["sequences"] = 20  # the others have more
     assert [row.comparable for row in compare_runs(runs)["rows"]] == [True, True, False]
 
@@ -259,15 +263,3 @@ def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:
     for message, arguments in cases.items():
         with pytest.raises(RecipeError, match=message):
             compare([str(argument) for argument in arguments], Console())
-
-
-def test_compare_writes_a_page_or_fails_with_a_fix(
-    launch: Launch, sweep: Path, tmp_path: Path
-) -> None:
-    done = launch("compare", str(sweep / "0"), str(sweep / "1"), f"out={tmp_path}/c.html")
-    assert done.returncode == 0
-    assert done.stdout.startswith(f"2 runs compared in {tmp_path}/c.html\nbest: sweep/1, ")
-    failed = launch("compare", str(tmp_path))
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: ")
-    assert "fix: " in failed.stderr

@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import re
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
 from launch.console import headline, print_plan, print_recipes, print_sources, print_summary
+from launch.planned import PlannedStage
 from launch.progress import LINE_SECONDS, Follower
-from recipes.core.manifest import read_manifest
 from recipes.core.metrics import METRICS, MetricsLog
+from tests.support.manifests import bare_manifest
+from tests.support.results import RESULTS
 from tests.support.text import write_token_files
-from tests.unit.conftest import stage_named
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from launch.planned import PlannedStage
-    from tests.unit.conftest import Complete, MakePlan
+from tests.unit.conftest import Complete, MakePlan, stage_named
 
 
 @pytest.fixture
@@ -109,22 +105,15 @@ def test_summary_shows_the_results_of_stages(
     assert summary.count("skipped") == len(planned.stages)
 
 
-@pytest.mark.parametrize(
-    ("recovered", "suffix"),
-    [
+def test_headline_of_an_evaluation_shows_perplexities_and_recovered_loss() -> None:
+    evaluation = bare_manifest("evaluate", "eval_results", RESULTS["evaluate"])
+    for recovered, suffix in (
         (0.75, ", recovered 75% of the loss added by pruning"),
         (0.0, ", recovered 0% of the loss added by pruning"),
         (None, ""),
-    ],
-)
-def test_headline_of_an_evaluation_shows_perplexities_and_recovered_loss(
-    plan: MakePlan, complete: Complete, recovered: float | None, suffix: str
-) -> None:
-    complete(plan())
-    evaluation = read_manifest(plan().run_dir / "evaluate")
-    assert evaluation is not None
-    evaluation.metrics["recovered"] = recovered
-    assert headline(evaluation) == f"perplexity 20.5 → 938.0 → 45.3{suffix}"
+    ):
+        evaluation.metrics["recovered"] = recovered
+        assert headline(evaluation) == f"perplexity 20.5 → 938.0 → 45.3{suffix}"
 
 
 @pytest.fixture

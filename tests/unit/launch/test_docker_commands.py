@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,12 +13,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.wheels import cache_dir
 from tests.support.launcher import write_program
 from tests.support.text import write_token_files
-from tests.unit.conftest import SMALL_STUDENT, stage_named
-from tests.unit.launch.conftest import DOCKER
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
-    from tests.unit.launch.conftest import Prepare
+from tests.unit.conftest import SMALL_STUDENT, Complete, MakePlan, stage_named
+from tests.unit.launch.conftest import DOCKER, Prepare
 
 
 def test_docker_command_has_exactly_these_options(

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,33 +16,24 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, stamp_files
 from tests.support.launcher import write_program
 from tests.support.manifests import edit_manifest
-from tests.unit.conftest import SMALL_STUDENT, stage_named
+from tests.unit.conftest import SMALL_STUDENT, Complete, MakePlan, stage_named
+from tests.unit.launch.conftest import DOCKER, GENERATIVE_TASK
 
-if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
-
-DOCKER = ("cluster=docker", "hardware=h100")
 PYTORCH_BACKEND = "stages.build_engine.backend=tensorrt_llm_pytorch"
-GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
-"""A benchmark of generated answers: TensorRT-LLM's server gives no log-likelihoods of prompts."""
-ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH_BACKEND, GENERATIVE_TASK)}
-"""Further overrides by choice of ``engine``."""
 
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
 def test_only_stages_that_run_tensorrt_llm_use_its_image(plan: MakePlan, recipe: str) -> None:
     """All other stages use the default image, also those that run OpenVINO."""
     engine_stages = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
-    for engine, engine_overrides in ENGINE_OVERRIDES.items():
-        overrides = (*DOCKER, f"engine={engine}", "served=engine", *engine_overrides)
-        planned = plan(*overrides, recipe=f"recipe={recipe}")
+    tensorrt_llm = ("engine=tensorrt_llm", PYTORCH_BACKEND, GENERATIVE_TASK)
+    for engine, in_engine_image in ((("engine=openvino",), set()), (tensorrt_llm, engine_stages)):
+        planned = plan(*DOCKER, *engine, "served=engine", recipe=f"recipe={recipe}")
         images = {stage.name: stage.image for stage in planned.stages}
-        in_engine_image = {
-            name for name, image in images.items() if image == "nemo-recipes-engine:0.1.0"
-        }
-        assert in_engine_image == (engine_stages if engine == "tensorrt_llm" else set())
-        other_images = {images[name] for name in images.keys() - in_engine_image}
-        assert other_images == {"nemo-recipes:0.1.0"}
+        default_images = dict.fromkeys(images, "nemo-recipes:0.1.0")
+        assert images == default_images | dict.fromkeys(
+            in_engine_image, "nemo-recipes-engine:0.1.0"
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,21 +85,13 @@ def test_suggested_fixes_work_for_slurm_without_a_gpu_profile(plan: MakePlan) ->
         assert plan(*slurm, fix)
 
 
-@pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
-def test_recipes_run_in_containers_without_further_settings(plan: MakePlan, recipe: str) -> None:
-    assert plan("cluster=docker", recipe=f"recipe={recipe}")
+def test_a_search_runs_in_containers_without_further_settings(plan: MakePlan) -> None:
+    assert plan("cluster=docker", recipe="recipe=shrink")
 
 
 def test_targets_of_links_in_a_model_path_are_mounted(
     plan: MakePlan, tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Symbolic links may be at several places of a path.
-
-    The files of a model in the hub's cache are links to ``blobs``. The user may have made a link to
-    the model's folder. A link may also be in a folder that is mounted anyway, such as the current
-    directory.
-    """
-
     def read_only_mounts(path: Path) -> set[Path]:
         model = (f"model.hf_path={path}", *SMALL_STUDENT)
         [stage] = plan(*DOCKER, *model, "only=[import_hf]").stages
@@ -177,17 +159,18 @@ def test_the_hub_folder_is_the_default_cache_unless_a_variable_is_set(
     assert machine.hub_folders()["HF_HOME"] == str(Path("other").absolute())
 
 
-def test_the_target_of_a_linked_folder_of_models_is_mounted(
+def test_the_hub_folder_and_the_target_of_a_linked_folder_of_models_are_writable(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in ("scratch", "home"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "home" / "hub").symlink_to(tmp_path / "scratch")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    scratch, home = tmp_path / "scratch", tmp_path / "home"
+    scratch.mkdir()
+    home.mkdir()
+    (home / "hub").symlink_to(scratch)
+    monkeypatch.setenv("HF_HOME", str(home))
     [stage, *_] = plan(*DOCKER, "skip_rules=[image]").stages
     mounts_of_stage = container.mounts_of(stage, docker.DockerConfig())
     mounts = {mount.path: mount.read_only for mount in mounts_of_stage}
-    assert mounts[tmp_path / "scratch"] is False
+    assert mounts[scratch] is mounts[home] is False
 
 
 @pytest.mark.parametrize("cluster", ["docker", "slurm"])
@@ -199,20 +182,19 @@ def test_a_missing_folder_of_the_hub_is_refused(
         plan(f"cluster={cluster}", "hardware=h100", "skip_rules=[image]")
 
 
-def test_a_stopped_stage_leaves_no_container(
+def test_a_stage_that_does_not_stop_is_killed_and_leaves_no_container(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fake docker starts a process that outlives docker's client, as a container does.
 
-    ``docker run`` starts ``sleep`` in its own session and writes its process id to a file. Then the
-    client ignores SIGTERM and waits. ``docker rm`` kills the process.
+    ``docker run`` starts ``sleep`` in its own session. Then the client ignores SIGTERM, writes the
+    process ids of both to the log, and waits. ``docker rm`` kills ``sleep``.
     """
-    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)  # instead of 40 s
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
-    pid_file = tmp_path / "pid"
-    # The rename makes the file appear with its content.
-    write_pid = f"echo $! >{pid_file}.new; mv {pid_file}.new {pid_file}"
-    run = f"setsid sleep 600 & {write_pid}; trap '' TERM; wait"
+    pid_file, log = tmp_path / "pid", tmp_path / "log"
+    write_pid = f"echo $! >{pid_file}"
+    run = f"setsid sleep 600 & {write_pid}; trap '' TERM; echo $! $$; wait"
     remove = f"if [ -e {pid_file} ]; then kill $(cat {pid_file}); fi"
     commands = f'if [ "$1" = rm ]; then {remove}; elif [ "$1" = run ]; then {run}; fi'
     write_program(tmp_path / "bin" / "docker", commands)
@@ -222,15 +204,16 @@ def test_a_stopped_stage_leaves_no_container(
     docker.write_scripts(planned, docker.DockerConfig())
 
     def start_and_interrupt() -> None:
-        with (tmp_path / "log").open("wb") as log, docker.start_container(stage, log):
-            while not pid_file.exists():
+        with log.open("wb") as output, docker.start_container(stage, output):
+            while not log.read_text().endswith("\n"):
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         start_and_interrupt()
+    container_process, client = (Path("/proc", pid) for pid in log.read_text().split())
+    assert not client.exists()
     deadline = time.monotonic() + 10
-    process = Path("/proc", pid_file.read_text().strip())
-    while process.exists():
-        assert time.monotonic() < deadline, f"{process} still runs"
+    while container_process.exists():
+        assert time.monotonic() < deadline, f"{container_process} still runs"
         time.sleep(0.01)

@@ -9,19 +9,16 @@ from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
 from launch import doctor
 from recipes.core import versions
+from recipes.core.errors import RecipeError
 from recipes.core.versions import RESULT_LIBRARIES, Pin
 from recipes.planning.rules import RULES
 from tests.support.launcher import write_program
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Launch
 
 
 def run_doctor(*arguments: str) -> tuple[int, str]:
@@ -36,72 +33,63 @@ def check_results() -> dict[str, str]:
     return {check.name.split()[0]: check.result for check in doctor.examine()}
 
 
-def test_doctor_says_that_recipes_can_run_here(launch: Launch) -> None:
-    done = launch("doctor")
+def test_doctor_says_that_recipes_can_run_here_without_an_import_of_torch(root: Path) -> None:
+    program = "import sys; from launch import run; sys.exit(run.cli() or 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "doctor"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "recipes can run here" in done.stdout
     for check_name in ("megatron-core", "shared memory", "cache", "docker", "tensorrt_llm"):
         assert check_name in done.stdout
 
 
-def test_every_rule_is_listed_and_a_misspelled_argument_is_refused(launch: Launch) -> None:
+def test_every_rule_is_listed_and_a_misspelled_argument_is_refused() -> None:
     status, text = run_doctor("rules")
     assert status == 0
     assert all(rule.name in text for rule in RULES.values())
     assert "NVIDIA/Model-Optimizer#2489" in text  # the reference of one of the rules
-    refused = launch("doctor", "rule")
-    assert refused.returncode == 1
-    assert "Did you mean 'rules'" in refused.stderr
+    with pytest.raises(RecipeError, match="Did you mean 'rules'"):
+        run_doctor("rule")
 
 
-def test_doctor_imports_no_torch(root: Path) -> None:
-    program = "import sys; from launch import doctor; list(doctor.examine())"
-    program += "; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
+def test_wrong_and_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(changed_versions: dict[str, str | None]) -> str:
+        """Returns the last line of a report with these versions; the report must be a failure."""
+        with monkeypatch.context() as patch:
+            for module in (versions, doctor):  # ``doctor`` imports the function by name
+                patch.setattr(
+                    module,
+                    "installed_version",
+                    lambda name: changed_versions.get(name, real_version(name)),
+                )
+            status, text = run_doctor()
+        assert status == 1
+        return text.splitlines()[-1]
 
-
-def test_recipes_cannot_run_with_a_wrong_or_missing_library(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake_versions = {"megatron-core": "0.16.0", "omegaconf": None}  # too new, and missing
     real_version = versions.installed_version
-    monkeypatch.setattr(
-        versions,
-        "installed_version",
-        lambda name: fake_versions.get(name, real_version(name)),
-    )
-    status, text = run_doctor()
-    assert status == 1
-    assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
-
-
-def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_new_and_missing = {"megatron-core": "0.16.0", "omegaconf": None}
+    message = "recipes cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3"
+    assert report(too_new_and_missing) == message
     # Without RESULT_LIBRARIES, only the launcher seems to be installed. It needs omegaconf.
-    absent = (*RESULT_LIBRARIES, "omegaconf")
-    for module in (versions, doctor):  # ``doctor`` imports the function by name
-        monkeypatch.setattr(
-            module, "installed_version", lambda name: None if name in absent else version(name)
-        )
-    status, text = run_doctor()
-    assert status == 1
-    assert "the launcher cannot run here: fix omegaconf ==2.3.0\n" in text
+    without_omegaconf = dict.fromkeys((*RESULT_LIBRARIES, "omegaconf"))
+    assert report(without_omegaconf) == "the launcher cannot run here: fix omegaconf ==2.3.0"
 
 
-@pytest.mark.parametrize(
-    ("specifier", "version", "is_satisfied"),
-    [
+def test_a_pin_compares_versions_without_their_build_suffix() -> None:
+    for specifier, installed, is_satisfied in (
         (">=2.9,<2.14", "2.13.0+cpu", True),
         (">=2.9,<2.14", "2.9.0a0+50eac811a6.nv25.9", True),  # a build of an NGC container
         (">=2.9,<2.14", "2.14.0", False),
         ("==0.15.3", "0.15.3", True),
         ("==0.15.3", None, False),  # not installed
         ("<2", "1.26.4", True),
-    ],
-)
-def test_a_pin_compares_versions_without_their_build_suffix(
-    specifier: str, version: str | None, is_satisfied: bool
-) -> None:
-    assert Pin("any-library", specifier, version).is_satisfied is is_satisfied
+    ):
+        assert Pin("any-library", specifier, installed).is_satisfied is is_satisfied
 
 
 def test_a_gpu_needs_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

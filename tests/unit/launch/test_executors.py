@@ -7,18 +7,13 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from launch.executors import container, docker, local, slurm
 from recipes.core.errors import RecipeError
-from tests.unit.conftest import stage_named
-from tests.unit.launch.conftest import DOCKER, ENGINE_IMAGE, SLURM
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
-    from tests.unit.launch.conftest import Prepare
+from tests.unit.conftest import Complete, MakePlan, stage_named
+from tests.unit.launch.conftest import ENGINE_IMAGE, GENERATIVE_TASK, SLURM, Prepare
 
 
 @pytest.mark.parametrize(
@@ -30,10 +25,9 @@ def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
 ) -> None:
     """Engines of TensorRT-LLM are built and timed on a GPU, with MPI; OpenVINO's are not."""
     partitions = ("cluster.partition=gpu", "cluster.cpu_partition=cpu")
-    served = ("served=engine", "stages.evaluate_served.tasks=[gsm8k_cot]")
     plan, cluster = prepare(
         *(*SLURM, *partitions, f"cluster.gpus={cluster_gpus}"),
-        *(f"engine={engine}", ENGINE_IMAGE, *served),
+        *(f"engine={engine}", ENGINE_IMAGE, "served=engine", GENERATIVE_TASK),
     )
     engine_stages = {"build_engine", "build_teacher_engine", "measure_speed"}
     on_cpu = {"plan", "prepare_data", "report", *(engine_stages if engine == "openvino" else ())}
@@ -53,8 +47,7 @@ def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
 
 def test_variables_of_the_user_replace_those_of_a_job(prepare: Prepare) -> None:
     env = ("+cluster.env.TENSORRT_LLM_LAUNCHER=mine", "+cluster.env.TMPDIR=/scratch")
-    served = "stages.evaluate_served.tasks=[gsm8k_cot]"
-    plan, cluster = prepare(*SLURM, "engine=tensorrt_llm", ENGINE_IMAGE, served, *env)
+    plan, cluster = prepare(*SLURM, "engine=tensorrt_llm", ENGINE_IMAGE, GENERATIVE_TASK, *env)
     script = slurm.job_script(stage_named(plan, "build_engine"), cluster)
     assert "export TENSORRT_LLM_LAUNCHER=mine\n" in script
     assert "export TMPDIR=/scratch\n" in script
@@ -62,15 +55,16 @@ def test_variables_of_the_user_replace_those_of_a_job(prepare: Prepare) -> None:
     assert "USER=nemo-recipes" in script
 
 
-@pytest.mark.parametrize(("hardware", "options"), [("cpu", []), ("h100", ["--gpus=all"])])
-def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
-    prepare: Prepare, hardware: str, options: list[str]
-) -> None:
-    plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
-    # Prune uses a GPU if the hardware has one; report never does.
-    for name, expected in (("report", []), ("prune", options)):
-        lines = docker.command(stage_named(plan, name), cluster)
-        assert [line[0] for line in lines if line[0].startswith("--gpus")] == expected
+def test_containers_get_gpus_only_if_stage_and_hardware_use_them(prepare: Prepare) -> None:
+    for hardware, name, needs_gpu in (
+        ("h100", "prune", True),
+        ("h100", "report", False),
+        ("cpu", "prune", False),
+    ):
+        plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
+        options = {line[0] for line in docker.command(stage_named(plan, name), cluster)}
+        gpu_options = {option for option in options if option.startswith("--gpus")}
+        assert gpu_options == ({"--gpus=all"} if needs_gpu else set()), (hardware, name)
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
@@ -117,8 +111,6 @@ def test_tensor_and_context_parallelism_set_cuda_device_max_connections(
         ("cluster.time=4h", ["invalid cluster.time=4h:", "HH:MM:SS"]),
         # YAML 1.1 reads 12:00:00 without quotes as 43200 seconds.
         ("cluster.time=43200", ["invalid cluster.time=43200:", "in quotes"]),
-        # 4 minutes are less than the default margin (MIN_MARGIN_SECONDS).
-        ("cluster.time=00:04:00", ["distill stops 300 s before", "margin_seconds"]),
         ("stages.prune.resources.time=soon", ["invalid stages.prune.resources.time=soon:"]),
         ("cluster.gpus=all", ["cluster.gpus=all", "gpus-per-node, gres"]),
         ("cluster.max_requeues=-1", ["cluster.max_requeues=-1", "must be 0 or more"]),
@@ -146,16 +138,20 @@ def test_invalid_settings_are_refused(prepare: Prepare, override: str, texts: li
         assert text in str(caught.value)
 
 
-def test_the_message_about_a_too_short_time_limit_ignores_the_number_of_jobs(
+def test_a_stage_that_stops_before_the_limit_needs_a_limit_above_its_margin(
     prepare: Prepare,
 ) -> None:
-    """One requeue is too few for 100,000 steps, but more jobs would not help.
+    """One requeue is too few for 100,000 steps, but the message does not suggest more jobs.
 
-    Every job would stop at once, because the time limit is shorter than the margin.
+    Every job would stop at once.
     """
     limits = ("cluster.time=00:04:00", "cluster.max_requeues=1")
-    with pytest.raises(RecipeError, match="distill stops 300 s before"):
+    message = r"(?s)cluster.time=00:04:00 is too short: distill stops 300 s before.*margin_seconds"
+    with pytest.raises(RecipeError, match=message):
         prepare(*SLURM, *limits, "stages.distill.max_steps=100000")
+    with pytest.raises(RecipeError, match="00:05:00 is too short: distill stops 300 s before"):
+        prepare(*SLURM, "stages.distill.resources.time=00:05:00")
+    prepare(*SLURM, "stages.report.resources.time=00:05:00")
 
 
 def test_paths_with_spaces_are_refused(
@@ -174,14 +170,11 @@ def test_paths_with_spaces_are_refused(
     prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
 
 
-def test_downloads_go_to_the_hub_folder_of_the_site(
+def test_downloads_of_jobs_go_to_the_hub_folder_of_the_site(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (site := tmp_path / "site").mkdir()
     monkeypatch.setenv("HF_HOME", str(site))
-    planned, cluster = prepare(*DOCKER)
-    import_stage = stage_named(planned, "import_hf")
-    assert f"{site}:{site}" in map(str, container.mounts_of(import_stage, cluster))
     planned, cluster = prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
     script = slurm.job_script(stage_named(planned, "import_hf"), cluster)
     assert f"export HF_HOME={site}\n" in script

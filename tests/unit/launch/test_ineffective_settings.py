@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from recipes.core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import MakePlan
+from tests.unit.conftest import MakePlan
 
 SHRINK, DEPTH = "recipe=shrink", "recipe=llama_depth_prune"
 SEARCH = "stages.successive_halving.distill."
@@ -21,75 +17,52 @@ GPU = ("hardware=h100", "hardware.precision=bf16-mixed")
 UNEVEN = (*GPU, "stages.enumerate_shapes.space.ffn_hidden_size_divisor=8")
 """Settings of a search: the sizes of some shapes, not the largest, are no multiples of 16."""
 NO_TEACHER = ("stages.distill.kd_weight=0", "stages.distill.lm_weight=1")
-CASES = {
-    "steps of a search": (SHRINK, [f"{SEARCH}max_steps=50"], "chooses it for each training"),
-    "early stop in a search": (
-        *(SHRINK, [f"{SEARCH}stop_at_recovered=0.9"], "chooses it for each training"),
-    ),
-    "students of a search": (
-        *(SHRINK, [f"{SEARCH}student_steps=[5]"], "chooses it for each training"),
-    ),
-    "inputs of a search": (
-        *(SHRINK, [f"+{SEARCH}inputs.teacher=import_hf"], "chooses it for each training"),
-    ),
-    "job of a training in a search": (SHRINK, [f"{SEARCH}resources.time=1:00:00"], "is one job"),
-    "top-k in a search": (SHRINK, [f"{SEARCH}top_k=99999"], "less than the vocabulary size"),
-    "computed speed": (SHRINK, ["stages.enumerate_shapes.service.speed=fast"], "set automatically"),
-    "unknown limit": (SHRINK, ["+budget.flops=1"], "there is no field budget.flops"),
-    "unknown tracker field": (
-        *(DEPTH, ["tracker=wandb", "+tracker.team=us"], "there is no field tracker.team"),
-    ),
-    "force without its stage": (DEPTH, ["force=[prune]", "only=[plan]"], "excludes it"),
-    "cached teacher without loss": (DEPTH, ["teacher=cached", *NO_TEACHER], "work of cache_logits"),
-    "corrected teacher without loss": (
-        *(DEPTH, ["teacher=corrected", *NO_TEACHER], "work of correct_teacher"),
-    ),
-    "cache of other sequences": (
-        *(DEPTH, ["teacher=cached", "stages.cache_logits.seed=1"], "logits of other sequences"),
-    ),
-    "cache with other weights": (
-        DEPTH,
-        ["teacher=cached", "+stages.cache_logits.weights={law: 1}"],
-        "logits of other sequences",
-    ),
-    "gates of the report": (DEPTH, ["stages.report.gates=['recovered > 0']"], NO_GATES),
-    "gates of the report of a search": (
-        *("recipe=llama_search", ["+stages.report.gates=['recovered > 0']"], NO_GATES),
-    ),
-    "FP8 after a search": (SHRINK, [*UNEVEN, "stages.distill.fp8=hybrid"], "not a multiple of 16"),
-    "FP8 in a search": (SHRINK, [*UNEVEN, f"{SEARCH}fp8=hybrid"], "not a multiple of 16"),
-    "quantized model in bf16": (
-        *(LARGE, [*QUANTIZED, "stages.build_engine.precision=bf16"], "is quantized to fp8"),
-    ),
-    "other format": (
+BY_SEARCH = "chooses it for each training"
+OTHER_SEQUENCES = "logits of other sequences"
+NOT_16 = "not a multiple of 16"
+NOT_QUANTIZED = "that of export_hf is not quantized"
+OTHER_MODULE = "settings are those of another stage"
+ENGINE = "stages.build_engine."
+CASES = [
+    (SHRINK, [f"{SEARCH}max_steps=50"], BY_SEARCH),
+    (SHRINK, [f"{SEARCH}stop_at_recovered=0.9"], BY_SEARCH),
+    (SHRINK, [f"{SEARCH}student_steps=[5]"], BY_SEARCH),
+    (SHRINK, [f"+{SEARCH}inputs.teacher=import_hf"], BY_SEARCH),
+    (SHRINK, [f"{SEARCH}top_k=99999"], "less than the vocabulary size"),
+    (SHRINK, [f"{SEARCH}resources.time=1:00:00"], "the search is one job"),
+    (SHRINK, ["stages.enumerate_shapes.service.speed=fast"], "set automatically"),
+    (SHRINK, ["+budget.flops=1"], "there is no field budget.flops"),
+    (SHRINK, [*UNEVEN, "stages.distill.fp8=hybrid"], NOT_16),
+    (SHRINK, [*UNEVEN, f"{SEARCH}fp8=hybrid"], NOT_16),
+    ("recipe=llama_search", ["+stages.report.gates=['recovered > 0']"], NO_GATES),
+    (DEPTH, ["stages.report.gates=['recovered > 0']"], NO_GATES),
+    (DEPTH, ["tracker=wandb", "+tracker.team=us"], "there is no field tracker.team"),
+    (DEPTH, ["force=[prune]", "only=[plan]"], "excludes it"),
+    (DEPTH, ["teacher=cached", *NO_TEACHER], "work of cache_logits"),
+    (DEPTH, ["teacher=corrected", *NO_TEACHER], "work of correct_teacher"),
+    (DEPTH, ["teacher=cached", "stages.cache_logits.seed=1"], OTHER_SEQUENCES),
+    (DEPTH, ["teacher=cached", "+stages.cache_logits.weights={law: 1}"], OTHER_SEQUENCES),
+    (LARGE, [*QUANTIZED, f"{ENGINE}precision=bf16"], "is quantized to fp8"),
+    (
         LARGE,
         [
-            *(*QUANTIZED, "stages.build_engine.backend=tensorrt_llm_pytorch"),
-            *("stages.build_engine.precision=int4_awq", "stages.quantize.format=fp8"),
+            *(*QUANTIZED, f"{ENGINE}backend=tensorrt_llm_pytorch"),
+            *(f"{ENGINE}precision=int4_awq", "stages.quantize.format=fp8"),
         ],
         "format=int4_awq, but that of quantize is quantized to fp8",
     ),
-    "fp8 without quantize": (
-        LARGE,
-        [ANY_MACHINE, "engine=tensorrt_llm", "stages.build_engine.precision=fp8"],
-        "that of export_hf is not quantized",
-    ),
-    "quantize without effect": (
-        LARGE,
-        [*QUANTIZED, "stages.build_engine.inputs.checkpoint=export_hf"],
-        "that of export_hf is not quantized",
-    ),
-    "module of another stage": (
-        *(DEPTH, ["stages.distill.stage=evaluate"], "settings are those of another stage"),
-    ),
-    "module of a similar stage": (
+    (LARGE, [ANY_MACHINE, "engine=tensorrt_llm", f"{ENGINE}precision=fp8"], NOT_QUANTIZED),
+    (LARGE, [*QUANTIZED, f"{ENGINE}inputs.checkpoint=export_hf"], NOT_QUANTIZED),
+    (DEPTH, ["stages.distill.stage=evaluate"], OTHER_MODULE),
+    (
         DEPTH,
         ["engine=openvino", "served=engine", "stages.evaluate_served.stage=evaluate_tasks"],
-        "another stage",
+        OTHER_MODULE,
     ),
-    "long generations": (DEPTH, ["stages.evaluate.new_tokens=8161"], "has 8192 positions"),
-    **{
-        setting: (DEPTH, [f"stages.distill.{setting}", *others], f"has no effect without {needed}")
+    (DEPTH, ["stages.evaluate.new_tokens=8161"], "has 8192 positions"),
+    (DEPTH, ["stages.distill.weight_decay=11"], "must be 10 or less"),
+    *(
+        (DEPTH, [f"stages.distill.{setting}", *others], f"has no effect without {needed}")
         for setting, needed, *others in (
             ("jsd_beta=0.3", "logits_loss=jsd"),
             ("hidden_loss=mse", "hidden_weight above 0"),
@@ -101,14 +74,16 @@ CASES = {
             ("loss_balancer=dynamic", "two of kd_weight", *NO_TEACHER),
             ("fp8_recipe=delayed", "fp8=hybrid"),
         )
-    },
-    "large weight decay": (DEPTH, ["stages.distill.weight_decay=11"], "must be 10 or less"),
-}
+    ),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_setting_without_effect_is_refused(plan: MakePlan, name: str) -> None:
-    recipe, overrides, message = CASES[name]
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"), CASES, ids=[" ".join(case[1]) for case in CASES]
+)
+def test_a_setting_without_effect_is_refused(
+    plan: MakePlan, recipe: str, overrides: list[str], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         plan(*overrides, recipe=recipe)
 

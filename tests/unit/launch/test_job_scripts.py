@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,12 +18,8 @@ from recipes.planning.limits import MIN_MARGIN_SECONDS
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
 from tests.support.manifests import edit_manifest
-from tests.unit.conftest import stage_named
-from tests.unit.launch.conftest import SLURM
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
-    from tests.unit.launch.conftest import Prepare
+from tests.unit.conftest import Complete, MakePlan, stage_named
+from tests.unit.launch.conftest import SLURM, Prepare
 
 GOLDEN = Path(__file__).with_name("golden")
 """Folder with the expected scripts."""
@@ -43,17 +39,14 @@ TWO_NODES = (
 """Overrides: a distillation on two nodes in containers, with most options of a Slurm job."""
 FEW_STAGES = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
 """Overrides that omit stages, which keeps ``submit.sh`` short."""
+RunJob = Callable[[str], None]
+"""Type of the fixture ``run_job``. Takes branches of a shell ``case`` over scontrol's arguments."""
 
 
 def require_golden(text: str, name: str, tmp_path: Path) -> None:
-    """Compares a script with a golden file, except for paths and hashes.
+    """Compares a script with the golden file ``name``, except for paths and hashes.
 
-    Writes the golden file if it is missing.
-
-    Args:
-        text: The script.
-        name: Name of the golden file.
-        tmp_path: Folder whose path the golden file has as ``/TMP``.
+    Writes the golden file if it is missing. Instead of ``tmp_path``, it has ``/TMP``.
     """
     for path, placeholder in ((tmp_path, "TMP"), (REPO_ROOT, "REPO")):
         text = text.replace(str(path), f"/{placeholder}")
@@ -79,13 +72,7 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     text = slurm.job_script(stage_named(plan, "prune"), cluster)
     require_golden(text, "prune.sbatch", tmp_path)
     plan, _ = prepare(*SLURM, "teacher=cached", *FEW_STAGES)
-    text = slurm.submit_script(plan)
-    require_golden(text, "submit.sh", tmp_path)
-    # Caching the teacher's logits and pruning do not depend on each other.
-    [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]
-    [prune_line] = [line for line in text.splitlines() if "submit prune" in line]
-    assert "job_prune" not in cache_line
-    assert "job_cache_logits" not in prune_line
+    require_golden(slurm.submit_script(plan), "submit.sh", tmp_path)
 
 
 def test_a_relative_image_file_becomes_absolute(
@@ -110,16 +97,12 @@ def test_own_memory_options_replace_the_memory_of_whole_nodes(
     assert "--mem=0" not in script
 
 
-def test_only_stages_on_gpus_ask_their_container_for_gpus(prepare: Prepare) -> None:
+def test_a_container_of_a_stage_without_gpus_asks_for_none(prepare: Prepare) -> None:
     """Without a driver, a container that asks for GPUs does not start."""
     plan, cluster = prepare(*TWO_NODES)
-    distill, prepare_data = (
-        slurm.job_script(stage_named(plan, name), cluster) for name in ("distill", "prepare_data")
-    )
-    assert "export STAGE_NEEDS_GPU=h100" in distill
-    assert "NVIDIA_VISIBLE_DEVICES" not in distill
-    assert "export NVIDIA_VISIBLE_DEVICES=void" in prepare_data
-    assert "STAGE_NEEDS_GPU" not in prepare_data
+    script = slurm.job_script(stage_named(plan, "prepare_data"), cluster)
+    assert "export NVIDIA_VISIBLE_DEVICES=void" in script
+    assert "STAGE_NEEDS_GPU" not in script
 
 
 def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
@@ -147,24 +130,45 @@ def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_
     assert not [folder for folder in folders if folder.parent.exists()]
 
 
-@pytest.mark.parametrize("is_old_slurm", [False, True])
+@pytest.fixture
+def run_job(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunJob:
+    """Runs a job script with a fake srun, which the test may replace, and a fake scontrol."""
+    # Fails if the variable is set: nodes may not know other clusters.
+    check_cluster = '[ -z "${SLURM_CLUSTERS:-}" ] || exit 1'
+    write_program(tmp_path / "bin" / "srun", "exit 7")
+    write_program(tmp_path / "bin" / "sleep", "exit 0")  # the script sleeps after a requeue
+    job = {"JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_END_TIME": "9999999999", "CPUS_ON_NODE": "4"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    plan, cluster = prepare(*SLURM)
+    script = slurm.job_script(stage_named(plan, "prune"), cluster)
+
+    def run_script(scontrol: str) -> None:
+        branches = f"*hostnames*) echo n1;; {scontrol};; *) echo n1: 127.0.0.1"
+        commands = f'{check_cluster}; case "$*" in {branches};; esac'
+        write_program(tmp_path / "bin" / "scontrol", commands)
+        assert subprocess.run(["bash", "-c", script], check=False).returncode == 7
+
+    return run_script
+
+
+@pytest.mark.parametrize(
+    "getaddrs", ["echo 'n1: 10.0.0.7:6818'", "echo 'invalid keyword: getaddrs' >&2; exit 1"]
+)
 def test_ranks_meet_at_the_address_of_the_first_node(
-    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old_slurm: bool
+    run_job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, getaddrs: str
 ) -> None:
     """Before Slurm 23.11, scontrol has no getaddrs. Then ``show node`` provides the address."""
-    getaddrs = "echo 'n1: 10.0.0.7:6818'"
-    if is_old_slurm:
-        getaddrs = "echo 'invalid keyword: getaddrs' >&2; exit 1"
     scontrol = f"getaddrs*) {getaddrs};; *node*) echo 'A=n NodeAddr=10.0.0.7 B=1'"
     write_program(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR" >{tmp_path}/address; exit 7')
     monkeypatch.setenv("SLURM_CLUSTERS", "east")  # the job script must unset it
-    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    run_job(scontrol)
     assert (tmp_path / "address").read_text() == "10.0.0.7\n"
 
 
 @pytest.mark.parametrize("is_preempted", [False, True])
 def test_a_preempted_job_is_requeued(
-    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_preempted: bool
+    run_job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_preempted: bool
 ) -> None:
     """If the partition has a GraceTime, Slurm ends only srun, and the job script continues.
 
@@ -175,43 +179,12 @@ def test_a_preempted_job_is_requeued(
     job = f"A=1 PreemptEligibleTime=2026-11-30T22:25:58 PreemptTime={preempt_time} SuspendTime=None"
     requeue_mark = tmp_path / "requeued"
     scontrol = f"*job*) echo '{job}';; requeue*) touch {requeue_mark}"
-    write_program(tmp_path / "bin" / "srun", "exit 7")
-    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    run_job(scontrol)
     assert requeue_mark.exists() == is_preempted
     requeue_mark.unlink(missing_ok=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "40")  # the default of cluster.max_requeues
-    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    run_job(scontrol)
     assert not requeue_mark.exists()
-
-
-def run_job(
-    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str
-) -> None:
-    """Runs a job script with the test's fake srun, which exits with 7, and a fake scontrol.
-
-    Args:
-        prepare: The fixture.
-        tmp_path: Folder of the fake programs, which are in ``bin``.
-        monkeypatch: Sets the variables that Slurm sets in a job.
-        scontrol: Branches of a shell ``case`` over scontrol's arguments, for this test.
-    """
-    branches = f"*hostnames*) echo n1;; {scontrol};; *) echo n1: 127.0.0.1"
-    # Fails if the variable is set: nodes may not know other clusters.
-    check_cluster = '[ -z "${SLURM_CLUSTERS:-}" ] || exit 1'
-    write_program(tmp_path / "bin" / "scontrol", f'{check_cluster}; case "$*" in {branches};; esac')
-    write_program(tmp_path / "bin" / "sleep", "exit 0")  # the script sleeps after a requeue
-    job = {"JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_END_TIME": "9999999999", "CPUS_ON_NODE": "4"}
-    for name, value in job.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    plan, cluster = prepare(*SLURM)
-    script = slurm.job_script(stage_named(plan, "prune"), cluster)
-    assert subprocess.run(["bash", "-c", script], check=False).returncode == 7
-
-
-def test_only_stages_that_stop_before_the_limit_need_a_longer_one(prepare: Prepare) -> None:
-    prepare(*SLURM, "stages.report.resources.time=00:05:00")
-    with pytest.raises(RecipeError, match="00:05:00 is too short: distill stops 300 s before"):
-        prepare(*SLURM, "stages.distill.resources.time=00:05:00")
 
 
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepare) -> None:

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -28,10 +26,7 @@ from recipes.core.processes import cores
 from recipes.core.run_state import record_failure
 from recipes.core.stage import NEEDS_GPU, Resources
 from tests.support.launcher import write_program
-from tests.unit.conftest import stage_named
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
+from tests.unit.conftest import Complete, MakePlan, stage_named
 
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
@@ -64,7 +59,7 @@ Root Cause (first observed failure):
 """End of a log: rank 0 failed, and rank 1 was killed at ``killed_at``."""
 
 RunStage = Callable[[str], str]
-"""Type of the fixture ``run``. Maps shell commands to the stage's error; empty if it succeeds."""
+"""Type of the fixture ``run``."""
 
 
 @pytest.fixture
@@ -92,16 +87,9 @@ def environment(stage: PlannedStage, **env: str) -> dict[str, str]:
 
 
 def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, **env: str) -> Path:
-    """Writes the stage's ``run.sh`` with a shell script in place of the interpreter.
+    """Writes the stage's ``run.sh``, and returns its path.
 
-    Args:
-        stage: The stage.
-        commands: Commands of the shell script.
-        patch: Sets ``sys.executable``.
-        env: The setting ``cluster.env``.
-
-    Returns:
-        The path of ``run.sh``.
+    The script calls the shell ``commands`` instead of Python; ``env`` is ``cluster.env``.
     """
     program = write_program(stage.directory / "bin" / "python", commands)
     patch.setattr(sys, "executable", str(program))
@@ -111,10 +99,7 @@ def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
-    """Returns a function that runs shell commands as the stage.
-
-    The function returns the stage's error, or an empty text if the stage succeeds.
-    """
+    """Runs shell commands as the stage; returns its error, or an empty text if it succeeds."""
 
     def run(commands: str) -> str:
         write_script(stage, commands, monkeypatch, GREETING="hello")
@@ -126,13 +111,6 @@ def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
         return ""
 
     return run
-
-
-def fail_command(stage: PlannedStage, error: str) -> str:
-    """Returns a shell command that records an error message, as a failed stage does."""
-    work = stage.directory / WORK
-    outcome = json.dumps({"stopped": False, "error": error})
-    return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
 
 def test_torchrun_starts_only_stages_of_several_ranks(
@@ -184,10 +162,7 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
 def test_script_starts_the_command_in_the_launchers_directory(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs the real script with a fake interpreter.
-
-    The interpreter prints its working directory, its arguments and the variable ``AWKWARD``.
-    """
+    """A fake interpreter prints its working directory, its arguments and ``AWKWARD``."""
     (tmp_path / "here it is").mkdir()
     monkeypatch.chdir(tmp_path / "here it is")
     commands = 'pwd -P; printf "%s\\n" "$@"; printf "%s" "$AWKWARD"'
@@ -232,13 +207,6 @@ def test_stage_that_writes_no_new_manifest_has_failed(
     assert "distill failed" in run("exit 0")
 
 
-def test_error_of_a_failed_stage_is_the_message_that_it_recorded(
-    stage: PlannedStage, run: RunStage
-) -> None:
-    message = run(f"{fail_command(stage, 'no memory')}; exit 1")
-    assert message.startswith("stage distill failed: no memory\n  log: ")
-
-
 @pytest.mark.parametrize(
     ("signal", "expected"),
     [("KILL", "killed by SIGKILL: out of memory (the kernel's log"), ("TERM", "ended by SIGTERM")],
@@ -255,7 +223,7 @@ def test_error_names_the_signal_that_ended_a_stage(
         # 1 s after rank 0 failed. torchrun would wait 30 s, so it did not kill rank 1.
         ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
         # 31 s after rank 0 failed: torchrun killed rank 1.
-        ("06:00:31", "lost its connection"),
+        ("06:00:31", "lost its connection\n  log: "),
     ],
 )
 def test_error_names_a_killed_rank_unless_torchrun_killed_it(
@@ -266,37 +234,16 @@ def test_error_names_a_killed_rank_unless_torchrun_killed_it(
     After a rank fails, torchrun waits 30 s and then kills the other ranks.
     """
     report = TORCHRUN_REPORT.format(killed_at=killed_at)
-    record_error = fail_command(stage, "lost its connection")
+    work, outcome = stage.directory / WORK, {"stopped": False, "error": "lost its connection"}
+    record_error = f"mkdir '{work}'; printf '{json.dumps(outcome)}' > '{work}/outcome.json'"
     message = run(f"{record_error}\ncat <<'END'\n{report}END\nexit 1")
     assert message.startswith(f"stage distill failed: {expected}")
-
-
-def test_stage_that_does_not_stop_is_killed(
-    stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stage that ignores SIGTERM is killed after ``STOP_SECONDS``."""
-    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)  # instead of 40 s
-    write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
-    log = tmp_path / "log"
-
-    def start_and_interrupt() -> None:
-        with log.open("wb") as output, local.start_script(stage, output):
-            while not log.read_text().endswith("\n"):  # until it has written its process id
-                time.sleep(0.01)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        start_and_interrupt()
-    assert not Path("/proc", log.read_text().strip()).exists()
 
 
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name of a log is the time of the start. Here all starts have the same time.
-
-    This can happen when the clock is set back.
-    """
+    """The name of a log is the time of the start. Here all starts have the same time."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")

@@ -6,33 +6,28 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from launch.plan import Plan
 from launch.schema import hydra_arguments
 from recipes.core.errors import RecipeError
 from recipes.planning.training_cost import training_cost
 from tests.support.text import write_token_files
 from tests.unit.conftest import MakePlan
 
-if TYPE_CHECKING:
-    from launch.plan import Plan
-
 LONG = "long_context=32k"
 ON_GPUS = ("cluster=slurm", "cluster.account=a", "cluster.images.tensorrt_llm=engine:1")
 """Overrides for Slurm. The account and the image need not exist."""
-# Their teachers have 8 to 12 billion parameters.
-RECIPES = [
-    "llama3_1_8b_depth",
-    "llama3_1_8b_width_2.5b",
-    "mistral_nemo_12b_width",
-    "qwen3_8b_depth",
-    "qwen3_8b_nas",
-]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("llama3_1_8b_depth", "llama3_1_8b_width_2.5b", "mistral_nemo_12b_width"),
+        *("qwen3_8b_depth", "qwen3_8b_nas"),
+    ],
+)
 def test_the_second_phase_fits_into_memory_and_costs_little(plan: MakePlan, recipe: str) -> None:
     chain = plan(LONG, *ON_GPUS, recipe=f"recipe={recipe}").chain
     workload = chain.workloads["distill_long"]
@@ -128,11 +123,8 @@ def test_settings_that_the_second_phase_does_not_support_are_refused(
     plan: MakePlan, override: str, message: str
 ) -> None:
     # ``override`` replaces one of the common overrides if it has the same key.
-    value_by_key = {}
-    for item in (LONG, *ON_GPUS, override):
-        key, _, value = item.partition("=")
-        value_by_key[key] = value
-    arguments = [f"{key}={value}" for key, value in value_by_key.items()]
+    settings = dict(item.split("=", maxsplit=1) for item in (LONG, *ON_GPUS, override))
+    arguments = ["=".join(setting) for setting in settings.items()]
     with pytest.raises(RecipeError, match=message):
         # ``hydra_arguments`` refuses values of a group that are not names.
         plan(*hydra_arguments(arguments), recipe="recipe=qwen3_8b_depth")
