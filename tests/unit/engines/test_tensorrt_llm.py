@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 import shutil
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from recipes.engines import bench, server, tensorrt_llm, trtllm_build_worker
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
+from tests.support.launcher import write_program
 from tests.unit.conftest import stage_named
 from tests.unit.engines.configs import config, rules
 
@@ -175,13 +179,10 @@ def test_each_start_of_the_benchmark_is_an_mpi_job(
     If both starts were in one job, Open MPI 4 would refuse the second.
     """
     (tmp_path / "report").write_text(json.dumps(REPORT))
-    program = tmp_path / "trtllm-bench"
     record_job = f"echo $PMIX_NAMESPACE >>{tmp_path}/jobs"
     write_report = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
-    program.write_text(f"#!/bin/sh\n{record_job}\n{write_report}\n")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # lists no GPU
-    for file in (program, tmp_path / "nvidia-smi"):
-        file.chmod(0o755)
+    write_program(tmp_path / "trtllm-bench", f"{record_job}\n{write_report}")
+    write_program(tmp_path / "nvidia-smi", "")  # lists no GPU
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     cluster = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
     monkeypatch.setenv(tensorrt_llm.LAUNCHER, cluster.mpi.measure_speed)
@@ -214,12 +215,9 @@ def test_memory_of_visible_gpus_is_summed(
 
     Its first answer is 100, which other programs use. Later answers are ``listing``.
     """
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        f"#!/bin/sh\necho $@ > {tmp_path}/options\n"
-        f"[ -e {tmp_path}/second ] && printf '{listing}\\n' || echo 100\ntouch {tmp_path}/second\n"
-    )
-    program.chmod(0o755)
+    answer = f"[ -e {tmp_path}/second ] && printf '{listing}\\n' || echo 100"
+    commands = f"echo $@ > {tmp_path}/options\n{answer}\ntouch {tmp_path}/second"
+    write_program(tmp_path / "nvidia-smi", commands)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.001)
@@ -344,3 +342,34 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     engine_config = json.loads((out / "config.json").read_text())
     assert engine_config == {"max_position_embeddings": 512, "torch_dtype": "bfloat16"}
     assert json.loads((folder / "config.json").read_text()) == checkpoint_config
+
+
+def test_the_builder_dies_with_its_stage_and_its_workspace_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake builder records its workspace and its death signal, and fails with status 3.
+
+    Its last argument is the request file. TensorRT-LLM first writes the engine to the workspace,
+    which must be on the file system of the run.
+    """
+    folder = checkpoint_folder(tmp_path / "hf", None)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    fake_builder = """
+import ctypes, json, pathlib, sys
+death_signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
+workspace = pathlib.Path(json.loads(pathlib.Path(sys.argv[-1]).read_text())["llm"]["workspace"])
+(workspace / "part.engine").write_bytes(b"engine")
+pathlib.Path("record.json").write_text(json.dumps([str(workspace), death_signal.value]))
+sys.exit(3)
+"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", fake_builder]))
+    out = tmp_path / "work" / "artifact"
+    out.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="ended with status 3"):
+        tensorrt_llm.build(config(), folder, out)
+    workspace, death_signal = json.loads((tmp_path / "record.json").read_text())
+    assert Path(workspace).parent == out.parent
+    assert not Path(workspace).exists()
+    assert death_signal == signal.SIGKILL
