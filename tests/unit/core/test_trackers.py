@@ -223,13 +223,14 @@ import mlflow as library
 directory, request = Path(sys.argv[1]), Request("stage", "f", "c", {}, {})
 library.tracking.MlflowClient  # imports the client before any tracker starts
 print("ready", flush=True)
-input()  # waits until the test lets all processes continue at once
+sys.stdin.read()  # waits until the test closes the pipe, so that all processes continue at once
 stage = TrackedStage(directory, request, "id", "recipe", {"uri": None, "experiment": "e"})
 mlflow(stage).close("FINISHED")
 """
 
 
 def test_stages_that_start_together_share_one_mlflow_database(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
     processes = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -237,16 +238,14 @@ def test_stages_that_start_together_share_one_mlflow_database(tmp_path: Path) ->
         pipe = subprocess.PIPE
         processes.append(
             subprocess.Popen(
-                command, cwd=REPO_ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+                command, cwd=REPO_ROOT, stdin=read_end, stdout=pipe, stderr=pipe, text=True
             )
         )
+    os.close(read_end)
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+    os.close(write_end)
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
@@ -274,27 +273,23 @@ def test_many_errors_of_a_tracker_give_one_warning(
     assert capsys.readouterr().err.count("tensorboard failed (OSError: no space left)") == 1
 
 
-@pytest.mark.parametrize(
-    ("env", "login", "mode"),
-    [({}, False, "offline"), ({}, True, None), ({"WANDB_MODE": "disabled"}, False, None)],
-)
 def test_wandb_is_offline_without_a_login(
-    stage: PlannedStage,
-    monkeypatch: pytest.MonkeyPatch,
-    env: dict[str, str],
-    login: bool,
-    mode: str | None,
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``login``: whether the user has logged in. With ``mode=None``, wandb reads ``WANDB_MODE``."""
+    """With ``mode=None``, wandb reads ``WANDB_MODE``."""
     import wandb
 
     init = mock.Mock()
-    monkeypatch.setattr(wandb, "login", lambda **_: login)
     monkeypatch.setattr(wandb, "init", init)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    track(stage, "wandb", third_step)
-    assert init.call_args.kwargs["mode"] == mode
+    for logged_in, variable, mode in (
+        (False, "", "offline"),
+        (True, "", None),
+        (False, "disabled", None),
+    ):
+        monkeypatch.setattr(wandb, "login", mock.Mock(return_value=logged_in))
+        monkeypatch.setenv("WANDB_MODE", variable)
+        track(stage, "wandb", third_step)
+        assert init.call_args.kwargs["mode"] == mode
 
 
 def test_unusable_trackers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-import shlex
 import shutil
-import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -342,34 +339,3 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     engine_config = json.loads((out / "config.json").read_text())
     assert engine_config == {"max_position_embeddings": 512, "torch_dtype": "bfloat16"}
     assert json.loads((folder / "config.json").read_text()) == checkpoint_config
-
-
-def test_the_builder_dies_with_its_stage_and_its_workspace_is_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fake builder records its workspace and its death signal, and fails with status 3.
-
-    Its last argument is the request file. TensorRT-LLM first writes the engine to the workspace,
-    which must be on the file system of the run.
-    """
-    folder = checkpoint_folder(tmp_path / "hf", None)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
-    fake_builder = """
-import ctypes, json, pathlib, sys
-death_signal = ctypes.c_int()
-ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
-workspace = pathlib.Path(json.loads(pathlib.Path(sys.argv[-1]).read_text())["llm"]["workspace"])
-(workspace / "part.engine").write_bytes(b"engine")
-pathlib.Path("record.json").write_text(json.dumps([str(workspace), death_signal.value]))
-sys.exit(3)
-"""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", fake_builder]))
-    out = tmp_path / "work" / "artifact"
-    out.mkdir(parents=True)
-    with pytest.raises(RecipeError, match="ended with status 3"):
-        tensorrt_llm.build(config(), folder, out)
-    workspace, death_signal = json.loads((tmp_path / "record.json").read_text())
-    assert Path(workspace).parent == out.parent
-    assert not Path(workspace).exists()
-    assert death_signal == signal.SIGKILL
