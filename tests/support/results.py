@@ -103,13 +103,7 @@ def added_layers_result() -> AddLayersResult:
 
 
 def task(metric: str, values: tuple[float, float, float], items: int) -> TaskResult:
-    """Returns the result of one benchmark.
-
-    Args:
-        metric: Name of the metric.
-        values: Mean scores of the teacher, the pruned and the distilled model, from 0 to 1.
-        items: Number of items.
-    """
+    """Returns the result of one benchmark with these mean scores of the three models."""
     teacher, pruned, distilled = values
 
     def score(value: float) -> Score:

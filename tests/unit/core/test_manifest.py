@@ -21,7 +21,7 @@ from recipes.core.manifest import (
     stamp_files,
     write_manifest,
 )
-from tests.support.manifests import bare_manifest
+from tests.support.manifests import bare_manifest, edit_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,26 +39,13 @@ def stage_dir(tmp_path: Path) -> Path:
     (artifact / "sub").mkdir(parents=True)
     (artifact / "a.txt").write_text("hello")
     (artifact / "sub" / "b.txt").write_text("world!")
-    manifest = Manifest(
-        stage="prune",
-        kind="checkpoint_nemo",
-        fingerprint="f",
-        config={"x": 1},
-        code="c",
-        inputs={"data": "d"},
-        files=stamp_files(artifact),
-        metrics={"loss": 0.5},
-        architecture={"num_layers": 2},
-        parameters=7,
-        tokenizer_sha256=None,
-        versions={"python": "3"},
-        git_sha=None,
-        started_at="now",
-        seconds=1.5,
-        peak_rss_bytes=3,
-    )
-    write_manifest(artifact.parent, manifest)
+    write_manifest(artifact.parent, manifest_of(artifact))
     return artifact.parent
+
+
+def manifest_of(artifact: Path) -> Manifest:
+    manifest = bare_manifest("prune", "checkpoint_nemo", None)
+    return replace(manifest, config={"x": 1}, parameters=7, files=stamp_files(artifact))
 
 
 @dataclass(frozen=True)
@@ -78,12 +65,9 @@ class Licence:
 
 
 def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
     written = Result(0.5, {1: 0.25, 12: 2.0}, "mit")
-    write_manifest(stage_dir, replace(manifest, metrics=asdict(written)))
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
+    edit_manifest(stage_dir, metrics=asdict(written))
+    manifest = check_artifact(stage_dir)
     assert manifest.result(Result) == written
     assert manifest.result(Licence) == Licence("mit")
     assert manifest.result_if("prune", Result) == written
@@ -91,16 +75,12 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
 
 
 def test_a_manifest_with_nan_and_infinity_is_valid_json(stage_dir: Path) -> None:
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
-    metrics = asdict(Result(math.nan, {1: math.inf}))
-    write_manifest(stage_dir, replace(manifest, metrics=metrics))
+    written = Result(math.nan, {1: math.inf})
+    edit_manifest(stage_dir, metrics=asdict(written))
     # Python calls ``parse_constant`` for NaN and Infinity, which are not JSON.
     json.loads((stage_dir / MANIFEST).read_text(), parse_constant=pytest.fail)
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
     # Compares texts, because NaN does not equal NaN.
-    assert str(manifest.result(Result)) == str(Result(math.nan, {1: math.inf}))
+    assert str(check_artifact(stage_dir).result(Result)) == str(written)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +91,11 @@ def test_a_manifest_with_nan_and_infinity_is_valid_json(stage_dir: Path) -> None
     ],
 )
 def test_a_result_with_a_missing_field_or_a_wrong_type_is_refused(
-    stage_dir: Path, metrics: dict[str, Any], reason: str
+    metrics: dict[str, Any], reason: str
 ) -> None:
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
+    manifest = replace(bare_manifest("prune", "checkpoint_nemo", None), metrics=metrics)
     with pytest.raises(RecipeError) as error:
-        replace(manifest, metrics=metrics).result(Result)
+        manifest.result(Result)
     for words in ("stage prune", reason, "fix: delete the manifest.json of prune"):
         assert words in str(error.value)
 
@@ -148,9 +127,7 @@ def test_a_manifest_of_another_version_is_refused(stage_dir: Path, version: dict
 
 
 def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
-    manifest = read_manifest(stage_dir)
-    assert manifest is not None
-    write_manifest(stage_dir, manifest)
+    manifest = manifest_of(stage_dir / ARTIFACT)
     assert read_manifest(stage_dir) == manifest
     assert manifest.total_bytes() == len("hello") + len("world!")
     assert manifest.files["a.txt"].sha256 == HELLO_SHA256

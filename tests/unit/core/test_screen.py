@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from io import StringIO
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from recipes.core.screen import plain_table
+from recipes.core.screen import plain_table, screen
 
 CELL = "feed-forward width " * 12
 """Wider than the 80 columns of an ordinary terminal."""
-PRINT_TABLE = f"""
-from rich.table import Table
-from recipes.core.screen import screen
-table = Table("shape", box=None)
-table.add_row("{CELL}")
-screen().print(table)
-"""
 
 
-@pytest.mark.parametrize(("environment", "is_complete"), [({}, True), ({"COLUMNS": "80"}, False)])
+@pytest.mark.parametrize(("columns", "is_complete"), [(None, True), ("80", False)])
 def test_a_piped_table_is_truncated_only_if_the_variable_columns_is_set(
-    environment: dict[str, str], is_complete: bool
+    columns: str | None,
+    is_complete: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    process = subprocess.run(
-        [sys.executable, "-c", PRINT_TABLE],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (CELL.strip() in process.stdout) == is_complete
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    table = Table("shape", box=None)
+    table.add_row(CELL)
+    screen().print(table)
+    assert (CELL.strip() in capsys.readouterr().out) == is_complete
 
 
 def test_on_a_narrow_console_cells_are_folded_except_in_the_first_column() -> None:

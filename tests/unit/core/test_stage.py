@@ -17,14 +17,24 @@ import pytest
 from safetensors.numpy import save_file
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import MIN_FREE_BYTES, storage_problem
-from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, check_artifact, read_manifest
+from recipes.core.files import MIN_FREE_BYTES, REPO_ROOT, storage_problem
+from recipes.core.manifest import (
+    ARTIFACT,
+    MANIFEST,
+    WORK,
+    Outcome,
+    check_artifact,
+    read_manifest,
+    stamp_files,
+    write_manifest,
+)
 from recipes.core.metrics import METRICS, read_records
 from recipes.core.run_state import InputRef, Request, Status, last_end, stage_state
-from recipes.core.stage import DEADLINE, deadline, metrics_log, time_is_up
+from recipes.core.stage import DEADLINE, StageConfig, deadline, metrics_log, time_is_up
 from recipes.core.stage_process import failure, start_command
-from recipes.core.worker import _summary
+from recipes.core.worker import _summary, run_stage
 from tests.support.disks import small_disk
+from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,48 +94,53 @@ def wait_for_nothing():
 
 STAGE = SimpleNamespace(run=run, config=Config, kind="dataset")
 """
-"""Module of a minimal stage. ``StageStarter`` writes it to a file."""
+"""Source of the module ``small_stage``."""
 CHECKPOINT_ERROR = "a checkpoint was not written"
 
 
-class StageStarter:
-    """Starts the stage of the module ``STAGE`` as the launcher does."""
+@pytest.fixture(autouse=True)
+def importable_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets processes import the module ``small_stage``."""
+    (tmp_path / "small_stage.py").write_text(STAGE)
+    monkeypatch.setenv("PYTHONPATH", f"{REPO_ROOT}{os.pathsep}{tmp_path}")
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.python_path = f"{root}{os.pathsep}{folder}"
-        (folder / "small_stage.py").write_text(STAGE)
 
-    def start(
-        self, directory: Path, inputs: dict[str, InputRef] | None = None, **config: Any
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs the stage in ``directory`` until it ends. ``config`` sets fields of ``Config``."""
-        fingerprint = f"fingerprint of {config.get('text', 'hello')}"
-        settings = {"stage": "small", **config}
-        request = Request(directory.name, fingerprint, "c", inputs or {}, settings)
-        return subprocess.run(
-            start_command("small_stage", request.write(directory), 1, sys.executable),
-            env={**os.environ, "PYTHONPATH": self.python_path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+def start_stage(
+    directory: Path, inputs: dict[str, InputRef] | None = None, **config: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``small_stage`` as the launcher does. ``config`` sets fields of its ``Config``."""
+    settings = {"stage": "small", **config}
+    request = Request(directory.name, "fingerprint", "c", inputs or {}, settings)
+    command = start_command("small_stage", request.write(directory), 1, sys.executable)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def write_source_manifest(directory: Path) -> None:
+    files = stamp_files(directory / ARTIFACT)
+    write_manifest(directory, replace(bare_manifest("source", "dataset", None), files=files))
 
 
 @pytest.fixture
-def starter(root: Path, tmp_path: Path) -> StageStarter:
-    return StageStarter(root, tmp_path)
+def source(tmp_path: Path) -> InputRef:
+    """A complete stage with one file, as an input of another stage."""
+    directory = tmp_path / "source"
+    (directory / ARTIFACT).mkdir(parents=True)
+    (directory / ARTIFACT / "a.txt").write_text("hello")
+    write_source_manifest(directory)
+    return InputRef.of(directory)
 
 
-def test_a_complete_stage_has_a_manifest_and_no_work(starter: StageStarter, tmp_path: Path) -> None:
+def test_a_complete_stage_has_a_manifest_and_no_work(tmp_path: Path, source: InputRef) -> None:
     stage = tmp_path / "stage"
-    done = starter.start(stage, text="some words")
+    done = start_stage(stage, {"data": source}, text="some words")
     assert done.returncode == 0, done.stderr
     manifest = check_artifact(stage, "dataset")
     assert list(manifest.files) == ["sub/a.txt"]
     assert manifest.stage == "small"
-    assert manifest.fingerprint == "fingerprint of some words"
+    assert manifest.fingerprint == "fingerprint"
     assert manifest.config == {"stage": "small", "text": "some words"}
+    assert manifest.inputs == {"data": source.fingerprint}
+    assert manifest.metrics == {"input_files": {"data": ["a.txt"]}}
     assert (manifest.code, manifest.parameters, manifest.tokenizer_sha256) == ("c", 5, "t")
     assert manifest.peak_rss_bytes > 1 << 20
     assert manifest.versions["python"] == sys.version.split()[0]
@@ -142,69 +157,59 @@ def test_a_complete_stage_has_a_manifest_and_no_work(starter: StageStarter, tmp_
     ],
 )
 def test_a_failed_stage_says_why_and_keeps_the_old_result(
-    starter: StageStarter, tmp_path: Path, fail: str, summary: str, output: str
+    source: InputRef, fail: str, summary: str, output: str
 ) -> None:
-    stage = tmp_path / "stage"
-    starter.start(stage)
+    stage = source.directory
     before = read_manifest(stage)
-    done = starter.start(stage, text="other", fail=fail)
+    done = start_stage(stage, fail=fail)
     assert done.returncode == 1
     assert output in done.stderr
     status, reason = last_end(stage) or (None, "")
     assert status is Status.FAILED
     assert reason.startswith(summary)
     assert check_artifact(stage) == before
-    assert starter.start(stage, text="other").returncode == 0
-    assert read_manifest(stage) != before
-    assert not (stage / WORK).exists()
 
 
-def test_a_killed_stage_is_incomplete_and_keeps_its_work(
-    starter: StageStarter, tmp_path: Path
-) -> None:
+def test_a_killed_stage_is_incomplete_and_keeps_its_work(tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     # ``start`` returns only if the stage's child process dies, too: it holds the output pipe open.
-    assert starter.start(stage, fail="kill").returncode == -9
+    assert start_stage(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
     assert (stage / WORK / "state").read_text() == "step 1"
     state = stage_state(stage)
     assert state.status is Status.INTERRUPTED
     assert state.begun is not None
-    assert state.begun.fingerprint == "fingerprint of hello"
+    assert state.begun.fingerprint == "fingerprint"
     assert state.begun.config == {"stage": "small", "fail": "kill"}
     assert [record["task"] for record in state.progress()] == ["write"]
 
 
-def test_a_hanging_stage_ends_and_says_where_it_hangs(
-    starter: StageStarter, tmp_path: Path
-) -> None:
+def test_a_hanging_stage_ends_and_says_where_it_hangs(tmp_path: Path) -> None:
     """The stage first records progress for longer than the timeout. This must not end the stage."""
     stage = tmp_path / "stage"
-    done = starter.start(stage, fail="hang", resources={"hang_timeout": 4})
+    done = start_stage(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
     assert stage_state(stage).status is Status.HUNG
     message = failure(stage, None)
     assert "it made no progress for resources.hang_timeout seconds" in message
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", message)
     assert (stage / WORK / "state").read_text() == "step 1"
-    assert starter.start(stage).returncode == 0
+    assert start_stage(stage).returncode == 0
     assert not (stage / WORK).exists()
 
 
-def test_a_full_disk_is_explained_and_a_larger_disk_completes_the_stage(
-    starter: StageStarter, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_explained_and_a_larger_disk_completes_the_stage(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
-        assert starter.start(stage, fail="bug").returncode == 1
+        assert start_stage(stage, fail="bug").returncode == 1
         disk.leave_free(65536)  # enough for a log and metrics, but not for the 300 kB of "large"
-        assert starter.start(stage, fail="large").returncode == 1
+        assert start_stage(stage, fail="large").returncode == 1
         for text in (str(stage), "No space left on device", "free some space"):
             assert text in failure(stage, None)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
-        assert starter.start(stage, fail="large").returncode == 0
+        assert start_stage(stage, fail="large").returncode == 0
 
 
 @pytest.mark.parametrize("write", [np.ndarray.tofile, lambda a, file: save_file({"a": a}, file)])
@@ -271,51 +276,45 @@ def test_a_lost_connection_points_to_another_rank_if_there_is_one(
     assert str(error) in _summary(error, tmp_path)
 
 
-def test_the_error_names_an_unknown_setting(starter: StageStarter, tmp_path: Path) -> None:
-    stage = tmp_path / "stage"
-    assert starter.start(stage, unknown=1).returncode == 1
-    assert "unknown" in stage_state(stage).error
+def test_unknown_settings_are_refused(tmp_path: Path) -> None:
+    Request("stage", "f", "c", {}, {"stage": "small", "typo": 1}).write(tmp_path)
+    with pytest.raises(RecipeError, match="stage has unknown settings: typo"):
+        run_stage(lambda *_: Outcome(), StageConfig, "dataset", tmp_path)
 
 
-@pytest.fixture
-def source(starter: StageStarter, tmp_path: Path) -> InputRef:
-    """A reference to a complete stage, which is the input of another stage."""
-    assert starter.start(tmp_path / "source").returncode == 0
-    return InputRef.of(tmp_path / "source")
+def start_until_interrupted(directory: Path, source: InputRef) -> None:
+    """Starts a stage with the input ``source`` in this process. Its work is interrupted."""
+
+    def interrupt(*_: object) -> Outcome:
+        raise KeyboardInterrupt
+
+    Request("stage", "f", "c", {"data": source}, {"stage": "small"}).write(directory)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(interrupt, StageConfig, "dataset", directory)
 
 
-def test_inputs_are_read_recorded_and_hashed(
-    starter: StageStarter, tmp_path: Path, source: InputRef
-) -> None:
-    stage, file = tmp_path / "stage", tmp_path / "source" / ARTIFACT / "sub" / "a.txt"
-    assert starter.start(stage, {"data": source}).returncode == 0
-    manifest = read_manifest(stage)
-    assert manifest is not None
-    assert manifest.inputs == {"data": "fingerprint of hello"}
-    assert manifest.metrics == {"input_files": {"data": ["sub"]}}
-    # The changed file has the same size and modification time, so only its hash differs.
+def write_with_old_time(file: Path, text: str) -> None:
+    """Changes a file, but neither its modification time nor, with 5 characters, its size."""
     stat = file.stat()
-    file.write_text("jello")
+    file.write_text(text)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    # The second start hashes the input again, because the first start did not accept its hash.
+
+
+def test_inputs_are_hashed_until_a_start_accepts_them(tmp_path: Path, source: InputRef) -> None:
+    write_with_old_time(source.directory / ARTIFACT / "a.txt", "jello")
     for _ in range(2):
-        done = starter.start(stage, {"data": source})
-        assert done.returncode == 1
-        assert "sub/a.txt (changed)" in done.stderr
+        with pytest.raises(RecipeError, match=r"a\.txt \(changed\)"):
+            start_until_interrupted(tmp_path / "stage", source)
 
 
-def test_a_resumed_stage_does_not_hash_its_inputs_again(
-    starter: StageStarter, tmp_path: Path, source: InputRef
-) -> None:
-    file = source.directory / ARTIFACT / "sub" / "a.txt"
-    stat = file.stat()
-    assert starter.start(tmp_path / "stage", {"data": source}, fail="kill").returncode == -9
-    # Without a hash, this change is not noticed: the size and modification time are the same.
-    file.write_text("jello")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert starter.start(tmp_path / "stage", {"data": source}, fail="kill").returncode == -9
+def test_a_resumed_stage_does_not_hash_its_inputs_again(tmp_path: Path, source: InputRef) -> None:
+    file = source.directory / ARTIFACT / "a.txt"
+    start_until_interrupted(tmp_path / "stage", source)
+    write_with_old_time(file, "jello")
+    start_until_interrupted(tmp_path / "stage", source)  # without a hash, the change is not noticed
     file.write_text("a changed size")
-    assert starter.start(tmp_path / "stage", {"data": source}).returncode == 1
+    with pytest.raises(RecipeError, match=r"a\.txt \(changed\)"):
+        start_until_interrupted(tmp_path / "stage", source)
 
 
 @pytest.mark.parametrize(
@@ -326,45 +325,28 @@ def test_a_resumed_stage_does_not_hash_its_inputs_again(
     ],
 )
 def test_input_of_another_type_or_fingerprint_is_refused(
-    starter: StageStarter, tmp_path: Path, source: InputRef, change: dict[str, str], message: str
+    tmp_path: Path, source: InputRef, change: dict[str, str], message: str
 ) -> None:
-    done = starter.start(tmp_path / "stage", {"data": replace(source, **change)})
-    assert done.returncode == 1
-    assert message in stage_state(tmp_path / "stage").error
-
-
-def test_a_start_resumes_only_work_with_its_fingerprint(
-    starter: StageStarter, tmp_path: Path
-) -> None:
-    """The fingerprint depends on ``text``, see ``StageStarter``."""
-    stage = tmp_path / "stage"
-    checkpoint = stage / WORK / "checkpoint"
-    starter.start(stage, fail="kill")
-    checkpoint.touch()
-    starter.start(stage, text="other", fail="kill")
-    assert not checkpoint.exists()
-    checkpoint.touch()
-    starter.start(stage, text="other", fail="kill")
-    assert checkpoint.exists()
-    assert starter.start(stage, text="other").returncode == 0
+    with pytest.raises(RecipeError, match=message):
+        start_until_interrupted(tmp_path / "stage", replace(source, **change))
 
 
 def test_work_is_discarded_if_an_input_was_computed_again_with_other_content(
-    starter: StageStarter, tmp_path: Path, source: InputRef
+    tmp_path: Path, source: InputRef, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = tmp_path / "stage"
     checkpoint = stage / WORK / "checkpoint"
-    starter.start(stage, {"data": source}, fail="kill")
+    start_until_interrupted(stage, source)
     checkpoint.touch()
-    # A start that discards work prints "input data was replaced".
-    assert "data" not in starter.start(stage, {"data": source}, fail="kill").stdout
+    start_until_interrupted(stage, source)
     assert checkpoint.exists()
-    # Computes the input again, now with one more file.
-    assert starter.start(source.directory, fail="large").returncode == 0
+    assert capsys.readouterr().out == ""
+    (source.directory / ARTIFACT / "b.txt").touch()
+    write_source_manifest(source.directory)
     assert InputRef.of(source.directory) == source, "the fingerprint stays"
-    assert "data" in starter.start(stage, {"data": source}, fail="kill").stdout
+    start_until_interrupted(stage, source)
     assert not checkpoint.exists()
-    assert starter.start(stage, {"data": source}).returncode == 0
+    assert "input data was replaced" in capsys.readouterr().out
 
 
 def test_only_rank_0_writes_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,25 +355,18 @@ def test_tokens_and_epochs_of_a_training_run() -> None:
     ]
 
 
-def test_the_error_names_a_file_that_a_wheel_does_not_have(
+def test_a_source_in_a_wheel_is_checked_if_the_cache_has_a_valid_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    folder = tmp_path / SHA[:16]  # the wheel's folder in the cache
-    folder.mkdir()
-    with zipfile.ZipFile(folder / "texts-1.0.whl", "w") as wheel:
-        wheel.writestr("texts/a.py", "pass")
-    assert source_problem(f"pypi://texts/1.0/texts/*.py#sha256={SHA}") is None
-    problem = str(source_problem(f"pypi://texts/1.0/texts/b.py#sha256={SHA}"))
+    wheel = tmp_path / SHA[:16] / "texts-1.0.whl"
+    existing, missing = (f"pypi://texts/1.0/texts/{n}.py#sha256={SHA}" for n in ("*", "b"))
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"not a wheel")
+    assert source_problem(missing) is None
+    assert source_bytes(existing) is None
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("texts/a.py", "pass")
+    assert source_problem(existing) is None
+    problem = str(source_problem(missing))
     assert problem.startswith("texts 1.0 has no file texts/b.py; list them with: unzip -l ")
-
-
-def test_a_damaged_wheel_in_the_cache_counts_as_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
-    (tmp_path / SHA[:16]).mkdir()
-    (tmp_path / SHA[:16] / "texts-1.0.whl").write_bytes(b"not a wheel")
-    source = f"pypi://texts/1.0/texts/*.py#sha256={SHA}"
-    assert source_problem(source) is None
-    assert source_bytes(source) is None

@@ -10,7 +10,6 @@ import pytest
 
 from launch.stages import with_shapes
 from nemo_convert.architecture import Architecture
-from nemo_convert.hf_config import read_architecture
 from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
@@ -148,10 +147,7 @@ def test_roofline_is_the_longer_of_compute_time_and_memory_time(teacher: Archite
     assert SHAPE.context == 105.5
 
 
-def test_rates_are_computed_from_seconds() -> None:
-    timing = Timing(first_seconds=0.5, total_seconds=1.5)
-    assert timing.decode_rate(SHAPE) == 2 * 10  # tokens after the first ones, in 1.5 - 0.5 s
-    assert timing.throughput(SHAPE) == 2 * 111 / 1.5  # prompts and new tokens, in 1.5 s
+def test_a_spread_has_the_median_and_the_ends_of_the_range() -> None:
     assert spread([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0)
 
 
@@ -203,12 +199,8 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
         if role == "teacher" and batch_size
     ]
     assert len(set(teacher_batches)) == 6  # an engine would cache repeated prompts
-    assert [(r.role, r.batch_size) for r in rows] == [
-        ("teacher", 1),
-        ("student", 1),
-        ("teacher", 2),
-        ("student", 2),
-    ]
+    roles_and_batches = [(role, batch) for batch in (1, 2) for role in ("teacher", "student")]
+    assert [(r.role, r.batch_size) for r in rows] == roles_and_batches
     assert rows[0].disk_bytes == 5  # the size of engine.bin
     assert rows[0].time_to_first_token_ms == Spread(400, 400, 400)  # 0.4 s, without the warm-up
 
@@ -301,24 +293,14 @@ def test_compared_engines_must_have_the_same_backend_and_kv_cache(
     assert [p.rule.name for p in measure_speed.check(cfg, chain)] == rules
 
 
-def test_quantize_checks_the_pruned_shape() -> None:
+def test_quantize_checks_the_pruned_shape(teacher: Architecture) -> None:
     """The pruned width is checked even if several stages are between prune and quantize.
 
     ``int4_awq`` needs multiples of 128. The teacher's hidden size, 256, is one; 200 is not.
     """
     from recipes.stages import export_hf
 
-    teacher = read_architecture(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "vocab_size": 512,
-        },
-        "teacher",
-    )
+    teacher = replace(teacher, hidden_size=256, kv_channels=64)
     stages = {
         "prune": PruneConfig(
             stage="prune", inputs={"checkpoint": "import_hf"}, target_hidden_size=200

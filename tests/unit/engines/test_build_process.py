@@ -12,7 +12,7 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.engines import tensorrt_llm
-from tests.unit.engines.test_tensorrt_llm import checkpoint_folder, config
+from tests.unit.engines.configs import config
 
 
 def test_the_builder_dies_with_its_stage_and_its_workspace_is_deleted(
@@ -23,8 +23,7 @@ def test_the_builder_dies_with_its_stage_and_its_workspace_is_deleted(
     Its last argument is the request file. TensorRT-LLM first writes the engine to the workspace,
     which must be on the file system of the run.
     """
-    folder = checkpoint_folder(tmp_path / "hf", None)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
     fake_builder = """
 import ctypes, json, pathlib, sys
 death_signal = ctypes.c_int()
@@ -39,7 +38,7 @@ sys.exit(3)
     out = tmp_path / "work" / "artifact"
     out.mkdir(parents=True)
     with pytest.raises(RecipeError, match="ended with status 3"):
-        tensorrt_llm.build(config(), folder, out)
+        tensorrt_llm.build(config(), tmp_path, out)
     workspace, death_signal = json.loads((tmp_path / "record.json").read_text())
     assert Path(workspace).parent == out.parent
     assert not Path(workspace).exists()

@@ -15,6 +15,12 @@ from recipes.stages import quantize
 from tests.unit.engines.configs import config, rules
 
 
+@pytest.fixture
+def chain(teacher: Architecture) -> Chain:
+    """A chain with a model that has 1024 positions, and a head size with a kernel."""
+    return Chain("teacher", replace(teacher, kv_channels=64), {})
+
+
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
@@ -34,22 +40,16 @@ from tests.unit.engines.configs import config, rules
         ),
     ],
 )
-def test_invalid_settings_break_a_rule(
-    settings: dict[str, Any], rule: str, teacher: Architecture
-) -> None:
-    # The model has 1024 positions, and a head size with a kernel.
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
+def test_invalid_settings_break_a_rule(settings: dict[str, Any], rule: str, chain: Chain) -> None:
     assert rules(config(**settings), chain) == [rule]
 
 
-def test_a_backend_that_supports_the_precision_is_suggested(teacher: Architecture) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
+def test_a_backend_that_supports_the_precision_is_suggested(chain: Chain) -> None:
     [awq] = engine_problems(config(precision="int4_awq"), replace(chain, runs_here=True))
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
 
 
-def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(teacher: Architecture) -> None:
-    chain = Chain("teacher", replace(teacher, kv_channels=64), {})
+def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(chain: Chain) -> None:
     for settings in (
         {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},
         {"precision": "fp8", "kv_cache_dtype": "fp8"},  # an FP8 checkpoint has the scales
@@ -69,11 +69,11 @@ def test_fp8_kv_cache_needs_scales_or_the_pytorch_backend(teacher: Architecture)
 
 
 def test_experts_are_checked_by_their_own_width_and_need_the_pytorch_backend(
-    teacher: Architecture,
+    chain: Chain,
 ) -> None:
     """The feed-forward size of a dense layer has no weights in a mixture of experts."""
     moe = replace(
-        teacher, kv_channels=64, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=256,
+        chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=256,
         ffn_hidden_size=6001,
     )  # fmt: skip
     assert rules(config(), Chain("teacher", moe, {})) == ["engine-model"]

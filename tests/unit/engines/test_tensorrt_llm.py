@@ -25,6 +25,7 @@ from recipes.engines import bench, server, tensorrt_llm, trtllm_build_worker
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
+from tests.support.launcher import write_program
 from tests.unit.conftest import stage_named
 from tests.unit.engines.configs import config, rules
 
@@ -175,13 +176,10 @@ def test_each_start_of_the_benchmark_is_an_mpi_job(
     If both starts were in one job, Open MPI 4 would refuse the second.
     """
     (tmp_path / "report").write_text(json.dumps(REPORT))
-    program = tmp_path / "trtllm-bench"
     record_job = f"echo $PMIX_NAMESPACE >>{tmp_path}/jobs"
     write_report = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
-    program.write_text(f"#!/bin/sh\n{record_job}\n{write_report}\n")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # lists no GPU
-    for file in (program, tmp_path / "nvidia-smi"):
-        file.chmod(0o755)
+    write_program(tmp_path / "trtllm-bench", f"{record_job}\n{write_report}")
+    write_program(tmp_path / "nvidia-smi", "")  # lists no GPU
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     cluster = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
     monkeypatch.setenv(tensorrt_llm.LAUNCHER, cluster.mpi.measure_speed)
@@ -214,12 +212,9 @@ def test_memory_of_visible_gpus_is_summed(
 
     Its first answer is 100, which other programs use. Later answers are ``listing``.
     """
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        f"#!/bin/sh\necho $@ > {tmp_path}/options\n"
-        f"[ -e {tmp_path}/second ] && printf '{listing}\\n' || echo 100\ntouch {tmp_path}/second\n"
-    )
-    program.chmod(0o755)
+    answer = f"[ -e {tmp_path}/second ] && printf '{listing}\\n' || echo 100"
+    commands = f"echo $@ > {tmp_path}/options\n{answer}\ntouch {tmp_path}/second"
+    write_program(tmp_path / "nvidia-smi", commands)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.001)

@@ -39,25 +39,8 @@ def names_in(tree: ast.AST) -> Iterator[str]:
                 yield value
 
 
-def annotated_fields(tree: ast.AST, cls: str) -> set[str]:
-    """Returns the names of the annotated fields of the class ``cls``."""
-    return {
-        item.target.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and node.name == cls
-        for item in node.body
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
-
-
-def maps_tensors(tree: ast.AST, cls: str) -> bool:
-    """Returns whether the layer class ``cls`` maps tensor names of checkpoints to its own names."""
-    return any(
-        isinstance(node, ast.ClassDef)
-        and node.name == cls
-        and "tllm_to_externel_key_dict" in set(names_in(node))
-        for node in ast.walk(tree)
-    )
+def classes_named(tree: ast.AST, name: str) -> list[ast.ClassDef]:
+    return [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name]
 
 
 def recorded_names(entry: Any) -> Iterator[str]:
@@ -77,36 +60,37 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def differences(root: Path) -> list[str]:
-    """Returns a line for each way in which TensorRT-LLM's source differs from ``API``.
+@pytest.mark.skipif(package_folder() is None, reason="needs TensorRT-LLM")
+def test_source_of_tensorrt_llm_agrees_with_the_recorded_names() -> None:
+    """``API`` lists names that must exist, and classes that must not map the names of tensors.
 
-    ``API`` lists names that must exist, and classes that must not map the names of tensors. The
-    package is not imported.
-
-    Args:
-        root: Parent folder of the package ``tensorrt_llm``.
+    The package is not imported.
     """
-    lines = []
+    root = package_folder()
+    assert root is not None
+    differences = []
     for title, entry in API.items():
         if title == "what":  # a description of the file
             continue
         trees = [parse(root / file) for file in entry["file"].split(" and ")]
         existing = {name for tree in trees for name in names_in(tree)}
-        lines += [f"{title}: {name}" for name in recorded_names(entry) if name not in existing]
+        differences += [(title, n) for n in recorded_names(entry) if n not in existing]
         for module, names in entry.get("imports", {}).items():
             path = root / module.replace(".", "/")
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             defined = set(names_in(parse(path))) if path.exists() else set()
-            lines += [f"{module}: {name}" for name in names if name not in defined]
+            differences += [(module, name) for name in names if name not in defined]
     tensors = API["ModelOpt's tensors in engines"]
     layers = parse(root / tensors["file"])
-    lines += [f"{cls}: is mapped" for cls in tensors["unmapped"] if maps_tensors(layers, cls)]
-    declared = annotated_fields(parse(root / API["BuildConfig"]["file"]), "BuildConfig")
-    return lines + [f"BuildConfig.{f}" for f in API["BuildConfig"]["fields"] if f not in declared]
-
-
-@pytest.mark.skipif(package_folder() is None, reason="needs TensorRT-LLM")
-def test_source_of_tensorrt_llm_agrees_with_the_recorded_names() -> None:
-    folder = package_folder()
-    assert folder is not None
-    assert differences(folder) == []
+    differences += [
+        (name, "is mapped")
+        for name in tensors["unmapped"]
+        for layer in classes_named(layers, name)
+        # A layer with this attribute maps tensor names of checkpoints to its own names.
+        if "tllm_to_externel_key_dict" in names_in(layer)
+    ]
+    build_configs = classes_named(parse(root / API["BuildConfig"]["file"]), "BuildConfig")
+    body = [statement for config in build_configs for statement in config.body]
+    declared = {ast.unparse(item.target) for item in body if isinstance(item, ast.AnnAssign)}
+    differences += [("BuildConfig", f) for f in API["BuildConfig"]["fields"] if f not in declared]
+    assert differences == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import asdict
 from statistics import fmean
 
@@ -30,8 +29,6 @@ def test_standard_error_of_a_mean() -> None:
     assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
     assert standard_error([3.0]) is None
-    # The sample variance is 100 / 99 * 0.7 * 0.3.
-    assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -63,17 +60,6 @@ def test_paired_difference_of_100_items() -> None:
     assert paired.detectable == pytest.approx(2.801585 * error, rel=0.02)
     with pytest.raises(ValueError, match="shorter"):
         difference([1.0, 0.0], [1.0])
-
-
-@pytest.mark.parametrize("items", [2, 4, 10])
-def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(items: int) -> None:
-    generator, zeros = random.Random(0), [0.0] * items
-    samples = ([generator.gauss(0, 1) for _ in zeros] for _ in range(4000))
-    intervals = [difference(sample, zeros) for sample in samples]
-    # The true difference is 0.
-    coverage = fmean(not (i.is_negative or i.is_positive) for i in intervals)
-    # 0.012 is 3.5 standard errors of the fraction: sqrt(0.95 * 0.05 / 4000) = 0.0034.
-    assert coverage == pytest.approx(0.95, abs=0.012)
 
 
 @pytest.mark.parametrize(("items", "margin"), [(2, 1.0), (100, 0.03)])
@@ -164,9 +150,6 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     # The target is text, and there are several responses: the right one is not known.
     ambiguous = [item(" word", -1, -2)]
     assert compare_answers(dict.fromkeys(items, ambiguous)) is None
-    # A generated answer has no log-likelihood.
-    generated = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
-    assert compare_answers({role: [generated] for role in items}) is None
 
 
 @pytest.mark.parametrize(
