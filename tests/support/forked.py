@@ -35,10 +35,7 @@ TIMEOUT_SECONDS = 600
 
 @cache
 def _server(python_path: str, *modules: str) -> tuple[socket.socket, Path]:
-    """Starts a fork server, once for the same arguments; returns the server's socket and log.
-
-    The server ends with this process.
-    """
+    """Starts a fork server, once for the same arguments; returns the server's socket and log."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"

@@ -45,14 +45,9 @@ LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
 disable the window."""
 TOO_MANY_TOKENS = [f"<token{n}>" for n in range(8)]
 """Eight special tokens. The embedding has only six unused rows."""
-EOS = {  # in the format in which transformers saves an AddedToken
-    "__type": "AddedToken",
-    "content": "<eos>",
-    "lstrip": False,
-    "normalized": False,
-    "rstrip": False,
-    "single_word": False,
-}
+EOS: dict[str, Any] = {"__type": "AddedToken", "content": "<eos>"}
+EOS |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+"""A token in the format in which transformers saves an AddedToken."""
 
 
 def variants_of_other_programs() -> Iterator[Variant]:

@@ -106,12 +106,6 @@ def _tokenizers() -> Iterator[Variant]:
         "auto_map": (None,),
         "bos_token": (5, {"content": "<s>"}),
         "eos_token": ({**token, "lstrip": "x"},),
-        "added_tokens_decoder": (
-            [],
-            {"0": {"content": "<unk>", "special": "x"}},
-            {"x": {"content": "<a>"}},
-            {"5": "<a>"},
-        ),
         "model_input_names": (None, "input_ids", [1]),
         "model_max_length": ("x",),
         "padding_side": ("middle",),
@@ -121,6 +115,13 @@ def _tokenizers() -> Iterator[Variant]:
         "add_prefix_space": ("x", 1),
     }
     yield from variants_of_values(TOKENIZER, "invalid {key}=", invalid)
+    decoders = (
+        [],
+        {"0": {"content": "<unk>", "special": "x"}},
+        {"x": {"content": "<a>"}},
+        {"5": "<a>"},
+    )
+    yield from variants_of_values(TOKENIZER, "invalid {key}", {"added_tokens_decoder": decoders})
     no_bos = edit_json(TOKENIZER, tokenizer_class="LlamaTokenizerFast", bos_token=None)
     yield Variant("no BOS for a class that adds it", no_bos, "invalid bos_token=None")
 

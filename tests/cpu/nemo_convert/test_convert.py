@@ -89,6 +89,8 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
     edit_json("tokenizer_config.json", tokenizer_class="LlamaTokenizer", **no_eos)(folder)
     assert convert_by_command("check", folder) == 1
     assert "cannot load the tokenizer" in capsys.readouterr().err
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert not (tmp_path / "m.nemo").exists()
     monkeypatch.setenv("HF_TOKEN", "token")
     code = (
         "from nemo_convert import hf\ntry: hf.resolve('me/tiny')\nexcept Exception as e: print(e)"
@@ -169,30 +171,25 @@ def main():
 if __name__ == "__main__":
     main()
 """
-NEMO_CLASSES = {
-    "llama": "LlamaModel",
-    "mistral": "MistralModel",
-    "qwen2": "Qwen2Model",
-    "qwen3": "Qwen3Model",
-}
-"""NeMo's model class of each dense family. The MoE family is not tested: without
-TransformerEngine, stock Megatron uses other checkpoint keys for experts."""
 
 
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
     """Runs NeMo's own loader on the CPU.
 
-    The script turns off what needs a GPU: fused kernels, and moving tensors to a GPU.
+    The script turns off what needs a GPU: fused kernels, and moving tensors to a GPU. The MoE
+    family is not tested: without TransformerEngine, stock Megatron uses other checkpoint keys for
+    experts.
     """
     script = tmp_path / "stock.py"
     script.write_text(STOCK_NEMO_SCRIPT)
     checkpoints, expected = [], []
-    for family, class_name in NEMO_CLASSES.items():
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
         write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)
         checkpoints.append(tmp_path / f"{family}.nemo")
         convert.to_nemo(tmp_path / family, checkpoints[-1])
         total = sum(float(t.double().abs().sum()) for t in read_tensors(tmp_path / family).values())
         vocab_size = 288  # of the tokenizer, which has fewer tokens than the model has embeddings
+        class_name = f"{family.capitalize()}Model"
         expected.append([pytest.approx(total, rel=1e-6), class_name, vocab_size])
     done = subprocess.run(
         [sys.executable, script, *checkpoints],

@@ -151,7 +151,6 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
         check(folder, checkpoint)
     assert re.search(variant.refusal, str(error.value))
     assert "  fix: " in str(error.value)
-    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN_CLASSES - {"PreTrainedTokenizer"}))

@@ -153,14 +153,7 @@ def byte_fallback_llama(text_file: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def edited(source: Path, folder: Path, edit: Edit, **settings: object) -> Path:
-    """Copies a model folder, and changes its tokenizer.
-
-    Args:
-        source: Folder to copy.
-        folder: The new folder.
-        edit: Changes ``tokenizer.json``.
-        settings: Values for ``tokenizer_config.json``.
-    """
+    """Copies a model, edits ``tokenizer.json``, and sets values of ``tokenizer_config.json``."""
     shutil.copytree(source, folder)
     tokenizer = read_json(folder / "tokenizer.json")
     edit(tokenizer)
