@@ -1,14 +1,17 @@
-"""Runs ``python -m nemo_convert`` in this process, and compares models."""
+"""Runs ``python -m nemo_convert`` in this process, changes checkpoints, and compares models."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nemo_convert import __main__ as command_line
 from nemo_convert import hf, nemo
+from recipes.core.files import read_json, write_json
 
 
 def convert_by_command(*arguments: str | Path) -> int:
@@ -17,30 +20,26 @@ def convert_by_command(*arguments: str | Path) -> int:
     return command_line.main()
 
 
-def load_model(checkpoint: Path, *, training: bool) -> torch.nn.Module:
-    """Loads a checkpoint's model.
-
-    Args:
-        checkpoint: A NeMo checkpoint.
-        training: Whether the model has the layers of ``recipes.backend.training_layers``. They
-            replace Megatron's layers where TransformerEngine is missing.
-    """
-    core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
-    nemo.load_weights(core, checkpoint)
-    return core
+def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Calls ``change`` on the dict of objects in a checkpoint's ``io.json``, and saves the dict."""
+    file = checkpoint / nemo.CONTEXT / "io.json"
+    context = read_json(file)
+    change(context["objects"])
+    write_json(file, context)
 
 
 def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
     """Asserts that training layers do not change the logits or the gradient of any weight.
 
-    Args:
-        checkpoint: A NeMo checkpoint.
-        tokens: Token ids [batch, sequence].
+    The layers of ``recipes.backend.training_layers`` replace Megatron's where TransformerEngine is
+    missing. ``tokens`` has the token ids [batch, sequence].
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     results = []
     for training in (False, True):
-        core = load_model(checkpoint, training=training)
+        model = nemo.restore_model(checkpoint)
+        core = nemo.build_core(model, nemo.Parallelism(), training=training)
+        nemo.load_weights(core, checkpoint)
         logits = core(tokens, positions, None)
         logits.logsumexp(dim=-1).mean().backward()  # a loss that depends on every logit
         gradients = {name: weight.grad for name, weight in core.named_parameters()}

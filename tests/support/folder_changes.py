@@ -1,4 +1,4 @@
-"""Changes of Hugging Face folders, from which ``variants`` makes test cases.
+"""Changes of Hugging Face folders and NeMo checkpoints, from which ``variants`` makes test cases.
 
 A ``Change`` is a function that changes the folder of its argument. Some functions here are
 themselves a ``Change``, such as ``add_tokens``. Others return a ``Change``, such as ``add_weight``.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,10 @@ from torch import Tensor
 
 Change = Callable[[Path], None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+SHARDS = ("a.safetensors", "b.safetensors")
 
 
 class Absent(Enum):
@@ -30,21 +32,6 @@ class Absent(Enum):
 
 
 ABSENT = Absent.ABSENT
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A change of a folder, and the expected result of converting the changed folder."""
-
-    name: str
-    change: Change
-    refusal: str = ""
-    """Regular expression of the error message; empty if the conversion must be exact."""
-    base: str = "llama"
-    """Folder to change: FAMILY, saved by transformers 4, or FAMILY-5, saved by transformers 5."""
-    reads_weights: bool = False
-    """Whether the refusal depends on values of weights, which only a conversion reads. A dry run
-    finds every other fault."""
 
 
 def edit_json(file: str, **values: Any) -> Change:
@@ -104,6 +91,15 @@ def write_file(file: str, text: str | bytes) -> Change:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return change
+
+
+def change_bytes(file: str, change: Callable[[bytes], bytes]) -> Change:
+    """Changes the content of a file."""
+
+    def apply(folder: Path) -> None:
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
+
+    return apply
 
 
 def remove_files(*files: str) -> Change:
@@ -167,21 +163,15 @@ def untie(tensors: dict[str, Tensor]) -> None:
     tensors[HEAD][7] += 0.01  # any row
 
 
-def set_last_embedding(value: float) -> Change:
-    """Fills the embedding's last row, which no token of ``nemo_convert.parity.TEXT`` uses."""
-    return edit_weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
-
-
 def use_sentencepiece(folder: Path) -> None:
     """Replaces the tokenizer with a sentencepiece model, trained on a few sentences."""
     from sentencepiece import SentencePieceTrainer
 
     for file in folder.glob("tokenizer*"):
         file.unlink()
+    sentences = ["the hat on that hen", "ten tan ants eat a note", "o no, not the tea"] * 99
     SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            ["the hat on that hen", "ten tan ants eat a note", "o no, not the tea"] * 99
-        ),
+        sentence_iterator=iter(sentences),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=290,  # at most: the embedding has 294 rows
         model_type="bpe",
@@ -190,7 +180,7 @@ def use_sentencepiece(folder: Path) -> None:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    edit_json("tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
+    edit_json(TOKENIZER, tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
 
 
 def use_vocabulary_and_merges(folder: Path) -> None:
@@ -201,17 +191,15 @@ def use_vocabulary_and_merges(folder: Path) -> None:
     # Depending on its version, tokenizers saves a merge as "a b" or as ["a", "b"].
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    edit_json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
+    edit_json(TOKENIZER, tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
 
 
 def add_tokens(folder: Path) -> None:
     """Adds ten tokens, with ids 288 to 297. The embedding has 294 rows: none for the last four."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     [token] = tokenizer["added_tokens"]  # <eos>; the tokenizer has ids 0 to 287
-    tokenizer["added_tokens"] += [
-        {**token, "id": 288 + n, "content": f"<new{n}>"} for n in range(10)
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    new_tokens = [{**token, "id": 288 + n, "content": f"<new{n}>"} for n in range(10)]
+    edit_json("tokenizer.json", added_tokens=[token, *new_tokens])(folder)
 
 
 def link_weights(folder: Path) -> None:
@@ -219,12 +207,6 @@ def link_weights(folder: Path) -> None:
     blob = folder.with_name(folder.name + ".blob")
     shutil.move(folder / WEIGHTS, blob)
     (folder / WEIGHTS).symlink_to(blob)
-
-
-def truncate_weights(folder: Path) -> None:
-    """Removes the last bytes of the weights file, as an interrupted download does."""
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:-7])  # any small number
 
 
 def change_nothing(folder: Path) -> None:

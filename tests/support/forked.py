@@ -1,7 +1,7 @@
 """Runs Python programs in forks of one process that has imported their modules.
 
-Each program has its own arguments, environment, directory, output and exit status, like a
-program that a shell starts. But a fork does not spend seconds on imports.
+Each program has its own arguments, environment, directory, output and exit status. But a fork does
+not spend seconds on imports.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from recipes.core.files import REPO_ROOT
 from recipes.core.fork_server import fork_module, fork_server, watch_child
@@ -34,15 +34,12 @@ TIMEOUT_SECONDS = 600
 
 
 @cache
-def _server(*modules: str) -> tuple[socket.socket, Path]:
-    """Starts a fork server, once for the same modules; returns the server's socket and log.
-
-    The server ends with this process.
-    """
+def _server(python_path: str, *modules: str) -> tuple[socket.socket, Path]:
+    """Starts a fork server, once for the same arguments; returns the server's socket and log."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
     return stack.enter_context(fork_server(modules, environment, log)), log
 
 
@@ -57,6 +54,7 @@ def forked(
     errors: Path | None = None,
     status: Path | None = None,
     ranks: int = 0,
+    python_path: str = str(REPO_ROOT),
 ) -> Iterator[Callable[[], bool]]:
     """Runs ``python COMMAND`` in a fork; yields a function that returns whether the fork has ended.
 
@@ -68,10 +66,10 @@ def forked(
         cwd: Working directory; by default that of this process.
         errors: File for standard error.
         status: File to which the exit status is written, in decimal.
-        ranks: Number of processes to start with ``RANK`` and ``LOCAL_RANK``, as torchrun does; 0
-            starts one process without these variables.
+        ranks: Number of processes with ``RANK`` and ``LOCAL_RANK``; 0 means one without them.
+        python_path: ``PYTHONPATH`` of the fork server, so ``sys.path`` of the program.
     """
-    server, log = _server(*imports)
+    server, log = _server(python_path, *imports)
     request = {
         "command": command,
         "environment": dict(environment),
@@ -90,23 +88,23 @@ def forked(
 
 
 def run_forked(
-    imports: Sequence[str], command: Sequence[str], environment: Mapping[str, str], cwd: Path
+    imports: Sequence[str],
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: Path,
+    python_path: str = str(REPO_ROOT),
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python COMMAND`` in a fork, and waits as ``subprocess.run`` does; captures its output.
 
-    Args:
-        imports: Modules that the fork server imports.
-        command: A file and its arguments, or ``-m``, a module and its arguments.
-        environment: All environment variables of the program.
-        cwd: Working directory.
+    ``forked`` describes the arguments.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, errors, status = (Path(folder) / name for name in ("output", "errors", "status"))
-        files = {"errors": errors, "status": status}
+        options: dict[str, Any] = {"python_path": python_path, "errors": errors, "status": status}
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with (
             out.open("wb") as output,
-            forked(imports, command, environment, output, cwd=cwd, **files) as has_ended,
+            forked(imports, command, environment, output, cwd=cwd, **options) as has_ended,
         ):
             while not has_ended():
                 if time.monotonic() > deadline:
@@ -125,9 +123,8 @@ def main() -> None:
     # The fork server sets this entry to None, which forbids the import. A launcher imports it.
     sys.modules.pop("wandb", None)
     if request["errors"]:
-        file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, sys.stderr.fileno())
-        os.close(file)
+        with Path(request["errors"]).open("wb") as file:
+            os.dup2(file.fileno(), sys.stderr.fileno())
     ranks, command = request["ranks"], request["command"]
     code = _run_ranks(command, ranks) if ranks else _run(command)
     if request["status"]:

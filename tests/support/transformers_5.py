@@ -13,12 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipes.core.files import sha256_of
+from recipes.core.files import REPO_ROOT, sha256_of
 from recipes.core.wheels import cache_dir
+from tests.support.forked import run_forked
 from tests.support.installing import require_package_index
 
 REQUIREMENTS = Path(__file__).with_name("transformers_5.txt")
 """Pinned versions of transformers 5, and of dependencies whose installed version it refuses."""
+MODULES = ("torch", "transformers.models.auto.tokenization_auto", "transformers.modeling_utils")
+"""Modules that all forks share. Their import takes seconds."""
 
 
 def transformers_5() -> Path:
@@ -34,16 +37,11 @@ def transformers_5() -> Path:
     options = ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(REQUIREMENTS)]
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         target = Path(temporary) / "packages"
-        pip = subprocess.run(
-            [*command, *options, "--target", str(target)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command += [*options, "--target", str(target)]
+        pip = subprocess.run(command, capture_output=True, text=True, check=False)
         require_package_index(pip)
         assert pip.returncode == 0, pip.stderr
-        # Only now, so that an aborted installation leaves no folder. Another process may have
-        # installed the same packages meanwhile.
+        # An aborted installation leaves no folder. Another process may have installed meanwhile.
         with contextlib.suppress(OSError):
             target.rename(folder)
     assert folder.is_dir()
@@ -60,14 +58,16 @@ for folder in sys.argv[1:]:
 
 
 def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
-    """Runs Python code with transformers 5 in a process, and asserts that it succeeds.
+    """Runs Python code with transformers 5 in a fork, and asserts that it succeeds.
 
     ``arguments`` are ``sys.argv[1:]`` of the code.
     """
-    env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    python_path = f"{transformers_5()}{os.pathsep}{REPO_ROOT}"
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        command = [script.name, *map(str, arguments)]
+        process = run_forked(MODULES, command, os.environ, Path.cwd(), python_path)
     assert process.returncode == 0, process.stderr[-3000:]
 
 

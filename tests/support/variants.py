@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -12,15 +13,19 @@ from nemo_convert.families import LLAMA3_ROPE
 from tests.support.folder_changes import (
     ABSENT,
     EMBEDDING,
+    GENERATION,
     HEAD,
     INDEX,
+    QUERY,
+    SHARDS,
+    TOKENIZER,
     WEIGHTS,
-    Variant,
     add_tokens,
     add_weight,
     add_weights_file,
     all_of,
     cast_weights,
+    change_bytes,
     change_nothing,
     drop_weight,
     edit_config,
@@ -28,18 +33,16 @@ from tests.support.folder_changes import (
     edit_weights,
     link_weights,
     remove_files,
-    set_last_embedding,
     split_weights,
-    truncate_weights,
     untie,
     use_sentencepiece,
     use_vocabulary_and_merges,
     write_file,
 )
+from tests.support.variant import Variant, variants_of_values
 from tests.support.variants_of_other_programs import variants_of_other_programs
 from tests.support.variants_of_rope import variants_of_rope
 
-QUERY = "model.layers.0.self_attn.q_proj.weight"
 LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}  # a valid value of rope_scaling
 
 
@@ -57,6 +60,7 @@ def variants() -> Iterator[Variant]:
     yield from _convertible_settings()
     yield from _unsupported_configs()
     yield from _invalid_configs()
+    yield from _refused_indexes()
     yield from _refused_weights()
     yield from _refused_settings()
     yield from variants_of_other_programs()
@@ -112,16 +116,15 @@ def _convertible_keys() -> Iterator[Variant]:
     yield Variant("window that is not used", unused, base="qwen2")
     yield Variant("norm_topk_prob", edit_config(norm_topk_prob=False), base="qwen3_moe")
     yield Variant("use_qk_norm", edit_config(use_qk_norm=True), base="qwen3_moe")
-    for key, values in NEUTRAL_VALUES.items():
-        for value in values:
-            yield Variant(f"neutral {key} {value}", edit_config(**{key: value}))
-    # Valid values of the keys that transformers checks. Other keys may have any value.
-    valid = {"tokenizer_class": None, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
-    valid |= {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True}
-    valid |= {"initializer_range": 0.02, "use_cache": True}
-    valid |= {"dtype": "float32", "torch_dtype": "float32", "transformers_version": "4.31.0"}
-    for key in HARMLESS_KEYS:
-        yield Variant(f"harmless {key}", edit_config(**{key: valid.get(key, 1)}))
+    for position in (0, -1):  # a key has one or two neutral values
+        neutral = {key: values[position] for key, values in NEUTRAL_VALUES.items()}
+        yield Variant(f"neutral values at {position}", edit_config(**neutral))
+    yield Variant("attention kernel", edit_config(_attn_implementation="flash_attention_2"))
+    harmless: dict[str, Any] = dict.fromkeys(HARMLESS_KEYS.keys() - {"_attn_implementation"}, 1)
+    # transformers checks these keys. Other keys may have any value.
+    harmless |= {"tokenizer_class": None, "eos_token_id": 0, "use_cache": True}
+    harmless |= {"dtype": "float32", "torch_dtype": "float32", "transformers_version": "4.31.0"}
+    yield Variant("harmless keys", edit_config(**harmless))
 
 
 def _convertible_files() -> Iterator[Variant]:
@@ -139,28 +142,32 @@ def _convertible_files() -> Iterator[Variant]:
     yield Variant("tied without a head", all_of(tied, drop_weight(HEAD)))
     equal = edit_weights(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     yield Variant("tied with an equal head", all_of(tied, equal))
-    for file in ("consolidated.safetensors", "zzz.safetensors", "a.safetensors"):
-        yield Variant(f"weights in {file}", add_weights_file(file))
-    for folder in ("onnx", "checkpoint-10"):
-        yield Variant(f"weights in {folder}", add_weights_file(f"{folder}/{WEIGHTS}"))
-    for file, text in (
+    names = ("a.safetensors", "consolidated.safetensors", "zzz.safetensors")
+    folders = (f"onnx/{WEIGHTS}", f"checkpoint-10/{WEIGHTS}")
+    yield Variant("other weights", all_of(*map(add_weights_file, (*names, *folders))))
+    other_files = (
         (f"._{WEIGHTS}", b"\0\5\26\7"),  # file attributes that macOS stores
+        ("adapter_model.safetensors", "x"),
         ("params.json", "{}"),
         ("tekken.json", "{}"),
         ("pytorch_model.bin", "weights"),
+        ("pytorch_model.bin.index.json", "{}"),
         ("training_args.bin", "settings"),
+        ("hf_quant_config.json", "{}"),
         ("LICENSE/apache.txt", "text"),
         ("tokenizer_files/a.txt", "text"),
         ("additional_chat_templates/rag.jinja", "{{ messages }}"),
         ("chat_template.jinja", "{{ messages }}"),
+    )
+    yield Variant("other files", all_of(*(write_file(*file) for file in other_files)))
+    for file, text in (
         ("README.md", ""),
         ("README.md", "---\nlicense: mit\n---\n"),
         ("README.md", "no header"),
         (INDEX, json.dumps({"weight_map": {"a": "of-another-model.safetensors"}})),
-        ("hf_quant_config.json", "{}"),
     ):
         yield Variant(f"{file} {text[:9]!r}", write_file(file, text))
-    for file in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for file in (GENERATION, TOKENIZER, "special_tokens_map.json"):
         yield Variant(f"no {file}", remove_files(file))
 
 
@@ -173,35 +180,23 @@ def _convertible_settings() -> Iterator[Variant]:
         {"eos_token_id": [0, 1]},
         {"eos_token_id": None, "bos_token_id": None},
     ):
-        yield Variant(f"generation {values}", edit_json("generation_config.json", **values))
-    yield Variant("empty generation config", write_file("generation_config.json", "{}"))
-    tokenizer = "tokenizer_config.json"
-    yield Variant("no template", edit_json(tokenizer, chat_template=None))
-    yield Variant(
-        "templates by name",
-        edit_json(
-            tokenizer,
-            chat_template=[
-                {"name": "default", "template": "{{ messages }}"},
-                {"name": "rag", "template": "x"},
-            ],
-        ),
-    )
-    yield Variant(
-        "special tokens of transformers 5", edit_json(tokenizer, extra_special_tokens=["<eos>"])
-    )
+        yield Variant(f"generation {values}", edit_json(GENERATION, **values))
+    yield Variant("empty generation config", write_file(GENERATION, "{}"))
+    templates = [{"name": n, "template": "{{ messages }}"} for n in ("default", "rag")]
     backend = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    yield Variant("class of transformers 5", edit_json(tokenizer, **backend))
+    for name, settings in (
+        ("no template", {"chat_template": None}),
+        ("templates by name", {"chat_template": templates}),
+        ("special tokens of transformers 5", {"extra_special_tokens": ["<eos>"]}),
+        ("class of transformers 5", backend),
+    ):
+        yield Variant(name, edit_json(TOKENIZER, **settings))
     yield Variant("sentencepiece", use_sentencepiece)
-    yield Variant(
-        "sentencepiece without settings",
-        all_of(use_sentencepiece, edit_json(tokenizer, add_bos_token=ABSENT)),
-    )
+    no_bos = all_of(use_sentencepiece, edit_json(TOKENIZER, add_bos_token=ABSENT))
+    yield Variant("sentencepiece without settings", no_bos)
     yield Variant("vocab.json and merges.txt", use_vocabulary_and_merges)
-    yield Variant(
-        "two shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
-    )
-    yield Variant("shards with odd names", split_weights(("b.safetensors", "a.safetensors")))
+    for shards in (("model-1-of-2.safetensors", "model-2-of-2.safetensors"), SHARDS[::-1]):
+        yield Variant(f"shards {shards}", split_weights(shards))
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"  # the converter must ignore it
     float32_buffer = all_of(cast_weights(torch.bfloat16), add_weight(buffer, 8))
     yield Variant("old rotary buffer of another type", float32_buffer)
@@ -210,128 +205,73 @@ def _convertible_settings() -> Iterator[Variant]:
 
 
 def _unsupported_configs() -> Iterator[Variant]:
-    for name in ("GemmaForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"):
-        refusal = f"architecture {name} is not supported"
-        yield Variant(name, edit_config(architectures=[name]), refusal)
+    """Yields configs that ``tests/unit/nemo_convert/test_architecture.py`` does not have."""
     yield Variant("wrong model_type", edit_config(model_type="qwen2"), "contradicts architectures")
-    for key in (
-        "residual_multiplier",
-        "attention_multiplier",
-        "embedding_multiplier",
-        "logit_scale",
-        "final_logit_softcapping",
-        "attn_logit_softcapping",
-        "query_pre_attn_scalar",
-        "no_rope_layers",
-        "rope_local_base_freq",
-        "use_qk_norm",
-        "num_nextn_predict_layers",
-        "attn_temperature_tuning",
-        "block_auto_adjust_ff_dim",
-    ):
-        yield Variant(f"unknown {key}", edit_config(**{key: 2}), f"{key}=2 is not supported")
-    for values in (
-        {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"partial_rotary_factor": 0.5},
-        {"rope_interleaved": True},
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}},
-    ):
-        [key] = values  # the only key
-        yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported")
-    yield Variant(
-        "yarn of transformers 5",
-        edit_config(
-            rope_theta=ABSENT,
-            rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0},
-        ),
-        "rope_scaling=.* is not supported",
-    )
+    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
+    new_yarn = edit_config(rope_theta=ABSENT, rope_parameters=yarn)
+    yield Variant("yarn of transformers 5", new_yarn, "rope_scaling=.* is not supported")
     two_thetas = edit_config(rope_parameters={"rope_theta": 1e6})
     yield Variant("two thetas", two_thetas, "contradicts rope_parameters")
     nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
     yield Variant("rope of layer types", edit_config(rope_parameters=nested), "is not supported")
-    no_theta = edit_config(rope_theta=ABSENT, rope_parameters={"rope_type": "default"})
-    yield Variant("no theta", no_theta, "not supported")
-    yield Variant("window", edit_config(sliding_window=16), "sliding_window=16", base="mistral")
-    for values in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
-        [key] = values  # the only key
-        yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported", "qwen3_moe")
 
 
 def _invalid_configs() -> Iterator[Variant]:
-    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        yield Variant(f"no {key}", edit_config(**{key: ABSENT}), f"no '{key}'")
-        for value in (None, 0, -1, "64", 1.5, True, [64]):
-            yield Variant(f"{key} {value!r}", edit_config(**{key: value}), f"invalid {key}=")
-    for key in ("rope_theta", "rms_norm_eps"):
-        for value in (0, -1.0, float("nan"), float("inf"), "1e4"):
-            yield Variant(f"{key} {value!r}", edit_config(**{key: value}), f"invalid {key}=")
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    yield from variants_of_values("config.json", "no '{key}'", dict.fromkeys(sizes, (ABSENT,)))
+    invalid = dict.fromkeys(sizes, (None, 0, -1, "64", 1.5, True, [64]))
+    yield from variants_of_values("config.json", "invalid {key}=", invalid)
     text_window = edit_config(sliding_window="16")
     yield Variant("window as text", text_window, "invalid sliding_window=", base="mistral")
-    for key, value, refusal in (
-        ("num_attention_heads", 5, "num_key_value_heads=2"),
-        ("max_position_embeddings", None, "must be a positive integer"),
-    ):
-        yield Variant(f"{key} {value}", edit_config(**{key: value}), refusal)
+    yield Variant("5 heads", edit_config(num_attention_heads=5), "num_key_value_heads=2")
+    no_context = edit_config(max_position_embeddings=None)
+    yield Variant("no positions", no_context, "must be a positive integer")
     experts = edit_config(num_experts_per_tok=9)
     yield Variant("too few experts", experts, "is more than num_experts=6", base="qwen3_moe")
     yield Variant("no head size", edit_config(head_dim=None), "head_dim is null", base="qwen3")
-    no_factor = {key: value for key, value in LLAMA3.items() if key != "factor"}
-    for scaling in (
-        no_factor,
-        {**LLAMA3, "factor": None},
-        {**LLAMA3, "factor": 0},
-        {**LLAMA3, "factor": "8"},
-    ):
-        yield Variant(
-            f"{scaling}", edit_config(rope_scaling=scaling), "invalid rope_scaling.factor"
-        )
+    for factor in ({}, {"factor": None}, {"factor": 0}, {"factor": "8"}):
+        change = edit_config(rope_scaling={**LLAMA3_ROPE, **factor})
+        yield Variant(f"scaling with {factor}", change, "invalid rope_scaling.factor")
     yield Variant("rope_scaling is a list", edit_config(rope_scaling=[]), "rope_scaling")
     for name, text, refusal in (
         ("empty", "", "is not valid JSON"),
         ("a list", "[]", "not contain a JSON object"),
         ("UTF-16", "{}".encode("utf-16"), "is not valid JSON"),
+        ("UTF-8 with a byte order mark", b"\xef\xbb\xbf{}", "is not valid JSON"),
     ):
         yield Variant(f"config is {name}", write_file("config.json", text), refusal)
     yield Variant("no config", remove_files("config.json"), "has no config.json")
 
 
-def _refused_weights() -> Iterator[Variant]:
-    yield Variant("no weights", remove_files(WEIGHTS), "has neither model.safetensors nor")
-    shards = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
-    yield Variant(
-        "no shard",
-        all_of(split_weights(shards), remove_files(shards[1])),
-        f"does not have {shards[1]}, which",
-    )
-    yield Variant("no index", all_of(split_weights(shards), remove_files(INDEX)), "has neither")
-    damaged_index = all_of(split_weights(shards), write_file(INDEX, "{"))
-    yield Variant("damaged index", damaged_index, "is not valid JSON")
-    yield Variant(
-        "empty index",
-        all_of(split_weights(shards), write_file(INDEX, '{"metadata": {}}')),
-        "has no weight_map",
-    )
-    no_metadata = all_of(split_weights(shards), edit_json(INDEX, metadata=ABSENT))
-    yield Variant("index without metadata", no_metadata, "has no metadata")
-    extra = split_weights(shards, {"model.extra": shards[0]})  # shards[0] has no such tensor
+def _refused_indexes() -> Iterator[Variant]:
+    neither = f"has neither {WEIGHTS} nor {INDEX}"
+    yield Variant("no weights", remove_files(WEIGHTS), neither)
+    for name, change, refusal in (
+        ("no shard", remove_files(SHARDS[1]), f"does not have {SHARDS[1]}, which"),
+        ("no index", remove_files(INDEX), neither),
+        ("damaged index", write_file(INDEX, "{"), "is not valid JSON"),
+        ("empty index", write_file(INDEX, '{"metadata": {}}'), "has no weight_map"),
+        ("index with an empty map", edit_json(INDEX, weight_map={}), "has only 0 weights"),
+    ):
+        yield Variant(name, all_of(split_weights(SHARDS), change), refusal)
+    for value in (ABSENT, None, []):
+        change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
+        yield Variant(f"index with metadata {value}", change, "has no metadata")
+    extra = split_weights(SHARDS, {"model.extra": SHARDS[0]})  # SHARDS[0] has no such tensor
     yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
-    wrong_shards = split_weights(shards, {QUERY: shards[0], EMBEDDING: shards[1]})
+    wrong_shards = split_weights(SHARDS, {QUERY: SHARDS[0], EMBEDDING: SHARDS[1]})
     yield Variant("index with wrong shards", wrong_shards, "the shards disagree about")
+
+
+def _refused_weights() -> Iterator[Variant]:
     for name, text, refusal in (
         ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("empty", "", "is empty"),
         ("no safetensors file", "x" * 100, "is damaged"),
     ):
         yield Variant(f"weights are {name}", write_file(WEIGHTS, text), refusal)
-    yield Variant("weights are cut short", truncate_weights, "is damaged: it has")
+    truncated = change_bytes(WEIGHTS, lambda data: data[:-7])  # as an interrupted download does
+    yield Variant("weights are cut short", truncated, "is damaged: it has")
     for name in (QUERY, EMBEDDING, "model.norm.weight"):
         yield Variant(f"no {name}", drop_weight(name), f"has no {name}")
     yield Variant("no head", drop_weight(HEAD), "tie_word_embeddings is false")
@@ -343,57 +283,51 @@ def _refused_weights() -> Iterator[Variant]:
         ("model.layers.0.mlp.shared_expert.up_proj.weight", (128, 64)),
         ("mtp.norm.weight", (64,)),
     ):
-        yield Variant(
-            f"extra {name}", add_weight(name, *shape), f"has {name}, which LlamaForCausalLM"
-        )
+        change = add_weight(name, *shape)
+        yield Variant(f"extra {name}", change, f"has {name}, which LlamaForCausalLM")
     for name, shape in ((QUERY, (32, 64)), (EMBEDDING, (300, 64)), ("model.norm.weight", (32,))):
-        yield Variant(
-            f"shape of {name}", add_weight(name, *shape), f"{name} has shape .* according to"
-        )
+        change = add_weight(name, *shape)
+        yield Variant(f"shape of {name}", change, f"{name} has shape .* according to")
     for key, value in (("vocab_size", 300), ("intermediate_size", 96), ("head_dim", 8)):
         yield Variant(f"other {key}", edit_config(**{key: value}), "according to config.json")
     yield Variant("fewer layers", edit_config(num_hidden_layers=1), "model.layers.1")
     yield Variant("more layers", edit_config(num_hidden_layers=3), "has no model.layers.2")
-    tied = edit_config(tie_word_embeddings=True)
-    yield Variant("tied with another head", tied, "differs from model.embed_tokens")
-    yield Variant("one row untied", all_of(tied, edit_weights(untie)), "differs from model.embed")
+    one_row = all_of(edit_config(tie_word_embeddings=True), edit_weights(untie))
+    refusal = f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true"
+    yield Variant("one row untied", one_row, refusal)
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.float64):
         yield Variant(f"weights in {dtype}", cast_weights(dtype, "q_proj"), "has weights of type")
     for value in (float("nan"), float("inf")):
-        yield Variant(f"{value}", set_last_embedding(value), "NaN or infinite", reads_weights=True)
+        # No token of ``nemo_convert.parity.TEXT`` uses the last row.
+        change = edit_weights(lambda tensors, value=value: tensors[EMBEDDING][-1].fill_(value))
+        yield Variant(f"{value}", change, "NaN or infinite", reads_weights=True)
 
 
 def _refused_settings() -> Iterator[Variant]:
     yield Variant("adapter", write_file("adapter_config.json", "{}"), "has adapter_config.json")
-    generation = "generation_config.json"
-    yield Variant("no JSON in generation", write_file(generation, "{,"), "is not valid JSON")
-    yield Variant("list in generation", write_file(generation, "[]"), "not contain a JSON object")
-    for value in (999, -5, "</s>", [0, 999]):
-        change = edit_json(generation, eos_token_id=value)
-        yield Variant(f"eos {value!r}", change, "must be from 0 to")
-    tokenizer = "tokenizer_config.json"
-    no_tokenizer = remove_files("tokenizer.json", tokenizer, "special_tokens_map.json")
-    yield Variant("no tokenizer", no_tokenizer, "has no tokenizer")
-    yield Variant(
-        "tekken alone", all_of(no_tokenizer, write_file("tekken.json", "{}")), "has no tokenizer"
+    yield Variant("no JSON in generation", write_file(GENERATION, "{,"), "is not valid JSON")
+    yield Variant("list in generation", write_file(GENERATION, "[]"), "not contain a JSON object")
+    ids = {"eos_token_id": (999, -5, "</s>", [0, 999], True, 1.0, {"a": 1})}
+    yield from variants_of_values(GENERATION, "must be from 0 to", ids)
+    no_tokenizer = remove_files("tokenizer.json", TOKENIZER, "special_tokens_map.json")
+    tekken = all_of(no_tokenizer, write_file("tekken.json", "{}"))
+    own_code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    bert = edit_json(TOKENIZER, tokenizer_class="BertTokenizer")
+    sentencepiece = all_of(use_sentencepiece, write_file("tokenizer.model", "x"))
+    few_rows = edit_weights(
+        lambda tensors: tensors.update(
+            {name: tensors[name][:100].clone() for name in (EMBEDDING, HEAD)}
+        )
     )
-    custom = edit_json(
-        tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]}
-    )
-    yield Variant("code of the tokenizer", custom, "names the class Own")
-    yield Variant(
-        "unknown class", edit_json(tokenizer, tokenizer_class="BertTokenizer"), "names the"
-    )
-    yield Variant("damaged tokenizer", write_file("tokenizer.json", "{}"), "is not a tokenizer")
-    damaged = all_of(use_sentencepiece, write_file("tokenizer.model", "x"))
-    yield Variant("damaged sentencepiece", damaged, "is not a sentencepiece model")
-    yield Variant("a token without embedding", add_tokens, "'<new6>' with id 294")
-    small_vocabulary = all_of(  # 100 embeddings for the tokenizer's 288 tokens
-        edit_config(vocab_size=100),
-        edit_weights(
-            lambda tensors: tensors.update(
-                {name: tensors[name][:100].clone() for name in (EMBEDDING, HEAD)}
-            )
-        ),
-    )
-    yield Variant("small vocabulary", small_vocabulary, "tokens without an embedding")
+    few_embeddings = all_of(edit_config(vocab_size=100), few_rows)  # for 288 tokens
+    for name, change, refusal in (
+        ("no tokenizer", no_tokenizer, "has no tokenizer"),
+        ("tekken alone", tekken, "has no tokenizer"),
+        ("code of the tokenizer", edit_json(TOKENIZER, **own_code), "names the class Own"),
+        ("unknown class", bert, "names the"),
+        ("damaged tokenizer", write_file("tokenizer.json", "{}"), "is not a tokenizer"),
+        ("damaged sentencepiece", sentencepiece, "is not a sentencepiece model"),
+        ("a token without embedding", add_tokens, "'<new6>' with id 294"),
+        ("few embeddings", few_embeddings, "has 188 tokens without an embedding"),
+    ):
+        yield Variant(name, change, refusal)

@@ -11,9 +11,11 @@ import torch
 
 from tests.support.folder_changes import (
     INDEX,
+    QUERY,
+    SHARDS,
+    TOKENIZER,
     WEIGHTS,
     Change,
-    Variant,
     add_weight,
     all_of,
     cast_weights,
@@ -22,9 +24,9 @@ from tests.support.folder_changes import (
     split_weights,
     use_vocabulary_and_merges,
 )
+from tests.support.variant import Variant
 
-TOKENIZER = "tokenizer.json"
-SHARDS = ("a.safetensors", "b.safetensors")
+TOKENIZER_JSON = "tokenizer.json"
 
 
 def variants_of_damage() -> Iterator[Variant]:
@@ -43,6 +45,7 @@ def _links_and_folders() -> Iterator[Variant]:
         ("tokenizer_config.json", ()),
         ("merges.txt", (use_vocabulary_and_merges,)),
         ("chat_template.jinja", ()),
+        (WEIGHTS, ()),
         ("a.safetensors", (split_weights(SHARDS),)),
         (INDEX, (split_weights(SHARDS),)),
     ):
@@ -50,11 +53,8 @@ def _links_and_folders() -> Iterator[Variant]:
         refusal = f"{file} is a link to ../absent, which does not exist"
         yield Variant(f"broken link {file}", link, refusal)
         yield Variant(f"folder {file}", folder, f"{file} is a folder, not a file")
-    yield Variant("folder model.safetensors", _make_folder(WEIGHTS), "is a folder, not a file")
-    link = _make_broken_link("LICENSE")
-    yield Variant("broken link LICENSE", link, "LICENSE is a link to ../absent")
-    link = _make_broken_link("other.txt")
-    yield Variant("broken link of another file", link)
+    for file, refusal in (("LICENSE", "LICENSE is a link to ../absent"), ("other.txt", "")):
+        yield Variant(f"broken link {file}", _make_broken_link(file), refusal)
 
 
 def _models_of_tokenizers() -> Iterator[Variant]:
@@ -87,34 +87,30 @@ def _steps_of_tokenizers() -> Iterator[Variant]:
         ("truncation", truncation, "stride set to 9"),
         ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "chunk size"),
     ):
-        change = edit_json(TOKENIZER, **{key: value})
+        change = edit_json(TOKENIZER_JSON, **{key: value})
         yield Variant(f"{key} {value}", change, f"cannot encode text: .*{reason}")
     damaged = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    change = edit_json(TOKENIZER, normalizer=damaged)
-    name = "tokenizer whose map of characters is damaged"
-    yield Variant(name, change, "is not a tokenizer: Precompiled.*charsmap")
+    change = edit_json(TOKENIZER_JSON, normalizer=damaged)
+    yield Variant("damaged map of characters", change, "is not a tokenizer: Precompiled.*charsmap")
     padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 299, "pad_type_id": 0, "pad_token": "<pad>"}
-    yield Variant("padding with a new token", edit_json(TOKENIZER, padding=padding))
+    yield Variant("padding with a new token", edit_json(TOKENIZER_JSON, padding=padding))
     # The embedding has rows for 6 new tokens.
     listed = [f"<listed {n}>" for n in range(6)]
-    tokens = edit_json("tokenizer_config.json", additional_special_tokens=listed)
-    change = all_of(edit_json(TOKENIZER, padding=padding), tokens)
+    tokens = edit_json(TOKENIZER, additional_special_tokens=listed)
+    change = all_of(edit_json(TOKENIZER_JSON, padding=padding), tokens)
     yield Variant("too many tokens with padding", change, "has 1 tokens without an embedding")
-    for space in ("x", 1):
-        change = edit_json("tokenizer_config.json", add_prefix_space=space)
-        yield Variant(f"add_prefix_space {space}", change, "invalid add_prefix_space=")
 
 
 def _fixes_of_weights() -> Iterator[Variant]:
-    query = "model.layers.0.self_attn.q_proj"
+    query = QUERY.removesuffix(".weight")
     for end in ("weight_scale_inv", "weight.absmax", "qzeros", "SCB"):
         change = add_weight(f"{query}.{end}", 1)
         fix = f"is quantized: it has {query}.{end}.\n  fix: use the unquantized model"
         yield Variant(f"quantized with {end}", change, fix)
     lora = add_weight(f"{query}.lora_A.weight", 4, 64)
-    yield Variant("LoRA", lora, "lora_A.weight.*\n  fix: merge the adapter")
-    base_layer = all_of(lora, drop_weight(f"{query}.weight"), add_weight(f"{query}.base_layer", 64))
+    yield Variant("LoRA", lora, f"has {query}.lora_A.weight.*\n  fix: merge the adapter")
+    base_layer = all_of(lora, drop_weight(QUERY), add_weight(f"{query}.base_layer", 64))
     yield Variant("LoRA with a base layer", base_layer, "has no .*\n  fix: merge the adapter")
     change = cast_weights(torch.float64)
     yield Variant("all in float64", change, "type F64.\n  fix: save the weights in float32")
@@ -140,7 +136,7 @@ def _edit_model(**values: Any) -> Change:
     """Sets keys of the tokenizer's model."""
 
     def change(folder: Path) -> None:
-        model = json.loads((folder / TOKENIZER).read_text())["model"]
-        edit_json(TOKENIZER, model={**model, **values})(folder)
+        model = json.loads((folder / TOKENIZER_JSON).read_text())["model"]
+        edit_json(TOKENIZER_JSON, model={**model, **values})(folder)
 
     return change

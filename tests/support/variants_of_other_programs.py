@@ -1,14 +1,13 @@
 """Lists variants of Hugging Face folders that other programs write, or that users edit.
 
 Functions named ``_exact_*`` yield folders that must be converted exactly. Functions named
-``_refused_*`` yield folders that must be refused, each with a regular expression of the error.
-``variants.variants`` describes the models in the folders.
+``_refused_*`` yield folders that must be refused. ``variants.variants`` describes the models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_convert.families import LLAMA3_ROPE
 from tests.support.folder_changes import (
     ABSENT,
     EMBEDDING,
+    GENERATION,
     HEAD,
-    INDEX,
+    QUERY,
+    SHARDS,
+    TOKENIZER,
     WEIGHTS,
     Change,
-    Variant,
     add_weight,
     all_of,
     edit_config,
@@ -35,35 +37,28 @@ from tests.support.folder_changes import (
     use_vocabulary_and_merges,
     write_file,
 )
+from tests.support.variant import Variant, variants_of_values
 
-QUERY = "model.layers.0.self_attn.q_proj.weight"
 QWEIGHT = "model.layers.0.self_attn.q_proj.qweight"  # the name of QUERY in a GPTQ model
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
 """More positions than the default sliding window of 4,096. Without ``layer_types``, which would
 disable the window."""
 TOO_MANY_TOKENS = [f"<token{n}>" for n in range(8)]
 """Eight special tokens. The embedding has only six unused rows."""
-EOS = {  # in the format in which transformers saves an AddedToken
-    "__type": "AddedToken",
-    "content": "<eos>",
-    "lstrip": False,
-    "normalized": False,
-    "rstrip": False,
-    "single_word": False,
-}
+EOS: dict[str, Any] = {"__type": "AddedToken", "content": "<eos>"}
+EOS |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+"""A token in the format in which transformers saves an AddedToken."""
 
 
 def variants_of_other_programs() -> Iterator[Variant]:
     """Yields all variants."""
     yield from _exact_configs()
     yield from _exact_files()
+    yield from _odd_values()
     yield from _refused_configs()
     yield from _refused_windows_and_heads()
     yield from _refused_files()
     yield from _refused_names_and_indexes()
-    yield from _refused_generation()
     yield from _refused_tokenizers()
 
 
@@ -97,8 +92,6 @@ def _exact_files() -> Iterator[Variant]:
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]}
     yield Variant("index with a rotary buffer", split_weights(SHARDS, buffer))
     yield Variant("shards in a folder", split_weights(("sub/a.safetensors", "./a.safetensors")))
-    yield Variant("index of .bin", write_file("pytorch_model.bin.index.json", "{}"))
-    yield Variant("adapter weights", write_file("adapter_model.safetensors", "x"))
     for values in (
         {"do_sample": False, "length_penalty": 1.5, "num_beams": 1, "temperature": ABSENT},
         {"output_scores": True},
@@ -117,43 +110,60 @@ def _exact_files() -> Iterator[Variant]:
         yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings))
 
 
+def _odd_values() -> Iterator[Variant]:
+    switches = {"attention_bias": 0, "tie_word_embeddings": 0, "use_cache": 1}
+    integers = edit_config(**switches, initializer_range=1, rms_norm_eps=1)
+    yield Variant("switches and floats as 0 and 1", integers)
+    null = edit_config(attention_dropout=None, use_cache=None, bos_token_id=None)
+    yield Variant("null values", null)
+    yield Variant("two end-of-text tokens", edit_config(eos_token_id=[0, 1]))
+    not_positive = (0, -1.0, float("nan"), float("inf"), "1e4", None, 10**30)
+    invalid = {
+        "attention_bias": ("false",),
+        "attention_dropout": (float("inf"), "x"),
+        "bos_token_id": ("<s>", [1], 10**30),  # PyTorch's integers have 64 bits
+        "eos_token_id": ({"a": 1}, ["</s>"]),
+        "initializer_range": (None, "0.02"),
+        "max_position_embeddings": (10**30,),
+        "pad_token_id": (5000, "<pad>"),
+        "rms_norm_eps": not_positive,
+        "rope_theta": (*not_positive, 10**400),  # too large for a float
+        "tie_word_embeddings": ("false",),
+        "transformers_version": ("anything", 5, "9" * 5000),  # more digits than Python converts
+        "use_cache": ("x",),
+    }
+    yield from variants_of_values("config.json", "invalid {key}=", invalid)
+    for version in (None, "", "4.58.0.dev0"):
+        yield Variant(f"version {version!r}", edit_config(transformers_version=version))
+    # The names of all weights of so many layers might not fit in memory.
+    too_many_experts = edit_config(num_experts=10**30)
+    refusal = "num_experts=1000000000000000000000000000000"
+    yield Variant("too many experts", too_many_experts, refusal, base="qwen3_moe")
+    too_many_layers = edit_config(num_hidden_layers=2_000_000)
+    yield Variant("too many layers", too_many_layers, "num_hidden_layers=2000000")
+
+
 def _refused_configs() -> Iterator[Variant]:
-    for key, value in (
-        ("rope_theta", None),
-        ("rms_norm_eps", None),
-        ("rope_theta", 10**400),  # too large for a float, and too long for a name
-        ("initializer_range", None),
-        ("initializer_range", "0.02"),
-        ("tie_word_embeddings", "false"),
-        ("attention_bias", "false"),
-        ("pad_token_id", 5000),
-        ("pad_token_id", "<pad>"),
-    ):
-        yield Variant(
-            f"invalid {key} {str(value)[:9]!r}", edit_config(**{key: value}), f"invalid {key}"
-        )
     as_text = edit_config(norm_topk_prob="false")
     yield Variant("norm_topk_prob as text", as_text, "invalid norm_topk_prob", base="qwen3_moe")
     no_theta = edit_config(rope_theta=ABSENT, rope_parameters={"rope_theta": None})
     yield Variant("theta null", no_theta, "invalid rope_theta")
-    for types in (5, [], ["full_attention"], "full_attention", [["full_attention"]]):
-        yield Variant(f"layer_types {types}", edit_config(layer_types=types), "layer_types=")
-    for key in ("quantization_config", "quantization", "compression_config"):
-        yield Variant(
-            f"empty {key}", edit_config(**{key: {}}), f"{key}=.*\n  fix: .*unquantized model"
-        )
-    for key, value in (
-        ("return_dict", False),
-        ("transformers_weights", "other.safetensors"),
-        ("auto_map", {"AutoModelForCausalLM": "code.Model"}),
-        ("text_config", {"tie_word_embeddings": True}),
-        ("hidden_act", None),
-    ):
-        yield Variant(
-            f"other {key} {value}", edit_config(**{key: value}), f"{key}=.* is not supported"
-        )
-    bom = write_file("config.json", b"\xef\xbb\xbf{}")
-    yield Variant("config with a byte order mark", bom, "is not valid JSON")
+    types = (5, [], ["full_attention"], "full_attention", [["full_attention"]])
+    yield from variants_of_values("config.json", "layer_types=", {"layer_types": types})
+    quantized = dict.fromkeys(("quantization_config", "quantization", "compression_config"), ({},))
+    fix = "{key}=.*\n  fix: .*unquantized model"
+    yield from variants_of_values("config.json", fix, quantized)
+    unsupported = {
+        "return_dict": (False,),
+        "transformers_weights": ("other.safetensors",),
+        "auto_map": ({"AutoModelForCausalLM": "code.Model"},),
+        "text_config": ({"tie_word_embeddings": True},),
+        "hidden_act": (None,),
+        "use_qk_norm": (2,),  # a key of the family qwen3_moe
+        "attention_bias": (True,),
+        "rope_scaling": ({**LLAMA3_ROPE, "factor": 8.0, "low_freq_factor": 2.0},),
+    }
+    yield from variants_of_values("config.json", "{key}=.* is not supported", unsupported)
     for key, value, base, refusal in (
         ("attention_bias", True, "qwen2", "attention_bias=True .*\n  fix: remove it"),
         ("hidden_act", "swish", "llama", "hidden_act=swish .*\n  fix: set it to silu"),
@@ -174,14 +184,9 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
         yield Variant(f"window from layer {first!r}", change, "max_window_layers=", base="qwen2")
     for window in (16, 4096):
         # Mistral's class ignores ``use_sliding_window``.
-        mistral_window = edit_config(
-            use_sliding_window=False, sliding_window=window, **LONG_CONTEXT
-        )
-        yield Variant(
-            f"window {window}", mistral_window, f"sliding_window={window}", base="mistral"
-        )
-    default_window = edit_config(sliding_window=ABSENT, **LONG_CONTEXT)
-    yield Variant("window by default", default_window, "sliding_window=4096", base="mistral")
+        settings = {"use_sliding_window": False, "sliding_window": window, **LONG_CONTEXT}
+        refusal = f"sliding_window={window}"
+        yield Variant(f"window {window}", edit_config(**settings), refusal, base="mistral")
     odd_size = all_of(edit_config(head_dim=15), edit_weights(_remove_last_channels))
     yield Variant("odd head size", odd_size, "head_dim=15 is odd")
     for groups in (None, 4):  # null means one group per head, of 4; the weights have 2 groups
@@ -204,10 +209,6 @@ def _refused_files() -> Iterator[Variant]:
         ("two heads", "lm_head.weight", None),
     ):
         yield Variant(f"{name} in the header", _edit_header(entry, values), "is damaged")
-    for value in (None, []):
-        change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
-        yield Variant(f"index with metadata {value}", change, "has no metadata")
-    yield Variant("dangling link", _replace_with_dangling_link, "is a link to .* does not exist")
     adapter = all_of(remove_files("config.json", WEIGHTS), write_file("adapter_config.json", "{}"))
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
@@ -215,8 +216,6 @@ def _refused_files() -> Iterator[Variant]:
     no_embedding = edit_weights(lambda tensors: tensors.pop(EMBEDDING))
     tied = all_of(edit_config(tie_word_embeddings=True), no_embedding)
     yield Variant("tied without an embedding", tied, f"has no {EMBEDDING}")
-    lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    yield Variant("adapter in the weights", add_weight(lora, 4, 64), f"has {lora}")
     for name in ("output.weight", "lm_head.modules_to_save.default.weight"):
         renamed = edit_weights(lambda tensors, name=name: tensors.update({name: tensors.pop(HEAD)}))
         yield Variant(f"head named {name}", renamed, f"has no {HEAD}.* but has {name}")
@@ -230,8 +229,6 @@ def _refused_names_and_indexes() -> Iterator[Variant]:
     quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
     yield Variant("GPTQ", quantized, "fix: .*unquantized model")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
-    empty_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
-    yield Variant("index with an empty weight_map", empty_map, "has only 0 weights")
     for name in ("a.bin", "../a.safetensors", "/a.safetensors"):
         extra = split_weights(SHARDS, {"model.extra": name})
         yield Variant(f"index with {name}", extra, f"lists {name!r}")
@@ -247,46 +244,9 @@ def _refused_names_and_indexes() -> Iterator[Variant]:
         yield Variant(f"head with other {difference}", all_of(tied, change), f"remove {HEAD}")
 
 
-def _refused_generation() -> Iterator[Variant]:
-    for key, value in (
-        ("max_new_tokens", 0),
-        ("early_stopping", "x"),
-        ("early_stopping", None),
-        ("cache_implementation", "x"),
-        ("compile_config", {}),
-        ("watermarking_config", 5),
-        ("pad_token_id", "<pad>"),
-    ):
-        change = edit_json(GENERATION, **{key: value})
-        yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
-    greedy = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
-    yield Variant("several greedy texts", greedy, "num_return_sequences=2 with num_beams=1")
-    for token in (True, 1.0, {"a": 1}):
-        change = edit_json(GENERATION, eos_token_id=token)
-        yield Variant(f"end of text {token}", change, "must be from 0 to")
-
-
 def _refused_tokenizers() -> Iterator[Variant]:
-    settings: Mapping[str, Any]
-    for settings in (
-        {"padding_side": "middle"},
-        {"truncation_side": None},
-        {"model_max_length": "x"},
-        {"tokenizer_file": "/absent.json"},
-        {"tokenizer_file": None},
-        {"from_slow": True},
-        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True},
-        {"bos_token": 5},
-        {"bos_token": {"content": "<s>"}},
-        {"additional_special_tokens": "<a>"},
-        {"additional_special_tokens": {"a": "<a>"}},
-        {"extra_special_tokens": 5},
-        {"added_tokens_decoder": []},
-        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
-        {"added_tokens_decoder": {"5": "<a>"}},
-    ):
-        key = list(settings)[-1]  # the last setting is the invalid one
-        yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings), f"invalid {key}")
+    prefix = edit_json(TOKENIZER, tokenizer_class="LlamaTokenizer", add_prefix_space=True)
+    yield Variant("space before a text", prefix, "invalid add_prefix_space")
     for key in ("extra_special_tokens", "additional_special_tokens"):
         change = edit_json(TOKENIZER, **{key: TOO_MANY_TOKENS})
         yield Variant(f"too many {key}", change, "tokens without an embedding")
@@ -338,11 +298,6 @@ def _rename_weights(file: str) -> Change:
         (folder / WEIGHTS).rename(folder / file)
 
     return change
-
-
-def _replace_with_dangling_link(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).symlink_to("../../blobs/absent")
 
 
 def _add_prefix(prefix: str) -> Change:

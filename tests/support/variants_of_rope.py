@@ -1,7 +1,6 @@
 """Lists variants of Hugging Face folders with other RoPE settings and sliding windows.
 
-``rope_scaling`` is the old key of transformers 4. ``rope_parameters`` is the new key of
-transformers 5, which also contains ``rope_theta``.
+transformers 4 has the key ``rope_scaling``, and 5 has ``rope_parameters`` with ``rope_theta``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_convert.families import LLAMA3_ROPE
-from tests.support.folder_changes import ABSENT, Variant, edit_config
+from tests.support.folder_changes import ABSENT, edit_config
+from tests.support.variant import Variant
 
 
 def variants_of_rope() -> Iterator[Variant]:
@@ -61,7 +61,7 @@ def _refused_rope() -> Iterator[Variant]:
             old_and_new,
             "rope_scaling=.* contradicts rope_parameters",
         )
-    for rope_type in ("longrope", "su", "ntk", "mrope"):
+    for rope_type in ("dynamic", "longrope", "su", "ntk", "mrope"):
         change = edit_config(rope_scaling={"type": rope_type, "factor": 2.0})
         yield Variant(f"scaling {rope_type}", change, "rope_scaling=.* is not supported")
     for old_type in ("default", "yarn", None):  # type is the old name of rope_type

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from launch.executors.local import PRELOADED
 from recipes.backend.patches import (
     Patch,
     applied,
@@ -24,7 +26,7 @@ from recipes.backend.patches import (
     wrap,
 )
 from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT
+from tests.support.forked import run_forked
 
 CHECK_ALL_PATCHES = """
 from recipes.backend.patches import _find
@@ -40,28 +42,28 @@ for group in (*groups, *(module.PATCHES for module in (checkpoints, files, messa
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def library(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module with a function and a flag, which tests patch."""
     module: Any = ModuleType("library_to_patch")
     module.rate = shutil.which  # some function with Python source
     module.FAST = False
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def patch_of(library: Any, name: str, **fields: Any) -> Patch:
-    """Returns a patch that replaces an attribute by a function that returns 7.
-
-    ``fields`` are fields of the patch that differ from this.
-    """
+    """Returns a patch that replaces an attribute by a function that returns 7, unless changed."""
     source_hash = fingerprint(getattr(library, name))
     patch = Patch(f"{library.__name__}:{name}", "a test", source_hash, constant(7))
     return replace(patch, **fields)
 
 
-def test_originals_have_the_fingerprints_of_their_patches() -> None:
-    """Checks all patches in a new process, where no patch has been applied."""
-    subprocess.run([sys.executable, "-c", CHECK_ALL_PATCHES], cwd=REPO_ROOT, check=True)
+def test_originals_have_the_fingerprints_of_their_patches(tmp_path: Path) -> None:
+    """Checks all patches in a fork of a process that has not applied any patch."""
+    script = tmp_path / "check.py"
+    script.write_text(CHECK_ALL_PATCHES)
+    done = run_forked(PRELOADED, [str(script)], os.environ, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_functions_in_c_are_distinguished_by_signature() -> None:
@@ -111,8 +113,6 @@ class Engine:
 
 
 class FastEngine(Engine):
-    """Overrides the method that the test patches."""
-
     def speed(self) -> int:
         return 5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nemo_convert import nemo
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import QUERIES_AT_ONCE
 from recipes.backend.training_layers import (
@@ -21,7 +19,6 @@ from recipes.backend.training_layers import (
     attend,
     attend_in_blocks,
 )
-from tests.support.conversion import assert_trains_alike, convert_by_command
 from tests.support.gradients import random_tensors, value_and_gradients
 
 LENGTH = QUERIES_AT_ONCE + 9  # tokens: a block of queries and an incomplete second block
@@ -84,17 +81,6 @@ def test_values_and_gradients_equal_plain_pytorch(
     for tensor, exact in zip(actual, expected, strict=True):
         assert tensor.dtype == dtype
         assert (tensor.double() - exact).norm() < tolerance * exact.norm()
-
-
-def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
-    odd_llama: Path, tmp_path: Path
-) -> None:
-    checkpoint = tmp_path / "odd.nemo"
-    assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
-    nemo.initialize(nemo.Parallelism())
-    # Two sequences of 31 tokens. The vocabulary has 293 tokens.
-    tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
-    assert_trains_alike(checkpoint, tokens)
 
 
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:

@@ -26,7 +26,8 @@ from nemo_convert import hf, nemo, trust
 from nemo_convert.sharded import read_sharded
 from nemo_convert.tokenizer_files import load_tokenizer
 from recipes.core.errors import RecipeError
-from tests.support.conversion import assert_same_weights, convert_by_command
+from tests.support.conversion import assert_same_weights, change_context, convert_by_command
+from tests.support.folder_changes import edit_config, edit_json
 
 
 @pytest.fixture
@@ -46,11 +47,8 @@ def test_code_of_a_tokenizer_does_not_run(
 ) -> None:
     folder, created_by_code = folder_with_code
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
     auto_map = {"AutoTokenizer": [None, "custom.Own"]}  # no slow class, and a fast class
-    config |= {"auto_map": auto_map, "tokenizer_class": "Own"}
-    file.write_text(json.dumps(config))
+    edit_json("tokenizer_config.json", auto_map=auto_map, tokenizer_class="Own")(folder)
     # A conversion checks the class before it loads the tokenizer, so the loader is called too.
     with pytest.raises(RecipeError):
         load_tokenizer(folder)
@@ -61,9 +59,8 @@ def test_code_of_a_tokenizer_does_not_run(
 def test_code_of_a_model_does_not_run(folder_with_code: tuple[Path, Path], tmp_path: Path) -> None:
     folder, created_by_code = folder_with_code
     (folder / "own.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
-    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    (folder / "config.json").write_text(json.dumps(config))
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edit_config(model_type="own", auto_map=auto_map)(folder)
     # A conversion checks the config before it loads the model, so the loader is called too.
     with pytest.raises(ValueError, match="trust_remote_code"):
         hf.load_causal_lm(folder)
@@ -116,50 +113,52 @@ def test_context_that_would_run_code_is_refused(
     assert created_by_call.exists(), "the planted call must work when the checkpoint is trusted"
 
 
-def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Calls ``change`` on the dict of objects in a checkpoint's ``io.json``, and saves the dict."""
-    file = checkpoint / nemo.CONTEXT / "io.json"
-    context = json.loads(file.read_text())
-    change(context["objects"])
-    file.write_text(json.dumps(context))
+def name_paths(objects: dict[str, Any]) -> None:
+    """Plants a call in an object that is named like the harmless lists of a context, ``paths``.
+
+    The metadata name the tokenizer's class. They get the key "paths", and another function instead
+    of the class.
+    """
+    metadata = objects["auto_tokenizer_1"]["metadata"]
+    objects["paths"] = objects.pop(metadata["key"])
+    metadata["key"] = "paths"
+    objects["paths"]["items"][0][1] |= {"module": "subprocess", "name": "getoutput"}
 
 
-def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
-    """Contexts have harmless lists under the key ``paths``, but other values must be checked."""
+def relabel_trust(objects: dict[str, Any]) -> None:
+    """Sets trust_remote_code under the label of another argument.
 
-    def plant(objects: dict[str, Any]) -> None:
-        # The metadata name the tokenizer's class. They get the key "paths", and another function
-        # instead of the class.
-        key = objects["auto_tokenizer_1"]["metadata"]["key"]
-        objects["paths"] = objects.pop(key)
-        objects["auto_tokenizer_1"]["metadata"]["key"] = "paths"
-        function = objects["paths"]["items"][0][1]
-        function |= {"module": "subprocess", "name": "getoutput"}
+    Fiddle takes the names of arguments from the metadata, not from the label of an item. Adds the
+    argument's name to the metadata and its value to the tokenizer, both with the label use_fast.
+    """
+    metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
+    names = objects[metadata["items"][1][1]["key"]]
+    for target, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
+        leaf = {"type": "leaf", "value": value, "paths": []}
+        target["items"].append(["Attr(name='use_fast')", leaf])
 
-    hostile = tmp_path / "hostile.nemo"
-    shutil.copytree(odd_nemo, hostile)
+
+@pytest.mark.parametrize(
+    ("plant", "refusal"),
+    [(name_paths, r"names subprocess\.getoutput"), (relabel_trust, "sets trust_remote_code")],
+)
+def test_hidden_code_in_a_context_is_refused(
+    plant: Callable[[dict[str, Any]], None], refusal: str, odd_nemo: Path, tmp_path: Path
+) -> None:
+    hostile = shutil.copytree(odd_nemo, tmp_path / "hostile.nemo")
     change_context(hostile, plant)
-    with pytest.raises(RecipeError, match=r"names subprocess\.getoutput"):
+    with pytest.raises(RecipeError, match=refusal):
         nemo.restore_model(hostile)
 
 
-def test_trust_remote_code_under_another_label_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
-    """Fiddle takes the names of arguments from the metadata, not from the label of an item."""
+class Call:
+    """Is pickled as the call ``function(*arguments)``."""
 
-    def plant(objects: dict[str, Any]) -> None:
-        metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
-        names = objects[metadata["items"][1][1]["key"]]
-        # Adds the argument's name to the metadata and its value to the tokenizer. Both items have
-        # the label use_fast, but the metadata name the argument trust_remote_code.
-        for target, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
-            leaf = {"type": "leaf", "value": value, "paths": []}
-            target["items"].append(["Attr(name='use_fast')", leaf])
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
 
-    hostile = tmp_path / "hostile.nemo"
-    shutil.copytree(odd_nemo, hostile)
-    change_context(hostile, plant)
-    with pytest.raises(RecipeError, match="sets trust_remote_code"):
-        nemo.restore_model(hostile)
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
 
 
 def test_metadata_may_name_members_of_enums_as_python_3_11_2_does(tmp_path: Path) -> None:
@@ -167,43 +166,26 @@ def test_metadata_may_name_members_of_enums_as_python_3_11_2_does(tmp_path: Path
 
     Such calls are allowed, but not calls that return another attribute.
     """
-
-    class Attribute:
-        """Is pickled as the call ``getattr(owner, name)``."""
-
-        def __init__(self, owner: object, name: str) -> None:
-            self.arguments = owner, name
-
-        def __reduce__(self) -> tuple[object, tuple[object, str]]:
-            return getattr, self.arguments
-
     file = tmp_path / ".metadata"
-    file.write_bytes(pickle.dumps(Attribute(WriteItemType, "TENSOR")))
+    file.write_bytes(pickle.dumps(Call(getattr, WriteItemType, "TENSOR")))
     assert trust.read_metadata(tmp_path) is WriteItemType.TENSOR
     for owner, name in ((WriteItemType, "__class__"), (type(tmp_path), "unlink")):
-        file.write_bytes(pickle.dumps(Attribute(owner, name)))
+        file.write_bytes(pickle.dumps(Call(getattr, owner, name)))
         with pytest.raises(RecipeError, match="opening it would run that code"):
             trust.read_metadata(tmp_path)
 
 
 def test_metadata_that_would_run_code_is_refused(
-    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
-    shutil.copytree(odd_nemo, hostile)
-
-    class Planted:
-        """Is pickled as a call of ``os.system``, whose module is ``posix``."""
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {created_by_call}",)
-
-    (hostile / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(Planted()))
+    hostile, created = shutil.copytree(odd_nemo, tmp_path / "hostile.nemo"), tmp_path / "ran"
+    planted = Call(os.system, f"touch {created}")  # the module of os.system is posix
+    (hostile / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(planted))
     assert convert_by_command("to-hf", hostile, tmp_path / "back") == 1
     assert ".metadata names posix.system: opening it" in capsys.readouterr().err
     with pytest.raises(RecipeError, match=r"posix\.system"):
         read_sharded({}, hostile / nemo.WEIGHTS)
-    assert not created_by_call.exists()
+    assert not created.exists()
 
 
 def test_an_object_under_the_key_of_a_weight_is_refused(
@@ -214,20 +196,14 @@ def test_an_object_under_the_key_of_a_weight_is_refused(
     The planted entry has the attributes of a tensor, which pass Megatron's check of shapes, and
     leads to a pickle at the end of a shard.
     """
-    hostile, created = tmp_path / "hostile.nemo", tmp_path / "ran"
-    shutil.copytree(odd_nemo, hostile)
+    hostile, created = shutil.copytree(odd_nemo, tmp_path / "hostile.nemo"), tmp_path / "ran"
     weights, key = hostile / nemo.WEIGHTS, "module.decoder.final_layernorm.weight"
     metadata = trust.read_metadata(weights)
     planted = BytesStorageMetadata()
     vars(planted).update(vars(metadata.state_dict_metadata[key]))
     metadata.state_dict_metadata[key] = planted
-
-    class Planted:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {created}",)
-
     pickled = io.BytesIO()
-    torch.save(Planted(), pickled)
+    torch.save(Call(os.system, f"touch {created}"), pickled)
     shard = weights / "__0_0.distcp"
     start, size = shard.stat().st_size, len(pickled.getvalue())
     with shard.open("ab") as file:

@@ -11,11 +11,13 @@ import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nemo_convert import convert, hf, nemo, parity, streaming
 from nemo_convert.families import FAMILIES as SUPPORTED
 from nemo_convert.hf_config import read_architecture
 from recipes.backend.training_layers import RMSNorm
+from recipes.core.files import read_json
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
 from recipes.data.corpus import SPLITS
 from recipes.data.split_writer import SplitWriter
@@ -37,21 +39,13 @@ from tests.cpu.nemo_convert.family_ranks import (
     SEQ_LENGTH,
     TP,
 )
-from tests.support.conversion import (
-    assert_same_weights,
-    assert_trains_alike,
-    convert_by_command,
-)
+from tests.support.conversion import assert_same_weights, assert_trains_alike, convert_by_command
+from tests.support.folder_changes import GENERATION
 from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import NOISE_FACTOR, measure_ulp_noise
 
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION)
 # Pruned sizes. The teachers have hidden_size=64, 4 heads, ffn_hidden_size=128, and the MoE has 6
 # experts of moe_ffn_hidden_size=40.
 WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
@@ -64,11 +58,7 @@ TARGETS = {
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_classes = AutoModelForCausalLM._model_mapping  # by the class of the config
-    tiny = {model_classes[type(AutoConfig.for_model(name))].__name__ for name in FAMILIES}
-    assert tiny == set(SUPPORTED)
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in FAMILIES} == set(SUPPORTED)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +98,8 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     teacher_shape = nemo.architecture_of(teacher)
     student = pruned_shape(teacher_shape, PruneTargets(drop_layers=(2,), **TARGETS[family]))
-    kept = select_indices(
-        scores,
-        teacher_shape,
-        student,
-        [n for n in range(1, teacher_shape.num_layers + 1) if n != 2],  # layer 2 is dropped
-    )
+    layers = [n for n in range(1, teacher_shape.num_layers + 1) if n != 2]  # layer 2 is dropped
+    kept = select_indices(scores, teacher_shape, student, layers)
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, folder / "pruned.nemo")
 
@@ -177,16 +163,22 @@ def test_fp8_states_of_experts_are_not_read(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) -> None:
+def test_odd_shapes_are_exported_exactly_and_trained(
+    family: str, text_file: Path, tmp_path: Path
+) -> None:
+    """Our training layers, which replace Megatron's, have the same logits and gradients."""
     source, back = tmp_path / "hf", tmp_path / "back"
     write_tiny_model(source, text_file, family, train=False, **ODD)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
     require_norm_states(tmp_path / "m.nemo", tmp_path / "stateless.nemo")
+    # Two sequences of 31 tokens. The vocabulary has 293 tokens.
+    tokens = torch.randint(0, 280, (2, 31), generator=torch.Generator().manual_seed(1))
+    assert_trains_alike(tmp_path / "m.nemo", tokens)
     assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
     assert_same_weights(source, back)
     for name in SIDE_FILES:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
-    before, after = (json.loads((f / "config.json").read_text()) for f in (source, back))
+    before, after = (read_json(folder / "config.json") for folder in (source, back))
     # Older versions of transformers read only this key.
     before["torch_dtype"] = before.pop("dtype")
     assert after == before | {"head_dim": ODD["head_dim"]}
@@ -201,12 +193,12 @@ def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: P
     source, back = tmp_path / "hf", tmp_path / "back"
     fields = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}  # gives several shards
     write_tiny_model(source, text_file, family, train=False, **fields)
-    (source / "generation_config.json").unlink()
+    (source / GENERATION).unlink()
     assert len(list(source.glob("*.safetensors"))) > 1
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
     assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
     assert_same_weights(source, back)
-    assert not (back / "generation_config.json").exists()
+    assert not (back / GENERATION).exists()
 
 
 @torch.no_grad()
@@ -242,19 +234,13 @@ def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Pa
     by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
     by_evaluation = logits_of(load_transformers(checkpoint), tokens)
     require_logits_of(tmp_path / "hf", tokens, by_megatron, by_evaluation)
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config = read_json(tmp_path / "hf" / "config.json")
     teacher = nemo.architecture_of(root / family / "teacher.nemo")
     targets = PruneTargets(num_layers=3, **TARGETS[family])  # 1 of 4 layers was dropped
     expected = pruned_shape(teacher, targets)
     assert read_architecture(config, family) == expected
     assert config["head_dim"] == EVEN["head_dim"]  # is not pruned
     assert expected.parameters() == sum(t.numel() for _, t in convert.hf_weights(checkpoint))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_layers_compute_the_same_model(family: str, root: Path) -> None:
-    """Our training layers replace Megatron's. Compares logits and the gradient of every weight."""
-    assert_trains_alike(root / family / "teacher.nemo", tokens_of(root))
 
 
 @pytest.fixture(scope="module", params=[TP, PP])

@@ -5,7 +5,6 @@ A dry run refuses them, except for faults in the values of weights.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -28,12 +27,14 @@ from nemo_convert.tokenizer_conversion import convert_tokenizer
 from nemo_convert.tokenizer_files import KNOWN_CLASSES, read_vocabulary
 from nemo_convert.vocabularies import without_panics
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 from recipes.planning.chain import Chain, tokenizer_hash
 from recipes.stages.import_hf import ImportConfig
 from tests.support.folder_changes import (
     ABSENT,
+    GENERATION,
+    TOKENIZER,
     Change,
-    Variant,
     all_of,
     change_nothing,
     edit_config,
@@ -42,12 +43,7 @@ from tests.support.folder_changes import (
     use_sentencepiece,
     use_vocabulary_and_merges,
 )
-from tests.support.models import (
-    EVEN,
-    FAMILIES,
-    write_byte_fallback_tokenizer,
-    write_tiny_model,
-)
+from tests.support.models import EVEN, FAMILIES, write_byte_fallback_tokenizer, write_tiny_model
 from tests.support.transformers_5 import (
     run_with_transformers_5,
     save_by_transformers_5,
@@ -67,7 +63,7 @@ REFUSED_BY_TRANSFORMERS_5 = {
     "llama: other tie_word_embeddings None",
     "qwen2: head_dim None",
     "qwen3_moe: head_dim None",
-    "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
+    "llama: attention kernel",  # flash_attention_2, which is not installed
     "llama: switches and floats as 0 and 1",
     "llama: null values",
     "llama: list of token objects in the map",  # version 5 adds dicts as tokens
@@ -110,10 +106,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     return root
 
 
-def make_folder(variant: Variant, bases: Path, folder: Path) -> Path:
-    """Copies the variant's base to ``folder`` and changes the copy."""
-    shutil.copytree(bases / variant.base, folder)
-    variant.change(folder)
+def make_folder(bases: Path, folder: Path, change: Change, base: str = "llama") -> Path:
+    """Copies a base to ``folder`` and changes the copy."""
+    shutil.copytree(bases / base, folder)
+    change(folder)
     return folder
 
 
@@ -121,9 +117,9 @@ def test_a_panic_of_the_tokenizer_library_has_no_traceback(
     bases: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rust writes the stack of a panic to standard error. Other output must remain there."""
-    variant = VARIANTS["llama: tokenizer whose map of characters is damaged"]
+    change = VARIANTS["llama: damaged map of characters"].change
     with pytest.raises(RecipeError, match="Cannot parse precompiled_charsmap"):
-        read_vocabulary(make_folder(variant, bases, tmp_path / "hf"))
+        read_vocabulary(make_folder(bases, tmp_path / "hf", change))
     with without_panics():
         os.write(2, b"a warning")
     assert capfd.readouterr().err == "a warning"
@@ -143,7 +139,8 @@ def test_there_are_many_variants_with_unique_names() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
     variant = VARIANTS[name]
-    folder, checkpoint = make_folder(variant, bases, tmp_path / "hf"), tmp_path / "m.nemo"
+    folder = make_folder(bases, tmp_path / "hf", variant.change, variant.base)
+    checkpoint = tmp_path / "m.nemo"
     if not variant.refusal:
         assert not [str(finding) for finding in check_model(str(folder)) if finding.is_error]
         convert.to_nemo(folder, checkpoint)
@@ -164,8 +161,7 @@ def test_tokens_that_only_the_class_adds_are_counted(
     """A tokenizer class may add default special tokens that no file lists."""
     settings = {"tokenizer_class": name, "added_tokens_decoder": ABSENT, **eos}
     no_map = remove_files("special_tokens_map.json")
-    change = all_of(edit_json("tokenizer_config.json", **settings), no_map)
-    folder = make_folder(Variant(name, change), bases, tmp_path / "hf")
+    folder = make_folder(bases, tmp_path / "hf", all_of(edit_json(TOKENIZER, **settings), no_map))
     vocabulary = read_vocabulary(folder)  # before the conversion lists all tokens in files
     convert_tokenizer(folder)
     assert vocabulary.keys() == AutoTokenizer.from_pretrained(folder).get_vocab().keys()
@@ -175,14 +171,14 @@ def test_tokens_that_transformers_does_not_read_are_not_counted(
     bases: Path, tmp_path: Path
 ) -> None:
     """added_tokens_decoder in the settings makes transformers 4 ignore added_tokens.json."""
-    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
-    (folder / "added_tokens.json").write_text('{"<other>": 288}')  # the first unused id
-    assert "added_tokens_decoder" in (folder / "tokenizer_config.json").read_text()
+    other_token = edit_json("added_tokens.json", **{"<other>": 288})  # the first unused id
+    folder = make_folder(bases, tmp_path / "hf", other_token)
+    assert "added_tokens_decoder" in (folder / TOKENIZER).read_text()
     assert read_vocabulary(folder) == AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
-QWEN2_CLASS = edit_json("tokenizer_config.json", tokenizer_class="Qwen2TokenizerFast")
+NO_SETTINGS = remove_files(TOKENIZER, "special_tokens_map.json")
+QWEN2_CLASS = edit_json(TOKENIZER, tokenizer_class="Qwen2TokenizerFast")
 SETTINGS_OF_TRANSFORMERS_5 = {
     "backend": "tokenizers",
     "tokenizer_class": "LlamaTokenizer",
@@ -196,7 +192,7 @@ SETTINGS_OF_TRANSFORMERS_5 = {
     [
         ("qwen2", all_of(use_vocabulary_and_merges, NO_SETTINGS)),
         ("llama", all_of(use_sentencepiece, NO_SETTINGS)),
-        ("llama", edit_json("tokenizer_config.json", **SETTINGS_OF_TRANSFORMERS_5)),
+        ("llama", edit_json(TOKENIZER, **SETTINGS_OF_TRANSFORMERS_5)),
     ],
 )
 def test_defaults_of_the_class_are_kept(
@@ -206,7 +202,7 @@ def test_defaults_of_the_class_are_kept(
 
     For example, the generic class by default returns ``token_type_ids``. ``generate`` refuses them.
     """
-    folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
+    folder = make_folder(bases, tmp_path / "hf", change, base)
     expected = AutoTokenizer.from_pretrained(folder)
     convert_tokenizer(folder)
     converted = AutoTokenizer.from_pretrained(folder)
@@ -236,7 +232,7 @@ def test_a_tokenizer_that_transformers_5_replaces_is_noted(
     Mistral models are an exception. The class splits text in its own way, whatever tokenizer.json
     says. There is no note if the class itself reads vocab.json and merges.txt.
     """
-    folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
+    folder = make_folder(bases, tmp_path / "hf", change, base)
     assert len(list(check_model(str(folder)))) == notes
 
 
@@ -265,12 +261,12 @@ def test_transformers_5_splits_text_as_version_4(
     Without the conversion, classes of version 5 ignore the normalizer and the pre-tokenizer in
     tokenizer.json.
     """
-    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
+    folder = make_folder(bases, tmp_path / "hf", change_nothing)
     if like_llama_2:
         write_byte_fallback_tokenizer(text_file, folder)
     else:
         edit_json("tokenizer.json", pre_tokenizer=DIGITS_AND_BYTES)(folder)
-    edit_json("tokenizer_config.json", **settings)(folder)
+    edit_json(TOKENIZER, **settings)(folder)
     texts = ["Items:\n\n1. foo\n2. bar", "x =  3\n    5", "  the hat", "<s>the hat</s> the hen"]
     original = AutoTokenizer.from_pretrained(folder)
     expected = original(texts)
@@ -297,11 +293,10 @@ def test_transformers_5_splits_text_as_version_4(
 def test_a_conversion_keeps_the_space_before_a_text(
     name: object, in_json: bool, in_settings: object, bases: Path, tmp_path: Path
 ) -> None:
-    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
-    steps = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
-    edit_json("tokenizer.json", pre_tokenizer={**steps, "add_prefix_space": in_json})(folder)
     settings = {"tokenizer_class": name, "add_prefix_space": in_settings}
-    edit_json("tokenizer_config.json", **settings)(folder)
+    folder = make_folder(bases, tmp_path / "hf", edit_json(TOKENIZER, **settings))
+    steps = read_json(folder / "tokenizer.json")["pre_tokenizer"]
+    edit_json("tokenizer.json", pre_tokenizer={**steps, "add_prefix_space": in_json})(folder)
     expected = AutoTokenizer.from_pretrained(folder)("hat")["input_ids"]
     convert_tokenizer(folder)
     assert AutoTokenizer.from_pretrained(folder)("hat")["input_ids"] == expected
@@ -321,14 +316,14 @@ def test_generation_settings_of_an_old_config_are_moved(
     settings: dict[str, Any], kept: dict[str, Any] | None, bases: Path, tmp_path: Path
 ) -> None:
     """transformers does not save a model whose config.json has some of these settings."""
-    change = all_of(edit_config(**settings), remove_files("generation_config.json"))
-    folder = make_folder(Variant("", change), bases, tmp_path / "hf")
+    change = all_of(edit_config(**settings), remove_files(GENERATION))
+    folder = make_folder(bases, tmp_path / "hf", change)
     convert.to_nemo(folder, tmp_path / "m.nemo")
     convert.to_hf(tmp_path / "m.nemo", tmp_path / "export")
-    file = tmp_path / "export/generation_config.json"
+    file = tmp_path / "export" / GENERATION
     expected = kept and {"bos_token_id": 1, "eos_token_id": 2, **kept}
-    assert (json.loads(file.read_text()) if file.exists() else None) == expected
-    assert not settings.keys() & json.loads((tmp_path / "export/config.json").read_text()).keys()
+    assert (read_json(file) if file.exists() else None) == expected
+    assert not settings.keys() & read_json(tmp_path / "export/config.json").keys()
     for source in (folder, tmp_path / "export"):
         model = hf.load_causal_lm(source)
         model.save_pretrained(tmp_path / "saved")
@@ -341,7 +336,7 @@ def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_pa
     If stages run with another Python, such as a container's, the hash is unknown: its libraries may
     convert a tokenizer differently.
     """
-    folder = make_folder(Variant("", use_sentencepiece), bases, tmp_path / "hf")
+    folder = make_folder(bases, tmp_path / "hf", use_sentencepiece)
     convert.to_nemo(folder, tmp_path / "model.nemo")
     imported = hf.tokenizer_sha256(nemo.side_folder(tmp_path / "model.nemo"))
     stages = {"import_hf": ImportConfig("import_hf", hf_path=str(folder))}
@@ -357,17 +352,14 @@ def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_
     Some folders are also converted and exported. For these exports, token ids are compared with
     those of transformers 4.
     """
-    folders = [
-        make_folder(variant, bases, tmp_path / f"{n}")
-        for n, variant in enumerate(CONVERTIBLE.values())
-    ]
-    exports = []
-    for n, name in enumerate(CONVERTIBLE):
-        is_exported = any(word in name for word in ("as written", "sentencepiece", "as 0 and 1"))
-        if is_exported:
-            convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
-            convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
-            exports.append(tmp_path / f"{n}.export")
+    folders, exports = list[Path](), list[Path]()
+    for number, (name, variant) in enumerate(CONVERTIBLE.items()):
+        folder = make_folder(bases, tmp_path / f"{number}", variant.change, variant.base)
+        folders.append(folder)
+        if any(word in name for word in ("as written", "sentencepiece", "as 0 and 1")):
+            exports.append(tmp_path / f"{number}.export")
+            convert.to_nemo(folder, tmp_path / f"{number}.nemo")
+            convert.to_hf(tmp_path / f"{number}.nemo", exports[-1])
     run_with_transformers_5(LOGITS_SCRIPT, tmp_path / "results", TEXT, *folders, *exports)
     results = load_file(tmp_path / "results")
     names = [*CONVERTIBLE, *(export.name for export in exports)]
@@ -376,7 +368,7 @@ def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_
         assert (ids is None) == (name in REFUSED_BY_TRANSFORMERS_5), name
         if ids is None:
             continue
-        config = as_transformers_4(json.loads((folder / "config.json").read_text()), name)
+        config = as_transformers_4(read_json(folder / "config.json"), name)
         positions = torch.arange(ids.shape[1])
         logits = reference_logits(config, hf.Weights(folder).read, ids, positions)
         difference = (logits - results[f"{folder} logits"]).abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_convert import gguf_tokenizer
-from nemo_convert.gguf_file import require_storable, write
+from nemo_convert.gguf_file import write
 from nemo_convert.gguf_tokenizer import (
     CONTROL_TOKENS,
     END_TOKENS,
@@ -28,6 +28,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from tests.support.llama_cpp import PROMPTS, generate_greedily, tokenize
 from tests.support.models import EVEN, write_byte_fallback_tokenizer, write_tiny_model
+from tests.support.sharp_attention import sharpen_attention
 
 Edit = Callable[[dict[str, Any]], object]
 """Changes the content of a ``tokenizer.json``."""
@@ -40,29 +41,31 @@ TEXTS = (
     "x = 3\n\n  y",
 )
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-LLAMA_3 = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {
-            "type": "Split",
-            "pattern": {"Regex": next(iter(PRE_TOKENIZERS))},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": next(iter(PRE_TOKENIZERS))},  # Llama 3's
+    "behavior": "Isolated",
+    "invert": False,
 }
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8192}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+WORDS = {**BYTES, "use_regex": True}
+"""Splits text with GPT-2's pattern."""
+DIGITS = {"type": "Digits", "individual_digits": True}
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 
-def metaspace(scheme: str, replacement: str = "▁") -> Edit:
+def metaspace(**settings: object) -> Edit:
     """Treats spaces with Metaspace instead of a normalizer."""
-    step = {"type": "Metaspace", "split": False}
-    step |= {"prepend_scheme": scheme, "replacement": replacement}
-    return lambda tokenizer: tokenizer.update(normalizer=None, pre_tokenizer=step)
+    step = {"type": "Metaspace", "split": False, "prepend_scheme": "never", "replacement": "▁"}
+    return lambda tokenizer: tokenizer.update(normalizer=None, pre_tokenizer=step | settings)
+
+
+def split(*steps: dict[str, Any]) -> Edit:
+    """Replaces the pre-tokenizer."""
+    return lambda tokenizer: tokenizer.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [*steps]}
+    )
 
 
 def in_model(**settings: object) -> Edit:
@@ -102,7 +105,7 @@ def llama_3(ignore_merges: bool) -> Edit:
     def edit(tokenizer: dict[str, Any]) -> None:
         tokenizer["model"]["vocab"]["Ġhistory"] = 288
         tokenizer["model"]["ignore_merges"] = ignore_merges
-        tokenizer["pre_tokenizer"] = LLAMA_3
+        split(SPLIT, BYTES)(tokenizer)
 
     return edit
 
@@ -115,15 +118,28 @@ def add_tokens(*texts: str) -> Edit:
     )
 
 
-def rename(old: str, new: str, **settings: object) -> Edit:
-    """Renames a token that is in no merge, and changes settings of the BPE."""
+def rename(old: str, new: str) -> Edit:
+    """Renames a token that is in no merge."""
 
     def edit(tokenizer: dict[str, Any]) -> None:
         vocab = tokenizer["model"]["vocab"]
         vocab[new] = vocab.pop(old)
-        tokenizer["model"].update(settings)
 
     return edit
+
+
+def swap_ids(tokenizer: dict[str, Any]) -> None:
+    """Swaps the ids of the first and last merged tokens. The order of ids must not matter."""
+    vocab = tokenizer["model"]["vocab"]
+    tokens = ["".join(merge) for merge in tokenizer["model"]["merges"]]
+    for early, late in zip(tokens[:40], tokens[:-41:-1], strict=True):
+        vocab[early], vocab[late] = vocab[late], vocab[early]
+
+
+def join_merges(tokenizer: dict[str, Any]) -> None:
+    """Writes merges as old versions of tokenizer.json: "a b" instead of ["a", "b"]."""
+    model = tokenizer["model"]
+    model["merges"] = [" ".join(merge) for merge in model["merges"]]
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +153,7 @@ def byte_fallback_llama(text_file: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def edited(source: Path, folder: Path, edit: Edit, **settings: object) -> Path:
-    """Copies a model folder, and changes its tokenizer.
-
-    Args:
-        source: Folder to copy.
-        folder: The new folder.
-        edit: Changes ``tokenizer.json``.
-        settings: Values for ``tokenizer_config.json``.
-    """
+    """Copies a model, edits ``tokenizer.json``, and sets values of ``tokenizer_config.json``."""
     shutil.copytree(source, folder)
     tokenizer = read_json(folder / "tokenizer.json")
     edit(tokenizer)
@@ -161,15 +170,24 @@ def edited(source: Path, folder: Path, edit: Edit, **settings: object) -> Path:
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "Llama 3": ("bytes", llama_3(True)),
     "Llama 3 with merges": ("bytes", llama_3(False)),
+    "digits and words": ("bytes", split(DIGITS, WORDS)),  # "smollm" in llama.cpp
+    "NFC": ("bytes", normalize({"type": "NFC"})),
     "normalized": ("bytes", flag("normalized")),
     "runs of spaces": ("bytes", add_tokens("  ", "    ")),
-    "Metaspace": ("fallback", metaspace("never")),
+    "Metaspace": ("fallback", metaspace()),
     "no prefix": ("fallback", normalize(REPLACE)),
     "same places": ("fallback", lambda t: (normalize(REPLACE)(t), flag("normalized")(t))),
     "BOS and EOS": ("fallback", template("<s>", "A", "</s>")),
     "EOS": ("fallback", template("A", "</s>")),
+    "swapped ids": ("fallback", swap_ids),
+    "merges as strings": ("fallback", lambda t: (swap_ids(t), join_merges(t))),
     # transformers does not use what these edits change.
     "class": ("fallback", template("<unk>", "A"), {"tokenizer_class": "LlamaTokenizerFast"}),
+    "class without BOS": (
+        "fallback",
+        template("<s>", "A"),
+        {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False},
+    ),
     "flags": (
         "bytes",
         flag("lstrip"),
@@ -183,7 +201,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("case", SUPPORTED)
 def test_llama_cpp_tokenizes_as_transformers_does(
-    case: str, even_llama: Path, byte_fallback_llama: Path, tmp_path: Path
+    case: str, even_llama: Path, byte_fallback_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     kind, edit, *settings = SUPPORTED[case]
     source = even_llama if kind == "bytes" else byte_fallback_llama
@@ -191,13 +209,18 @@ def test_llama_cpp_tokenizes_as_transformers_does(
     require_supported_files(folder)
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [*TEXTS, "three   spaces     or five"]
+    lines = text_file.read_text().splitlines()[:8]
+    texts = [
+        *TEXTS,
+        "three   spaces     or five",
+        *(json.loads(line)["text"][:80] for line in lines),
+    ]
     expected = [tokenizer(text).input_ids for text in texts]
     assert tokenize(tmp_path / "model.gguf", texts) == expected
 
 
-WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-REFUSED: dict[str, tuple[str, Edit, str]] = {
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+REFUSED: dict[str, tuple[Any, ...]] = {
     "ignore_merges": ("bytes", in_model(ignore_merges=True), "ignore_merges=True"),
     "dropout": ("bytes", in_model(dropout=0.5), "dropout=0.5"),
     "suffix": ("fallback", in_model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
@@ -208,25 +231,50 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "rstrip": ("bytes", flag("rstrip"), "'<eos>' with rstrip"),
     "single_word": ("bytes", flag("single_word"), "'<eos>' with single_word"),
     "normalized": ("fallback", flag("normalized"), "with normalized"),
-    "Metaspace, always": ("fallback", metaspace("always"), "'always'"),
-    "Metaspace, first": ("fallback", metaspace("first"), "'first'"),
-    "Metaspace, _": ("fallback", metaspace("never", "_"), "'_'"),
+    "Metaspace, always": ("fallback", metaspace(prepend_scheme="always"), "'always'"),
+    "Metaspace, first": ("fallback", metaspace(prepend_scheme="first"), "'first'"),
+    "Metaspace, _": ("fallback", metaspace(replacement="_"), "'_'"),
+    "Metaspace that splits": ("fallback", metaspace(split=True), "pre_tokenizer="),
+    "default Metaspace": (  # it splits
+        "fallback",
+        lambda t: t.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
+        "pre_tokenizer=",
+    ),
+    "byte fallback and digits": ("fallback", split(DIGITS), "pre_tokenizer="),
+    "NFKC": ("fallback", normalize({"type": "NFKC"}, PREPEND, REPLACE), "NFKC"),
+    "lower case": ("bytes", normalize({"type": "Lowercase"}), "Lowercase"),
+    "digits and Llama 3": ("bytes", split(DIGITS, SPLIT, BYTES), "pre_tokenizer="),
+    "Llama 3 and digits": ("bytes", split(SPLIT, DIGITS, BYTES), "pre_tokenizer="),
+    "Llama 3 and words": ("bytes", split(SPLIT, WORDS), "pre_tokenizer="),
+    "prefix": ("bytes", split(SPLIT, {**BYTES, "add_prefix_space": True}), "pre_tokenizer="),
+    "removed": ("bytes", split({**SPLIT, "behavior": "Removed"}, BYTES), "pre_tokenizer="),
+    "inverted": ("bytes", split({**SPLIT, "invert": True}, BYTES), "pre_tokenizer="),
+    "digits without words": ("bytes", split(DIGITS, BYTES), "pre_tokenizer="),
     "spaces not replaced": ("fallback", normalize(), "normalizer=None"),
     "two prefixes": ("fallback", normalize(PREPEND, PREPEND, REPLACE), "normalizer="),
     "two BOS": ("fallback", template("<s>", "<s>", "A"), r"ids \[1, 1\] before"),
     "other token": ("fallback", template("A", "<unk>"), r"\[0\] after it; .* eos_token \(2\)"),
     "text twice": ("fallback", template("A", "A"), "post_processor="),
+    "words": ("bytes", lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer="),
+    "Unigram": ("bytes", lambda t: t.update(model=UNIGRAM), "Unigram"),
+    "split special tokens": (
+        "bytes",
+        in_model(),
+        "split_special_tokens",
+        {"split_special_tokens": True},
+    ),
 }
-"""Edits that the export refuses, the tokenizer to edit, and a part of the message."""
+"""The tokenizer to edit, an edit that the export refuses, a part of the message, and values of
+tokenizer_config.json."""
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_llama_cpp_would_tokenize_differently_is_refused(
     case: str, even_llama: Path, byte_fallback_llama: Path, tmp_path: Path
 ) -> None:
-    kind, edit, message = REFUSED[case]
+    kind, edit, message, *settings = REFUSED[case]
     source = even_llama if kind == "bytes" else byte_fallback_llama
-    folder = edited(source, tmp_path / "hf", edit)
+    folder = edited(source, tmp_path / "hf", edit, **(settings[0] if settings else {}))
     with pytest.raises(RecipeError, match=message):
         write(folder, tmp_path / "model.gguf", "f32")
     with pytest.raises(RecipeError, match=message):
@@ -265,50 +313,11 @@ def test_llama_cpp_never_splits_its_control_tokens(
     assert tokenize(tmp_path / "model.gguf", names) == [[440 + n] for n in range(len(names))]
 
 
-@pytest.mark.parametrize(
-    ("value", "is_supported"),
-    [
-        ("text", True),
-        (None, True),
-        ([{"name": "default", "template": "text"}, {"name": "rag", "template": "other"}], True),
-        ([{"name": "rag", "template": "text"}], False),  # no default
-        ([{"name": "default", "template": 5}], False),
-        ({"rag": "text"}, False),
-        (5, False),
-        # Both names would be stored as a_b.
-        ([{"name": n, "template": "text"} for n in ("default", "a b", "a-b")], False),
-    ],
-)
-def test_chat_templates_that_gguf_cannot_store_are_refused(
-    even_llama: Path, tmp_path: Path, value: object, is_supported: bool
-) -> None:
-    folder = edited(even_llama, tmp_path / "hf", lambda tokenizer: None, chat_template=value)
-    (folder / "chat_template.jinja").unlink()
-    if is_supported:
-        require_supported_files(folder)
-        write(folder, tmp_path / "model.gguf", "f16")
-        field = GGUFReader(tmp_path / "model.gguf").fields.get("tokenizer.chat_template")
-        assert (field and field.contents()) == (value and "text")
-        return
-    for check in (require_supported_files, lambda f: write(f, tmp_path / "model.gguf", "f16")):
-        with pytest.raises(RecipeError, match="chat_template="):
-            check(folder)
-
-
-def test_split_special_tokens_are_refused(even_llama: Path, tmp_path: Path) -> None:
-    folder = edited(even_llama, tmp_path / "hf", lambda _: None, split_special_tokens=True)
-    for check in (require_supported_files, lambda f: write(f, tmp_path / "model.gguf", "f16")):
-        with pytest.raises(RecipeError, match="split_special_tokens"):
-            check(folder)
-
-
 @pytest.fixture(scope="module")
 def sharp_llama(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with larger queries, which generates different tokens."""
     folder = shutil.copytree(even_llama, tmp_path_factory.mktemp("sharp") / "hf")
-    weights = load_file(folder / "model.safetensors")
-    scaled = {name: (8 if "q_proj" in name else 1) * value for name, value in weights.items()}
-    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    sharpen_attention(folder)
     return folder
 
 
@@ -359,40 +368,3 @@ def test_llama_cpp_stops_at_end_tokens_that_it_knows(sharp_llama: Path, tmp_path
 def test_a_model_without_an_end_token_is_refused() -> None:
     with pytest.raises(RecipeError, match="eos_token_id"):
         end_token_ids([], None, {})
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"rope_theta": 1e39},
-        {"rope_theta": 1e-50},
-        {"rms_norm_eps": 1e-60},
-        {"max_position_embeddings": 2**32},
-        {"rope_scaling": {**LLAMA3, "factor": 1e39}},
-    ],
-)
-def test_numbers_that_gguf_cannot_store_are_refused(
-    even_llama: Path, tmp_path: Path, values: dict[str, Any]
-) -> None:
-    folder = shutil.copytree(even_llama, tmp_path / "hf")
-    config = read_json(folder / "config.json")
-    require_storable(config)
-    write_json(folder / "config.json", config | values)
-    name = "factor" if "rope_scaling" in values else next(iter(values))
-    with pytest.raises(RecipeError, match=name):
-        require_storable(config | values)
-    with pytest.raises(RecipeError, match=name):
-        write(folder, tmp_path / "model.gguf", "f16")
-
-
-@pytest.mark.parametrize(("matrix_type", "value"), [("f16", 1e5), ("q8_0", 1e7)])
-def test_weights_that_a_type_cannot_hold_are_refused(
-    even_llama: Path, tmp_path: Path, matrix_type: str, value: float
-) -> None:
-    folder = shutil.copytree(even_llama, tmp_path / "hf")
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][0, 0] = value
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=r"output.weight .* too large"):
-        write(folder, tmp_path / "model.gguf", matrix_type)
-    write(folder, tmp_path / "model.gguf", "bf16")

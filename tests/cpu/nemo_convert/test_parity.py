@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,17 @@ from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
 from nemo_convert.trust import read_metadata
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
-from tests.support.conversion import convert_by_command, read_tensors
-from tests.support.folder_changes import EMBEDDING, edit_json, edit_weights, untie
+from tests.support.conversion import change_context, convert_by_command, read_tensors
+from tests.support.folder_changes import (
+    EMBEDDING,
+    Change,
+    change_bytes,
+    edit_json,
+    edit_weights,
+    remove_files,
+    untie,
+    write_file,
+)
 from tests.support.models import EVEN, ODD, write_tiny_model
 
 SCALING = {**LLAMA3_ROPE, "factor": 8.0}
@@ -47,47 +55,46 @@ def core_with(source: Path, **settings: Any) -> Any:
     return parity.load_core(source / "m.nemo", model)
 
 
-def core_with_swapped_gate_and_up(source: Path) -> Any:
-    core = core_with(source)
+def swap_gate_and_up(core: Any) -> None:
     weight = core.decoder.layers[1].mlp.linear_fc1.weight.data
     gate, up = weight.chunk(2)
     weight.copy_(torch.cat([up, gate]))
-    return core
 
 
-def core_with_rolled_queries(source: Path) -> Any:
+def roll_queries(core: Any) -> None:
     """Shifts the rows of the fused QKV weight by one head."""
-    core = core_with(source)
     weight = core.decoder.layers[1].self_attention.linear_qkv.weight.data
     weight.copy_(weight.roll(EVEN["head_dim"], 0))
-    return core
 
 
-def core_with_tied_head(source: Path) -> Any:
+def tie_head(core: Any) -> None:
     """Replaces the head with the embedding."""
-    core = core_with(source)
     core.output_layer.weight.data.copy_(core.embedding.word_embeddings.weight)
-    return core
-
-
-FAULTY_MODELS: dict[str, Callable[[Path], Any]] = {
-    "theta": lambda source: core_with(source, rotary_base=10_000),
-    "scaling factor": lambda source: core_with(source, scale_factor=32.0),
-    "norm eps": lambda source: core_with(source, layernorm_epsilon=1e-3),
-    "gate and up": core_with_swapped_gate_and_up,
-    "queries": core_with_rolled_queries,
-    "tied head": core_with_tied_head,
-}
-"""Maps each fault to the function that returns the Megatron model of ``m.nemo`` with the fault."""
 
 
 def test_the_checkpoint_passes(source: Path) -> None:
     parity.compare(source / "hf", source / "m.nemo", core_with(source)).require("test")
 
 
-@pytest.mark.parametrize("fault", FAULTY_MODELS)
-def test_a_fault_of_nemos_model_is_detected(fault: str, source: Path) -> None:
-    result = parity.compare(source / "hf", source / "m.nemo", FAULTY_MODELS[fault](source))
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"rotary_base": 10_000},
+        {"scale_factor": 32.0},
+        {"layernorm_epsilon": 1e-3},
+        swap_gate_and_up,
+        roll_queries,
+        tie_head,
+    ],
+)
+def test_a_fault_of_nemos_model_is_detected(
+    fault: dict[str, float] | Callable[[Any], None], source: Path
+) -> None:
+    """``fault`` has settings of the Megatron model, or changes its weights."""
+    core = core_with(source, **fault) if isinstance(fault, dict) else core_with(source)
+    if callable(fault):
+        fault(core)
+    result = parity.compare(source / "hf", source / "m.nemo", core)
     with pytest.raises(RecipeError, match="logits of NeMo differ"):
         result.require("test")
 
@@ -130,25 +137,18 @@ def test_a_changed_head_is_detected(source: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" in read_tensors(tmp_path / "hf")  # it differs, but is not missing
 
 
-def parity_of(
-    nemo_difference: float, transformers_difference: float, logits_std: float
-) -> parity.Parity:
-    """Returns a comparison with these differences of logits, and equal weights."""
-    return parity.Parity(
-        nemo_difference, transformers_difference, logits_std, tokens=1, different_weight=None
-    )
-
-
 # The tolerance is 1e-3 times the standard deviation of the logits, ``std``.
-@pytest.mark.parametrize(("difference", "std"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
-def test_nan_or_a_large_difference_fails_the_gate(difference: float, std: float) -> None:
-    for nemo_difference, transformers_difference in ((difference, 0), (0, difference)):
-        with pytest.raises(RecipeError, match="differ by"):
-            parity_of(nemo_difference, transformers_difference, std).require("test")
-
-
-def test_the_tolerance_is_a_fraction_of_the_standard_deviation() -> None:
-    parity_of(2e-3, 2e-3, logits_std=10).require("test")  # tolerance: 1e-3 * 10
+@pytest.mark.parametrize(
+    ("difference", "std", "passes"),
+    [(float("nan"), 1, False), (2e-3, 1, False), (2e-3, 0.1, False), (2e-3, 10, True)],
+)
+def test_nan_or_a_large_difference_fails_the_gate(
+    difference: float, std: float, passes: bool
+) -> None:
+    for differences in ((difference, 0), (0, difference)):  # of NeMo and of transformers
+        result = parity.Parity(*differences, std, tokens=1, different_weight=None)
+        with nullcontext() if passes else pytest.raises(RecipeError, match="differ by"):
+            result.require("test")
 
 
 @pytest.mark.parametrize(("tokens", "last"), [(128, 2047), (128, 255), (128, 60), (5, 2047)])
@@ -190,17 +190,15 @@ def test_a_checkpoint_with_the_config_json_of_another_model_is_refused(
     source = write_tiny_model(tmp_path / "hf", text_file, family, train=False, **ODD, **scaling)
     checkpoint = tmp_path / "m.nemo"
     convert.to_nemo(source, checkpoint)
-    context = checkpoint / nemo.CONTEXT
-    objects = read_json(context / "io.json")["objects"]
-    # io.json does not store values that a NeMo config class has by default. Removes two fields, as
-    # if the model had their defaults.
-    for item in objects.values():
-        item["items"] = [
-            (label, value)
-            for label, value in item["items"]
-            if not re.search("scale_f|pre_softmax", label)
-        ]
-    edit_json("io.json", objects=objects)(context)
+
+    def remove_defaults(objects: dict[str, Any]) -> None:
+        """Removes fields that io.json does not store if they have the default values."""
+        for item in objects.values():
+            item["items"] = [
+                pair for pair in item["items"] if not re.search("scale_f|pre_softmax", pair[0])
+            ]
+
+    change_context(checkpoint, remove_defaults)
     convert.require_matching_config(checkpoint)  # raises nothing: the defaults match
     edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
     for arguments in (("to-hf", checkpoint, tmp_path / "back"), ("verify", source, checkpoint)):
@@ -209,41 +207,28 @@ def test_a_checkpoint_with_the_config_json_of_another_model_is_refused(
     assert not (tmp_path / "back").exists()
 
 
-def change_settings(checkpoint: Path, **values: object) -> None:
-    """Sets fields of NeMo's model config in ``io.json``."""
-    context = checkpoint / nemo.CONTEXT
-    objects = read_json(context / "io.json")["objects"]
-    for item in objects.values():
-        if "<root>.model.config" in item.get("paths", ()):
-            for name, value in values.items():
-                leaf = {"type": "leaf", "value": value, "paths": []}
-                items = [pair for pair in item["items"] if pair[0] != f"Attr(name='{name}')"]
-                item["items"] = [*items, [f"Attr(name='{name}')", leaf]]
-    edit_json("io.json", objects=objects)(context)
+def change_setting(name: str, value: object) -> Change:
+    """Sets a field of NeMo's model config in ``io.json``."""
+    label, leaf = f"Attr(name='{name}')", {"type": "leaf", "value": value, "paths": []}
+
+    def change(objects: dict[str, Any]) -> None:
+        for item in objects.values():
+            if "<root>.model.config" in item.get("paths", ()):
+                items = [pair for pair in item["items"] if pair[0] != label]
+                item["items"] = [*items, [label, leaf]]
+
+    return lambda checkpoint: change_context(checkpoint, change)
 
 
-def change_class(checkpoint: Path, name: str) -> None:
-    """Changes the class of NeMo's model config in ``io.json``."""
-    file = checkpoint / nemo.CONTEXT / "io.json"
-    text = file.read_text()
-    assert '"LlamaConfig"' in text
-    file.write_text(text.replace('"LlamaConfig"', f'"{name}"'))
+def change_class(data: bytes) -> bytes:
+    """Changes the class of NeMo's model config."""
+    assert b'"LlamaConfig"' in data
+    return data.replace(b'"LlamaConfig"', b'"Llama99Config"')
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def write(file: str, content: str | bytes) -> Callable[[Path], object]:
-    """Returns a function that replaces the content of a checkpoint's file."""
-    data = content if isinstance(content, bytes) else content.encode()
-    return lambda checkpoint: (checkpoint / file).write_bytes(data)
-
-
-def zero_second_half(path: Path) -> None:
+def zero_second_half(data: bytes) -> bytes:
     """Writes zeros, as a disk does that lost the second half of a file."""
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
+    return data[: len(data) // 2].ljust(len(data), b"\0")
 
 
 def remove_entry(checkpoint: Path) -> None:
@@ -254,7 +239,8 @@ def remove_entry(checkpoint: Path) -> None:
     (checkpoint / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-METADATA, IO_JSON, SIDE = "weights/.metadata", "context/io.json", "context/hf/"
+METADATA, SHARD = "weights/.metadata", "weights/__0_0.distcp"
+IO_JSON, SIDE = "context/io.json", "context/hf/"
 IS_DAMAGED = "is missing or damaged"
 
 
@@ -262,39 +248,40 @@ IS_DAMAGED = "is missing or damaged"
     ("change", "message"),
     [
         # Other values of NeMo's config that change logits.
-        (partial(change_settings, seq_len_interpolation_factor=2.0), "seq_len_interpolation_facto"),
-        (partial(change_settings, rotary_percent=0.5), "rotary_percent=0.5"),
-        (partial(change_settings, layernorm_zero_centered_gamma=True), "zero_centered_gamma=True"),
-        (lambda nemo2: truncate(nemo2 / "weights" / "__0_0.distcp"), "missing or damaged"),
-        (lambda nemo2: (nemo2 / "weights" / "__0_0.distcp").unlink(), "missing or damaged"),
-        (lambda nemo2: (nemo2 / "weights" / ".metadata").write_bytes(b""), "missing or damaged"),
-        (lambda nemo2: (nemo2 / "context" / "io.json").write_text("{}"), "has no objects"),
-        (lambda nemo2: change_class(nemo2, "Llama99Config"), "the installed NeMo does not have"),
-        (write(IO_JSON, '{"objects": [1]}'), f"{IO_JSON} {IS_DAMAGED}"),
+        (change_setting("seq_len_interpolation_factor", 2.0), "seq_len_interpolation_facto"),
+        (change_setting("rotary_percent", 0.5), "rotary_percent=0.5"),
+        (change_setting("layernorm_zero_centered_gamma", True), "zero_centered_gamma=True"),
+        (change_bytes(SHARD, lambda data: data[:-100]), IS_DAMAGED),
+        (change_bytes(SHARD, zero_second_half), IS_DAMAGED),
+        (write_file(SHARD, ""), f"__0_0.distcp {IS_DAMAGED}: EOFError: the file is too"),
+        (remove_files(SHARD), IS_DAMAGED),
+        (remove_entry, IS_DAMAGED),
+        (write_file(METADATA, ""), f"{METADATA} {IS_DAMAGED}"),
+        (write_file(METADATA, pickle.dumps({})), f"{METADATA} {IS_DAMAGED}"),
         (
-            write(IO_JSON, '{"objects": {"a": {}}}'),
-            f"{IO_JSON} {IS_DAMAGED}: ValueError: it has no",
-        ),
-        (write(METADATA, pickle.dumps({})), f"{METADATA} {IS_DAMAGED}"),
-        (
-            write(METADATA, b"\x80\x04\x8c\x02\xd8A."),
+            write_file(METADATA, b"\x80\x04\x8c\x02\xd8A."),
             f"{METADATA} {IS_DAMAGED}: UnicodeDecodeError",
         ),
+        (write_file(IO_JSON, "{}"), "has no objects"),
+        (write_file(IO_JSON, '{"objects": [1]}'), f"{IO_JSON} {IS_DAMAGED}"),
         (
-            write("weights/__0_0.distcp", ""),
-            f"__0_0.distcp {IS_DAMAGED}: EOFError: the file is too",
+            write_file(IO_JSON, '{"objects": {"a": {}}}'),
+            f"{IO_JSON} {IS_DAMAGED}: ValueError: it has no",
         ),
-        (lambda nemo2: zero_second_half(nemo2 / "weights" / "__0_0.distcp"), IS_DAMAGED),
-        (remove_entry, IS_DAMAGED),
-        (write(f"{SIDE}tokenizer.json", ""), "tokenizer.json is not a tokenizer"),
-        (write(f"{SIDE}generation_config.json", "{"), f"{SIDE}generation_config.json is not valid"),
+        (change_bytes(IO_JSON, change_class), "the installed NeMo does not have"),
+        (write_file(f"{SIDE}tokenizer.json", ""), "tokenizer.json is not a tokenizer"),
         (
-            lambda nemo2: edit_json("config.json", num_hidden_layers=10**9)(nemo2 / SIDE),
-            "(1000000000,",
+            write_file(f"{SIDE}generation_config.json", "{"),
+            f"{SIDE}generation_config.json is not valid",
         ),
+        (edit_json(f"{SIDE}config.json", num_hidden_layers=10**9), "(1000000000,"),
         (
-            lambda nemo2: edit_json("config.json", tie_word_embeddings=False)(nemo2 / SIDE),
+            edit_json(f"{SIDE}config.json", tie_word_embeddings=False),
             "output_layer.weight of shape None",
+        ),
+        (  # the vocabulary is 3 tokens smaller than the embedding
+            edit_json(f"{SIDE}config.json", vocab_size=290),
+            "word_embeddings.weight of shape (293, ",
         ),
     ],
 )
@@ -302,7 +289,7 @@ def test_changed_and_damaged_checkpoints_are_refused(
     odd_llama: Path,
     odd_nemo: Path,
     tmp_path: Path,
-    change: Callable[[Path], object],
+    change: Change,
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -322,13 +309,10 @@ def test_changed_and_damaged_checkpoints_are_refused(
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda nemo2: edit_json("io.json", root=3)(nemo2 / "context"),
-        lambda nemo2: shutil.rmtree(nemo2 / "context" / "artifacts"),
-    ],
+    [edit_json(IO_JSON, root=3), lambda nemo2: shutil.rmtree(nemo2 / "context" / "artifacts")],
 )
 def test_a_context_that_nemo_cannot_open_gives_one_message(
-    change: Callable[[Path], object], odd_nemo: Path, tmp_path: Path
+    change: Change, odd_nemo: Path, tmp_path: Path
 ) -> None:
     """``to-hf`` does not need these parts of the context."""
     checkpoint = shutil.copytree(odd_nemo, tmp_path / "m.nemo")
@@ -346,15 +330,6 @@ def test_verify_checks_the_folder_and_the_sizes_first(
     edit_weights(lambda tensors: tensors.pop("model.norm.weight"))(folder)
     assert convert_by_command("verify", folder, source / "m.nemo") == 1
     assert "has no model.norm.weight" in capsys.readouterr().err
-
-
-def test_a_checkpoint_with_a_padded_vocabulary_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
-    """``config.json`` says that the vocabulary is 3 tokens smaller than the embedding."""
-    shutil.copytree(odd_nemo, tmp_path / "m.nemo")
-    side = nemo.side_folder(tmp_path / "m.nemo")
-    edit_json("config.json", vocab_size=290)(side)
-    with pytest.raises(RecipeError, match=r"word_embeddings\.weight of shape \(293, "):
-        convert.require_matching_config(tmp_path / "m.nemo")
 
 
 def test_wrong_paths_of_commands_give_one_message(

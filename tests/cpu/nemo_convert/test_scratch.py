@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from nemo_convert.scratch import scratch_beside
 from recipes.core.files import REPO_ROOT
 from tests.support.conversion import convert_by_command
 from tests.support.disks import small_disk
+from tests.support.folder_changes import GENERATION, edit_json
 
 
 @pytest.mark.parametrize("command", ["to-nemo", "to-hf", "unpack", "pack"])
@@ -93,9 +93,8 @@ def test_a_stopped_verify_removes_what_it_unpacked(
 
 def test_text_that_utf_8_cannot_encode_is_printed(odd_llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
-    file = folder / "generation_config.json"
     settings = {"num_return_sequences": 3, "num_beams": 2, "do_sample": "\ud800"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    edit_json(GENERATION, **settings)(folder)
     done = subprocess.run(
         [sys.executable, "-m", "nemo_convert", "check", folder],
         cwd=REPO_ROOT,

