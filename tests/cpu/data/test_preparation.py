@@ -10,7 +10,7 @@ import signal
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +49,11 @@ def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
     return [tuple(dataset[i].tolist()) for i in range(len(dataset))]
 
 
+def encode(tokenizer: DocumentTokenizer, texts: Iterable[str]) -> list[tuple[int, ...]]:
+    """Returns the token ids of each text."""
+    return [tuple(document.ids.tolist()) for document in tokenizer.encode(list(texts))]
+
+
 def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     cfg: PrepareDataConfig,
     undisturbed: tuple[Path, PreparationState],
@@ -59,7 +64,7 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     written = [document for split in SPLITS for document in documents(folder, split)]
     texts = set(read_texts(text_file)[:600])  # the texts of all sources
     assert len(written) == len(set(written))  # no duplicates
-    assert set(written) == {tuple(item.ids.tolist()) for item in tokenizer.encode(sorted(texts))}
+    assert set(written) == set(encode(tokenizer, texts))
     for split, (size, count) in state.sizes.items():
         assert count == len(documents(folder, split)) > 0
         assert size == TOKEN_BYTES * sum(map(len, documents(folder, split)))
@@ -70,8 +75,8 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
         assert ("held_out" in tokens) == (split == "heldout")
     assert list(state.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
-    encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
-    held_out = list(dict.fromkeys(tuple(item.ids.tolist()) for item in encoded))
+    encoded = encode(tokenizer, (json.loads(line).strip() for line in lines))
+    held_out = list(dict.fromkeys(encoded))
     assert documents(folder, "heldout")[: len(held_out)] == held_out
     assert state.sources["heldout"]["held_out"] == sum(map(len, held_out))
 
@@ -84,7 +89,7 @@ def test_excluded_documents_are_in_no_split(
     excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in excluded])
     state = prepare(excluding, tokenizer, tmp_path, LOG)
     written = {document for split in SPLITS for document in documents(tmp_path, split)}
-    assert not written & {tuple(item.ids.tolist()) for item in tokenizer.encode([*excluded])}
+    assert not written & set(encode(tokenizer, excluded))
     assert sum(count for _, count in state.sizes.values()) == len(others - excluded)
 
 
@@ -111,17 +116,19 @@ def test_peak_memory_does_not_grow_with_the_text(
     assert peaks[2] - peaks[1] < 2e5  # the additional texts have 3.7 MB
 
 
-def test_two_tokenizer_processes_write_the_same_bytes_as_one(
-    cfg: PrepareDataConfig,
-    undisturbed: tuple[Path, PreparationState],
-    tokenizer: DocumentTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)  # both processes get many batches
-    state = prepare(replace(cfg, processes=2), tokenizer, tmp_path, LOG)
-    assert state == undisturbed[1]
-    assert file_hashes(tmp_path) == file_hashes(undisturbed[0])
+def _children(pid: int | None) -> list[Path]:
+    """Returns the ``stat`` files of a process's children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/stat") for child in children]
+
+
+def _is_running(stat: Path) -> bool:
+    """Returns whether a process is alive. ``stat`` has "(name) state"; the state Z is a zombie."""
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _line_count(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
 
 
 def test_a_killed_tokenizer_process_is_reported(tokenizer: DocumentTokenizer) -> None:
@@ -279,23 +286,23 @@ def prepare_until_killed(
     prepare(cfg, tokenizer, folder, WaitingLog(metrics), chat)
 
 
-@pytest.mark.parametrize(("chats", "processes"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize("chats", [False, True])
 def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     chats: bool,
-    processes: int,
     tokenizer: DocumentTokenizer,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Text is tokenized by two processes, and the expected files were written by one."""
     cfg = request.getfixturevalue("mixed")[0] if chats else request.getfixturevalue("cfg")
     expected = request.getfixturevalue("undisturbed_mixed" if chats else "undisturbed")
     chat = request.getfixturevalue("chat") if chats else None
-    metrics, killed_cfg = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
+    metrics, cfg = tmp_path / "metrics.jsonl", replace(cfg, processes=1 if chats else 2)
     kill_at_lines = (30,) if chats else (20, 50)  # of the log, to which each start appends
     for lines in kill_at_lines:
         process = multiprocessing.get_context("fork").Process(
-            target=prepare_until_killed, args=(killed_cfg, tokenizer, tmp_path, lines, chat)
+            target=prepare_until_killed, args=(cfg, tokenizer, tmp_path, lines, chat)
         )
         process.start()
         while process.is_alive() and _line_count(metrics) < lines:
@@ -345,21 +352,6 @@ def test_a_short_held_out_source_is_refused_before_other_text_is_read(
         assert not (tmp_path / "train.bin").stat().st_size
 
 
-def _children(pid: int | None) -> list[Path]:
-    """Returns the ``stat`` files of a process's children."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [Path(f"/proc/{child}/stat") for child in children]
-
-
-def _is_running(stat: Path) -> bool:
-    """Returns whether a process is alive. ``stat`` has "(name) state"; the state Z is a zombie."""
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def _line_count(file: Path) -> int:
-    return file.read_text().count("\n") if file.exists() else 0
-
-
 def test_max_documents_takes_the_first_documents_of_each_source(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
@@ -368,26 +360,28 @@ def test_max_documents_takes_the_first_documents_of_each_source(
     # The first 40 documents of both sources are all different.
     assert sum(count for _, count in state.sizes.values()) == 2 * 40
     texts = read_texts(text_file)
-    expected = tokenizer.encode(texts[:40] + texts[300:340])  # records.jsonl, prose.txt
+    expected = encode(tokenizer, texts[:40] + texts[300:340])  # records.jsonl, prose.txt
     filled_splits = [split for split, (_, count) in state.sizes.items() if count]
     written = {ids for split in filled_splits for ids in documents(tmp_path, split)}
-    assert written == {tuple(item.ids.tolist()) for item in expected}
+    assert written == set(expected)
 
 
 def test_text_that_an_earlier_phase_holds_out_is_held_out_in_a_later_one(
-    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
+    cfg: PrepareDataConfig,
+    tokenizer: DocumentTokenizer,
+    undisturbed: tuple[Path, PreparationState],
+    tmp_path: Path,
 ) -> None:
     """The stretches of a text file depend on ``max_tokens``, so the splits of both phases differ.
 
-    ``unaware`` has the settings of the second phase, but not the digests from the first.
+    ``undisturbed`` has the settings of the second phase, but not the digests from the first.
     """
-    first, unaware, second = (tmp_path / name for name in ("first", "unaware", "second"))
-    for folder in (first, unaware, second):
-        folder.mkdir()
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
     prepare(replace(cfg, max_tokens=2000), tokenizer, first, LOG)
     shutil.copyfile(first / HELD_OUT, second / EARLIER)
-    for folder in (unaware, second):
-        prepare(cfg, tokenizer, folder, LOG)
+    prepare(cfg, tokenizer, second, LOG)
     held_out = set(documents(first, "heldout"))
-    assert held_out & set(documents(unaware, "train"))
+    assert held_out & set(documents(undisturbed[0], "train"))
     assert held_out <= set(documents(second, "heldout"))
