@@ -23,7 +23,7 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.launcher import run_and_kill
-from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_difference
+from tests.support.rounding import ULP, perturb_by_one_ulp
 from tests.support.runs import settings, tiny
 
 MULTIPLE = 100
@@ -122,21 +122,17 @@ def require_same_training(
     )
     assert [step["done"] for step in actual_steps] == [*range(1, last + 1)]
     terms = ("loss", "kd", "hidden", "lm", "grad_norm")
-    effects = []  # for each term, the relative effect of ``perturbed_logits`` by step
-    for term in terms:
-        values, perturbed_values = (
-            [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
-        )
-        differences = zip(values, running_max_difference(values, perturbed_values), strict=True)
-        effects.append([difference / abs(value) for value, difference in differences])
-    # In the first steps, perturbed logits affect only some terms, but the rounding of another
-    # layout affects all. So the largest effect in a step determines the tolerance of all its terms.
-    # ``expected`` may have more steps than ``actual``, so the lengths are not compared.
-    for step, actual_step, *step_effects in zip(
-        expected_steps, actual_steps, *effects, strict=False
+    effects = dict.fromkeys(terms, 0.0)  # largest effect of ``perturbed_logits`` so far, by term
+    for step, perturbed_step, actual_step in zip(
+        expected_steps[:last], perturbed_steps[:last], actual_steps, strict=True
     ):
         for term in terms:
-            tolerance = multiple * max(step_effects)
+            effect = abs(perturbed_step[term] - step[term])
+            effects[term] = max(effects[term], effect, ULP * abs(step[term]))
+        # In the first steps, perturbed logits affect only some terms, but the rounding of another
+        # layout affects all. So the largest relative effect is the tolerance of all terms.
+        tolerance = multiple * max(effects[term] / abs(step[term]) for term in terms)
+        for term in terms:
             assert actual_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
     validation, actual_validation = (
         steps_of(run / "distill" / METRICS, "validate")[-1] for run in (expected, actual)
