@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import preparation, split_writer
 from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import SPLITS, TOKEN_BYTES, digest
@@ -322,23 +321,6 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     assert prepare(cfg, tokenizer, tmp_path, LOG, chat) == expected[1]
     assert file_hashes(tmp_path) == file_hashes(expected[0])
     assert ("train.loss_mask" in file_hashes(tmp_path)) == chats
-
-
-def test_the_deadline_stops_preparation_and_the_next_start_resumes(
-    cfg: PrepareDataConfig,
-    tokenizer: DocumentTokenizer,
-    undisturbed: tuple[Path, PreparationState],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # The deadline, in seconds since 1970, has passed. So each start stops after one batch.
-    monkeypatch.setenv(DEADLINE, "1")
-    for _ in range(3):
-        with pytest.raises(StoppedByDeadlineError, match="the same command resumes"):
-            prepare(cfg, tokenizer, tmp_path, LOG)
-    monkeypatch.delenv(DEADLINE)
-    prepare(cfg, tokenizer, tmp_path, LOG)
-    assert file_hashes(tmp_path) == file_hashes(undisturbed[0])
 
 
 def test_a_short_held_out_source_is_refused_before_other_text_is_read(

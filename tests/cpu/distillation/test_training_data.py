@@ -139,21 +139,6 @@ def test_every_epoch_has_every_sequence_once_in_its_own_order(data: Path) -> Non
         assert sequences_of(data, 1, seed=SEED).number_of(sample) == order[sample]
 
 
-def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(data: Path) -> None:
-    live = sequences_of(data, 12, seed=SEED)
-    first_numbers = [live.number_of(i) for i in range(12)]
-    cache = FakeTeacherCache(sorted(first_numbers))
-    cached = sequences_of(data, 24, seed=SEED, cache=cache)  # two epochs of the 12 sequences
-    assert [cached.number_of(i) for i in range(12)] == first_numbers
-    assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first_numbers)
-    for sample in range(24):
-        item, sequence = cached[sample], cached.number_of(sample)
-        assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), sequence))
-        assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-sequence)))
-        # ``sequences_of(data, 99)`` has no seed, so its sample n is sequence n.
-        assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
-
-
 def data_module(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
     """Returns the data module after ``setup``, for a run of ``steps`` steps.
 
@@ -242,16 +227,30 @@ def test_weights_set_the_fractions_of_sources_and_each_source_has_epochs(data: P
         assert shorter.number_of(sample) == numbers[sample]
 
 
-def test_a_cache_gives_the_batches_of_a_live_teacher_with_weights(data: Path) -> None:
-    blend = blend_settings(data)
-    live = sequences_of(data, 60, seed=SEED, **blend)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(
+    data: Path, weighted: bool
+) -> None:
+    blend = blend_settings(data) if weighted else {}
+    live = sequences_of(data, 12, seed=SEED, **blend)
     first_numbers = [live.number_of(i) for i in range(12)]
     cache = FakeTeacherCache(sorted(set(first_numbers)))
-    cached = sequences_of(data, 60, seed=SEED, cache=cache, **blend)
+    cached = sequences_of(data, 24, seed=SEED, cache=cache, **blend)
     assert [cached.number_of(i) for i in range(12)] == first_numbers
+    if not weighted:  # the second epoch
+        assert sorted(cached.number_of(i) for i in range(12, 24)) == sorted(first_numbers)
+    for sample in range(24):
+        item, sequence = cached[sample], cached.number_of(sample)
+        assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), sequence))
+        assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-sequence)))
+        # ``sequences_of(data, 99)`` has no seed, so its sample n is sequence n.
+        assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
+
+
+def test_a_cache_has_sequences_of_every_weighted_source(data: Path) -> None:
     without_rest = FakeTeacherCache([0, 5])  # one sequence of ``small`` and one of ``large``
     with pytest.raises(RecipeError, match=r"no sequence of source 'rest'.*\n.*num_sequences"):
-        sequences_of(data, 60, seed=SEED, cache=without_rest, **blend)
+        sequences_of(data, 60, seed=SEED, cache=without_rest, **blend_settings(data))
 
 
 def test_a_weighted_source_needs_a_whole_sequence_and_its_next_token(data: Path) -> None:
