@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from transformers import AutoTokenizer
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
@@ -31,6 +30,9 @@ from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all
 from tests.cpu.data.conftest import LENGTH, LOG, file_hashes, read_texts
 from tests.support.text import write_chats
+
+Conversation = tuple[tuple[int, ...], tuple[bool, ...]]
+"""Token ids and loss mask."""
 
 
 @pytest.fixture(scope="module")
@@ -152,22 +154,20 @@ def test_a_killed_tokenizer_process_is_reported(tokenizer: DocumentTokenizer) ->
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Settings with text, conversations and again text, and the conversations as rendered texts."""
+    """Settings with text, conversations and again text; and the conversations, as JSON."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
     # The last source repeats the first, so all its documents are dropped as duplicates.
     sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
     lines = (folder / "chats.jsonl").read_text().splitlines()
-    conversations = [json.loads(line)["messages"] for line in lines]
+    conversations = [json.dumps(json.loads(line)["messages"]) for line in lines]
     # A duplicate of the first conversation: an additional field and the order of keys do not count.
-    duplicate = [{"id": 1, **dict(reversed(message.items()))} for message in conversations[0]]
+    first = json.loads(conversations[0])
+    duplicate = [{"id": 1, **dict(reversed(message.items()))} for message in first]
     with (folder / "chats.jsonl").open("a") as file:
         file.write(json.dumps({"messages": duplicate}) + "\n")
-    chat_texts = [  # as the tiny model's chat template renders them
-        "".join(message["content"] + "<eos>" for message in messages) for messages in conversations
-    ]
-    return PrepareDataConfig(sources=sources, seq_length=LENGTH), chat_texts
+    return PrepareDataConfig(sources=sources, seq_length=LENGTH), conversations
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +192,14 @@ def test_each_conversation_is_in_one_sequence_with_only_answers_in_the_loss(
     mixed: tuple[PrepareDataConfig, list[str]],
     undisturbed_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
-    odd_llama: Path,
+    chat: ChatTokenizer,
 ) -> None:
     """In plain text, all tokens except the first of each document are targets of the loss."""
-    hf_tokenizer, (folder, state) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
-    chat_ids = (tuple(hf_tokenizer(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
-    remaining = Counter(chat_ids)  # conversations that were not found so far, by their token ids
-    used = shortened = packed_tokens = answer_tokens = 0
+    folder, state = undisturbed_mixed
+    encoded = chat.encode(list(dict.fromkeys(mixed[1])))
+    usable = [conversation for conversation in encoded if not conversation.left_out_reason]
+    written: Counter[Conversation] = Counter()
+    packed_tokens = 0
     for split in SPLITS:
         tokens, loss_mask = read_tokens(folder, split), read_loss_mask(folder, split)
         assert loss_mask is not None
@@ -211,35 +212,23 @@ def test_each_conversation_is_in_one_sequence_with_only_answers_in_the_loss(
         assert state.sizes[split][0] == TOKEN_BYTES * len(tokens)
         previous_tokens = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
         assert (loss_mask[:start] == (previous_tokens != tokenizer.end)).all()
-        for ids, mask in _conversations(tokens, loss_mask, start, stop, tokenizer.end):
-            if remaining[ids] > 0:
-                remaining[ids] -= 1
-            else:  # the start of a conversation that was shortened because it is too long
-                assert any(chat[: len(ids)] == ids for chat in remaining if len(chat) >= LENGTH)
-                shortened += 1
-            # Every second turn is an answer, which includes the end token of its turn.
-            turn, expected_mask = 0, []
-            for token in ids:
-                expected_mask.append(turn % 2 == 1)
-                turn += token == tokenizer.end
-            assert mask == expected_mask
-            used, answer_tokens = used + 1, answer_tokens + sum(mask)
+        written.update(_conversations(tokens, loss_mask, start, stop, tokenizer.end))
         packed_tokens += stop - start
+    # ``encode`` adds an end token, which ``_conversations`` does not yield.
+    pairs = ((item.ids[:-1], np.asarray(item.loss_mask)[:-1]) for item in usable)
+    assert written == Counter((tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in pairs)
     counts = state.conversations["chats"]
-    assert (counts["used"], counts["answer tokens"]) == (used, answer_tokens)
+    assert counts["used"] == len(usable)
+    assert counts["shortened"] == sum(item.shortened for item in usable) > 0
+    assert counts["answer tokens"] == sum(sum(mask) for _, mask in written.elements())
     assert counts["tokens"] + counts["padding tokens"] == packed_tokens
     assert counts["padding tokens"] < 0.2 * counts["tokens"]
-    # Only conversations that are too long for a sequence are missing or shortened.
-    missing = [ids for ids, count in remaining.items() if count > 0]
-    assert len(missing) == counts.get(TOO_LONG, 0) + shortened
-    assert counts["shortened"] == shortened > 0
-    assert all(len(ids) >= LENGTH for ids in missing)
-    assert min(remaining.values()) == 0  # at least one conversation was found whole
+    assert counts.get(TOO_LONG, 0) == len(encoded) - len(usable)
 
 
 def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
-) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
+) -> Iterator[Conversation]:
     """Yields the token ids and the loss mask of each conversation in tokens [start, stop).
 
     A conversation ends with two end tokens. The first ends the last turn. The second ends the
@@ -258,7 +247,7 @@ def _conversations(
             # Up to and including the first end token that another one follows.
             size = int(np.flatnonzero(is_end[:-1] & is_end[1:])[0]) + 1
             span = slice(position, position + size)
-            yield tuple(tokens[span].tolist()), loss_mask[span].tolist()
+            yield tuple(tokens[span].tolist()), tuple(loss_mask[span].tolist())
             position += size + 1  # skips the second end token
 
 

@@ -241,26 +241,19 @@ def test_free_memory_is_returned_before_checkpoints_and_validations(
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize(("start", "traces"), [(0, 1), (2, 1), (3, 0)])
-def test_steps_are_also_traced_after_a_restart(tmp_path: Path, start: int, traces: int) -> None:
-    """``start`` steps are done before the restart, and steps 2 and 3 are configured to be traced.
+@pytest.mark.parametrize(("start", "stop", "traces"), [(0, 5, 1), (2, 5, 1), (3, 5, 0), (1, 2, 1)])
+def test_configured_steps_are_traced(tmp_path: Path, start: int, stop: int, traces: int) -> None:
+    """Training resumes after ``start`` steps and ends after ``stop``; steps 2 and 3 are configured.
 
-    After 2 steps, the trace has only step 3. After 3 steps, there is nothing to trace.
+    After a restart or before an early end, the trace has only the steps that ran.
     """
     profile, trainer = Profile((2, 3), tmp_path), SimpleNamespace(global_step=start)
-    for _ in range(start, 5):
+    for _ in range(start, stop):
         profile.on_train_batch_start(trainer)
         trainer.global_step += 1
         profile.on_train_batch_end(trainer)
-    assert len(list(tmp_path.iterdir())) == traces
-
-
-def test_a_training_that_stops_within_the_range_is_traced(tmp_path: Path) -> None:
-    profile = Profile((2, 3), tmp_path)
-    profile.on_train_batch_start(SimpleNamespace(global_step=1))  # the start of step 2
-    profile.on_train_batch_end(SimpleNamespace(global_step=2))
     profile.on_train_end()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == traces
 
 
 def test_existing_environment_variables_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
