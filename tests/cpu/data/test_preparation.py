@@ -26,6 +26,7 @@ from recipes.data.corpus import SPLITS, TOKEN_BYTES, digest
 from recipes.data.ledger import Ledger
 from recipes.data.preparation import EARLIER, HELD_OUT, PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
+from recipes.data.split_writer import SplitWriter
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all
 from tests.cpu.data.conftest import LENGTH, LOG, file_hashes, read_texts
@@ -356,3 +357,27 @@ def test_text_that_an_earlier_phase_holds_out_is_held_out_in_a_later_one(
     held_out = set(documents(first, "heldout"))
     assert held_out & set(documents(undisturbed[0], "train"))
     assert held_out <= set(documents(second, "heldout"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+def test_the_error_for_a_damaged_ledger_says_what_to_delete(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        for number in range(2000):  # several pages of the SQLite file
+            ledger.add_if_new(digest(str(number)))
+        ledger.save({})
+    if damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(RecipeError, match=r"ledger\.sqlite is damaged") as caught:
+        Ledger(path)
+    assert f"delete {tmp_path} " in str(caught.value)
+
+
+def test_a_file_shorter_than_its_recorded_size_is_refused(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path, ["train"]) as writer:
+        writer.add("train", [1, 2, 3])
+    (tmp_path / "train.bin").write_bytes(b"")  # the three tokens are lost
+    with pytest.raises(RecipeError, match="is damaged: it is shorter"):
+        SplitWriter(tmp_path, ["train"], writer.sizes)
