@@ -106,15 +106,6 @@ def test_quality_is_measured_by_source(
     assert (evaluated.sequences, evaluated.sources) == (9, {})
 
 
-def test_no_text_is_generated_with_num_generations_0(
-    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
-) -> None:
-    result = evaluate_models(models, data, tmp_path, replace(CONFIG, num_generations=0))
-    assert result.distilled.loss == quality.distilled.loss
-    [details] = tmp_path.rglob("results.json")
-    assert json.loads(details.read_text())["generations"] == []
-
-
 RANK_SCRIPT = """
 import pickle, sys
 from pathlib import Path
@@ -212,6 +203,7 @@ def exact_metrics(
 def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
+    """Also tests that no text is generated with ``num_generations=0``."""
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, length=6)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
@@ -225,10 +217,10 @@ def test_only_answers_of_conversations_count(
     stop = (prose.tokens + conversations.tokens) // LENGTH
     sequences, in_answer = (
         values[first * LENGTH : stop * LENGTH].view(-1, LENGTH)[:4]
-        for values in (tokens, torch.from_numpy(loss_mask))
+        for values in (tokens, torch.tensor(loss_mask))
     )
     counted = in_answer[:, 1:]  # whether the predicted token is in an answer
-    cfg = replace(CONFIG, num_sequences=8)  # 4 of each source
+    cfg = replace(CONFIG, num_sequences=8, num_generations=0)  # 4 sequences of each source
     chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
     assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9  # the sequences have both user and assistant turns
@@ -236,6 +228,8 @@ def test_only_answers_of_conversations_count(
         model = getattr(chats_quality, role)
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
         assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
+    [details] = tmp_path.rglob("results.json")
+    assert json.loads(details.read_text())["generations"] == []
     with pytest.raises(RecipeError, match=rf"seq_length=16.* {LENGTH}"):
         evaluate_models(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
