@@ -100,20 +100,11 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
     ("template", "messages", "reason"),
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
-        *(
-            (template, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER)
-            for template in (PLAIN, WITH_GENERATION_TAGS)
-        ),
-        *(
-            (PLAIN, [{"role": "user", "content": text}, ANSWER], chat.NO_QUESTION)
-            for text in ("-", " ")
-        ),
+        (PLAIN, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER),
+        (PLAIN, [{"role": "user", "content": "-"}, ANSWER], chat.NO_QUESTION),
         (ALWAYS_FAILS, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
-        *(
-            (PLAIN, [*QUESTION, {**ANSWER, "content": f"a {token} b"}], chat.SPECIAL_TOKEN)
-            for token in SPECIAL_TOKENS
-        ),
+        (PLAIN, [*QUESTION, {**ANSWER, "content": "a <stop> b"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {**ANSWER, "reasoning_content": "<start>"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {**ANSWER, "content": "x" * SEQ_LENGTH}], chat.TOO_LONG),
     ],
@@ -219,7 +210,6 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ("text", "no list of messages"),
-        ({"text": "a"}, "no list of messages"),
         ({"messages": []}, "no list of messages"),
         ({"messages": ["hello"]}, "message 1 has no text as its 'role'"),
         ({"messages": [*QUESTION, {"role": "x"}]}, "message 3 .* 'content'"),

@@ -21,13 +21,11 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
         (True, {"lm": 3.0}, {"lm": 18}),
         (True, {"hidden": 0.5}, {"hidden": 4}),
         # "hidden" is scaled to "kd", then weighted
-        (True, {"kd": 1.0, "hidden": 1.0}, {"kd": 2, "hidden": 2}),
         (True, {"kd": 1.0, "hidden": 0.5}, {"kd": 2, "hidden": 1}),
         # "kd" is scaled to "lm", then weighted
         (True, {"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
         # "hidden" is scaled to "kd", as above; the sum of both is then scaled to "lm" times the
         # weight of "kd"
-        (True, {"kd": 1.0, "hidden": 1.0, "lm": 1.0}, {"kd": 3, "hidden": 3, "lm": 6}),
         (True, {"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
         # "hidden" is scaled to "lm", then weighted
         (True, {"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
