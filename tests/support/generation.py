@@ -83,12 +83,7 @@ def output_of(folder: Path) -> ModelOutput:
 def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
     """Requires that two versions of transformers give the same outputs for each folder's model.
 
-    Args:
-        packages: A folder with another version of transformers.
-        folders: Hugging Face folders; at least one.
-
-    Returns:
-        The installed version and the version in ``packages``.
+    Returns the installed version, and the version in the folder ``packages``.
     """
     process = subprocess.run(
         # With -P, this file's folder is not on sys.path.

@@ -69,12 +69,7 @@ def overrides(model: Path, text_file: Path) -> list[str]:
 
 
 def layout_overrides(ranks: int, fields: str) -> list[str]:
-    """Returns the overrides for a layout.
-
-    Args:
-        ranks: Number of ranks.
-        fields: Settings of ``distill``, separated by spaces.
-    """
+    """Returns the overrides of a layout. ``fields`` are settings of ``distill``."""
     return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields.split())]
 
 

@@ -35,11 +35,8 @@ def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
 def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
-    The result is at least one ulp of the largest output. The weights stay changed.
-
-    Args:
-        model: Model whose weights are changed in place.
-        output: Computes the output with the model's current weights.
+    The result is at least one ulp of the largest output. The weights stay changed. ``output``
+    computes the output with the current weights.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):

@@ -234,11 +234,8 @@ def test_empty_lists_of_tools_are_ignored(tools: object) -> None:
 def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names: str) -> Path:
     """Saves a tokenizer of the letters a, b and c (ids 0 to 2) and special tokens (ids from 3).
 
-    Args:
-        folder: Folder to save to.
-        special: The special tokens, in the order of their ids.
-        adds_bos: Whether the tokenizer adds ``<s>`` before a text.
-        names: Special tokens that the config names, such as ``eos_token``.
+    With ``adds_bos``, it adds ``<s>`` before a text. The config has ``names``, such as
+    ``eos_token``.
     """
     vocabulary = {token: i for i, token in enumerate([*"abc", *special])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -253,7 +250,6 @@ def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names:
 
 
 def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
-    """Returns the token ids of each text."""
     return [document.ids.tolist() for document in tokenizer.encode(texts)]
 
 

@@ -175,11 +175,8 @@ def exact_metrics(
 ) -> list[float]:
     """Returns loss, KL and agreement as means over sequences, from logits of all positions.
 
-    Args:
-        models: The fixture ``models``.
-        sequences: Tokens [n, LENGTH].
-        counted: bool [n, LENGTH - 1]: whether the prediction of the next token counts.
-        role: Role of the model to evaluate.
+    ``sequences`` has tokens [n, LENGTH]. ``counted`` says whether the prediction of the next token
+    counts, bool [n, LENGTH - 1].
     """
     metrics = []
     with torch.no_grad():
