@@ -12,12 +12,12 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -31,6 +31,7 @@ from recipes.evaluation import harness_tasks, offline_tasks, packed_lm, task_sco
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
+from tests.support.models import ODD
 from tests.support.ranks import run_ranks
 from tests.support.runs import make_artifact_folder
 
@@ -121,20 +122,14 @@ def test_packed_scores_are_those_of_lm_eval(
         assert not torch.equal(bfloat16, float32)
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_packing_works_for_every_family(
     teacher: ModelAndTokenizer, full_tasks: Tasks, family: str
 ) -> None:
-    shape = teacher[0].config.to_diff_dict()
-    names = (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"),
-        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-    )
-    fields = {name: shape[name] for name in names}
+    sizes = {**ODD, "vocab_size": teacher[0].config.vocab_size, "max_position_embeddings": LENGTH}
     torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}Config")
-    model = AutoModelForCausalLM.from_config(config_class(**fields, initializer_range=0.2)).eval()
-    pair = packed_and_stock(model, teacher[1])
+    config = AutoConfig.for_model(family, **sizes, initializer_range=0.2)
+    pair = packed_and_stock(AutoModelForCausalLM.from_config(config).eval(), teacher[1])
     assert_same_answers(*(harness_tasks.answer(lm, full_tasks["piqa"], LIMIT, 1) for lm in pair))
 
 
