@@ -80,11 +80,10 @@ def output_of(folder: Path) -> ModelOutput:
     )
 
 
-def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
-    """Runs models with the version of transformers that is in the folder ``packages``.
+def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
+    """Requires that two versions of transformers give the same outputs for each folder's model.
 
-    Returns:
-        The output of each folder's model, in order.
+    Returns the installed version, and the version in the folder ``packages``.
     """
     process = subprocess.run(
         # With -P, this file's folder is not on sys.path.
@@ -97,21 +96,8 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
     )
     assert process.returncode == 0, process.stderr[-3000:]
     last_line = process.stdout.splitlines()[-1]  # libraries may print lines before it
-    return [ModelOutput(**output) for output in json.loads(last_line)]
-
-
-def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
-    """Requires that two versions of transformers give the same outputs for each folder's model.
-
-    Args:
-        packages: A folder with another version of transformers.
-        folders: Hugging Face folders; at least one.
-
-    Returns:
-        The installed version and the version in ``packages``.
-    """
-    for folder, output in zip(folders, outputs_in(packages, *folders), strict=True):
-        expected = output_of(folder)
+    for folder, fields in zip(folders, json.loads(last_line), strict=True):
+        output, expected = ModelOutput(**fields), output_of(folder)
         assert output.chat == expected.chat
         assert np.allclose(output.scores, expected.scores, rtol=0, atol=1e-4)
         assert (output.greedy, output.stopped) == (expected.greedy, expected.stopped)

@@ -17,12 +17,7 @@ def random_tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 def value_and_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
     """Computes a function's value, and its gradients for a fixed random upstream gradient.
 
-    Args:
-        function: A function of as many tensors as the list has.
-        tensors: Arguments of the function. They are not changed.
-
-    Returns:
-        The value, then the gradient of each tensor on which the value depends.
+    Returns the value, then the gradient of each tensor on which the value depends.
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     value = function(*leaves)

@@ -18,10 +18,12 @@ import torch
 
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
-from recipes.core.manifest import ARTIFACT
+from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation import model
-from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_difference
+from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
+from tests.support.launcher import run_and_kill
+from tests.support.rounding import ULP, perturb_by_one_ulp
 from tests.support.runs import settings, tiny
 
 MULTIPLE = 100
@@ -34,8 +36,11 @@ ranks update the weights in shards, which a validation gathers. A validation aft
 would hide it if saving did not gather the weights."""
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
-    """Returns overrides of a run that prunes 4 layers to 3 and the width 64 to 48, and distils."""
+def overrides(model: Path, text_file: Path) -> list[str]:
+    """Returns overrides of a run that prunes 4 layers to 3 and the width 64 to 48, and distils.
+
+    The run's directory is ``run`` in the working directory.
+    """
     distill = {
         "precision": 32,
         "global_batch_size": 8,
@@ -54,7 +59,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     }
     return [
         "recipe=llama_depth_prune",
-        *tiny(model, text_file, run_dir),
+        *tiny(model, text_file, Path("run")),
         "only=[import_hf,prepare_data,score,prune,distill]",
         "stages.prune.target_num_layers=3",
         "stages.prune.target_hidden_size=48",
@@ -64,13 +69,20 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 
 def layout_overrides(ranks: int, fields: str) -> list[str]:
-    """Returns the overrides for a layout.
-
-    Args:
-        ranks: Number of ranks.
-        fields: Settings of ``distill``, separated by spaces.
-    """
+    """Returns the overrides of a layout. ``fields`` are settings of ``distill``."""
     return [f"stages.distill.{field}" for field in (f"resources.devices={ranks}", *fields.split())]
+
+
+def kill_after_checkpoint(*command: str, cwd: Path) -> None:
+    """Runs a command in the folder ``cwd``, and kills it between two checkpoints."""
+    stage = cwd / "run" / "distill"
+    run_and_kill(
+        *command,
+        cwd=cwd,
+        metrics=stage / METRICS,
+        records=CHECKPOINT_INTERVAL + 2,
+        ready=lambda: complete_checkpoints(stage / WORK / CHECKPOINTS),
+    )
 
 
 @contextmanager
@@ -90,7 +102,8 @@ def require_same_training(
 ) -> None:
     """Asserts that the run ``actual`` has the losses and the final weights of ``expected``.
 
-    Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
+    Validation losses may differ by 0.1%. Other tolerances are ``multiple`` times the difference
+    between ``perturbed`` and ``expected``.
 
     Args:
         expected: Directory of the reference run.
@@ -104,22 +117,22 @@ def require_same_training(
     )
     assert [step["done"] for step in actual_steps] == [*range(1, last + 1)]
     terms = ("loss", "kd", "hidden", "lm", "grad_norm")
-    effects = []  # for each term, the relative effect of ``perturbed_logits`` by step
-    for term in terms:
-        values, perturbed_values = (
-            [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
-        )
-        differences = zip(values, running_max_difference(values, perturbed_values), strict=True)
-        effects.append([difference / abs(value) for value, difference in differences])
-    # In the first steps, perturbed logits affect only some terms, but the rounding of another
-    # layout affects all. So the largest effect in a step determines the tolerance of all its terms.
-    # ``expected`` may have more steps than ``actual``, so the lengths are not compared.
-    for step, actual_step, *step_effects in zip(
-        expected_steps, actual_steps, *effects, strict=False
+    effects = dict.fromkeys(terms, 0.0)  # largest effect of ``perturbed_logits`` so far, by term
+    for step, perturbed_step, actual_step in zip(
+        expected_steps[:last], perturbed_steps[:last], actual_steps, strict=True
     ):
         for term in terms:
-            tolerance = multiple * max(step_effects)
+            effect = abs(perturbed_step[term] - step[term])
+            effects[term] = max(effects[term], effect, ULP * abs(step[term]))
+        # In the first steps, perturbed logits affect only some terms, but the rounding of another
+        # layout affects all. So the largest relative effect is the tolerance of all terms.
+        tolerance = multiple * max(effects[term] / abs(step[term]) for term in terms)
+        for term in terms:
             assert actual_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
+    validation, actual_validation = (
+        steps_of(run / "distill" / METRICS, "validate")[-1] for run in (expected, actual)
+    )
+    assert actual_validation["val_loss"] == pytest.approx(validation["val_loss"], rel=1e-3)
     if last < STEPS:
         return  # the weights of ``expected`` are of a later step
     weights, perturbed_weights, actual_weights = (

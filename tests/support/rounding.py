@@ -8,8 +8,7 @@ of the resulting difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +35,11 @@ def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
 def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
-    The result is at least one ulp of the largest output. The weights stay changed.
-
-    Args:
-        model: Model whose weights are changed in place.
-        output: Computes the output with the model's current weights.
+    The result is at least one ulp of the largest output. The weights stay changed. ``output``
+    computes the output with the current weights.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):
         weight.copy_(perturb_by_one_ulp(weight, seed))
     change = (output() - before).abs().max().item()
     return max(change, ULP * before.abs().max().item())
-
-
-def running_max_difference(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
-    """Returns, for each position of two sequences, the largest difference up to this position.
-
-    A difference of less than one ulp of the expected value counts as one ulp.
-    """
-    differences = (
-        max(abs(value - perturbed_value), ULP * abs(value))
-        for value, perturbed_value in zip(expected, perturbed, strict=True)
-    )
-    return list(accumulate(differences, max))  # running maximum

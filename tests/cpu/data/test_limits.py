@@ -14,8 +14,7 @@ from recipes.data.tokenizer import DocumentTokenizer
 from tests.cpu.data.conftest import LOG, read_texts
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("option", ["", "#tokens=9000"])
+@pytest.mark.parametrize(("processes", "option"), [(2, ""), (1, "#tokens=9000")])
 def test_a_token_limit_applies_to_each_source_separately(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,

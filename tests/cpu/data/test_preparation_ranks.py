@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,30 +39,38 @@ for deadline in (True, True, False):
     try:
         prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
         stopped = False
-    except StoppedByDeadlineError:
+    except StoppedByDeadlineError as error:
+        assert "the same command resumes" in str(error)
         stopped = True
-    assert deadline or not stopped, rank()  # without a deadline, no rank may stop
+    assert stopped == deadline, rank()
 torch_distributed().barrier()
 """
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_tokens": 3000}, {"max_documents": 100}])
 def test_two_ranks_write_the_same_bytes_as_one(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
     tmp_path: Path,
-    limits: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One rank runs without a stop. Two ranks stop at a deadline twice, and resume each time."""
+    """One rank runs without a stop. Two ranks stop at a deadline twice, and resume each time.
+
+    One source ends at its token limit, one at ``max_documents``, and the others at their ends.
+    """
     by_one_rank, by_two_ranks = tmp_path / "one", tmp_path / "two"
     by_one_rank.mkdir()
     by_two_ranks.mkdir()
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 64)
-    prepare(replace(cfg, **limits), tokenizer, by_one_rank, LOG)
+    records, prose = cfg.sources
+    settings: dict[str, Any] = {
+        "sources": [f"{records}#tokens=3000&name=some", records, prose],
+        "heldout_sources": cfg.heldout_sources,
+        "max_documents": 350,
+    }
+    state = prepare(PrepareDataConfig(**settings), tokenizer, by_one_rank, LOG)
+    assert 3000 <= sum(tokens.get("some", 0) for tokens in state.sources.values()) < 6000
     (tmp_path / "script.py").write_text(RANK_SCRIPT)
-    settings = {"sources": cfg.sources, "heldout_sources": cfg.heldout_sources, **limits}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     arguments = (tmp_path / "settings.json", odd_llama, by_two_ranks)
     run_ranks(str(tmp_path / "script.py"), *map(str, arguments))

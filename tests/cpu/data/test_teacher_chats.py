@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters
@@ -83,10 +84,6 @@ def write_and_read(writer: ChatWriter, request: ChatRequest) -> tuple[list[dict[
     return [json.loads(line) for line in file.read_text().splitlines()], file
 
 
-def fail_on_generation(*_: object) -> None:
-    raise AssertionError("the teacher generated text that is in the cache")
-
-
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     conversations, file = write_and_read(teacher, REQUEST)
     assert len(conversations) > REQUEST.batch_size()  # there are several batches
@@ -97,23 +94,11 @@ def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.M
     assert other_teacher_file not in (file, seed_2_file)
     # A repeated request generates nothing: it assembles the damaged file again from stored batches.
     file.write_text("{}\n")
-    monkeypatch.setattr(teacher_chats, "_generate", fail_on_generation)
+    monkeypatch.delattr(teacher_chats, "_generate")
     assert write_and_read(teacher, REQUEST)[0] == conversations
 
 
-def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter) -> None:
-    conversations, file = write_and_read(teacher, REQUEST)
-    batches = sorted(file.parent.glob("0*.json"))
-    assert len(batches) > 1
-    first_batch_time = batches[0].stat().st_mtime_ns
-    # Only the first batch remains, as if the process had been killed after it.
-    for path in (file, *batches[1:]):
-        path.unlink()
-    assert write_and_read(teacher, REQUEST)[0] == conversations
-    assert batches[0].stat().st_mtime_ns == first_batch_time
-
-
-def test_the_deadline_stops_after_a_batch(
+def test_a_request_stops_at_the_deadline_and_resumes_after_its_last_batch(
     teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as deadline:
@@ -122,21 +107,22 @@ def test_the_deadline_stops_after_a_batch(
             write_and_read(teacher, REQUEST)
     [batch] = cache_dir().rglob("0*.json")
     batch_time = batch.stat().st_mtime_ns
-    # Without the deadline, the remaining batches are generated and the first one is kept.
-    assert len(write_and_read(teacher, REQUEST)[0]) > REQUEST.batch_size()
+    conversations, file = write_and_read(teacher, REQUEST)
+    assert len(conversations) > REQUEST.batch_size()
     assert batch.stat().st_mtime_ns == batch_time
+    shutil.rmtree(file.parent)
+    assert write_and_read(teacher, REQUEST)[0] == conversations
 
 
 def test_the_teacher_invents_conversations_that_fit_a_sequence(teacher: ChatWriter) -> None:
     conversations, file = write_and_read(teacher, REQUEST)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, REQUEST.seq_length)
     for conversation in conversations:
-        assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
-        assert all(message["content"] for message in conversation["messages"])
-    encoded = encoder.encode(
-        [json.dumps(conversation["messages"]) for conversation in conversations]
-    )
-    assert not any(chat.shortened or chat.left_out_reason for chat in encoded)
+        messages = conversation["messages"]
+        assert [message["role"] for message in messages] == ["user", "assistant"]
+        assert all(message["content"] for message in messages)
+        [chat] = encoder.encode([json.dumps(messages)])
+        assert (chat.shortened, chat.left_out_reason) == (False, "")
     batches = [json.loads(path.read_text()) for path in file.parent.glob("0*.json")]
     assert sum(batch["unfinished"] for batch in batches) > 0  # so unfinished turns were left out
     # The tokens of the template and the end token take all of the 20 tokens.

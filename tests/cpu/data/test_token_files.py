@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,23 @@ END = 7
 """Last token of every document."""
 FRACTIONS = PrepareDataConfig().fractions()
 """Fractions of validation, calibration and held-out text; 0.1 in total."""
-Write = Callable[..., Path]
-"""Type of ``write``: writes token files, and returns their path without the suffix."""
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Returns a function that writes documents, each of two sequences of 51 tokens.
+def write(folder: Path, dtype: type[np.number] = np.uint16, end: int = END) -> Path:
+    """Writes 100 documents, and returns the path of their files without the suffix.
 
-    The first sequence of a document ends with token 1, and the second with ``end``.
+    A document has two sequences of 51 tokens. The first ends with token 1, the second with ``end``.
     """
-
-    def write_documents(
-        dtype: type[np.number] = np.uint16, documents: int = 100, end: int = END
-    ) -> Path:
-        prefix = tmp_path / "corpus_text_document"
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        generator = np.random.default_rng(0)
-        for _ in range(documents):
-            for last in (1, end):
-                ids = np.append(generator.integers(8, 280, 50), last)  # the largest is 279
-                builder.add_item(torch.from_numpy(ids))
-            builder.end_document()
-        builder.finalize(f"{prefix}.idx")
-        return prefix
-
-    return write_documents
+    prefix = folder / "corpus_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        for last in (1, end):
+            ids = np.append(generator.integers(8, 280, 50), last)  # the largest is 279
+            builder.add_item(torch.from_numpy(ids))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -72,9 +63,9 @@ def ignore_progress(done: int, total: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
-    write: Write, tmp_path: Path, dtype: type[np.number]
+    tmp_path: Path, dtype: type[np.number]
 ) -> None:
-    prefix = write(dtype)
+    prefix = write(tmp_path, dtype)
     files = open_token_files(prefix)
     require_valid(files, 512, ignore_progress)
     assert require_document_end(prefix, END, str)
@@ -101,16 +92,16 @@ def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
     assert sha256_of_each(links) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
 
 
-def test_max_documents_and_max_tokens_limit_the_text(write: Write) -> None:
-    files = open_token_files(write())
+def test_max_documents_and_max_tokens_limit_the_text(tmp_path: Path) -> None:
+    files = open_token_files(write(tmp_path))
     for max_documents, max_tokens in ((50, None), (None, 50 * 102)):  # 102 tokens per document
         ranges = split_ranges(files, FRACTIONS, max_documents, max_tokens)
         assert ranges["heldout"].stop == 50
         assert len(ranges["train"]) == 45  # 90% of 50 documents
 
 
-def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
-    prefix = write()
+def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
+    prefix = write(tmp_path)
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     files = open_token_files(prefix)
     with pytest.raises(RecipeError, match="has token 279, but the model's tokenizer has 279 ids"):
@@ -148,13 +139,13 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
 
 
 def test_the_stage_links_tokens_and_tokenizes_held_out_text(
-    write: Write, tmp_path: Path, odd_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, odd_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs the stage with a Hugging Face folder in place of the teacher's NeMo checkpoint."""
     monkeypatch.setattr(nemo, "find_checkpoint", lambda artifact: odd_llama)
     monkeypatch.setattr(nemo, "side_folder", lambda checkpoint: checkpoint)
     tokenizer = load_tokenizer(odd_llama)
-    prefix, out = write(np.int32, end=tokenizer.end), tmp_path / "stage" / "work" / "artifact"
+    prefix, out = write(tmp_path, np.int32, tokenizer.end), tmp_path / "stage" / "work" / "artifact"
     out.mkdir(parents=True)
     (tmp_path / "held_out.txt").write_text("A text that only evaluations read. " * 20)
     cfg = PrepareDataConfig(
@@ -179,8 +170,8 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     assert result.sample == tokenizer.decode(open_token_files(prefix).tokens[:200].tolist())
 
 
-def test_planning_reports_problems_of_the_prefix(write: Write) -> None:
-    prefix = write()
+def test_planning_reports_problems_of_the_prefix(tmp_path: Path) -> None:
+    prefix = write(tmp_path)
     assert not _problems(f"{prefix}")
     # Two problems: the files do not exist, and a prefix cannot be combined with sources.
     assert len(_problems(f"{prefix}_typo", sources=["a.txt"])) == 2
@@ -189,7 +180,7 @@ def test_planning_reports_problems_of_the_prefix(write: Write) -> None:
 
 
 def test_planning_compares_the_first_documents_with_the_tokenizer(
-    write: Write, odd_llama: Path
+    tmp_path: Path, odd_llama: Path
 ) -> None:
     """The tokenizer of ``odd_llama`` has 288 ids, and its ``eos_token`` is "<eos>", id 0."""
     teacher = read_architecture(read_json(odd_llama / "config.json"), str(odd_llama))
@@ -199,14 +190,14 @@ def test_planning_compares_the_first_documents_with_the_tokenizer(
         cfg = PrepareDataConfig(prefix=str(prefix), seq_length=32, **settings)
         return [problem.what for problem in STAGE.check(cfg, chain)]
 
-    assert not messages(write(end=0))
-    [message] = messages(write())
+    assert not messages(write(tmp_path, end=0))
+    [message] = messages(write(tmp_path))
     assert "documents end with token 7 " in message
     assert "not with 0 (<eos>)" in message
-    [message] = messages(write(end=0), document_end="<nope>")
+    [message] = messages(write(tmp_path, end=0), document_end="<nope>")
     assert "data.document_end=<nope> is not in the tokenizer" in message
     # The largest token of the text is 279.
-    [message] = _problems(str(write(end=0)), {"<eos>": 0, "a": 278})
+    [message] = _problems(str(write(tmp_path, end=0)), {"<eos>": 0, "a": 278})
     assert "has token 279, but the model's tokenizer has 279 ids" in message
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ SEQ_LENGTH = 200
 """Tokens per sequence. Conversations of these tests fit, unless a test makes them long."""
 
 
-def make_tokenizer(
-    folder: Path, template: str | None, seq_length: int = SEQ_LENGTH
-) -> ChatTokenizer:
+def make_tokenizer(folder: Path, template: str | None) -> ChatTokenizer:
     """Saves a tokenizer of three special tokens and 256 bytes, with a chat template."""
     byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_tokens])}
@@ -55,7 +54,7 @@ def make_tokenizer(
     hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<stop>")
     hf_tokenizer.chat_template = template
     hf_tokenizer.save_pretrained(folder)
-    return ChatTokenizer(folder, END, seq_length)
+    return ChatTokenizer(folder, END, SEQ_LENGTH)
 
 
 def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
@@ -79,7 +78,9 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "Thus, since ü."},  # ü takes two tokens
     ]
-    conversation = encode(tokenizer, [*QUESTION, ANSWER, *second_turn])
+    # A tokenizer with merges would merge the spaces around an answer with the template's text.
+    spaced_answer = {**ANSWER, "content": "\n  So.\n"}
+    conversation = encode(tokenizer, [*QUESTION, spaced_answer, *second_turn])
     expected = (
         "<start>system\nBe brief.<stop>\n<start>user\nWhy?<stop>\n<start>assistant\nSo.<stop>\n"
         "<start>user\nAnd?<stop>\n<start>assistant\nThus, since ü.<stop>\n<end>"
@@ -99,20 +100,11 @@ def test_only_the_answers_of_the_assistant_are_in_the_loss(tmp_path: Path, templ
     ("template", "messages", "reason"),
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
-        *(
-            (template, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER)
-            for template in (PLAIN, WITH_GENERATION_TAGS)
-        ),
-        *(
-            (PLAIN, [{"role": "user", "content": text}, ANSWER], chat.NO_QUESTION)
-            for text in ("-", " ")
-        ),
+        (PLAIN, [*QUESTION, {**ANSWER, "content": " \n"}], chat.NO_ANSWER),
+        (PLAIN, [{"role": "user", "content": "-"}, ANSWER], chat.NO_QUESTION),
         (ALWAYS_FAILS, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
-        *(
-            (PLAIN, [*QUESTION, {**ANSWER, "content": f"a {token} b"}], chat.SPECIAL_TOKEN)
-            for token in SPECIAL_TOKENS
-        ),
+        (PLAIN, [*QUESTION, {**ANSWER, "content": "a <stop> b"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {**ANSWER, "reasoning_content": "<start>"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {**ANSWER, "content": "x" * SEQ_LENGTH}], chat.TOO_LONG),
     ],
@@ -134,13 +126,6 @@ def test_blank_answers_are_not_in_the_loss(tmp_path: Path, template: str) -> Non
     assert texts_in_loss(tokenizer, encode(tokenizer, reasoning)) == ["<stop>"]
 
 
-def test_spaces_around_an_answer_are_left_out(tmp_path: Path) -> None:
-    """A tokenizer with merges would merge the first one with the template's line break."""
-    tokenizer = make_tokenizer(tmp_path, PLAIN)
-    conversation = encode(tokenizer, [*QUESTION, {**ANSWER, "content": "\n  So.\n"}])
-    assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"]
-
-
 def test_templates_that_write_the_date_give_the_same_tokens_every_day(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + PLAIN)
     conversation = encode(tokenizer, [*QUESTION, ANSWER])
@@ -158,14 +143,14 @@ def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_th
 
 
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, PLAIN)
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
-    unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
+    unshortened = encode(tokenizer, turns)
     # After the last answer, the unshortened conversation has a line break and END. With one token
     # less, only the line break does not fit. With even less, the last answer does not fit.
     only_line_break_does_not_fit = len(unshortened.ids) - 1
     for length in range(only_line_break_does_not_fit, 63, -1):
-        tokenizer = make_tokenizer(tmp_path, PLAIN, length)
-        conversation = encode(tokenizer, turns)
+        conversation = encode(replace(tokenizer, seq_length=length), turns)
         answers = 2 if length == only_line_break_does_not_fit else 1
         assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"] * answers, length
         assert conversation.shortened
@@ -173,8 +158,8 @@ def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Pat
         assert conversation.ids[-2:].tolist() == [STOP, END]
     # After the loop, ``conversation`` has only the first answer. This is the shortest length.
     shortest = len(conversation.ids)
-    assert encode(make_tokenizer(tmp_path, PLAIN, shortest), turns).shortened
-    too_long = encode(make_tokenizer(tmp_path, PLAIN, shortest - 1), turns)
+    assert encode(replace(tokenizer, seq_length=shortest), turns).shortened
+    too_long = encode(replace(tokenizer, seq_length=shortest - 1), turns)
     assert too_long.left_out_reason == chat.TOO_LONG
 
 
@@ -225,7 +210,6 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ("text", "no list of messages"),
-        ({"text": "a"}, "no list of messages"),
         ({"messages": []}, "no list of messages"),
         ({"messages": ["hello"]}, "message 1 has no text as its 'role'"),
         ({"messages": [*QUESTION, {"role": "x"}]}, "message 3 .* 'content'"),
@@ -250,11 +234,8 @@ def test_empty_lists_of_tools_are_ignored(tools: object) -> None:
 def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names: str) -> Path:
     """Saves a tokenizer of the letters a, b and c (ids 0 to 2) and special tokens (ids from 3).
 
-    Args:
-        folder: Folder to save to.
-        special: The special tokens, in the order of their ids.
-        adds_bos: Whether the tokenizer adds ``<s>`` before a text.
-        names: Special tokens that the config names, such as ``eos_token``.
+    With ``adds_bos``, it adds ``<s>`` before a text. The config has ``names``, such as
+    ``eos_token``.
     """
     vocabulary = {token: i for i, token in enumerate([*"abc", *special])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -269,7 +250,6 @@ def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names:
 
 
 def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
-    """Returns the token ids of each text."""
     return [document.ids.tolist() for document in tokenizer.encode(texts)]
 
 

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.predictions import require_better_than_chance
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
-from tests.support.runs import copy_without, manifest_of, settings, tiny
+from tests.support.runs import copy_without, manifest_of, settings
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
@@ -48,33 +49,11 @@ def test_a_teacher_of_chance_level_is_refused() -> None:
     require_better_than_chance(4.0, 300)
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
-    """Returns overrides of a run that distils for 6 steps and saves a checkpoint after each."""
-    return [
-        "recipe=llama_depth_prune",
-        *tiny(model, text_file, run_dir),
-        "stages.prune.target_num_layers=2",
-        *settings("distill", precision=32, warmup_steps=1, max_steps=6, checkpoint_interval=1),
-    ]
-
-
-@pytest.fixture(scope="module")
-def pruned_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose stages are complete up to pruning."""
-    run_dir = tmp_path_factory.mktemp("untrained") / "run"
-    command = overrides(even_llama, text_file, run_dir)
-    stages = "only=[import_hf,prepare_data,score,prune]"
-    run_successfully(*command, stages, cwd=run_dir.parent)
-    return run_dir
-
-
 @pytest.fixture
-def distill_command(
-    pruned_run: Path, even_llama: Path, text_file: Path, tmp_path: Path
-) -> list[str]:
+def distill_command(pruned_run: Path, short_recipe: list[str], tmp_path: Path) -> list[str]:
     """The command that distils in a copy of ``pruned_run``."""
-    run_dir = copy_without(pruned_run, tmp_path / "run")
-    return [*overrides(even_llama, text_file, run_dir), "only=[distill]"]
+    copy_without(pruned_run, tmp_path / "run")
+    return [*short_recipe, "only=[distill]"]
 
 
 def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
@@ -160,20 +139,18 @@ def test_a_validation_precedes_a_stop_at_the_deadline(
     assert [validation["done"] for validation in steps_of(metrics, "validate")] == [2, 4, 6]
 
 
-def interrupt(*args: object) -> None:
-    """Ends a run as Ctrl+C does, with exit status 130."""
-    raise KeyboardInterrupt
-
-
 def test_a_run_that_recovered_enough_stops_and_is_complete(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is interrupted before it saves its result. A restart stops at the same step again."""
+    """The run is interrupted before it saves its result. A restart stops at the same step again.
+
+    Recovery is measured by the KL of validation text, for any training loss.
+    """
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save_trained", interrupt)
+        patch.setattr(trainer, "_save_trained", Mock(side_effect=KeyboardInterrupt))
         assert run_in_process(*command, cwd=tmp_path).code == 130
     for action in ("resume", "skip"):  # the last command finds a complete stage
         again = run_successfully(*command, cwd=tmp_path)
@@ -198,22 +175,11 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
     console = Console(record=True, width=200)
     status({"run_dir": str(run_dir)}, console)
     assert result.stopped in console.export_text()
-
-
-def test_validation_measures_the_kl_for_any_training_loss(
-    distill_command: list[str], tmp_path: Path
-) -> None:
-    """Compares validations before the first step, which ``stop_at_recovered`` adds.
-
-    At that time, both students have the same weights.
-    """
-    early_stop = settings("distill", max_steps=2, val_check_interval=1, stop_at_recovered=0.9)
-    kls = []
-    for loss in ({}, {"logits_loss": "reverse_kl", "temperature": 2, "top_k": 8}):
-        shutil.rmtree(tmp_path / "run" / "distill", ignore_errors=True)
-        run_successfully(*distill_command, *settings("distill", **loss), *early_stop, cwd=tmp_path)
-        kls.append(steps_of(tmp_path / "run" / "distill" / METRICS, "validate")[0]["val_kd"])
-    assert kls[0] == pytest.approx(kls[1])
+    # Before the first step, students that are trained with different losses have the same weights.
+    shutil.rmtree(run_dir / "distill")
+    other_loss = settings("distill", logits_loss="reverse_kl", temperature=2, top_k=8, max_steps=2)
+    run_successfully(*command, *other_loss, cwd=tmp_path)
+    assert steps_of(run_dir / "distill" / METRICS, "validate")[0]["val_kd"] == pytest.approx(kds[0])
 
 
 def test_a_diverging_run_stops_before_its_weights_are_lost(
@@ -275,26 +241,19 @@ def test_free_memory_is_returned_before_checkpoints_and_validations(
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize(("start", "traces"), [(0, 1), (2, 1), (3, 0)])
-def test_steps_are_also_traced_after_a_restart(tmp_path: Path, start: int, traces: int) -> None:
-    """``start`` steps are done before the restart, and steps 2 and 3 are configured to be traced.
+@pytest.mark.parametrize(("start", "stop", "traces"), [(0, 5, 1), (2, 5, 1), (3, 5, 0), (1, 2, 1)])
+def test_configured_steps_are_traced(tmp_path: Path, start: int, stop: int, traces: int) -> None:
+    """Training resumes after ``start`` steps and ends after ``stop``; steps 2 and 3 are configured.
 
-    After 2 steps, the trace has only step 3. After 3 steps, there is nothing to trace.
+    After a restart or before an early end, the trace has only the steps that ran.
     """
     profile, trainer = Profile((2, 3), tmp_path), SimpleNamespace(global_step=start)
-    for _ in range(start, 5):
+    for _ in range(start, stop):
         profile.on_train_batch_start(trainer)
         trainer.global_step += 1
         profile.on_train_batch_end(trainer)
-    assert len(list(tmp_path.iterdir())) == traces
-
-
-def test_a_training_that_stops_within_the_range_is_traced(tmp_path: Path) -> None:
-    profile = Profile((2, 3), tmp_path)
-    profile.on_train_batch_start(SimpleNamespace(global_step=1))  # the start of step 2
-    profile.on_train_batch_end(SimpleNamespace(global_step=2))
     profile.on_train_end()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == traces
 
 
 def test_existing_environment_variables_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:

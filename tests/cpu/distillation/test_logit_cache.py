@@ -35,29 +35,33 @@ from recipes.distillation.vocabulary import TopK
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import copy_without, manifest_of, tiny
+from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 LENGTH, TOP_K, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
-"""Settings of the cache; ``overrides`` shows their names. The last shard has only 10 sequences."""
+"""Settings of the cache; ``command`` shows their names. The last shard has only 10 sequences."""
 ROUNDING = 2.0**-11
 """Relative rounding error of float16, which has 11 significant bits."""
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
-    """Returns overrides of a run that caches a teacher's logits."""
+@pytest.fixture(scope="module")
+def command(even_llama: Path, text_file: Path) -> list[str]:
+    """The overrides of a run that caches a teacher's logits, in the folder ``run``."""
+    cache = {
+        "top_k": TOP_K,
+        "tail_draws": DRAWS,
+        "num_sequences": SEQUENCES,
+        "sequences_per_shard": PER_SHARD,
+        "micro_batch_size": 3,
+        "precision": 32,
+    }
     return [
         "recipe=llama_depth_prune",
         "teacher=cached",
-        *tiny(model, text_file, run_dir, LENGTH),
+        *tiny(even_llama, text_file, Path("run"), LENGTH),
         "only=[import_hf,prepare_data,cache_logits]",
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
-        f"stages.cache_logits.top_k={TOP_K}",
-        f"stages.cache_logits.tail_draws={DRAWS}",
-        f"stages.cache_logits.num_sequences={SEQUENCES}",
-        f"stages.cache_logits.sequences_per_shard={PER_SHARD}",
-        "stages.cache_logits.micro_batch_size=3",
-        "stages.cache_logits.precision=32",
+        *settings("cache_logits", **cache),
     ]
 
 
@@ -71,11 +75,11 @@ def open_cache(run_dir: Path) -> TeacherCache:
 
 
 @pytest.fixture(scope="module")
-def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a complete run on one rank."""
-    run_dir = tmp_path_factory.mktemp("cached") / "run"
-    run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
-    return run_dir
+    folder = tmp_path_factory.mktemp("cached")
+    run_successfully(*command, cwd=folder)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,7 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
 
 
 def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
-    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Modification time in ns of each shard that the killed run has written, by file name.
     kept_shards: dict[str, int] = {}
@@ -170,10 +174,9 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     for attempt in range(5):
         if kept_shards:
             break
-        copy = copy_without(run, tmp_path / f"run-{attempt}", "cache_logits")
-        arguments = overrides(even_llama, text_file, copy)
-        stage = copy / "cache_logits"
-        run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
+        folder = tmp_path / str(attempt)
+        stage = copy_without(run, folder / "run", "cache_logits") / "cache_logits"
+        run_and_kill(*command, cwd=folder, metrics=stage / METRICS, records=2)
         kept_shards = {
             path.name: path.stat().st_mtime_ns
             for path in (stage / WORK / "shards").glob("*.safetensors")
@@ -186,17 +189,17 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     del kept_shards[truncated.name]
 
     monkeypatch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
-    stopped = run_in_process(*arguments, cwd=tmp_path)
+    stopped = run_in_process(*command, cwd=folder)
     assert stopped.code == 1
     assert f"stopped at the deadline before all {len(expected)} shards" in stopped.output
     shards_at_deadline = list((stage / WORK / "shards").glob("*.safetensors"))
     assert len(shards_at_deadline) == len(kept_shards) + 1  # these and the truncated shard
     monkeypatch.delenv(DEADLINE)
 
-    run_successfully(*arguments, cwd=tmp_path)
+    run_successfully(*command, cwd=folder)
     for name, time in kept_shards.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
-    resumed = shards_of(copy)
+    resumed = shards_of(folder / "run")
     assert resumed.keys() == expected.keys()
     for name, (tensors, metadata) in expected.items():
         resumed_tensors, resumed_metadata = resumed[name]
@@ -210,15 +213,11 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2], ids=["DP=2", "TP=2"])
 def test_two_ranks_write_the_same_cache_as_one(
-    run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor_parallel_size: int
+    run: Path, command: list[str], tmp_path: Path, tensor_parallel_size: int
 ) -> None:
     copy = copy_without(run, tmp_path / "run", "cache_logits")
-    run_successfully(
-        *overrides(even_llama, text_file, copy),
-        "stages.cache_logits.resources.devices=2",
-        f"stages.cache_logits.tensor_model_parallel_size={tensor_parallel_size}",
-        cwd=tmp_path,
-    )
+    layout = {"resources.devices": 2, "tensor_model_parallel_size": tensor_parallel_size}
+    run_successfully(*command, *settings("cache_logits", **layout), cwd=tmp_path)
     by_one_rank, by_two_ranks = shards_of(run), shards_of(copy)
     assert by_one_rank.keys() == by_two_ranks.keys()
     for name, (expected, metadata) in by_one_rank.items():
@@ -275,19 +274,13 @@ def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Pat
     cache_logits(cfg, teacher, data, tmp_path / "shards", out, MetricsLog(None))
 
 
-def test_ids_take_two_bytes_if_they_fit(run: Path) -> None:
-    shard = load_file(run / "cache_logits" / ARTIFACT / "00000.safetensors")
-    assert {name: str(tensor.dtype) for name, tensor in shard.items()} == {
-        "sequences": "int32",
-        "indices": "uint16",
-        "log_probs": "float16",
-        "draws": "uint16",
-        "tail_entropy": "float16",
-    }
-    too_large_for_uint16 = CacheIndex(
+def test_ids_of_a_large_vocabulary_take_four_bytes() -> None:
+    """Ids below 2^16 take two bytes, as in the other tests."""
+    index = CacheIndex(
         vocabulary=(1 << 16) + 1, seq_length=8, top_k=4, temperature=1.0, shards=1, tail_draws=3
     )
-    assert too_large_for_uint16.tensors["draws"] == (torch.int32, 3)
+    assert index.tensors["indices"] == (torch.int32, 4)
+    assert index.tensors["draws"] == (torch.int32, 3)
 
 
 def test_the_teachers_loss_is_weighted_by_unmasked_tokens(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from tests.support.ranks import run_ranks
 TOKENS, VOCABULARY = 111, 101
 CHUNK = 4 * VOCABULARY * 16
 """Bytes of a chunk of 16 rows in float32. ``TOKENS`` rows are 6 such chunks and one of 15 rows."""
+LABELS = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
 EACH_LOSS = pytest.mark.parametrize("divergence", LOGITS_LOSSES)
 EACH_TOP = pytest.mark.parametrize("top", [None, 7, VOCABULARY])
 """No top-k; a top-k whose tail is all other tokens; and a top-k of all tokens, without a tail."""
@@ -48,32 +51,43 @@ def make_logits(seed: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(TOKENS, VOCABULARY, dtype=torch.float64, generator=generator)
 
 
-def make_weights() -> Tensor:
-    """Returns weights [TOKENS] of the losses, about a third of them 0, like a loss mask."""
+def loss_and_gradient(
+    loss: Callable[..., Tensor], logits: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """Computes the losses per token of logits, and the gradient of the losses' weighted sum.
+
+    About a third of the weights are 0, as in a loss mask. ``others`` are arguments of ``loss``.
+    """
     values = torch.rand(2, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    return values[0] * (values[1] > 0.3)
+    weights = values[0] * (values[1] > 0.3)
+    logits = logits.clone().requires_grad_()
+    losses = loss(logits, *others)
+    (losses * weights.to(losses.dtype)).sum().backward()
+    assert logits.grad is not None
+    return losses.detach(), logits.grad
 
 
-def compute_with_reference(
-    student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the KD loss of logits in ``dtype``, and the reference in float64.
+def require_definition(
+    student: Tensor,
+    teacher: Tensor,
+    loss: LogitsLoss,
+    dtype: torch.dtype = torch.float32,
+    atol: float = 1e-5,
+    gradient: tuple[float, float] = (1e-4, 1e-6),
+) -> None:
+    """Compares the KD loss of logits in ``dtype`` with its definition in float64.
 
-    Returns:
-        The losses per token, the expected losses, the gradient and the expected gradient, as
-        float64. A gradient is that of the losses' weighted sum, by the student's logits.
+    ``atol`` is the absolute tolerance of losses. ``gradient`` has the relative and the absolute
+    tolerance of the gradient of the losses' weighted sum, by the student's logits.
     """
     student, teacher = student.to(dtype), teacher.to(dtype)
-    logits, exact_logits = student.clone().requires_grad_(), student.double().requires_grad_()
-    losses = distillation_loss(logits, teacher, loss)
-    (losses * make_weights().float()).sum().backward()
-    expected = loss_by_definition(exact_logits, teacher.double(), loss)
-    (expected * make_weights()).sum().backward()
-    assert losses.dtype == torch.float32
-    assert logits.grad is not None
-    assert exact_logits.grad is not None
-    assert logits.grad.dtype == dtype
-    return losses.detach().double(), expected.detach(), logits.grad.double(), exact_logits.grad
+    losses, loss_gradient = loss_and_gradient(distillation_loss, student, teacher, loss)
+    exact = student.double(), teacher.double()
+    expected, expected_gradient = loss_and_gradient(loss_by_definition, *exact, loss)
+    assert (losses.dtype, loss_gradient.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=atol)
+    rtol, atol = gradient
+    torch.testing.assert_close(loss_gradient.double(), expected_gradient, rtol=rtol, atol=atol)
 
 
 @EACH_LOSS
@@ -84,11 +98,7 @@ def test_values_and_gradients_equal_the_definition(
 ) -> None:
     for beta in (1e-3, 0.3, 0.5) if divergence == "jsd" else (0.5,):
         loss = LogitsLoss(divergence, temperature, beta, top)
-        losses, expected, gradient, expected_gradient = compute_with_reference(
-            make_logits(2), make_logits(1), loss
-        )
-        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+        require_definition(make_logits(2), make_logits(1), loss)
 
 
 @EACH_LOSS
@@ -98,12 +108,8 @@ def test_bfloat16_logits_round_gradients_but_not_losses(divergence: str, top: in
     # are distinct in bfloat16, too. Each token has them in a random order.
     levels = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
     order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
-    loss = LogitsLoss(divergence, 2.0, top_k=top)
-    losses, expected, gradient, expected_gradient = compute_with_reference(
-        make_logits(2), levels[order], loss, torch.bfloat16
-    )
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1.5e-2, atol=1e-6)
+    student, loss = make_logits(2), LogitsLoss(divergence, 2.0, top_k=top)
+    require_definition(student, levels[order], loss, torch.bfloat16, gradient=(1.5e-2, 1e-6))
 
 
 @EACH_LOSS
@@ -114,12 +120,7 @@ def test_extreme_logits_stay_finite_and_exact(divergence: str, top: int | None) 
     teacher = teacher - torch.arange(VOCABULARY) / 64
     for temperature in (1.0, 0.5):
         loss = LogitsLoss(divergence, temperature, top_k=top)
-        losses, expected, gradient, expected_gradient = compute_with_reference(
-            student, teacher, loss
-        )
-        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
-        assert gradient.isfinite().all()
+        require_definition(student, teacher, loss, atol=1e-4, gradient=(1e-4, 1e-4))
 
 
 @EACH_LOSS
@@ -128,16 +129,11 @@ def test_a_cached_top_k_equals_a_computed_one(divergence: str) -> None:
     teacher = make_logits(1).float()
     cached = top_k(teacher, 7, 2.0)
     assert cached.indices.dtype == torch.int64
-    losses, gradients = [], []
-    for source in (teacher, cached):
-        student = make_logits(2).float().requires_grad_()
-        loss_per_token = distillation_loss(student, source, loss)
-        loss_per_token.sum().backward()
-        assert student.grad is not None
-        losses.append(loss_per_token.detach())
-        gradients.append(student.grad)
-    assert torch.equal(*losses)
-    assert torch.equal(*gradients)
+    student = make_logits(2).float()
+    losses, gradient = loss_and_gradient(distillation_loss, student, cached, loss)
+    expected, expected_gradient = loss_and_gradient(distillation_loss, student, teacher, loss)
+    assert torch.equal(losses, expected)
+    assert torch.equal(gradient, expected_gradient)
 
 
 def test_samples_of_the_tail_are_unbiased() -> None:
@@ -190,16 +186,12 @@ def test_a_tiny_tail_is_exact() -> None:
 
 
 def test_cross_entropy_equals_torch() -> None:
-    labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
-    exact = make_logits(3, 20.0).requires_grad_()
-    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
-    (expected * make_weights()).sum().backward()
-    logits = make_logits(3, 20.0).float().requires_grad_()
-    losses = token_cross_entropy(logits, labels)
-    (losses * make_weights().float()).sum().backward()
+    logits = make_logits(3, 20.0)
+    reference = partial(torch.nn.functional.cross_entropy, reduction="none")
+    losses, gradient = loss_and_gradient(token_cross_entropy, logits.float(), LABELS)
+    expected, expected_gradient = loss_and_gradient(reference, logits, LABELS)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 @EACH_LOSS
@@ -208,19 +200,18 @@ def test_cross_entropy_equals_torch() -> None:
 def test_the_combined_loss_is_the_weighted_sum(
     divergence: str, top: int | None, temperature: float
 ) -> None:
-    labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
     loss = LogitsLoss(divergence, temperature, top_k=top)
-    teacher, weights = make_logits(1).float(), make_weights().float()
-    student, reference_student = (make_logits(2).float().requires_grad_() for _ in range(2))
-    # The weights of the KD loss and the LM loss are 0.5 and 3.
-    total, losses = combined_loss(student, LossTargets(teacher, labels, (0.5, 3.0)), loss)
-    kd_loss = distillation_loss(reference_student, teacher, loss)
-    lm_loss = token_cross_entropy(reference_student, labels)
-    (total * weights).sum().backward()
-    ((0.5 * kd_loss + 3 * lm_loss) * weights).sum().backward()
-    torch.testing.assert_close(losses, torch.stack([kd_loss, lm_loss]))
-    torch.testing.assert_close(total, 0.5 * kd_loss + 3 * lm_loss)
-    torch.testing.assert_close(student.grad, reference_student.grad, rtol=1e-5, atol=1e-6)
+    student, teacher = make_logits(2).float(), make_logits(1).float()
+    targets = LossTargets(teacher, LABELS, (0.5, 3.0))  # weights of the KD loss and the LM loss
+    total, gradient = loss_and_gradient(lambda x: combined_loss(x, targets, loss)[0], student)
+    expected, expected_gradient = loss_and_gradient(
+        lambda x: 0.5 * distillation_loss(x, teacher, loss) + 3 * token_cross_entropy(x, LABELS),
+        student,
+    )
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    terms = distillation_loss(student, teacher, loss), token_cross_entropy(student, LABELS)
+    torch.testing.assert_close(combined_loss(student, targets, loss)[1], torch.stack(terms))
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -260,11 +251,11 @@ def test_no_full_size_float32_tensor_exists(
     trained: bool, divergence: str, top: int | None
 ) -> None:
     student = make_logits(2).bfloat16().requires_grad_(trained)
-    teacher, labels = make_logits(1).bfloat16(), torch.zeros(TOKENS, dtype=torch.int64)
+    teacher = make_logits(1).bfloat16()
     with Allocations() as allocations:
         loss = LogitsLoss(divergence, 2.0, 0.5, top)
-        total, _ = combined_loss(student, LossTargets(teacher, labels, (1.0, 1.0)), loss)
-        total = total + token_cross_entropy(student, labels)
+        total, _ = combined_loss(student, LossTargets(teacher, LABELS, (1.0, 1.0)), loss)
+        total = total + token_cross_entropy(student, LABELS)
         if trained:
             total.mean().backward()
     assert 0 < allocations.largest[torch.float32] <= CHUNK // 4  # a float32 has 4 bytes
@@ -379,7 +370,7 @@ def test_planned_buffers_are_those_that_a_chunk_allocates(
     divergence: str, with_labels: bool
 ) -> None:
     """The loss on labels has one more buffer. The divergence of the largest 7 has smaller ones."""
-    labels = torch.randint(VOCABULARY, (TOKENS,)) if with_labels else None
+    labels = LABELS if with_labels else None
     targets = LossTargets(make_logits(0).float(), labels, (1.0, 0.5))
     for top, buffers in ((None, LOSS_BUFFERS[divergence]), (7, TOP_K_LOSS_BUFFERS)):
         student, loss = make_logits(1).float(), LogitsLoss(divergence, top_k=top)

