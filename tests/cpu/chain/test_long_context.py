@@ -71,6 +71,7 @@ def test_distill_long_continues_from_the_student_of_distill(
         Architecture(**(manifest.architecture or {}))
         for manifest in (exported, manifest_of(run, "import_hf"))
     )
+    assert (student_shape.hidden_size, student_shape.ffn_hidden_size) == (48, 96)
     assert student_shape.max_position_embeddings == teacher_shape.max_position_embeddings
     # Steps · sequences per step · tokens per sequence.
     assert first.result(DistillationResult).tokens == 4 * 4 * 64

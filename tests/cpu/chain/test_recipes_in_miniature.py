@@ -23,12 +23,12 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 RECIPES = sorted(
     path.stem
     for path in (CONF / "recipe").glob("*.yaml")
-    # test_chain and test_search run the other recipes, and the last test here runs "shrink".
-    if not path.stem.endswith(("_prune", "_search", "_2.5b", "shrink"))
+    # test_chain, test_search and test_long_context run the other recipes, and the last test here
+    # runs "shrink".
+    if not path.stem.endswith(("_prune", "_search", "_2.5b", "shrink", "mistral_nemo_12b_width"))
 )
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
     "Qwen3ForCausalLM": "qwen3",
 }
 """``model_type`` of a tiny model, by the Hugging Face architecture of the recipe's model."""
