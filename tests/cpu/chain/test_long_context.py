@@ -18,6 +18,7 @@ from recipes.core.manifest import ARTIFACT
 from recipes.distillation.results import DistillationResult
 from tests.support.in_process import run_successfully
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.pages import table
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
@@ -85,8 +86,8 @@ def test_distill_long_continues_from_the_student_of_distill(
     assert exported_weights.read(name).equal(second_weights[name])
     assert not first_weights[name].equal(second_weights[name])
     page = (run / "report" / ARTIFACT / "report.html").read_text()
-    phases_table = page[page.index('id="table-phases"') :].partition("</table>")[0]
-    assert phases_table.index(">distill<") < phases_table.index(">distill_long<")
+    phases = table(page, "phases")
+    assert phases.index(">distill<") < phases.index(">distill_long<")
     assert "novel.txt" in page
     card = (run / "export_hf" / ARTIFACT / "README.md").read_text()
     for line in (

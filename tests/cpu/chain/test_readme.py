@@ -21,6 +21,7 @@ from recipes.data.sources import source_names
 from tests.support.folders import write_folder
 from tests.support.forked import run_forked
 from tests.support.in_process import run_in_process
+from tests.unit.conftest import LLAMA_CONFIG
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 """Matches a block of code in Markdown; its groups are the language and the code."""
@@ -52,17 +53,7 @@ NEEDS_RUN = {
 """Arguments that need complete stages, with part of their error message in a new run directory."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
+MODEL_CONFIG = {**LLAMA_CONFIG, "num_hidden_layers": 32}
 """``config.json`` of the models that commands name as a folder, such as ``my_model``."""
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
 TEXTS = {  # many copies, because the plan refuses text that cannot fill a batch
@@ -75,7 +66,8 @@ SHORT_DEMO = (
     "stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
     "stages.score.num_calibration_samples=8 stages.score.num_loss_samples=1 "
-    "stages.evaluate.num_sequences=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.evaluate.num_sequences=8 stages.evaluate.num_generations=1 "
+    "stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
     "stages.build_engine.num_sequences=2 stages.build_teacher_engine.num_sequences=2 "
     "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "
     "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
