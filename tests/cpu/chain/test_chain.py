@@ -232,19 +232,24 @@ def test_the_kl_that_healing_removed_is_reported(tiny_run: Path) -> None:
     assert {result.kl_pruned, result.kl_healed} <= Page(page).numbers()
 
 
-def test_second_run_only_removes_leftover_work(
+def test_second_run_does_nothing(tiny_run: Path, teacher: Path, text_file: Path) -> None:
+    times_before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
+    result = run_recipe(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
+    assert result.code == 0, result.output
+    assert "everything was complete, nothing ran" in result.output
+    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == times_before
+
+
+def test_leftover_work_of_a_complete_stage_is_removed(
     tiny_run: Path, teacher: Path, text_file: Path
 ) -> None:
-    times_before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
     work = tiny_run / "distill" / WORK
     work.mkdir()
     # BEGUN has the manifest of the start that made ``work``. It equals that of the result.
     shutil.copy(tiny_run / "distill" / MANIFEST, work / BEGUN)
-    result = run_recipe(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
-    assert result.code == 0, result.output
+    result = run_in_process(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
     assert "everything was complete, nothing ran" in result.output
     assert not work.exists()
-    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == times_before
 
 
 def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> None:

@@ -80,16 +80,11 @@ TEACHER_INPUTS = {"checkpoint": "import_hf", "importance": "score"}
 """Stages that make a search's inputs about the teacher, by input name."""
 HALVING_INPUTS = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
 """Stages that make the inputs of ``successive_halving``, by input name."""
-RANK_SETTINGS = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
 
 def inputs_of(run_dir: Path, **stages: str) -> dict[str, Input]:
     """Returns complete stages of a run, given by input name, as inputs of another stage."""
     return {n: Input(run_dir / s, manifest_of(run_dir, s)) for n, s in stages.items()}
-
-
-def teacher_shape_of(run_dir: Path) -> Architecture:
-    return nemo.architecture_of(nemo.find_checkpoint(run_dir / "import_hf" / ARTIFACT))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +102,8 @@ def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER_INPUTS, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    run_stage(rank_candidates, run, inputs, **RANK_SETTINGS, **length)
+    settings = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
+    run_stage(rank_candidates, run, inputs, **settings, **length)
     return run
 
 
@@ -190,7 +186,7 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
 @pytest.mark.parametrize(("healed", "fix"), [(True, "num_healed=0"), (False, "precision=32")])
 def test_a_proxy_that_is_nan_is_refused(ranked_run: Path, healed: bool, fix: str) -> None:
     """The proxy is the setting's default metric, the KL to the teacher."""
-    shape = teacher_shape_of(ranked_run)
+    shape = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     quality = TokenQuality(perplexity=9.0, kl_to_teacher=math.nan)
     with pytest.raises(RecipeError, match=f"not a number(?s:.*){fix}"):
         _candidate(RankCandidatesConfig(), shape, quality, healed)
@@ -270,7 +266,7 @@ def test_measured_latency_changes_the_shapes_within_a_budget(
     budget = Budget(latency_ms=0.8)  # at most 1, so a fraction of the teacher's latency
     cfg = EnumerateShapesConfig(budget=budget, space=SPACE, service=SERVICE)
     inputs = {"latency": Input(ranked_run, timed_manifest)}
-    shape = teacher_shape_of(ranked_run)
+    shape = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     measured_cfg = cfg.with_measured_latency(inputs)
     assert measured_cfg.service.measured is not None
     roofline_shapes = cfg.shapes(shape)
@@ -364,7 +360,7 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     recipe = OmegaConf.load(out / "recipe.yaml")
     settings = recipe.stages.prune.items()
     sizes = {n.removeprefix("target_"): size for n, size in settings if n.startswith("target_")}
-    teacher = teacher_shape_of(ranked_run)
+    teacher = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     assert pruned_shape(teacher, PruneTargets(**sizes)) == winner.shape
 
 
