@@ -132,7 +132,8 @@ def test_llama_cpp_generates_the_text_of_transformers(
 ) -> None:
     """Compares texts without, then with a repetition penalty in the student's generation config.
 
-    Both use the same server, because the client sends the penalty with each request.
+    Both use the same server, because the client sends the penalty with each request. The client
+    also reports progress after each text, because the watchdog stops a stage without progress.
     """
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     prompts = ("The history of the", "A river is a")
@@ -144,9 +145,12 @@ def test_llama_cpp_generates_the_text_of_transformers(
     add_generation_settings(folder, repetition_penalty=1.9)
     penalized_student = packed_model(folder)
     address = llama.base_url.removesuffix("/v1/completions")
-    penalized_texts = served_lm.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
+    client, reports = served_lm.LlamaCppLM(address, folder, LENGTH), []
+    client.progress = lambda done, total: reports.append((done, total))
+    penalized_texts = client.generate_until(instances)
     assert penalized_texts == penalized_student.generate_until(instances)
     assert penalized_texts != expected
+    assert reports == [(1, 2), (2, 2)]
 
 
 def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
