@@ -14,7 +14,7 @@ from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference, margin95
 from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig
-from recipes.evaluation.results import Differences, SourceQuality, TextQuality
+from recipes.evaluation.results import Differences, SourceQuality
 from recipes.planning.inference_cost import ABLATED_FRACTION
 from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
@@ -233,13 +233,8 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
 
 
 def test_quality_is_shown_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> None:
-    model = TextQuality(
-        loss=3.0265,
-        loss_standard_error=0.05,
-        perplexity=20.625,
-        kl_to_teacher=0.375,
-        top1_agreement=0.6875,
-    )
+    engine = RESULTS["build_engine"].quality.engine
+    model = replace(engine, perplexity=20.625, kl_to_teacher=0.375)
     quality = SourceQuality(
         model, model, model, sequences=20, tokens=5120, predictions=5100, recovered=None
     )
