@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 
 from launch.executors.local import PRELOADED
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import read_manifest
 from recipes.data.sources import source_names
 from tests.support.folders import write_folder
 from tests.support.forked import run_forked
 from tests.support.in_process import run_in_process
+from tests.support.runs import manifest_of
 from tests.unit.conftest import LLAMA_CONFIG
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -99,14 +99,11 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_recovers_a_tenth_of_the_pruning_loss_of_the_real_model(demo_run: Path) -> None:
-    evaluation = read_manifest(demo_run / "evaluate")
-    teacher = read_manifest(demo_run / "import_hf")
-    assert evaluation is not None
-    assert teacher is not None
+    teacher = manifest_of(demo_run, "import_hf")
     assert teacher.parameters == 134_515_008  # SmolLM2-135M
     assert teacher.metrics["licence"] == "apache-2.0"
     assert teacher.metrics["parity_max_logit_difference"] < 1e-3
-    metrics = evaluation.metrics
+    metrics = manifest_of(demo_run, "evaluate").metrics
     data = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
     assert set(metrics["sources"]) == {*source_names([*data.heldout_sources, *data.sources])}
     # A correctly converted teacher has perplexities below these limits.
@@ -145,7 +142,7 @@ def test_launcher_commands_can_be_planned(command: str, tmp_path: Path) -> None:
 
 
 def test_conversion_commands_run(odd_llama: Path, tmp_path: Path) -> None:
-    """Runs each command in a new process, without the patches that an earlier command applied."""
+    """Runs each command in a fork, without the patches that an earlier command applied."""
     conversions = commands_with_prefix("python -m nemo_convert")
     assert len(conversions) == 4
     for command in conversions:
