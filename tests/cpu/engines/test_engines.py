@@ -71,8 +71,7 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
     def build_and_check(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
         stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"  # a new name in each call
-        out = stage / "work" / ARTIFACT
-        out.mkdir(parents=True)
+        out = make_artifact_folder(tmp_path, stage.name)
         inputs = {
             "checkpoint": as_input(stage / "checkpoint", "checkpoint_hf", artifact=folder),
             "data": as_input(stage / "data", "dataset", dataset_result(data), data),
@@ -240,8 +239,7 @@ def test_quantized_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
     """The files have ModelOpt's format. FP8 weights differ from the model's only by rounding."""
-    out = tmp_path / "work" / ARTIFACT
-    out.mkdir(parents=True)
+    out = make_artifact_folder(tmp_path, "quantize")
     inputs = {
         "checkpoint": as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=aligned),
         "calibration": as_input(tmp_path / "data", "dataset", dataset_result(data), data),
