@@ -63,7 +63,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
         "stages.prepare_data.processes=1",
         "tasks=null",  # test_chain and test_tasks run benchmarks
         "engine=null",  # TensorRT-LLM needs a GPU
-        *settings("score", num_calibration_samples=64, **{"resources.devices": 2}),
+        *settings("score", num_calibration_samples=16, **{"resources.devices": 2}),
         "stages.prune.drop_layers=[]",  # a recipe drops layers that the tiny model does not have
         *settings("prune", **targets),
         *settings("distill", **DISTILL),
