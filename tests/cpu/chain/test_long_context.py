@@ -33,11 +33,6 @@ def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
     prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"  # only phase 2 reads the novel
     prose.write_text("\n\n".join(texts[:-200]))
     novel.write_text("\n\n".join(texts[-200:]))
-    long_layout = {
-        "tensor_model_parallel_size": 2,
-        "context_parallel_size": 1,
-        "resources.devices": 2,
-    }
     run_successfully(
         "recipe=mistral_nemo_12b_width",
         "long_context=32k",
@@ -52,7 +47,9 @@ def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
         *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
         *settings("distill", **DISTILL),
-        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | long_layout)),
+        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256})),
+        *settings("distill_long", tensor_model_parallel_size=2, context_parallel_size=1),
+        "stages.distill_long.resources.devices=2",
         *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 1}),
         cwd=tmp_path,
     )
