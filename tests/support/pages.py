@@ -1,9 +1,13 @@
-"""Reads the HTML pages of reports."""
+"""Renders reports with changed results, and reads their HTML."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+
+from recipes.core.stage import Input
+from tests.support.reports import render_page, with_result
 
 PLOTS = (
     "plot-quality",
@@ -80,3 +84,17 @@ def section(text: str, name: str) -> str:
     """Returns the HTML of the section with the id ``name``. ``text`` is the HTML of the page."""
     start = text.index(f'<section id="{name}">')
     return text[start:].partition("</section>")[0] + "</section>"
+
+
+def table(text: str, name: str) -> str:
+    """Returns the HTML of the table with the id ``table-NAME``, without its first tag."""
+    return text[text.index(f'id="table-{name}"') :].partition("</table>")[0]
+
+
+def render_with(inputs: dict[str, Input], folder: Path, **results: Any) -> str:
+    """Renders a report into a folder and returns its HTML.
+
+    ``results`` replaces the results of inputs, by the name of the input.
+    """
+    changed = {name: with_result(inputs[name], result) for name, result in results.items()}
+    return render_page({**inputs, **changed}, folder)

@@ -46,9 +46,9 @@ def test_students_give_the_same_outputs_in_transformers_4_and_5(
         run_dir = tmp_path / f"{teacher.name}-run"
         run_successfully(
             "recipe=llama_width_prune",
-            "tasks=null",
-            "engine=null",
+            *("tasks=null", "engine=null"),
             *tiny(teacher, text_file, run_dir),
+            *settings("score", num_calibration_samples=8),
             *settings("prune", target_hidden_size=40, hidden_size_divisor=8, **targets),
             *settings("prune", ffn_hidden_size_divisor=8, target_num_attention_heads=5),
             *settings("distill", **DISTILL),

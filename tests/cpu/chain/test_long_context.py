@@ -18,6 +18,7 @@ from recipes.core.manifest import ARTIFACT
 from recipes.distillation.results import DistillationResult
 from tests.support.in_process import run_successfully
 from tests.support.models import EVEN, write_tiny_model
+from tests.support.pages import table
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
@@ -32,11 +33,6 @@ def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
     prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"  # only phase 2 reads the novel
     prose.write_text("\n\n".join(texts[:-200]))
     novel.write_text("\n\n".join(texts[-200:]))
-    long_layout = {
-        "tensor_model_parallel_size": 2,
-        "context_parallel_size": 1,
-        "resources.devices": 2,
-    }
     run_successfully(
         "recipe=mistral_nemo_12b_width",
         "long_context=32k",
@@ -51,7 +47,9 @@ def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
         *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
         *settings("distill", **DISTILL),
-        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | long_layout)),
+        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256})),
+        *settings("distill_long", tensor_model_parallel_size=2, context_parallel_size=1),
+        "stages.distill_long.resources.devices=2",
         *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 1}),
         cwd=tmp_path,
     )
@@ -71,6 +69,7 @@ def test_distill_long_continues_from_the_student_of_distill(
         Architecture(**(manifest.architecture or {}))
         for manifest in (exported, manifest_of(run, "import_hf"))
     )
+    assert (student_shape.hidden_size, student_shape.ffn_hidden_size) == (48, 96)
     assert student_shape.max_position_embeddings == teacher_shape.max_position_embeddings
     # Steps · sequences per step · tokens per sequence.
     assert first.result(DistillationResult).tokens == 4 * 4 * 64
@@ -84,8 +83,8 @@ def test_distill_long_continues_from_the_student_of_distill(
     assert exported_weights.read(name).equal(second_weights[name])
     assert not first_weights[name].equal(second_weights[name])
     page = (run / "report" / ARTIFACT / "report.html").read_text()
-    phases_table = page[page.index('id="table-phases"') :].partition("</table>")[0]
-    assert phases_table.index(">distill<") < phases_table.index(">distill_long<")
+    phases = table(page, "phases")
+    assert phases.index(">distill<") < phases.index(">distill_long<")
     assert "novel.txt" in page
     card = (run / "export_hf" / ARTIFACT / "README.md").read_text()
     for line in (

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from launch.executors.local import PRELOADED
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import read_manifest
 from recipes.data.sources import source_names
 from tests.support.folders import write_folder
+from tests.support.forked import run_forked
 from tests.support.in_process import run_in_process
+from tests.support.runs import manifest_of
+from tests.unit.conftest import LLAMA_CONFIG
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 """Matches a block of code in Markdown; its groups are the language and the code."""
@@ -50,23 +53,21 @@ NEEDS_RUN = {
 """Arguments that need complete stages, with part of their error message in a new run directory."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
+MODEL_CONFIG = {**LLAMA_CONFIG, "num_hidden_layers": 32}
 """``config.json`` of the models that commands name as a folder, such as ``my_model``."""
+MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+TEXTS = {  # many copies, because the plan refuses text that cannot fill a batch
+    "my.jsonl": '{"text": "one document of a few words"}\n' * 200_000,
+    "my_chats.jsonl": f"{json.dumps({'messages': MESSAGES})}\n" * 20_000,
+}
+"""Text files that commands name."""
 SHORT_DEMO = (
-    "data.seq_length=128 stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
+    "data.seq_length=128 data.max_tokens=200000 stages.score.seq_length=32 "
+    "stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
     "stages.score.num_calibration_samples=8 stages.score.num_loss_samples=1 "
-    "stages.evaluate.num_sequences=8 stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
+    "stages.evaluate.num_sequences=8 stages.evaluate.num_generations=1 "
+    "stages.evaluate.new_tokens=8 stages.evaluate_tasks.limit=2 "
     "stages.build_engine.num_sequences=2 stages.build_teacher_engine.num_sequences=2 "
     "stages.measure_speed.batch_sizes=[1] stages.measure_speed.prompt_tokens=[32] "
     "stages.measure_speed.repetitions=1 stages.measure_speed.new_tokens=8"
@@ -98,14 +99,11 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_recovers_a_tenth_of_the_pruning_loss_of_the_real_model(demo_run: Path) -> None:
-    evaluation = read_manifest(demo_run / "evaluate")
-    teacher = read_manifest(demo_run / "import_hf")
-    assert evaluation is not None
-    assert teacher is not None
+    teacher = manifest_of(demo_run, "import_hf")
     assert teacher.parameters == 134_515_008  # SmolLM2-135M
     assert teacher.metrics["licence"] == "apache-2.0"
     assert teacher.metrics["parity_max_logit_difference"] < 1e-3
-    metrics = evaluation.metrics
+    metrics = manifest_of(demo_run, "evaluate").metrics
     data = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
     assert set(metrics["sources"]) == {*source_names([*data.heldout_sources, *data.sources])}
     # A correctly converted teacher has perplexities below these limits.
@@ -132,10 +130,9 @@ def test_launcher_commands_can_be_planned(command: str, tmp_path: Path) -> None:
         if model in command:
             (tmp_path / model).parent.mkdir(parents=True, exist_ok=True)
             write_folder(tmp_path / model, MODEL_CONFIG)
-    # Many copies, because the plan refuses text that cannot fill a batch.
-    (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
-    (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
+    for name, text in TEXTS.items():
+        if name in command:
+            (tmp_path / name).write_text(text)
     result = run_in_process(*extra, *arguments, cwd=tmp_path)
     expected_errors = [NEEDS_RUN[argument] for argument in arguments if argument in NEEDS_RUN]
     if expected_errors:
@@ -144,49 +141,29 @@ def test_launcher_commands_can_be_planned(command: str, tmp_path: Path) -> None:
         assert result.code == (0 if arguments else 1), result.output
 
 
-def test_conversion_commands_run(demo_run: Path, tmp_path: Path) -> None:
-    """Runs each command in a new process, without the patches that an earlier command applied."""
+def test_conversion_commands_run(odd_llama: Path, tmp_path: Path) -> None:
+    """Runs each command in a fork, without the patches that an earlier command applied."""
     conversions = commands_with_prefix("python -m nemo_convert")
-    # "check" comes last. The other commands depend on each other and keep their order.
-    conversions.sort(key=lambda command: "check" in command)
     assert len(conversions) == 4
     for command in conversions:
-        arguments = shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        folder = "runs/llama_depth_prune/export_hf/artifact"
+        arguments = shlex.split(command.replace(folder, str(odd_llama)))[1:]
+        done = run_forked(PRELOADED, arguments, os.environ, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
 
 
-def test_the_only_python_example_generates_text(demo_run: Path, tmp_path: Path) -> None:
-    [code] = [block for language, block in BLOCKS if language == "python"]
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("runs/llama_depth_prune", str(demo_run))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) > 3  # words that the engine generated
-
-
-def test_the_command_in_the_report_generates_text_with_the_engine(demo_run: Path) -> None:
+def test_python_examples_generate_text_with_the_engine(
+    demo_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One example is in the documents, the other in the report."""
+    [example] = [block for language, block in BLOCKS if language == "python"]
     report = (demo_run / "report" / "artifact" / "report.html").read_text()
-    [arguments] = re.findall(r"<code>python (-c .*?)</code>", report)
-    command = [sys.executable, *shlex.split(html.unescape(arguments))]
-    done = subprocess.run(
-        command, cwd=demo_run, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) > 3  # words that the engine generated
+    [argument] = re.findall(r"<code>python -c (.*?)</code>", report)
+    [report_example] = shlex.split(html.unescape(argument))
+    monkeypatch.chdir(demo_run)
+    for code in (example.replace("runs/llama_depth_prune", str(demo_run)), report_example):
+        exec(code, {})
+        assert len(capsys.readouterr().out.split()) > 3  # words that the engine generated
 
 
 def test_every_command_starts_with_a_tested_prefix() -> None:

@@ -23,12 +23,12 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 RECIPES = sorted(
     path.stem
     for path in (CONF / "recipe").glob("*.yaml")
-    # test_chain and test_search run the other recipes, and the last test here runs "shrink".
-    if not path.stem.endswith(("_prune", "_search", "_2.5b", "shrink"))
+    # test_chain, test_search and test_long_context run the other recipes, and the last test here
+    # runs "shrink".
+    if not path.stem.endswith(("_prune", "_search", "_2.5b", "shrink", "mistral_nemo_12b_width"))
 )
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
     "Qwen3ForCausalLM": "qwen3",
 }
 """``model_type`` of a tiny model, by the Hugging Face architecture of the recipe's model."""
@@ -63,7 +63,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
         "stages.prepare_data.processes=1",
         "tasks=null",  # test_chain and test_tasks run benchmarks
         "engine=null",  # TensorRT-LLM needs a GPU
-        *settings("score", num_calibration_samples=64, **{"resources.devices": 2}),
+        *settings("score", num_calibration_samples=16, **{"resources.devices": 2}),
         "stages.prune.drop_layers=[]",  # a recipe drops layers that the tiny model does not have
         *settings("prune", **targets),
         *settings("distill", **DISTILL),

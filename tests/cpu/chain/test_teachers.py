@@ -31,20 +31,13 @@ TEACHER_CHAT = "teacher://chat#tokens=600"
 
 
 def run_distillation(model: Path, texts: str, run_dir: Path, *overrides: str) -> CommandResult:
-    distill = {
-        "precision": 32,
-        "top_k": "null",
-        "lr": 1e-3,
-        "max_steps": STEPS,
-        "warmup_steps": 1,
-        "val_check_interval": STEPS,
-    }
     return run_in_process(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
         # With only 2 of 4 layers, losses are much larger than rounding errors.
         "stages.prune.target_num_layers=2",
-        *settings("distill", **distill),
+        *settings("distill", precision=32, top_k="null", lr=1e-3),
+        *settings("distill", max_steps=STEPS, warmup_steps=1, val_check_interval=STEPS),
         *overrides,
         cwd=run_dir.parent,
     )

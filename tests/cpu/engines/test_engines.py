@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import TOKENIZER_FILES, Weights, copy_side_files, load_causal_lm
 from nemo_convert.hf_config import read_architecture
@@ -40,7 +39,7 @@ from recipes.search.space import Service, weight_bytes
 from recipes.stages import build_engine, quantize
 from tests.support.disks import small_disk
 from tests.support.manifests import as_input, dataset_result
-from tests.support.models import EVEN, write_tiny_model
+from tests.support.models import EVEN, ODD, write_tiny_model
 from tests.support.runs import make_artifact_folder
 
 Build = Callable[..., tuple[Path, Outcome]]
@@ -72,8 +71,7 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
     def build_and_check(folder: Path, **settings: Any) -> tuple[Path, Outcome]:
         stage = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"  # a new name in each call
-        out = stage / "work" / ARTIFACT
-        out.mkdir(parents=True)
+        out = make_artifact_folder(tmp_path, stage.name)
         inputs = {
             "checkpoint": as_input(stage / "checkpoint", "checkpoint_hf", artifact=folder),
             "data": as_input(stage / "data", "dataset", dataset_result(data), data),
@@ -89,52 +87,42 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     return build_and_check
 
 
-@pytest.fixture(scope="module")
-def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with norms of queries and keys, 14 heads in 7 groups, and tied embeddings.
-
-    Its head size is not ``hidden_size`` divided by the number of heads.
-    """
-    shape = {
-        "hidden_size": 56,
-        "intermediate_size": 100,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 7,
-        "head_dim": 12,
-        "tie_word_embeddings": True,
-    }
-    folder = tmp_path_factory.mktemp("qwen3") / "qwen3"
-    return write_tiny_model(folder, text_file, "qwen3", **shape, train=False, dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def seven_groups(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with 7 heads in 7 groups and an untied head; no size is a multiple of 32."""
-    shape = {
-        **EVEN,
-        "hidden_size": 56,
-        "intermediate_size": 108,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "num_attention_heads": 7,
-        "num_key_value_heads": 7,
-        "vocab_size": 301,
-    }
-    folder = tmp_path_factory.mktemp("seven") / "seven"
-    return write_tiny_model(folder, text_file, **shape, train=False)
+SEVEN_GROUPS = {
+    **EVEN,
+    "hidden_size": 56,
+    "intermediate_size": 108,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 7,
+    "vocab_size": 301,
+}
+"""A shape with 7 heads in 7 groups and an untied head; no size is a multiple of 32."""
+ODD_QWEN3 = {
+    **ODD,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 7,
+    "head_dim": 12,
+    "dtype": torch.bfloat16,
+}
+"""A shape with tied embeddings, and 14 heads in 7 groups, for a model with norms of queries and
+keys. The head size is not ``hidden_size`` divided by the number of heads."""
 
 
-@pytest.mark.parametrize("name", ["odd_llama", "seven_groups", "odd_qwen3"])
-def test_float32_engines_generate_the_tokens_of_transformers(
-    name: str, build: Build, request: pytest.FixtureRequest
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama", ODD), ("llama", SEVEN_GROUPS), ("qwen3", ODD_QWEN3)]
+)
+def test_float32_engines_generate_the_tokens_of_their_own_model_only(
+    family: str, shape: dict[str, Any], build: Build, text_file: Path, tmp_path: Path
 ) -> None:
-    folder: Path = request.getfixturevalue(name)
+    folder = write_tiny_model(tmp_path / "model", text_file, family, **shape, train=False)
     engine, outcome = build(folder)
     result = outcome.result
     assert result.max_logit_difference < 1e-4
     assert result.greedy_margin < 1e-4
-    # Also a bfloat16 checkpoint (``odd_qwen3``) gives a float32 engine, so that the engines of a
+    # Also a bfloat16 checkpoint (``ODD_QWEN3``) gives a float32 engine, so that the engines of a
     # teacher and a student have equal types.
     assert not {"bf16", "f16"} & result.weight_types.keys()
     assert result.quality.engine.kl_to_teacher < 1e-6
@@ -152,6 +140,13 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     for pattern in TOKENIZER_FILES:
         for file in folder.glob(pattern):
             assert (engine / file.name).exists()
+    source.model.layers[1].mlp.down_proj.weight.data *= 1.5
+    other = tmp_path / "other"
+    source.save_pretrained(other)
+    copy_side_files(folder, other)
+    cfg = BuildEngineConfig(stage="build_engine")
+    with pytest.raises(RecipeError, match="engine check failed"):
+        compare_engine(cfg, other, engine, None, MetricsLog(None))
 
 
 def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) -> None:
@@ -216,24 +211,11 @@ def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
         assert "free some space" in str(problem)
 
 
-def test_ineffective_compression_is_refused(build: Build, odd_llama: Path) -> None:
+def test_ineffective_compression_is_refused(build: Build, text_file: Path, tmp_path: Path) -> None:
     """Layers keep 8 bits: no width is a multiple of 64, nor of 32, NNCF's smallest fallback."""
+    folder = write_tiny_model(tmp_path / "model", text_file, **SEVEN_GROUPS, train=False)
     with pytest.raises(RecipeError, match="set a group_size"):
-        build(odd_llama, precision="int4", group_size=64)
-
-
-def test_an_engine_of_another_model_is_refused(
-    build: Build, seven_groups: Path, tmp_path: Path
-) -> None:
-    engine, _ = build(seven_groups)
-    model = AutoModelForCausalLM.from_pretrained(seven_groups)
-    model.model.layers[1].mlp.down_proj.weight.data *= 1.5
-    other = tmp_path / "other"
-    model.save_pretrained(other)
-    copy_side_files(seven_groups, other)
-    cfg = BuildEngineConfig(stage="build_engine")
-    with pytest.raises(RecipeError, match="engine check failed"):
-        compare_engine(cfg, other, engine, None, MetricsLog(None))
+        build(folder, precision="int4", group_size=64)
 
 
 def test_greedy_margin_is_zero_only_for_the_likeliest_tokens(odd_llama: Path) -> None:
@@ -257,8 +239,7 @@ def test_quantized_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
     """The files have ModelOpt's format. FP8 weights differ from the model's only by rounding."""
-    out = tmp_path / "work" / ARTIFACT
-    out.mkdir(parents=True)
+    out = make_artifact_folder(tmp_path, "quantize")
     inputs = {
         "checkpoint": as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=aligned),
         "calibration": as_input(tmp_path / "data", "dataset", dataset_result(data), data),

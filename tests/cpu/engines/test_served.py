@@ -7,16 +7,15 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import requests
 import torch
@@ -28,9 +27,10 @@ from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, read_manifest, write_manifest
 from recipes.core.metrics import METRICS, MetricsLog
-from recipes.core.run_state import InputRef, Request
+from recipes.core.run_state import InputRef, request_of
 from recipes.core.stage import Input
 from recipes.core.stage_process import start_command
+from recipes.core.worker import run_stage
 from recipes.data.token_sequences import TextSequences
 from recipes.engines import served, served_lm, server
 from recipes.engines.results import EngineResult
@@ -86,15 +86,9 @@ def packed_model(folder: Path) -> packed_lm.PackedLM:
 
 
 def child_processes() -> set[int]:
-    """Returns the process ids of this process's living children."""
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    children = set()
-    for stat in stats:
-        # The format is: process id (name) state parent ... The name may contain spaces.
-        state, parent = stat.rpartition(")")[2].split()[:2]
-        if int(parent) == os.getpid() and state != "Z":  # Z: a zombie, which has ended
-            children.add(int(stat.split()[0]))
-    return children
+    """Returns the process ids of this process's children that have not ended."""
+    children = psutil.Process().children()
+    return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
@@ -112,10 +106,9 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     context = llama.tok_encode("The history of the")
     likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
     other = (likeliest + 1) % 293  # the vocabulary has 293 tokens
-    _, is_likeliest = llama.token_score(context, likeliest)
-    assert is_likeliest
-    _, is_likeliest = llama.token_score(context, other)
-    assert not is_likeliest
+    for token in (likeliest, other):
+        _, is_likeliest = llama.token_score(context, token)
+        assert is_likeliest == (token == likeliest)
 
 
 def test_llama_cpp_gives_the_losses_of_transformers(
@@ -139,7 +132,8 @@ def test_llama_cpp_generates_the_text_of_transformers(
 ) -> None:
     """Compares texts without, then with a repetition penalty in the student's generation config.
 
-    Both use the same server, because the client sends the penalty with each request.
+    Both use the same server, because the client sends the penalty with each request. The client
+    also reports progress after each text, because the watchdog stops a stage without progress.
     """
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     prompts = ("The history of the", "A river is a")
@@ -151,9 +145,12 @@ def test_llama_cpp_generates_the_text_of_transformers(
     add_generation_settings(folder, repetition_penalty=1.9)
     penalized_student = packed_model(folder)
     address = llama.base_url.removesuffix("/v1/completions")
-    penalized_texts = served_lm.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
+    client, reports = served_lm.LlamaCppLM(address, folder, LENGTH), []
+    client.progress = lambda done, total: reports.append((done, total))
+    penalized_texts = client.generate_until(instances)
     assert penalized_texts == penalized_student.generate_until(instances)
     assert penalized_texts != expected
+    assert reports == [(1, 2), (2, 2)]
 
 
 def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
@@ -277,15 +274,25 @@ def gguf_inputs(root: Path, folder: Path, weight_type: str) -> dict[str, Input]:
     }
 
 
-def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Path) -> None:
-    children_before = child_processes()
-    inputs = gguf_inputs(tmp_path, even_llama, "q8_0")
-    result = evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage")).result
+Comparison = tuple[dict[str, Input], ServedResult]  # inputs of a stage and its result
+
+
+@pytest.fixture(scope="module")
+def compared(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Inputs of ``evaluate_served`` with a q8_0 file, and its result."""
+    root, children_before = tmp_path_factory.mktemp("compared"), child_processes()
+    inputs = gguf_inputs(root, even_llama, "q8_0")
+    result = evaluate_served.run(config(), inputs, make_artifact_folder(root, "stage")).result
+    assert child_processes() <= children_before
+    return inputs, result
+
+
+def test_a_gguf_file_is_compared_with_its_student(compared: Comparison) -> None:
+    _, result = compared
     assert (result.server, result.precision, result.text) == ("llama_cpp", "q8_0", None)
     difference = result.tasks["sciq"].answers.difference  # of mean log-likelihoods
     assert 0 < abs(difference.value) < 1  # quantization changes these, but only a little
     assert difference.low < difference.value < difference.high
-    assert child_processes() <= children_before
 
 
 def test_the_student_in_bfloat16_keeps_the_frequencies_of_rope_in_float32(
@@ -320,16 +327,14 @@ def test_the_context_of_llama_cpp_holds_a_sequence_of_text(
 
 
 def test_a_killed_stage_gives_the_same_result_after_a_restart(
-    even_llama: Path, tmp_path: Path
+    compared: Comparison, tmp_path: Path
 ) -> None:
-    inputs, stage = gguf_inputs(tmp_path, even_llama, "q8_0"), tmp_path / "stage"
+    inputs, uninterrupted = compared
+    stage = tmp_path / "stage"
     for item in inputs.values():
         write_manifest(item.directory, item.manifest)
     references = {name: InputRef.of(item.directory) for name, item in inputs.items()}
-    request = Request(
-        "evaluate_served", fingerprint="f", code="c", inputs=references, config=asdict(config())
-    )
-    request_file = request.write(stage)
+    request_file = request_of("evaluate_served", config(), references).write(stage)
     command = start_command(evaluate_served.__name__, request_file, 1, sys.executable)
     process = subprocess.Popen(command, start_new_session=True)
     while not (stage / METRICS).exists():  # written while the model is served
@@ -338,11 +343,10 @@ def test_a_killed_stage_gives_the_same_result_after_a_restart(
     process.kill()
     process.wait()
     assert read_manifest(stage) is None
-    subprocess.run(command, check=True)
+    # Restarts the stage in this process.
+    run_stage(evaluate_served.run, EvaluateServedConfig, evaluate_served.STAGE.kind, stage)
     manifest = read_manifest(stage)
     assert manifest is not None
-    out = make_artifact_folder(tmp_path, "uninterrupted")
-    uninterrupted = evaluate_served.run(config(), inputs, out).result
     assert manifest.result(ServedResult).tasks == uninterrupted.tasks
 
 
@@ -389,12 +393,7 @@ def test_a_server_stops_if_its_stage_is_killed(gguf: Path) -> None:
     assert stage.stdout is not None
     while "ready" not in (line := stage.stdout.readline()):
         assert line  # an empty line means that the stage has ended
+    [llama_server] = psutil.Process(stage.pid).children()
     stage.kill()
     stage.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex((server.HOST, port)):  # not 0: no program listens on the port
-                return
-        time.sleep(0.1)
-    pytest.fail("the server still listens")
+    llama_server.wait(timeout=20)  # raises an error if the server still runs

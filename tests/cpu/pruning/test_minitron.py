@@ -29,7 +29,6 @@ from recipes.pruning.kept import (
     layers_to_keep,
     prune_weight,
     select_indices,
-    student_name,
 )
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.results import PruneResult, ScoreResult
@@ -346,11 +345,9 @@ def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path
     assert not (tmp_path / "even.nemo").exists()
 
 
-def test_unknown_weights_are_refused_and_weights_of_dropped_layers_skipped() -> None:
+def test_unknown_weights_are_refused() -> None:
     with pytest.raises(RecipeError, match="add its axes to AXES"):
         prune_weight("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
-    weight_of_layer_3 = "model.layers.2.mlp.up_proj.weight"  # names count layers from 0
-    assert student_name(weight_of_layer_3, KeptIndices([1, 2], {})) is None
 
 
 RANK_SCRIPT = """
@@ -379,13 +376,10 @@ def score_on_ranks(
     return Importance.load(folder)
 
 
-# Each layout is (ranks, pipeline stages).
-@pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"])
-def test_several_ranks_give_the_scores_of_one_rank(
-    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, layout: Any
+def test_two_data_parallel_pipelines_give_the_scores_of_one_rank(
+    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    scores = score_on_ranks(teacher, calibration, *layout, tmp_path)
-    assert scores.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
+    scores = score_on_ranks(teacher, calibration, 4, 2, tmp_path)  # 2 pipelines of 2 stages
     assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
     assert_same_scores(scores, importance)
 

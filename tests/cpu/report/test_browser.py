@@ -88,15 +88,13 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
     pytest.fail(f"{program} hung in every attempt; their time limits were {TIMEOUTS} seconds")
 
 
-def console_errors(page: Path, folder: Path) -> list[str]:
-    """Returns the messages that the page writes to the browser's console."""
-    output = chromium(folder / "console", page, "--dump-dom", "--enable-logging=stderr")
-    assert 'class="card' in output  # the page was loaded
+def console_errors(output: str) -> list[str]:
+    """Returns the messages in Chromium's output that a page wrote to the browser's console."""
     return [line for line in output.splitlines() if "CONSOLE" in line]
 
 
-def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
-    """Returns the layout of the page in a frame of ``width`` pixels.
+def inspect(page: Path, folder: Path, width: int = PHONE) -> tuple[dict[str, Any], list[str]]:
+    """Returns the layout of the page in a frame of ``width`` pixels, and its console errors.
 
     The script of a page around the frame writes the layout as JSON into its title. All values are
     in pixels: ``width`` of the frame, ``content`` (the width that the page's content takes),
@@ -124,11 +122,11 @@ def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
         </script>""",
         encoding="utf-8",
     )
-    output = chromium(folder / "profile", wrapper, "--dump-dom", "--virtual-time-budget=5000")
+    options = ("--dump-dom", "--virtual-time-budget=5000", "--enable-logging=stderr")
+    output = chromium(folder / "profile", wrapper, *options)
     title = re.search(r"<title>({.*?})</title>", output)
     assert title, output[:500]  # the script did not run
-    layout: dict[str, Any] = json.loads(html.unescape(title.group(1)))
-    return layout
+    return json.loads(html.unescape(title.group(1))), console_errors(output)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +140,8 @@ def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
 def test_page_shows_all_plots_within_its_width(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, width: int, plots: list[str]
 ) -> None:
-    path = request.getfixturevalue(name)
-    if width == PHONE:  # errors do not depend on the width
-        assert console_errors(path, tmp_path) == []
-    layout = measure_layout(path, tmp_path, width)
+    layout, errors = inspect(request.getfixturevalue(name), tmp_path, width)
+    assert errors == []
     assert layout["content"] <= layout["width"] <= width
     assert 0 <= layout["labels_left"] < layout["labels_right"] <= layout["width"]
     # A plot that failed to render has almost no height.
@@ -159,7 +155,8 @@ def test_browser_reports_content_that_the_content_security_policy_blocks(
     text = page.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">'))
-    assert console_errors(broken, tmp_path)
+    _, errors = inspect(broken, tmp_path)
+    assert errors
 
 
 def test_dark_mode_changes_the_page(page: Path, tmp_path: Path) -> None:
@@ -167,7 +164,8 @@ def test_dark_mode_changes_the_page(page: Path, tmp_path: Path) -> None:
     for mode, scheme in (("light", 1), ("dark", 0)):  # Chromium's numbers of the color schemes
         scheme_option = f"--blink-settings=preferredColorScheme={scheme}"
         screenshot = tmp_path / f"{mode}.png"
-        chromium(tmp_path / "profile", page, scheme_option, f"--screenshot={screenshot}")
+        options = (scheme_option, f"--screenshot={screenshot}", "--enable-logging=stderr")
+        assert console_errors(chromium(tmp_path / "profile", page, *options)) == []
         images[mode] = screenshot.read_bytes()
         assert images[mode].startswith(b"\x89PNG")
     assert images["light"] != images["dark"]

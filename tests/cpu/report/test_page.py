@@ -13,9 +13,7 @@ from nemo_convert.licences import with_restriction
 from recipes.core.manifest import Acceptance
 from recipes.core.metrics import METRICS, RESULT_METRICS
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult, Origin, TrainedSource
-from recipes.distillation.results import DistillationResult
-from recipes.pruning.results import PruneResult
+from recipes.data.results import Origin, TrainedSource
 from recipes.pruning.settings import PruneConfig
 from recipes.report.plots import (
     MAX_ROW_LABEL,
@@ -26,7 +24,7 @@ from recipes.report.plots import (
     line_plot,
 )
 from recipes.report.settings import ReportConfig
-from tests.support.pages import PLOTS, Page, all_numbers, section
+from tests.support.pages import PLOTS, Page, all_numbers, render_with, section, table
 from tests.support.reports import CONFIG, make_inputs, render_page, with_result, write_training_log
 from tests.support.results import (
     DROPPED,
@@ -76,19 +74,15 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
 def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_path: Path) -> None:
     """The teacher has 8 experts and the student 6, which are 25% fewer."""
     shape = {**STUDENT.as_dict(), "moe_ffn_hidden_size": 96}
-    moe_inputs = {
-        role: replace(
-            inputs[role],
-            manifest=replace(
-                inputs[role].manifest, architecture={**shape, "num_moe_experts": experts}
-            ),
-        )
-        for role, experts in (("teacher", 8), ("distilled", 6))
-    }
+    moe_inputs = {}
+    for role, experts in (("teacher", 8), ("distilled", 6)):
+        architecture = {**shape, "num_moe_experts": experts}
+        manifest = replace(inputs[role].manifest, architecture=architecture)
+        moe_inputs[role] = replace(inputs[role], manifest=manifest)
     page = render_page({**inputs, **moe_inputs}, tmp_path)
-    table = page.partition('id="table-architecture"')[2].partition("</table>")[0]
-    assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", table)
-    assert "Expert FFN size" in table
+    shapes = table(page, "architecture")
+    assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", shapes)
+    assert "Expert FFN size" in shapes
     assert "Expert" not in text, "the report of a dense model mentions experts"
 
 
@@ -103,11 +97,8 @@ def test_numbers_are_rounded(text: str) -> None:
 
 
 def test_the_training_speed_is_rounded(inputs: dict[str, Input], tmp_path: Path) -> None:
-    trained = inputs["distilled"].manifest.result(DistillationResult)
-    distilled = with_result(
-        inputs["distilled"], replace(trained, tokens_per_second=171.14999999999998)
-    )
-    shown = Page(render_page({**inputs, "distilled": distilled}, tmp_path)).text
+    result = replace(RESULTS["distill"], tokens_per_second=171.14999999999998)
+    shown = Page(render_with(inputs, tmp_path, distilled=result)).text
     assert "171 " in shown
     assert "171.1" not in shown
 
@@ -128,10 +119,9 @@ def test_licences_of_teacher_and_text_are_shown(
     """Shows both licences with a remark, since they forbid commercial use."""
     licences = [with_restriction(licence) for licence in ("qwen-research", "CC-BY-NC-4.0")]
     assert not any(licence in text for licence in licences)
-    teacher = with_result(inputs["teacher"], replace(RESULTS["import_hf"], licence="qwen-research"))
+    teacher = replace(RESULTS["import_hf"], licence="qwen-research")
     dataset = replace(RESULTS["prepare_data"], origins={SOURCE: Origin("CC-BY-NC-4.0")})
-    data = with_result(inputs["data"], dataset)
-    page = render_page({**inputs, "teacher": teacher, "data": data}, tmp_path)
+    page = render_with(inputs, tmp_path, teacher=teacher, data=dataset)
     shown = Page(section(page, "settings")).text
     assert [licence for licence in licences if licence not in shown] == []
 
@@ -141,8 +131,8 @@ def test_a_report_states_that_pretokenized_text_was_not_compared(
 ) -> None:
     assert "not compared" not in text
     # Only the result of pretokenized text has a decoded sample.
-    pretokenized = replace(inputs["data"].manifest.result(DatasetResult), sample="Once upon")
-    page = render_page(inputs | {"data": with_result(inputs["data"], pretokenized)}, tmp_path)
+    pretokenized = replace(RESULTS["prepare_data"], sample="Once upon")
+    page = render_with(inputs, tmp_path, data=pretokenized)
     assert "not compared with held-out text and benchmarks" in section(page, "settings")
 
 
@@ -214,11 +204,9 @@ def test_layer_scores_are_not_named_as_the_reason_to_drop_a_block(
 
     It is not used if the recipe lists the layers to drop.
     """
-    manifest = inputs["pruned"].manifest
+    manifest = inputs["pruned"].manifest  # its scores of layers are their block influence
     config = {**manifest.config, "layer_importance": method, "drop_layers": drop_layers}
-    result = replace(manifest.result(PruneResult), layer_measure="block_influence")
-    pruned = with_result(inputs["pruned"], result)
-    pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
+    pruned = replace(inputs["pruned"], manifest=replace(manifest, config=config))
     shown = Page(section(render_page({**inputs, "pruned": pruned}, tmp_path), "layers")).text
     assert ("block" in shown) == (method == "block" and not drop_layers)
     assert not re.search(r"[a-z]\.\w", shown), "a space is missing after a sentence"
@@ -240,23 +228,19 @@ def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curv
 
 
 def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> None:
-    trained = inputs["distilled"].manifest.result(DistillationResult)
-    result = replace(trained, stopped="stopped at step 60 of 400")
-    distilled = with_result(inputs["distilled"], result)
-    page = Page(render_page({**inputs, "distilled": distilled}, tmp_path))
+    result = replace(RESULTS["distill"], stopped="stopped at step 60 of 400")
+    page = Page(render_with(inputs, tmp_path, distilled=result))
     assert "stopped at step 60" in page.text
 
 
 def test_tokens_and_epochs_of_training_sources_are_listed(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    trained = inputs["distilled"].manifest.result(DistillationResult)
     # Source, tokens and epochs. The report marks a source that is read more than 4 times.
     sources = [TrainedSource("repeated", 301, 4.25), TrainedSource("fresh", 1707, 1.75)]
-    distilled = with_result(inputs["distilled"], replace(trained, sources=sources))
-    page = render_page({**inputs, "distilled": distilled}, tmp_path)
-    table = page.partition('id="table-trained"')[2].partition("</table>")[0]
-    _, _head, repeated, fresh = table.split("<tr>")
+    result = replace(RESULTS["distill"], sources=sources)
+    page = render_with(inputs, tmp_path, distilled=result)
+    _, _head, repeated, fresh = table(page, "trained").split("<tr>")
     assert all(value in repeated for value in ("repeated", "301", "4.25", 'class="tag"'))
     assert all(value in fresh for value in ("fresh", "1,707", "1.75"))
     assert 'class="tag"' not in fresh
@@ -266,8 +250,8 @@ def test_tokens_and_epochs_of_training_sources_are_listed(
 def test_recovered_may_be_unknown_or_outside_0_to_1(
     inputs: dict[str, Input], tmp_path: Path, fraction: float | None
 ) -> None:
-    evaluation = with_result(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
-    text = render_page({**inputs, "evaluation": evaluation}, tmp_path)
+    evaluation = replace(RESULTS["evaluate"], recovered=fraction)
+    text = render_with(inputs, tmp_path, evaluation=evaluation)
     assert fraction is None or fraction in Page(text).numbers()
     # A negative fraction is explained: distillation raised the loss further.
     assert ("further" in Page(text).text) == (fraction == -0.4)
@@ -279,7 +263,7 @@ def test_a_width_pruned_model_has_no_dropped_layers(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     all_layers = list(range(1, LAYERS + 1))
-    result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=all_layers)
+    result = replace(RESULTS["prune"], kept_layers=all_layers)
     pruned = with_result(inputs["pruned"], result)
     config = asdict(PruneConfig("prune", target_hidden_size=448))
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))

@@ -14,8 +14,7 @@ from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference, margin95
 from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig
-from recipes.engines.results import BenchmarkResults
-from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
+from recipes.evaluation.results import Differences, SourceQuality
 from recipes.planning.inference_cost import ABLATED_FRACTION
 from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
@@ -23,11 +22,17 @@ from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import HealConfig, ScoreConfig
 from recipes.report.plots import Mark, trade_off_plot
 from recipes.report.sections import PARAMETERS, PERPLEXITY
-from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
 from tests.support.manifests import edit_manifest
-from tests.support.pages import OPTIONAL_PLOTS, Page, all_numbers, section
+from tests.support.pages import (
+    OPTIONAL_PLOTS,
+    Page,
+    all_numbers,
+    render_with,
+    section,
+    table,
+)
 from tests.support.reports import (
     CONFIG,
     make_inputs,
@@ -183,14 +188,14 @@ def test_a_second_phase_has_its_own_plan_and_adds_its_tokens(tmp_path: Path) -> 
 def test_the_precision_of_the_teacher_is_named_if_the_student_is_quantized(
     inputs: dict[str, Input], text: str, tmp_path: Path
 ) -> None:
-    results = inputs["speed"].manifest.result(BenchmarkResults)
+    results = RESULTS["measure_speed"]
     rows = [
         replace(row, backend="tensorrt_llm", precision="bf16" if row.role == "teacher" else "fp8")
         for row in results.rows
     ]
     speedup = replace(results.speedups[-1], backend="tensorrt_llm", precision="fp8")
     changed = replace(results, rows=rows, speedups=[replace(speedup, prefill_roofline=None)])
-    page = render_page({**inputs, "speed": with_result(inputs["speed"], changed)}, tmp_path)
+    page = render_with(inputs, tmp_path, speed=changed)
     for element_id in ('id="kpi-speed"', 'id="plot-speedups"'):  # a card, and a table's first cell
         element = page.partition(element_id)[2].partition("</td>")[0].partition("</div>")[0]
         assert "bf16" in element
@@ -200,11 +205,10 @@ def test_the_precision_of_the_teacher_is_named_if_the_student_is_quantized(
 
 def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
     """The 95% interval of the planted difference of -0.2 does not include 0."""
-    results = inputs["tasks"].manifest.result(TaskResults)
+    results = RESULTS["evaluate_tasks"]
     worse = Differences(distilled=Difference(-0.2, -0.3, -0.1), pruned=Difference(-0.4, -0.5, -0.3))
     tasks = {name: replace(task, differences=worse) for name, task in results.tasks.items()}
-    changed_tasks = with_result(inputs["tasks"], replace(results, tasks=tasks))
-    text = render_page({**inputs, "tasks": changed_tasks}, tmp_path)
+    text = render_with(inputs, tmp_path, tasks=replace(results, tasks=tasks))
     assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
     # Fractions are shown in percent. Other scores are not marked, since lower may be better: the
     # metric of the task ``lambada`` is perplexity.
@@ -216,33 +220,26 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
     gates = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
     without_speed = {name: item for name, item in inputs.items() if name != "speed"}
     text = render_page(without_speed, tmp_path, replace(CONFIG, gates=gates))
-    table = text[text.index('id="table-gates"') :].partition("</table>")[0]
+    gates_table = table(text, "gates")
     # The words of each row, without tags. The first two pieces are the start and the header row.
-    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in gates_table.split("<tr>")[2:]]
     assert [(row[0], row[-1]) for row in rows] == [
         ("recovered.sciq", "passed"),
         ("recovered.piqa", "failed"),
     ]
     measured = inputs["tasks"].manifest.metrics["tasks"]["piqa"]["recovered"]
-    assert measured in Page(table).numbers()
+    assert measured in Page(gates_table).numbers()
     assert 'id="gates"' not in render_page(inputs, tmp_path)  # ``CONFIG`` has no gates
 
 
 def test_quality_is_shown_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> None:
-    model = TextQuality(
-        loss=3.0265,
-        loss_standard_error=0.05,
-        perplexity=20.625,
-        kl_to_teacher=0.375,
-        top1_agreement=0.6875,
-    )
+    engine = RESULTS["build_engine"].quality.engine
+    model = replace(engine, perplexity=20.625, kl_to_teacher=0.375)
     quality = SourceQuality(
         model, model, model, sequences=20, tokens=5120, predictions=5100, recovered=None
     )
-    evaluation = with_result(
-        inputs["evaluation"], replace(RESULTS["evaluate"], sources={"a web crawl": quality})
-    )
-    page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
+    evaluation = replace(RESULTS["evaluate"], sources={"a web crawl": quality})
+    page = Page(render_with(inputs, tmp_path, evaluation=evaluation))
     assert {20.625, 0.375} <= page.numbers()
     assert "a web crawl" in page.text
 
@@ -254,8 +251,7 @@ def test_models_evaluated_on_one_sequence_have_no_interval(
     for role in ("teacher", "pruned", "distilled"):
         changed["evaluation"].manifest.metrics[role]["loss_standard_error"] = None
     text = render_page(changed, tmp_path)
-    table = text[text.index('id="table-quality"') :].partition("</table>")[0]
-    assert not re.search(r"± *(<data|\d|inf)", table)
+    assert not re.search(r"± *(<data|\d|inf)", table(text, "quality"))
     assert re.search(r"± *(<data|\d)", render_page(inputs, tmp_path))  # with standard errors
     plot = text[text.index('id="plot-quality"') :].partition("</svg>")[0]
     positions = re.findall(r' (?:x1|x2|cx)="(.*?)%?"', plot)
@@ -276,8 +272,7 @@ def test_a_failed_training_has_a_report(
     distilled = replace(
         result.distilled, loss=loss, loss_standard_error=error, perplexity=perplexity
     )
-    evaluation = with_result(inputs["evaluation"], replace(result, distilled=distilled))
-    page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
+    page = Page(render_with(inputs, tmp_path, evaluation=replace(result, distilled=distilled)))
     positions = [v for name in ("cx", "x1", "x2", "y1", "y2") for v in page.values(name)]
     assert positions
     assert not [position for position in positions if re.search("nan|inf", position)]
@@ -304,14 +299,14 @@ def test_every_label_is_drawn_once() -> None:
 def test_only_the_best_of_many_candidates_have_labels_in_the_plot(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    search = inputs["search"].manifest.result(SearchResult)
+    search = RESULTS["successive_halving"]
     beaten = replace(search.candidates[1], pareto=False)
     # With four other candidates, these nine are more than ``MAX_LABELS`` of ``sections``.
     more = [
         replace(beaten, name=f"beaten {n}", parameters=110_000_000 + 100_000 * n) for n in range(9)
     ]
     result = replace(search, candidates=[*search.candidates, *more])
-    text = render_page({**inputs, "search": with_result(inputs["search"], result)}, tmp_path)
+    text = render_with(inputs, tmp_path, search=result)
     plot = text[text.index('id="plot-search"') :].partition('id="table-search"')[0]
     labels = " ".join(re.findall(r'class="mark"[^>]*>([^<]*)</text>', plot))
     assert "candidate 0" in labels

@@ -55,6 +55,7 @@ from recipes.stages import (
     successive_halving,
 )
 from tests.support.in_process import run_here
+from tests.support.pages import table
 from tests.support.ranks import fork_command
 from tests.support.rounding import NOISE_FACTOR, measure_ulp_noise
 from tests.support.runs import make_artifact_folder, manifest_of
@@ -77,7 +78,13 @@ def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: An
 
 TEACHER_INPUTS = {"checkpoint": "import_hf", "importance": "score"}
 """Stages that make a search's inputs about the teacher, by input name."""
-RANK_SETTINGS = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
+HALVING_INPUTS = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
+"""Stages that make the inputs of ``successive_halving``, by input name."""
+
+
+def inputs_of(run_dir: Path, **stages: str) -> dict[str, Input]:
+    """Returns complete stages of a run, given by input name, as inputs of another stage."""
+    return {n: Input(run_dir / s, manifest_of(run_dir, s)) for n, s in stages.items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +102,8 @@ def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER_INPUTS, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    run_stage(rank_candidates, run, inputs, **RANK_SETTINGS, **length)
+    settings = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
+    run_stage(rank_candidates, run, inputs, **settings, **length)
     return run
 
 
@@ -303,10 +311,8 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
 ) -> None:
     ranked = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
     cfg = two_rank_search(also=[ranked[1].name])  # already among the best-ranked two
-    names = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
-    inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
-    out = tmp_path / "successive_halving" / "work" / ARTIFACT
-    out.mkdir(parents=True)
+    inputs = inputs_of(ranked_run, **HALVING_INPUTS)
+    out = make_artifact_folder(tmp_path, "successive_halving")
     started: list[str] = []  # modules of the started stages, and "killed" for the interruption
     start = stage_process.start_process
 
@@ -362,20 +368,15 @@ def test_a_diverging_training_names_settings_of_the_search(
     ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A diverging ``distill`` of a search must not be reported as ``stages.distill.lr``."""
-
-    def start(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
-        return fork_command(command, env, log)
-
-    monkeypatch.setattr(stage_process, "start_process", start)
-    names = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
-    inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
+    monkeypatch.setattr(
+        stage_process, "start_process", lambda command, log, env: fork_command(command, env, log)
+    )
     cfg = two_rank_search(also=[])
     cfg = replace(cfg, distill=replace(cfg.distill, lr=1e38))  # the first update overflows
     cfg.name = "second_search"
-    out = tmp_path / "work" / ARTIFACT
-    out.mkdir(parents=True)
+    out = make_artifact_folder(tmp_path, "second_search")
     with pytest.raises(RecipeError, match=r"stages\.second_search\.distill\.lr"):
-        successive_halving.run(cfg, inputs, out)
+        successive_halving.run(cfg, inputs_of(ranked_run, **HALVING_INPUTS), out)
 
 
 def test_the_report_shows_timed_shapes(
@@ -384,14 +385,12 @@ def test_the_report_shows_timed_shapes(
     """The report looks for the latency model among the inputs of earlier stages."""
     ranking = manifest_of(ranked_run, "rank_candidates")
     ranking = replace(ranking, inputs={**ranking.inputs, "latency": timed_manifest.fingerprint})
-    inputs = {
-        "teacher": Input(ranked_run / "import_hf", manifest_of(ranked_run, "import_hf")),
-        "search": Input(ranked_run / "rank_candidates", ranking),
-    }
+    inputs = inputs_of(ranked_run, teacher="import_hf")
+    inputs["search"] = Input(ranked_run / "rank_candidates", ranking)
     out = make_artifact_folder(tmp_path, "report")
     report.run(ReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
-    table = text[text.index('id="table-latency"') :].partition("</table>")[0]
+    shapes = table(text, "latency")
     for shape in timed_manifest.result(LatencyResult).shapes:
-        assert f">{shape.name}</th>" in table
-        assert f'value="{json.dumps(shape.step_ms)}"' in table
+        assert f">{shape.name}</th>" in shapes
+        assert f'value="{json.dumps(shape.step_ms)}"' in shapes
