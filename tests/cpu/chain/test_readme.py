@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.executors.local import PRELOADED
 from recipes.core.files import REPO_ROOT
 from recipes.data.sources import source_names
 from tests.support.folders import write_folder
-from tests.support.forked import run_forked
 from tests.support.in_process import run_in_process
 from tests.support.runs import manifest_of
 from tests.unit.conftest import LLAMA_CONFIG
@@ -142,13 +140,21 @@ def test_launcher_commands_can_be_planned(command: str, tmp_path: Path) -> None:
 
 
 def test_conversion_commands_run(odd_llama: Path, tmp_path: Path) -> None:
-    """Runs each command in a fork, without the patches that an earlier command applied."""
+    """Runs each command in a new interpreter, as a user does."""
     conversions = commands_with_prefix("python -m nemo_convert")
     assert len(conversions) == 4
     for command in conversions:
         folder = "runs/llama_depth_prune/export_hf/artifact"
         arguments = shlex.split(command.replace(folder, str(odd_llama)))[1:]
-        done = run_forked(PRELOADED, arguments, os.environ, tmp_path)
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
 
 

@@ -20,7 +20,11 @@ from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.planning.hardware import Hardware
 from recipes.pruning.settings import PruneConfig
-from recipes.search.settings import SuccessiveHalvingConfig
+from recipes.search.settings import (
+    EnumerateShapesConfig,
+    SuccessiveHalvingConfig,
+)
+from recipes.search.space import Budget
 
 NAN, INFINITE = float("nan"), float("inf")
 LARGE = 10**20
@@ -60,6 +64,7 @@ LARGE = 10**20
         (EvaluateTasksConfig(tasks=["sciq"], num_fewshot={"sciq": -1}), "num_fewshot.sciq=-1"),
         (BuildEngineConfig(max_batch_size=LARGE), "must be 2147483647 or less"),
         (MeasureSpeedConfig(threads=LARGE), "must be 4096 or less"),
+        (EnumerateShapesConfig(hf_path="x", budget=Budget(parameters=-1)), "budget.parameters=-1"),
         (SuccessiveHalvingConfig(distill=DistillConfig(lr=-1.0)), "distill.lr=-1.0"),
         (Hardware(bytes_per_second=0.5), "must be 1e+06 or more"),
         (Hardware(memory_bytes=NAN), "memory_bytes=nan"),

@@ -197,7 +197,13 @@ def test_a_module_outside_the_repository_is_refused(repo: Path, module: str) -> 
 @pytest.mark.parametrize(
     ("stage", "module"),
     [
+        ("import_hf", "nemo_convert.convert"),
+        ("prepare_data", "recipes.data.split_writer"),
+        ("prune", "recipes.pruning.pruned_checkpoint"),
+        ("heal", "recipes.pruning.healing"),
+        ("distill", "recipes.distillation.losses"),
         ("distill", "recipes.backend.training_layers"),
+        ("evaluate", "recipes.evaluation.predictions"),
         ("measure_speed", "recipes.engines.bench_worker"),
         ("build_engine", "recipes.engines.trtllm_build_worker"),
     ],
