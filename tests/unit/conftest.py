@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from launch import schema
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from launch.settings import settings_of
@@ -28,6 +22,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, stamp_files, write_manifest
 from recipes.core.run_state import LastPlan, content_of
 from recipes.planning.chain import Chain
+from tests.support.composing import compose_from_cache
 from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
@@ -47,12 +42,6 @@ LLAMA_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-COMPOSED: dict[tuple[Path, tuple[str, ...]], tuple[bytes, DictConfig | None]] = {}
-"""Pickled configs without overrides of fields, each with Hydra's own config.
-
-A cache, because composing is slow. The keys are the folder of configs and the chosen groups.
-"""
-
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
@@ -102,33 +91,9 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def is_field(override: str) -> bool:
-    """Returns whether an override sets a field, instead of a config group or a field of Hydra."""
-    key = override.partition("=")[0].lstrip("+~")
-    return key not in schema.groups() and not re.search(r"[/@]|^hydra\.", key)
-
-
 @pytest.fixture
 def compose() -> Compose:
-    """Composes a config from overrides, as the command line does.
-
-    Fields are set in a copy of the cached config of the groups, by the same function of Hydra.
-    """
-
-    def compose_from_cache(*overrides: str) -> DictConfig:
-        arguments = schema.hydra_arguments(overrides)
-        fields = OverridesParser.create().parse_overrides(list(filter(is_field, arguments)))
-        if any(field.is_sweep_override() for field in fields):
-            return schema.compose(*overrides)  # refuses these fields
-        groups = tuple(override for override in overrides if not is_field(override))
-        if (schema.CONF, groups) not in COMPOSED:
-            composed = pickle.dumps(schema.compose(*groups))
-            COMPOSED[schema.CONF, groups] = composed, HydraConfig.instance().cfg
-        composed, HydraConfig.instance().cfg = COMPOSED[schema.CONF, groups]
-        cfg: DictConfig = pickle.loads(composed)
-        ConfigLoaderImpl._apply_overrides_to_config(fields, cfg)
-        return cfg
-
+    """Composes a config from overrides, as the command line does."""
     return compose_from_cache
 
 
