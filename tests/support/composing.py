@@ -1,40 +1,46 @@
-"""Composes configs faster than Hydra does."""
+"""Composes configs faster than Hydra, which takes a third of a second for each config."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import re
+from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from launch import schema
 
-PICKLED: dict[tuple[str, ...], bytes] = {}
-"""Composed configs by overrides of groups. Unpickling is ten times faster than ``deepcopy``."""
+COMPOSED: dict[tuple[Path, tuple[str, ...]], tuple[bytes, DictConfig | None]] = {}
+"""Pickled configs without overrides of fields, each with Hydra's own config.
+
+The keys are the folder of configs and the chosen groups.
+"""
 
 
-def compose_quickly(compose: Callable[..., DictConfig], *arguments: str) -> DictConfig:
-    """Calls ``compose`` only for overrides of groups; sets fields in a copy of the result.
+def is_field(override: str) -> bool:
+    """Returns whether an override sets a field, instead of a config group or a field of Hydra."""
+    key = override.partition("=")[0].lstrip("+~")
+    return key not in schema.groups() and not re.search(r"[/@]|^hydra\.", key)
 
-    Hydra's own functions parse the overrides and set the fields, so errors are the same. To save
-    time, ``compose`` must cache its results.
+
+def compose_from_cache(*overrides: str) -> DictConfig:
+    """Composes a config from overrides, as the command line does.
+
+    Fields are set in a copy of the cached config of the groups, by the function with which Hydra
+    sets them.
     """
-    overrides = OverridesParser.create().parse_overrides(schema.hydra_arguments(arguments))
-    groups, fields = [], []
-    for argument, override in zip(arguments, overrides, strict=True):
-        # Only a composition refuses a sweep.
-        if override.is_sweep_override() or (schema.CONF / override.key_or_group).is_dir():
-            groups.append(argument)
-        else:
-            fields.append(override)
-    cfg = compose(*groups)
-    if not fields:
-        return cfg
-    key = tuple(groups)
-    if key not in PICKLED:
-        PICKLED[key] = pickle.dumps(cfg)
-    cfg = pickle.loads(PICKLED[key])
+    arguments = schema.hydra_arguments(overrides)
+    fields = OverridesParser.create().parse_overrides(list(filter(is_field, arguments)))
+    if any(field.is_sweep_override() for field in fields):
+        return schema.compose(*overrides)  # refuses these fields
+    groups = tuple(override for override in overrides if not is_field(override))
+    if (schema.CONF, groups) not in COMPOSED:
+        composed = pickle.dumps(schema.compose(*groups))
+        COMPOSED[schema.CONF, groups] = composed, HydraConfig.instance().cfg
+    composed, HydraConfig.instance().cfg = COMPOSED[schema.CONF, groups]
+    cfg: DictConfig = pickle.loads(composed)
     ConfigLoaderImpl._apply_overrides_to_config(fields, cfg)
     return cfg

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch import schema
 from launch.plan import Plan, make_plan
 from launch.planned import PlannedStage
 from launch.settings import settings_of
@@ -24,6 +22,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, stamp_files, write_manifest
 from recipes.core.run_state import LastPlan, content_of
 from recipes.planning.chain import Chain
+from tests.support.composing import compose_from_cache
 from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
 from tests.support.manifests import bare_manifest
@@ -43,9 +42,6 @@ LLAMA_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
-"""Composed configs by overrides, each with Hydra's own config. A cache: composing is slow."""
-
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
 Complete = Callable[..., None]
@@ -98,15 +94,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def compose() -> Compose:
     """Composes a config from overrides, as the command line does."""
-
-    def compose_cached(*overrides: str) -> DictConfig:
-        if overrides not in COMPOSED:
-            cfg = schema.compose(*overrides)
-            COMPOSED[overrides] = cfg, HydraConfig.instance().cfg
-        cfg, HydraConfig.instance().cfg = COMPOSED[overrides]
-        return cfg
-
-    return compose_cached
+    return compose_from_cache
 
 
 @pytest.fixture

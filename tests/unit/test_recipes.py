@@ -33,6 +33,14 @@ RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
 SMALL = [*RECIPES, "shrink"]
 """``RECIPES``, and ``shrink``, which first searches for a shape of the small model."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
+PUBLISHED = {
+    "llama3_1_8b_width": (4.51e9, 94e9),
+    "llama3_1_8b_depth": (4.54e9, 94e9),
+    "qwen3_8b_depth": (5.88e9, 90e9),
+    "qwen3_8b_nas": (5.99e9, 90e9),
+    "mistral_nemo_12b_width": (8.41e9, 380e9),
+}
+"""Published numbers of parameters and training tokens, by large recipe."""
 LARGE = [name for name in ALL_RECIPES if name not in (*SMALL, *SEARCHES)]
 """Recipes for GPUs that prune published models."""
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
@@ -113,7 +121,6 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("engine", "student"),
     [
@@ -124,16 +131,13 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
     ],
 )
 def test_the_group_engine_chooses_the_engines_of_the_report(
-    recipe: str, engine: str, student: str | None, plan: MakePlan
+    engine: str, student: str | None, plan: MakePlan
 ) -> None:
     """``student`` is the stage whose checkpoint the engine is built from; ``None`` without one."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
     backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # also sets the teacher's engine
     options = [backend] if engine.startswith("tensorrt_llm") else []
-    planned = {
-        s.name: s
-        for s in plan(f"engine={engine}", *sizes, *options, recipe=f"recipe={recipe}").stages
-    }
+    planned = {s.name: s for s in plan(f"engine={engine}", *sizes, *options).stages}
     report = planned["report"].config.inputs
     if student is None:
         assert not {"engine", "speed"} & report.keys()
@@ -148,7 +152,6 @@ def test_the_group_engine_chooses_the_engines_of_the_report(
         assert planned["build_teacher_engine"].inputs["checkpoint"].kind == "checkpoint_hf"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("teacher", "order"),
     [
@@ -159,10 +162,10 @@ def test_the_group_engine_chooses_the_engines_of_the_report(
     ],
 )
 def test_the_group_teacher_chooses_the_teacher_of_the_distillation(
-    recipe: str, teacher: str, order: list[str], plan: MakePlan
+    teacher: str, order: list[str], plan: MakePlan
 ) -> None:
     """Each stage in ``order`` has the previous one as its teacher; ``evaluate``, the original."""
-    planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
+    planned = {s.name: s for s in plan(f"teacher={teacher}").stages}
     for previous, stage in pairwise(order):
         assert planned[stage].config.inputs["teacher"] == previous
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
@@ -170,18 +173,15 @@ def test_the_group_teacher_chooses_the_teacher_of_the_distillation(
 
 
 @pytest.mark.parametrize("recipe", SMALL)
-def test_recipes_compose_to_the_dataclasses_of_their_stages(recipe: str, compose: Compose) -> None:
-    cfg = compose(f"recipe={recipe}")
+def test_recipes_have_typed_stages_of_one_device_and_one_sequence_length(
+    recipe: str, compose: Compose
+) -> None:
+    cfg = compose(f"recipe={recipe}", "data.seq_length=77")
     assert cfg.recipe_name == recipe
     typed = typed_stages(cfg)
     for name, config in typed.items():
         assert type(config) is load_stage(config.stage).config, name
     assert {config.resources.devices for config in typed.values()} == {1}
-
-
-@pytest.mark.parametrize("recipe", SMALL)
-def test_recipes_use_one_sequence_length(recipe: str, compose: Compose) -> None:
-    typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
     lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}
     assert lengths == {77}
 
@@ -199,7 +199,7 @@ def plan_large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
+def test_large_recipes_have_published_sizes_and_pass_all_checks_of_a_plan(
     recipe: str, plan: MakePlan
 ) -> None:
     """The only warnings: config.json is the bundled copy; Llama's published reduction is large."""
@@ -212,7 +212,12 @@ def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
     assert (
         training_cost(workload, planned.chain.hardware).memory.total < 80e9 * USABLE_MEMORY_FRACTION
     )
-    assert (workload.layout.nodes == 1) == recipe.endswith("_2.5b")
+    parameters, tokens = PUBLISHED[recipe.removesuffix("_2.5b")]
+    assert workload.trained is not None
+    assert workload.trained.parameters() == pytest.approx(parameters, rel=0.002)
+    has_small_budget = recipe.endswith("_2.5b")
+    assert workload.tokens == pytest.approx(2.5e9 if has_small_budget else tokens, rel=0.01)
+    assert (workload.layout.nodes == 1) == has_small_budget
     stages = {"import_hf", "score", "evaluate", "export_hf"}
     stages |= {"evaluate_tasks", "export_teacher", "measure_speed", "evaluate_served"}
     assert planned.chain.inference_costs.keys() == stages
@@ -312,29 +317,6 @@ def test_large_recipes_work_with_other_text(data: str, plan: MakePlan) -> None:
     assert configs["distill"]["weights"] == (blend if data == "instruct_blend" else {})
 
 
-@pytest.mark.parametrize(
-    ("recipe", "parameters", "tokens"),
-    [
-        ("llama3_1_8b_width", 4.51e9, 94e9),
-        ("llama3_1_8b_depth", 4.54e9, 94e9),
-        ("qwen3_8b_depth", 5.88e9, 90e9),
-        ("qwen3_8b_nas", 5.99e9, 90e9),
-        ("mistral_nemo_12b_width", 8.41e9, 380e9),
-    ],
-)
-def test_large_recipes_have_the_published_sizes_and_token_budgets(
-    recipe: str,
-    parameters: float,
-    tokens: float,
-    plan: MakePlan,
-) -> None:
-    for name, budget in ((recipe, tokens), (f"{recipe}_2.5b", 2.5e9)):
-        workload = plan_large(name, plan).chain.workloads["distill"]
-        assert workload.trained is not None
-        assert workload.trained.parameters() == pytest.approx(parameters, rel=0.002)
-        assert workload.tokens == pytest.approx(budget, rel=0.01)
-
-
 @pytest.mark.parametrize("recipe", [name for name in LARGE if name.startswith("qwen3")])
 def test_qwen3_has_the_cheapest_layout_and_the_published_layout_fits_too(
     recipe: str, plan: MakePlan
@@ -366,12 +348,10 @@ def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -
 
 
 def test_every_large_recipe_has_a_small_budget() -> None:
-    full_budget = {name for name in LARGE if not name.endswith("_2.5b")}
-    assert {f"{name}_2.5b" for name in full_budget} == set(LARGE) - full_budget
-    assert len(full_budget) == 5
+    assert {*PUBLISHED, *(f"{name}_2.5b" for name in PUBLISHED)} == set(LARGE)
 
 
-@pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
+@pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_small_budget_changes_only_tokens_layout_title_and_gates(
     recipe: str, compose: Compose
 ) -> None:

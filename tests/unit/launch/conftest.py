@@ -1,10 +1,9 @@
-"""A fast ``compose``, and fixtures and overrides for tests of executors."""
+"""Fixtures and overrides for tests of executors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 from launch import machine
 from launch.executors import executor_of
 from launch.plan import Plan
-from tests.support.composing import compose_quickly
 from tests.support.launcher import write_program
 from tests.unit.conftest import RECIPE, Compose, MakePlan, complete_overrides
 
@@ -24,12 +22,6 @@ GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
 """A benchmark of generated answers: TensorRT-LLM's server gives no log-likelihoods of prompts."""
 Prepare = Callable[..., tuple[Plan, Any]]
 """Takes overrides; returns the plan, as the executor prepared it, and the cluster's settings."""
-
-
-@pytest.fixture
-def compose(compose: Compose) -> Compose:
-    """Composes as the common fixture does, but faster."""
-    return partial(compose_quickly, compose)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.plan import Plan, make_plan
+from launch.plan import make_plan
 from launch.settings import settings_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
@@ -94,21 +94,10 @@ def test_recipe_without_stages_is_refused(compose: Compose, tmp_path: Path) -> N
         make_plan(cfg, settings_of(cfg), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("file_name", "expected"),
-    [
-        ("model.safetensors", "hf_model has neither model.safetensors nor"),
-        ("config.json", "GPT2LMHeadModel is not supported"),
-    ],
-)
-def test_unusable_models_are_refused(
-    plan: MakePlan, hf_folder: Path, file_name: str, expected: str
-) -> None:
-    """Either the weights are missing, or the config has another architecture."""
-    (hf_folder / file_name).unlink()
-    if file_name == "config.json":
-        (hf_folder / file_name).write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    assert expected in planning_error(plan, f"model.hf_path={hf_folder}")
+def test_a_model_without_weights_is_refused(plan: MakePlan, hf_folder: Path) -> None:
+    (hf_folder / "model.safetensors").unlink()
+    message = planning_error(plan, f"model.hf_path={hf_folder}")
+    assert "hf_model has neither model.safetensors nor" in message
 
 
 @pytest.mark.parametrize("name", ["only", "force"])
@@ -140,22 +129,17 @@ def test_unselected_stages_are_ignored(plan: MakePlan, complete: Complete, tmp_p
     assert plan("only=[prune]").todo() == []
 
 
-def plan_with_checkpoint(plan: MakePlan, directory: Path) -> Plan:
-    """Plans a run in which prune reads its checkpoint from a stage directory."""
-    return plan(f"stages.prune.inputs.checkpoint={directory}")
-
-
 def test_input_may_come_from_another_run(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
-    planned = plan_with_checkpoint(plan, other / "import_hf")
-    input_ref = stage_named(planned, "prune").inputs["checkpoint"]
+    checkpoint = f"stages.prune.inputs.checkpoint={other}/import_hf"
+    input_ref = stage_named(plan(checkpoint), "prune").inputs["checkpoint"]
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert input_ref.directory == other / "import_hf"
     assert input_ref.fingerprint == manifest["fingerprint"]
-    with_heal = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
+    with_heal = plan(checkpoint, "heal=least_squares")
     assert stage_named(with_heal, "heal").inputs["teacher"] == input_ref  # the unpruned model
 
 
@@ -220,10 +204,9 @@ def test_input_that_cannot_be_used_is_refused(
         (directory / MANIFEST).unlink()
     elif damage == "file":
         (directory / ARTIFACT / "data.bin").write_text("edited")
-    with pytest.raises(RecipeError) as caught:
-        plan_with_checkpoint(plan, directory)
-    assert expected in str(caught.value)
-    assert str(directory.resolve()) in str(caught.value)
+    message = planning_error(plan, f"stages.prune.inputs.checkpoint={directory}")
+    assert expected in message
+    assert str(directory.resolve()) in message
 
 
 def test_workload_has_the_shapes_of_models_from_another_run(
@@ -270,5 +253,4 @@ def test_a_model_card_has_the_measurements_of_the_exported_model(plan: MakePlan)
     stages = plan("stages.export_hf.inputs.checkpoint=prune").chain.stages
     assert stages["evaluate"].inputs["distilled"] == "prune"
     message = "export_hf exports distill, but its model card would have the measurements of prune"
-    with pytest.raises(RecipeError, match=message):
-        plan("stages.evaluate.inputs.distilled=prune")
+    assert message in planning_error(plan, "stages.evaluate.inputs.distilled=prune")

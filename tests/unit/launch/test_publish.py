@@ -1,11 +1,7 @@
-"""Publishes a student on a fake hub, which is a server on this machine.
-
-Also tests that the runs of a sweep do not share a repository or a run directory.
-"""
+"""Publishes a student on a fake hub, which is a server on this machine."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +13,6 @@ from huggingface_hub import DatasetCardData, HfApi
 
 from launch.publish import require_publishable
 from launch.settings import Hub, RunSettings
-from launch.sweep import require_separate_results
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, stamp_files
 from recipes.core.run_state import content_of
@@ -31,7 +26,7 @@ from tests.unit.conftest import stage_named, write_last_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.unit.conftest import Complete, Compose, Launch, MakePlan
+    from tests.unit.conftest import Complete, Launch, MakePlan
 
 TOKEN = "hf_a_token_of_the_fake_hub"
 NAME = "me/small"
@@ -243,42 +238,6 @@ def test_a_licence_on_the_hub_is_refused_before_the_run(
     settings = RunSettings(hub=Hub(push=NAME))
     with pytest.raises(RecipeError, match=r"forbids commercial use: cc-by-nc-4\.0"):
         require_publishable(planned, settings, waits_for_stages=True)
-
-
-def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:
-    sweep = (*RUN, "dry_run=true", "-m", "stages.prune.target_hidden_size=448,512")
-    process = launch(*sweep, f"hub.push={NAME}")
-    assert process.returncode == 1
-    assert process.stderr.startswith(
-        f"error: several runs of this sweep would have hub.push={NAME}.\n"
-    )
-    assert not list(tmp_path.rglob("plan")), "a run was planned"
-    process = launch(*sweep, f"hub.push={NAME}-${{stages.prune.target_hidden_size}}")
-    assert process.returncode == 0, process.stderr
-    assert re.findall(r"hub.push=(\S+)", process.stdout) == [f"{NAME}-448", f"{NAME}-512"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "separate"),
-    [
-        ("run_dir=both", False),
-        ("run_dir=runs/${hydra:job.num}", True),
-        ("run_dir=one,two", True),
-        ("run_dir=one,two,one", False),
-        ("run_dir=one,two stages.distill.lr=1e-4,2e-4", False),
-        ("run_dir=one-${stages.distill.lr},two-${stages.distill.lr} stages.distill.lr=1,2", True),
-        ("run_dir=one,two only=[plan,prune]", True),  # the list of ``only`` is one value
-        (f"hub.push={NAME}-1,{NAME}-2", True),
-    ],
-)
-def test_runs_of_a_sweep_need_separate_results(
-    compose: Compose, overrides: str, separate: bool
-) -> None:
-    first_value = overrides.partition(",")[0]  # "run_dir=one" of "run_dir=one,two …"
-    config_of_first_run = compose(RUN[0], first_value)
-    refusal = pytest.raises(RecipeError, match="several runs of")
-    with contextlib.nullcontext() if separate else refusal:
-        require_separate_results(config_of_first_run, ["-m", *RUN, *overrides.split()])
 
 
 def test_push_to_a_public_model_needs_hub_private_false(push: Launch, hub: FakeHub) -> None:

@@ -53,13 +53,23 @@ def result(run_dir: Path) -> Manifest:
     return manifest_of(run_dir, "plan")
 
 
-def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
-    """Python finds the snapshot before the working directory and the user's PYTHONPATH."""
+def test_a_stage_runs_the_code_that_it_was_planned_with(checkout: Path) -> None:
+    """An edited snapshot is refused. The same command restores it.
+
+    Python finds the snapshot before the working directory and the user's PYTHONPATH.
+    """
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)
+    append_code(run_dir / CODE / planned, HARMLESS)
+    script = run_dir / "plan" / "run.sh"
+    process = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "is not the code that this stage was planned with" in process.stderr
+    assert not (run_dir / "plan" / "manifest.json").exists()
+    launch(checkout, "dry_run=true")
     for module in ("stages/plan", "core/worker", "__init__"):
         append_code(checkout, BROKEN, module)
-    subprocess.run([run_dir / "plan" / "run.sh"], env={"PYTHONPATH": str(checkout)}, check=True)
+    subprocess.run([script], env={"PYTHONPATH": str(checkout)}, check=True)
     assert result(run_dir).snapshot == planned
 
 
@@ -80,20 +90,6 @@ def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: 
     after = result(run_dir)
     assert after.snapshot != before.snapshot
     assert set(snapshots(run_dir)) == {after.snapshot, "mine"}
-
-
-def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: Path) -> None:
-    run_dir = launch(checkout, "dry_run=true")
-    [planned] = snapshots(run_dir)
-    append_code(run_dir / CODE / planned, HARMLESS)
-    process = subprocess.run(
-        [run_dir / "plan" / "run.sh"], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 1
-    assert "is not the code that this stage was planned with" in process.stderr
-    assert not (run_dir / "plan" / "manifest.json").exists()
-    launch(checkout)
-    assert result(run_dir).snapshot == planned
 
 
 def test_accepted_unfinished_work_runs_its_old_snapshot(checkout: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.unit.conftest import Launch
+from launch.sweep import require_separate_results
+from recipes.core.errors import RecipeError
+from tests.unit.conftest import RECIPE
 
-RECIPE = "recipe=llama_width_prune"
+if TYPE_CHECKING:
+    from tests.unit.conftest import Compose, Launch
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,27 @@ def test_refused_and_empty_sweeps_leave_no_files(launch: Launch, tmp_path: Path)
         assert process.returncode == 1
         assert message in process.stderr
         assert not list((tmp_path / "cwd" / "runs").glob("sweeps/*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "separate"),
+    [
+        ("run_dir=both", False),
+        ("run_dir=runs/${hydra:job.num}", True),
+        ("run_dir=one,two", True),
+        ("run_dir=one,two,one", False),
+        ("run_dir=one,two stages.distill.lr=1e-4,2e-4", False),
+        ("run_dir=one-${stages.distill.lr},two-${stages.distill.lr} stages.distill.lr=1,2", True),
+        ("run_dir=one,two only=[plan,prune]", True),  # the list of ``only`` is one value
+        ("hub.push=me/small", False),
+        ("hub.push=me/small-1,me/small-2", True),
+    ],
+)
+def test_runs_of_a_sweep_need_separate_results(
+    compose: Compose, overrides: str, separate: bool
+) -> None:
+    first_value = overrides.partition(",")[0]  # "run_dir=one" of "run_dir=one,two …"
+    config_of_first_run = compose(RECIPE, first_value)
+    refusal = pytest.raises(RecipeError, match=f"several runs .* would have {first_value}")
+    with contextlib.nullcontext() if separate else refusal:
+        require_separate_results(config_of_first_run, ["-m", RECIPE, *overrides.split()])
