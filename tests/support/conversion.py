@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from nemo_convert import __main__ as command_line
 from nemo_convert import hf, nemo
@@ -36,12 +38,16 @@ def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     results = []
+    # Without the patch, the backward pass of a mixture of experts leaves a scale whose shape NeMo's
+    # trainer cannot set in a later training in this process.
+    scale = mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
     for training in (False, True):
         model = nemo.restore_model(checkpoint)
         core = nemo.build_core(model, nemo.Parallelism(), training=training)
         nemo.load_weights(core, checkpoint)
         logits = core(tokens, positions, None)
-        logits.logsumexp(dim=-1).mean().backward()  # a loss that depends on every logit
+        with scale:
+            logits.logsumexp(dim=-1).mean().backward()  # a loss that depends on every logit
         gradients = {name: weight.grad for name, weight in core.named_parameters()}
         results.append({"logits": logits, **gradients})
     expected, actual = results
