@@ -15,8 +15,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +23,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote
+
+from tests.support.forked import run_forked
+
+IMPORTS = ("filelock", "nemo_convert.preflight", "requests", "tqdm.asyncio", "yaml")
+"""Modules that ``run_with_hub`` imports once. None of them imports ``huggingface_hub``."""
 
 
 @dataclass
@@ -65,7 +68,8 @@ def fake_hub(token: str) -> Iterator[FakeHub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     new_hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    Thread(target=server.serve_forever, daemon=True).start()
+    # The argument is the number of seconds between checks for a shutdown.
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield new_hub
     finally:
@@ -92,10 +96,10 @@ def settings_for(hub: FakeHub, home: Path) -> dict[str, str]:
 
 def run_with_hub(hub: FakeHub, home: Path, code: str) -> str:
     """Runs Python code in a process that uses the hub; returns the process's standard output."""
+    home.mkdir(exist_ok=True)
+    (home / "code.py").write_text(code)
     env = {**os.environ, **settings_for(hub, home)}
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
+    process = run_forked(IMPORTS, [str(home / "code.py")], env, home)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
