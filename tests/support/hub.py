@@ -144,12 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"error": "Invalid credentials"}, 401)
         return False
 
-    def _dataset(self, body: bytes = b"") -> bool:
-        """Answers a request about a dataset; returns ``False`` for other requests.
-
-        Args:
-            body: Body of a POST request, a URL-encoded form.
-        """
+    def _dataset(self) -> bool:
+        """Answers a request about a dataset; returns ``False`` for other requests."""
         match = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
         if match is None:
             return False
@@ -161,24 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({}, 404, X_Error_Code="RevisionNotFound")
         else:
             commit = list(commits)[-1] if revision == "main" else revision
-            self._dataset_commit(match, commit, commits[commit], parse_qs(body.decode()))
+            self._dataset_commit(match, commit, commits[commit])
         return True
 
-    def _dataset_commit(
-        self,
-        match: re.Match[str],
-        commit: str,
-        files: dict[str, bytes],
-        form: dict[str, list[str]],
-    ) -> None:
-        """Answers a request about a commit of a dataset.
-
-        Args:
-            match: Match of ``DATASET_PATH`` with the request's path.
-            commit: Hash of the commit.
-            files: The commit's files, by path.
-            form: Values of the request's form, by field.
-        """
+    def _dataset_commit(self, match: re.Match[str], commit: str, files: dict[str, bytes]) -> None:
+        """Answers a request that matches ``DATASET_PATH``, about a commit with these files."""
         file_infos = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for path, data in files.items()
@@ -186,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match["endpoint"] == "tree":
             self._answer(file_infos)
         elif match["endpoint"] == "paths-info":
-            paths = form.get("paths", [])
+            paths = parse_qs(self._body().decode()).get("paths", [])  # the body is a form
             self._answer([info for info in file_infos if info["path"] in paths])
         elif match["endpoint"] == "resolve":
             self._file(files, match["path"], commit)
@@ -248,10 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
-        if DATASET_PATH.fullmatch(self.path):
-            self._dataset(self._body())
-            return
-        if not self._is_authorized():
+        if self._dataset() or not self._is_authorized():
             return
         body, hub = self._body(), self.hub
         if self.path == "/api/repos/create":

@@ -191,17 +191,15 @@ def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "tinydata-1.0-py3-none-any.whl"
+    files = {
+        "tinydata/a.txt": "hello",
+        "tinydata-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
+        "tinydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+        "tinydata-1.0.dist-info/RECORD": "",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tinydata/a.txt", "hello")
-        archive.writestr(
-            "tinydata-1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
-        )
-        archive.writestr(
-            "tinydata-1.0.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))

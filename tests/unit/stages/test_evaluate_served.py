@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.stages import evaluate_served
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
 
 TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
 """Overrides that build TensorRT-LLM engines. Its server returns no log-probabilities of prompts."""
 
 
-def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..., Plan]) -> None:
+def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: MakePlan) -> None:
     """Without ``evaluate_tasks``, ``evaluate_served`` has default tasks and a limit of items."""
     for served, artifact in (("engine", "build_engine"), ("gguf", "export_gguf")):
         planned = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
@@ -32,15 +34,13 @@ def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..
     assert "served-time" not in {note.rule.name for note in planned.notes}
 
 
-def test_tensorrt_llm_refuses_tasks_that_need_log_probabilities(plan: Callable[..., Plan]) -> None:
+def test_tensorrt_llm_refuses_tasks_that_need_log_probabilities(plan: MakePlan) -> None:
     with pytest.raises(RecipeError, match="log-probabilities of prompts"):
         plan(*TRTLLM, "served=engine", "stages.evaluate_served.tasks=[sciq]")
 
 
-@pytest.mark.parametrize("tasks", ["full", "quick", "null"])
-def test_only_tensorrt_llm_limits_benchmarks_to_generation(
-    tasks: str, plan: Callable[..., Plan]
-) -> None:
+@pytest.mark.parametrize("tasks", ["full", "null"])
+def test_only_tensorrt_llm_limits_benchmarks_to_generation(tasks: str, plan: MakePlan) -> None:
     """If the same run serves its GGUF file instead, the stage runs all benchmarks."""
     for served, is_generation_only in (("engine", True), ("gguf", False)):
         planned = plan(*TRTLLM, f"tasks={tasks}", "gguf=q8_0", f"served={served}")
@@ -49,7 +49,7 @@ def test_only_tensorrt_llm_limits_benchmarks_to_generation(
         assert is_limited == is_generation_only
 
 
-def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[..., Plan]) -> None:
+def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: MakePlan) -> None:
     """``winogrande`` is a benchmark of ``evaluate_tasks`` only."""
     planned = plan(
         *TRTLLM,
@@ -64,7 +64,7 @@ def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[.
 
 
 def test_the_served_model_is_made_from_the_student_that_it_is_compared_with(
-    plan: Callable[..., Plan],
+    plan: MakePlan,
 ) -> None:
     overrides = ("engine=openvino", "served=engine")
     assert plan(*overrides)
