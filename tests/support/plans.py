@@ -18,6 +18,7 @@ from tests.unit.conftest import RECIPE, complete_overrides
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from recipes.planning.rules import Problem
     from tests.unit.conftest import Compose, MakePlan
 
 
@@ -43,3 +44,8 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
     return plan_recipe
+
+
+def notes_of(planned: Plan, rule: str) -> list[Problem]:
+    """Returns the warnings of a plan that belong to a rule."""
+    return [note for note in planned.notes if note.rule.name == rule]

@@ -20,17 +20,8 @@ from nemo_convert.smollm2 import HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.planning.chain import CONFIGS
 
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
+LLAMA_8B: dict[str, Any] = dict(CONFIGS["meta-llama/Llama-3.1-8B"])
+del LLAMA_8B["rope_scaling"], LLAMA_8B["rope_theta"]  # tests set them
 MISTRAL_7B = {
     **LLAMA_8B,
     "architectures": ["MistralForCausalLM"],
@@ -85,20 +76,14 @@ QWEN3_30B_A3B = {
 }
 PUBLISHED = {
     "SmolLM2-135M": (HF_CONFIG, 134_515_008),
-    "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
     "Mistral-7B-v0.3": (MISTRAL_7B, 7_248_023_552),
     "Qwen2.5-0.5B": (QWEN2_5_0_5B, 494_032_768),
     "Qwen3-0.6B": (QWEN3_0_6B, 596_049_920),
     "Qwen3-30B-A3B": (QWEN3_30B_A3B, 30_532_122_624),
     # Configs that a plan uses without a network.
-    **{
-        name: (CONFIGS[name], parameters)
-        for name, parameters in (
-            ("meta-llama/Llama-3.1-8B", 8_030_261_248),
-            ("Qwen/Qwen3-8B", 8_190_735_360),
-            ("mistralai/Mistral-Nemo-Base-2407", 12_247_782_400),
-        )
-    },
+    "Llama-3.1-8B": (CONFIGS["meta-llama/Llama-3.1-8B"], 8_030_261_248),
+    "Qwen3-8B": (CONFIGS["Qwen/Qwen3-8B"], 8_190_735_360),
+    "Mistral-Nemo": (CONFIGS["mistralai/Mistral-Nemo-Base-2407"], 12_247_782_400),
 }
 """Each model's config, and the number of parameters that the hub shows for its safetensors."""
 
@@ -173,7 +158,7 @@ def test_active_weights_include_each_matrix_once() -> None:
 
 
 def test_defaults_of_absent_keys() -> None:
-    absent = ("num_key_value_heads", "tie_word_embeddings", "max_position_embeddings")
+    absent = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings")
     config = {key: value for key, value in LLAMA_8B.items() if key not in absent}
     architecture = read_architecture(config, "x")
     assert architecture.num_query_groups == 32, "one group for each attention head"

@@ -225,7 +225,7 @@ def test_the_card_says_how_the_model_was_made(
     ("teacher", "name", "base_model"),
     [
         ("some/Llama-3.2-1B", "Llama-3.2-1B", "some/Llama-3.2-1B"),
-        ("some/Model@0123abc", "Model", "some/Model"),
+        ("some/Model@0123abc", "Model@0123abc", "some/Model"),
         ("/models/private/my_llama/", "my_llama", None),
         ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", "Small.Q4_1", None),
     ],

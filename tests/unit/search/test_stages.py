@@ -31,6 +31,7 @@ from recipes.search.settings import (
 from recipes.search.space import Budget, Service, Space, name_of
 from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, successive_halving
 from tests.support.manifests import bare_manifest
+from tests.support.plans import notes_of
 from tests.support.runs import settings
 from tests.unit.conftest import stage_named
 
@@ -92,7 +93,7 @@ def test_the_plan_assumes_the_largest_shape_within_the_budget(
     student = chain.shape_of("prune")
     fraction = student.parameters() / chain.teacher.parameters()
     assert min_fraction < fraction <= max_fraction
-    [note] = [note for note in planned.notes if note.rule.name == "searched-shape"]
+    [note] = notes_of(planned, "searched-shape")
     assert name_of(student) in note.what
     assert chain.workloads["distill"].trained == student
     search: Any = chain.stages["enumerate_shapes"]
@@ -148,7 +149,7 @@ def test_any_recipe_can_use_the_shape_that_another_run_chose(
     planned = plan(model, length, *overrides, recipe="recipe=llama_depth_prune")
     student = planned.chain.shape_of("prune")
     assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
-    assert "searched-shape" not in {note.rule.name for note in planned.notes}
+    assert not notes_of(planned, "searched-shape")
     # A shape cannot come from this model if it is larger, or if an axis that no search prunes
     # (here the vocabulary) has another size.
     for axis in ("hidden_size", "vocab_size"):

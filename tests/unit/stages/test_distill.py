@@ -66,11 +66,6 @@ def test_the_workload_has_the_teacher_of_another_run(chain: Chain, tmp_path: Pat
     assert cache_logits.workload(CacheLogitsConfig(inputs=inputs), chain).teacher == teacher
 
 
-def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
-    """Returns the rule of each problem that the check of ``distill`` finds."""
-    return [problem.rule.name for problem in distill.check(cfg, chain)]
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -100,7 +95,8 @@ def test_losses_and_early_stops_that_cannot_work_are_refused(
 ) -> None:
     stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
     cfg = DistillConfig(stage="distill", **fields)
-    assert rule_names(cfg, replace(chain, stages=stages)) == expected
+    problems = distill.check(cfg, replace(chain, stages=stages))
+    assert [problem.rule.name for problem in problems] == expected
 
 
 @pytest.mark.parametrize(

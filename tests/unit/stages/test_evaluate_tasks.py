@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 VALID_SETTINGS = {"tasks": ["sciq", "mmlu"]}
 
 
-def rule_names(chain: Chain, **fields: Any) -> list[str]:
-    """Returns the rules that ``VALID_SETTINGS`` break if some fields are replaced."""
-    cfg = EvaluateTasksConfig(**{**VALID_SETTINGS, **fields})
-    return [problem.rule.name for problem in task_problems(cfg, chain)]
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -49,7 +43,8 @@ def rule_names(chain: Chain, **fields: Any) -> list[str]:
 def test_invalid_tasks_break_a_rule(
     chain: Chain, fields: dict[str, Any], expected: list[str]
 ) -> None:
-    assert rule_names(chain, **fields) == expected
+    cfg = EvaluateTasksConfig(**{**VALID_SETTINGS, **fields})
+    assert [problem.rule.name for problem in task_problems(cfg, chain)] == expected
 
 
 def test_the_verified_version_of_lm_eval_must_be_installed(

@@ -17,6 +17,7 @@ from recipes.planning.results import PlanResult
 from recipes.planning.training_cost import training_cost
 from recipes.stages import plan as plan_stage
 from recipes.stages.plan import RATES_FOLDER, read_rates, summary_of, tables, write_rates
+from tests.support.plans import notes_of
 from tests.unit.conftest import stage_named
 from tests.unit.planning.models import H100, QWEN, distillation
 
@@ -176,7 +177,7 @@ def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -
     """Without ``max_tokens``, the plan does not know how many tokens of a hub dataset are read."""
     for overrides, is_unknown in ((), False), (("stages.prepare_data.max_tokens=null",), True):
         planned = plan(*overrides, recipe="recipe=qwen3_8b_depth_2.5b")
-        assert [note.rule.name for note in planned.notes].count("unknown-text") == is_unknown
+        assert len(notes_of(planned, "unknown-text")) == is_unknown
         result = run_plan_stage(planned, tmp_path / str(is_unknown))
         [table] = [table for table in result.tables if table.title == "Time not estimated"]
         names = {str(name) for [name] in table.rows}
@@ -205,7 +206,7 @@ def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) 
     # The planner's margin has at least 300 seconds, more than it estimates for this stage.
     for overrides, margin in ((), 300), (("+cluster.margin_seconds=1800",), 1800):
         planned = plan_search(*overrides)
-        [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
+        [note] = notes_of(planned, "time-limit")
         cost = planned.chain.inference_costs["successive_halving"]
         assert 1 < (cost.stopping_seconds or 0) < 300
         search_seconds = cost.hours(planned.chain.hardware) * 3600
@@ -222,5 +223,5 @@ def test_benchmarks_that_exceed_the_time_limit_only_give_a_warning(plan: MakePla
     planned = plan(
         "+cluster.time=30-00:00:00", limit, "engine=null", recipe="recipe=qwen3_8b_depth_2.5b"
     )
-    [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
+    [note] = notes_of(planned, "time-limit")
     assert "evaluate_tasks" in note.what
