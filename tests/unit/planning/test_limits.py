@@ -17,10 +17,12 @@ from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.planning.layouts import workloads_on_all_layouts
 from tests.support.manifests import bare_manifest, edit_manifest
+from tests.support.plans import notes_of
 from tests.support.results import RESULTS
+from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
-    from launch.plan import Plan
+    from recipes.planning.rules import Problem
     from tests.unit.conftest import Complete, MakePlan
 
 D, H = "stages.distill.", "stages.successive_halving."
@@ -53,9 +55,9 @@ def test_warns_of_more_than_four_epochs(
     plan: MakePlan, text: Path, recipe: str, overrides: str, epochs: str | None
 ) -> None:
     planned = plan(*overrides.replace("TEXT", str(text)).split(), recipe=recipe)
-    notes = [note.what for note in planned.notes if note.rule.name == "epochs"]
+    notes = notes_of(planned, "epochs")
     assert len(notes) == (epochs is not None)
-    assert all(str(epochs) in note for note in notes)
+    assert all(str(epochs) in note.what for note in notes)
 
 
 def test_tokens_of_limited_documents_are_estimated_by_the_mean_length_in_tokenized_text(
@@ -72,9 +74,8 @@ def test_tokens_of_limited_documents_are_estimated_by_the_mean_length_in_tokeniz
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(200_000))
     text = ("data.sources=[]", f"data.prefix='{tmp_path}/corpus#licence=CC-BY-4.0'")
-    assert "epochs" not in {note.rule.name for note in plan(*text).notes}
-    limited = plan(*text, f"{DOCUMENTS}=20")
-    [note] = [n for n in limited.notes if n.rule.name == "epochs"]
+    assert not notes_of(plan(*text), "epochs")
+    [note] = notes_of(plan(*text, f"{DOCUMENTS}=20"), "epochs")
     assert "5.7 epochs" in note.what
 
 
@@ -97,7 +98,7 @@ def test_tokens_of_limited_documents_are_estimated_by_the_mean_length_in_tokeniz
 def test_disk_space_includes_text_and_candidates(
     plan: MakePlan, recipe: str, stage: str, overrides: str, gigabytes: float
 ) -> None:
-    [planned] = [s for s in plan(*overrides.split(), recipe=recipe).stages if s.name == stage]
+    planned = stage_named(plan(*overrides.split(), recipe=recipe), stage)
     disk_bytes = planned.definition.disk_bytes(planned.config, planned.chain)
     assert disk_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
@@ -107,10 +108,10 @@ def test_epochs_of_prepared_text_use_its_measured_tokens(
 ) -> None:
     """The run needs 409,600 training tokens: 5.4 epochs of the estimate, 0.5 of the result."""
     overrides = (f"data.sources=[{text}]", f"{D}max_steps=400")
-    first: Plan = plan(*overrides)
-    assert "epochs" in {n.rule.name for n in first.notes}
+    first = plan(*overrides)
+    assert notes_of(first, "epochs")
     complete(first)  # with a result of 812,345 training tokens
-    assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
+    assert not notes_of(plan(*overrides), "epochs")
 
 
 def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
@@ -132,19 +133,17 @@ def test_warns_of_sources_that_weights_repeat_too_often(
     # The run trains on as many tokens as the large source has. A step trains on 4 × 256 tokens.
     tokens = text.stat().st_size / BYTES_PER_TOKEN
     steps = f"{D}max_steps={round(tokens / 1024)}"
-    repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
-    [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
+    [note] = notes_of(plan(weighted_sources(text, tmp_path, "6", "4"), steps), "epochs")
     assert note.what.startswith("distill trains on ")
     assert "tokens of 'small'" in note.what
     # The small source has 0.1 of these tokens, of which 90% are for training: 0.6 / (0.1 × 0.9).
     assert "it sees each 6.7 times" in note.what
     # With weight 0.3 instead of 0.6, each token is seen 3.3 times, which is not too often.
-    balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
-    assert "epochs" not in {n.rule.name for n in balanced.notes}
+    balanced = weighted_sources(text, tmp_path, "3", "7")
+    assert not notes_of(plan(balanced, steps), "epochs")
     # The sources have enough text, but the teacher's cache has only 10 sequences of it.
     few_sequences = ("teacher=cached", "stages.cache_logits.num_sequences=10", steps)
-    cached = plan(weighted_sources(text, tmp_path, "3", "7"), *few_sequences)
-    [note] = [n for n in cached.notes if n.rule.name == "epochs"]
+    [note] = notes_of(plan(balanced, *few_sequences), "epochs")
     assert "the teacher's cache" in note.what
 
 
@@ -152,8 +151,7 @@ def test_changed_weights_rerun_only_training(
     plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
 ) -> None:
     first = plan(weighted_sources(text, tmp_path, "0.1", "0.9"))
-    configs = {stage.name: stage.config for stage in first.stages}
-    assert vars(configs["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
+    assert vars(first.chain.stages["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
     complete(first)
     todo = {stage.name for stage in plan(weighted_sources(text, tmp_path, "0.2", "0.8")).todo()}
     assert "distill" in todo
@@ -167,8 +165,7 @@ def test_a_cached_teacher_has_the_weights_of_distill(
     distill_weights = f"+{D}weights={{small:1,{text.stem}:3}}"
     for small, overrides in (("1", []), ("2", [distill_weights])):
         cached = plan("teacher=cached", weighted_sources(text, tmp_path, small, "3"), *overrides)
-        [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
-        assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
+        assert vars(cached.chain.stages["cache_logits"])["weights"] == {"small": 1, text.stem: 3}
 
 
 def test_text_of_another_run_needs_its_weights_again(
@@ -186,8 +183,8 @@ def test_text_of_another_run_needs_its_weights_again(
     edit_manifest(data, metrics=asdict(result))
 
     def fixes(recipe: str, *overrides: str) -> list[str]:
-        notes = plan(*overrides, "skip_rules=[tokens]", recipe=f"recipe={recipe}").notes
-        return [note.fix for note in notes if note.rule.name == "source-weights"]
+        planned = plan(*overrides, "skip_rules=[tokens]", recipe=f"recipe={recipe}")
+        return [note.fix for note in notes_of(planned, "source-weights")]
 
     for recipe, stage, *overrides in (
         ("llama_width_prune", "distill"),
@@ -234,10 +231,9 @@ def test_weights_need_the_name_of_a_training_source(
 )
 def test_fp8_needs_gpus_that_have_it(plan: MakePlan, overrides: str, fix: str | None) -> None:
     arguments = [*overrides.split(), "skip_rules=[memory,engine-image,fp8]"]
-    notes = plan(*arguments, recipe="recipe=llama3_1_8b_depth_2.5b").notes
-    fixes = [note.fix for note in notes if note.rule.name == "fp8"]
-    assert len(fixes) == (fix is not None)
-    assert all(str(fix) in actual_fix for actual_fix in fixes)
+    notes = notes_of(plan(*arguments, recipe="recipe=llama3_1_8b_depth_2.5b"), "fp8")
+    assert len(notes) == (fix is not None)
+    assert all(str(fix) in note.fix for note in notes)
 
 
 def test_a_small_cache_of_logits_limits_epochs_and_batches(plan: MakePlan, tmp_path: Path) -> None:
@@ -247,20 +243,21 @@ def test_a_small_cache_of_logits_limits_epochs_and_batches(plan: MakePlan, tmp_p
     of 50 sequences is read in 8 epochs, one of 100 sequences in 4 epochs, which get no warning.
     """
 
-    def plan_with_cache(sequences: int) -> Plan:
-        return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
+    def epochs_notes(sequences: int) -> list[Problem]:
+        setting = f"stages.cache_logits.num_sequences={sequences}"
+        return notes_of(plan("teacher=cached", setting), "epochs")
 
     with pytest.raises(RecipeError, match=r"1,024 .* 512 at most(?s:.*)cache_logits\.num_seq"):
-        plan_with_cache(2)
-    [note] = [n for n in plan_with_cache(50).notes if n.rule.name == "epochs"]
+        epochs_notes(2)
+    [note] = epochs_notes(50)
     assert "12,800" in note.what  # 50 × 256 tokens
     assert "8.0" in note.what
-    assert "epochs" not in {n.rule.name for n in plan_with_cache(100).notes}
+    assert epochs_notes(100) == []
     # A cache of 50 sequences from another run, whose text has 4,000 sequences.
     cache = bare_manifest("cache_logits", "logit_cache", CacheResult(50, 4000, 0, 0, 0.0, 0.0))
     settings = asdict(CacheLogitsConfig("cache_logits"))
     write_manifest(tmp_path, replace(cache, config=settings))
-    [note] = [n for n in plan(f"{D}inputs.teacher={tmp_path}").notes if n.rule.name == "epochs"]
+    [note] = notes_of(plan(f"{D}inputs.teacher={tmp_path}"), "epochs")
     assert "12,800" in note.what
     assert "num_sequences" in note.fix
     assert f"stages.{tmp_path}" not in note.fix  # the input is a folder, not a stage of this run
@@ -280,8 +277,7 @@ def test_a_cache_of_all_text_is_as_large_as_the_text(plan: MakePlan, text: Path)
     cached = ("teacher=cached", "stages.cache_logits.num_sequences=null")
 
     def tokens_and_bytes(*overrides: str) -> tuple[int, int]:
-        planned = plan(*cached, *overrides, recipe=SMALL)
-        [cache] = [stage for stage in planned.stages if stage.name == "cache_logits"]
+        cache = stage_named(plan(*cached, *overrides, recipe=SMALL), "cache_logits")
         assert cache.workload is not None
         return cache.workload.tokens, cache.definition.disk_bytes(cache.config, cache.chain)
 
@@ -291,8 +287,8 @@ def test_a_cache_of_all_text_is_as_large_as_the_text(plan: MakePlan, text: Path)
     # 2 bytes each: ids of the 64 likeliest tokens, their probabilities, and that of all others.
     token_bytes = 64 * 2 + 65 * 2
     assert size == pytest.approx(train_tokens * token_bytes, rel=0.02)
-    notes = plan(*cached, f"{MAX}=null", recipe="recipe=llama3_1_8b_width_2.5b").notes
-    assert "cache_logits" in " ".join(n.what for n in notes if n.rule.name == "unknown-text")
+    planned = plan(*cached, f"{MAX}=null", recipe="recipe=llama3_1_8b_width_2.5b")
+    assert any("cache_logits" in note.what for note in notes_of(planned, "unknown-text"))
     with pytest.raises(RecipeError, match="tokens=many"):
         plan(*cached, f"data.sources=['{text}#tokens=many']")
 

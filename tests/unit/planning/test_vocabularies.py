@@ -21,13 +21,14 @@ D = "stages.distill."
 """Prefix of settings."""
 
 
-def test_teacher_and_data_with_different_tokenizers_are_refused(
+def test_a_teacher_with_another_tokenizer_or_vocabulary_size_is_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
     # The results of the complete run become those of another run. This run has none.
     other_run = (tmp_path / "run").rename(tmp_path / "other")
-    inputs = f"{D}inputs.teacher={other_run}/import_hf", f"{D}inputs.data={other_run}/prepare_data"
+    teacher = f"{D}inputs.teacher={other_run}/import_hf"
+    inputs = teacher, f"{D}inputs.data={other_run}/prepare_data"
     plan(*inputs)  # is accepted: teacher and data have the same tokenizer, with hash "t"
     edit_manifest(other_run / "prepare_data", tokenizer_sha256="another")
     with pytest.raises(
@@ -35,15 +36,7 @@ def test_teacher_and_data_with_different_tokenizers_are_refused(
     ) as caught:
         plan(*inputs)
     assert RULES["tokenizer"].reference in str(caught.value)
-
-
-def test_teacher_and_student_with_different_vocabulary_sizes_are_refused(
-    plan: MakePlan, complete: Complete, tmp_path: Path
-) -> None:
-    complete(plan())
-    # The results of the complete run become those of another run. This run has none.
-    other_run = (tmp_path / "run").rename(tmp_path / "other")
     padded = replace(read_architecture(HF_CONFIG, "SmolLM2"), vocab_size=49280)
     edit_manifest(other_run / "import_hf", architecture=padded.as_dict())
     with pytest.raises(RecipeError, match=r"different sizes: teacher 49280, student 49152"):
-        plan(f"{D}inputs.teacher={other_run}/import_hf")
+        plan(teacher)

@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,17 +30,18 @@ Inputs = dict[str, Input]
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> Inputs:
+def run_inputs(tmp_path: Path) -> Inputs:
+    """The inputs of ``report`` in a run that has all optional stages."""
+    return {**make_inputs(tmp_path / "run"), **make_optional_inputs(tmp_path / "run")}
+
+
+@pytest.fixture
+def inputs(run_inputs: Inputs) -> Inputs:
     """The inputs of ``export_hf``. The evaluation used the held-out split of ``data``."""
-    run = tmp_path / "run"
-    report_inputs = {**make_inputs(run), **make_optional_inputs(run)}
+    run_inputs["evaluation"].manifest.inputs["data"] = run_inputs["data"].manifest.fingerprint
     common_names = ("evaluation", "teacher", "data", "tasks")  # ``report`` has the same names
-    data = report_inputs["data"].manifest
-    report_inputs["evaluation"].manifest.inputs["data"] = data.fingerprint
-    return {
-        "checkpoint": report_inputs["distilled"],
-        **{name: report_inputs[name] for name in common_names},
-    }
+    common = {name: run_inputs[name] for name in common_names}
+    return {"checkpoint": run_inputs["distilled"], **common}
 
 
 def render_card(
@@ -51,10 +53,16 @@ def render_card(
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+def header_of(card: str) -> dict[str, Any]:
+    """Returns the fields of a card's YAML header."""
+    fields: dict[str, Any] = yaml.safe_load(card.split("---")[1])
+    return fields
+
+
 def test_every_input_adds_lines_to_the_card(inputs: Inputs, tmp_path: Path) -> None:
     inputs["tasks"].manifest.config["limit"] = 100
     text = render_card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
-    header = yaml.safe_load(text.split("---")[1])
+    header = header_of(text)
     assert header["license"] == "apache-2.0"
     [index] = header["model-index"]
     # Maps the name of a dataset and of a metric to the metric's value.
@@ -102,7 +110,6 @@ def test_each_text_has_its_own_results_in_the_header(inputs: Inputs, tmp_path: P
 
 
 def test_a_card_says_if_distillation_raised_the_loss(inputs: Inputs, tmp_path: Path) -> None:
-    assert "recovered 79%" in render_card(tmp_path, inputs)
     inputs["evaluation"].manifest.metrics["recovered"] = -0.4  # negative: the loss increased
     text = render_card(tmp_path, inputs)
     assert "-40%" not in text
@@ -143,7 +150,7 @@ def test_licences_of_weights_and_text_are_stated_separately(inputs: Inputs, tmp_
 def test_a_named_licence_stays_in_the_header(inputs: Inputs, tmp_path: Path) -> None:
     fields = {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"}
     text = render_card(tmp_path, inputs, f"---\n{yaml.safe_dump(fields)}---\n")
-    assert fields.items() <= yaml.safe_load(text.split("---")[1]).items()
+    assert fields.items() <= header_of(text).items()
     assert "the base model's, qwen-research (no commercial use)." in text
 
 
@@ -158,7 +165,7 @@ def test_a_student_of_a_student_keeps_the_restriction_of_the_text(
     [source] = inputs["data"].manifest.metrics["sources"]
     inputs["data"].manifest.metrics["origins"] = {source: {"licence": "CC BY-NC 4.0"}}
     text = render_card(tmp_path, inputs, teacher_card)
-    header = yaml.safe_load(text.split("---")[1])
+    header = header_of(text)
     assert header["license"] == "other"
     assert re.fullmatch("[a-z0-9.-]+", header["license_name"])
     licence = known_licence(str(tmp_path))
@@ -167,30 +174,30 @@ def test_a_student_of_a_student_keeps_the_restriction_of_the_text(
     assert forbids_commercial_use(licence)
 
 
-def test_tokenized_text_is_not_called_disjoint(inputs: Inputs, tmp_path: Path) -> None:
-    """Documents of ``data.prefix``, which has a ``sample``, are not compared with other text."""
+def test_only_text_without_the_evaluated_documents_is_called_disjoint(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """A second dataset needs the input ``held_out``, which removes the evaluated documents.
+
+    Documents of ``data.prefix``, which has a ``sample``, are not compared with other text.
+    """
+    data = inputs["data"].manifest
     claim = "no document in\ncommon with training"
     assert claim in render_card(tmp_path, inputs)
-    inputs["data"].manifest.metrics |= {"sources": ["/data/corpus"], "sample": "Once upon"}
+    for data_inputs, is_disjoint in (({}, False), ({"held_out": data.fingerprint}, True)):
+        second_data = replace(data, fingerprint="other", inputs=data_inputs)
+        text = render_card(tmp_path, inputs, prepare_long_data=second_data)
+        assert (claim in text) == is_disjoint
+    data.metrics |= {"sources": ["/data/corpus"], "sample": "Once upon"}
     text = render_card(tmp_path, inputs)
     assert claim not in text
     assert "`corpus`. Licence: not recorded. Its duplicates are not removed" in text
 
 
-def test_text_that_does_not_exclude_the_evaluated_text_is_not_called_disjoint(
-    inputs: Inputs, tmp_path: Path
+def test_the_card_says_how_the_model_was_made(
+    inputs: Inputs, run_inputs: Inputs, tmp_path: Path
 ) -> None:
-    """Only the input ``held_out`` removes the evaluated documents from a second dataset."""
-    data = inputs["data"].manifest
-    claim = "no document in\ncommon with training"
-    for data_inputs, is_disjoint in (({}, False), ({"held_out": data.fingerprint}, True)):
-        second_data = replace(data, fingerprint="other", inputs=data_inputs)
-        text = render_card(tmp_path, inputs, prepare_long_data=second_data)
-        assert (claim in text) == is_disjoint
-
-
-def test_the_card_says_how_the_model_was_made(inputs: Inputs, tmp_path: Path) -> None:
-    pruned, trained = make_inputs(tmp_path / "other")["pruned"].manifest, inputs["checkpoint"]
+    pruned, trained = run_inputs["pruned"].manifest, inputs["checkpoint"]
     # Layers named in ``drop_layers``, pruned widths and a teacher.
     text = render_card(tmp_path, inputs, prune=pruned)
     for line in ("layers: named in the settings", "ModelOpt's Minitron", "distilled with NeMo"):
@@ -215,20 +222,21 @@ def test_the_card_says_how_the_model_was_made(inputs: Inputs, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("teacher", "base_model"),
+    ("teacher", "name", "base_model"),
     [
-        ("some/Model", "some/Model"),
-        ("some/Model@0123abc", "some/Model"),
-        ("/models/private/llama", None),
-        ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", None),
+        ("some/Llama-3.2-1B", "Llama-3.2-1B", "some/Llama-3.2-1B"),
+        ("some/Model@0123abc", "Model@0123abc", "some/Model"),
+        ("/models/private/my_llama/", "my_llama", None),
+        ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", "Small.Q4_1", None),
     ],
 )
-def test_base_model_is_the_id_of_a_hub_model(
-    inputs: Inputs, tmp_path: Path, teacher: str, base_model: str | None
+def test_a_card_has_the_name_of_the_teacher_and_the_id_of_a_hub_model(
+    inputs: Inputs, tmp_path: Path, teacher: str, name: str, base_model: str | None
 ) -> None:
     """A local folder and a ``pypi://`` address are not ids, and the hub would refuse the card."""
     text = render_card(tmp_path, inputs, teacher=teacher)
-    assert yaml.safe_load(text.split("---")[1]).get("base_model") == base_model
+    assert f"# {name}-{RECIPE}\n" in text
+    assert header_of(text).get("base_model") == base_model
     assert "/models/private" not in text
 
 
@@ -291,29 +299,8 @@ def test_names_cannot_add_markup_to_the_card(inputs: Inputs, tmp_path: Path) -> 
     assert [row.count("|") for row in task_rows] == [7]
 
 
-@pytest.mark.parametrize(
-    ("teacher", "name"),
-    [
-        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
-        ("/models/my_llama/", "my_llama"),
-        ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", "Small.Q4_1"),
-    ],
-)
-def test_a_card_is_named_after_teacher_and_recipe(
-    inputs: Inputs, tmp_path: Path, teacher: str, name: str
-) -> None:
-    text = render_card(tmp_path, inputs, teacher=teacher)
-    assert f"# {name}-llama_width_prune\n" in text
-
-
 HF_SERVERS = ["vllm serve export_hf/artifact", "trtllm-serve export_hf/artifact"]
 """Commands that serve the exported Hugging Face folder."""
-
-
-@pytest.fixture
-def run_inputs(tmp_path: Path) -> Inputs:
-    """The inputs of ``report`` in a run that has all optional stages."""
-    return {**make_inputs(tmp_path / "a"), **make_optional_inputs(tmp_path / "a")}
 
 
 def test_each_artifact_has_commands_that_serve_it(run_inputs: Inputs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,6 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     chain: Chain, plan: MakePlan, hf_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     """Writes the recipe, plans it, and compares the plan's settings with those of the search."""
-    teacher = dataclasses.replace(
-        bare_manifest("import_hf", "checkpoint_nemo", None),
-        config={"hf_path": str(hf_folder)},
-        architecture=chain.teacher.as_dict(),
-    )
     scoring = ScoreConfig(
         "score",
         num_calibration_samples=16,
@@ -42,16 +37,18 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     text_settings = PrepareDataConfig(
         sources=[str(text)], seq_length=64, calibration_fraction=0.1, max_tokens=50_000
     )
-    scores = dataclasses.replace(
-        bare_manifest("score", "importance", None), config=dataclasses.asdict(scoring)
-    )
-    corpus = dataclasses.replace(
-        bare_manifest("prepare_data", "dataset", None), config=dataclasses.asdict(text_settings)
-    )
-    manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
-    inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
+    teacher = bare_manifest("import_hf", "checkpoint_nemo", None)
+    configs = {
+        "checkpoint": {"hf_path": str(hf_folder)},
+        "importance": asdict(scoring),
+        "data": asdict(text_settings),
+    }
+    inputs = {
+        name: Input(tmp_path, replace(teacher, config=config, architecture=chain.teacher.as_dict()))
+        for name, config in configs.items()
+    }
     # The teacher has 4 layers and hidden size 128. Its other sizes do not change.
-    shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
+    shape = replace(chain.teacher, num_layers=3, hidden_size=64)
     winner = Candidate(
         "name", 10**6, shape, proxy=1.0, perplexity=9.0, kl_to_teacher=0.1, tokens=10, chosen=True
     )
@@ -70,10 +67,10 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     stages: Any = SimpleNamespace(**planned.stages)
     # The settings are equal except for names, inputs and precision: the recipe has its own inputs,
     # and its hardware profile sets the precision.
-    prepare_data = dataclasses.replace(stages.prepare_data, stage="???", inputs={})
-    assert prepare_data == dataclasses.replace(text_settings, precision=prepare_data.precision)
-    score = dataclasses.replace(stages.score, inputs={})
-    assert score == dataclasses.replace(scoring, seq_length=64, precision=score.precision)
+    prepare_data = replace(stages.prepare_data, stage="???", inputs={})
+    assert prepare_data == replace(text_settings, precision=prepare_data.precision)
+    score = replace(stages.score, inputs={})
+    assert score == replace(scoring, seq_length=64, precision=score.precision)
     assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
     assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
     assert stages.distill.weights == distill.weights
@@ -108,6 +105,6 @@ def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: 
     ranked = rank_candidates.ranking(candidates)
     assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
     assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
-    pruned_only = [dataclasses.replace(c, healed=False, pareto=False) for c in candidates]
+    pruned_only = [replace(c, healed=False, pareto=False) for c in candidates]
     front = [c.name for c in rank_candidates.ranking(pruned_only) if c.pareto]
     assert front == ["f", "a", "b", "e"], "without healing, all proxies can be compared"

@@ -5,7 +5,6 @@ The teacher of ``chain`` has 4 layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,19 +26,12 @@ from recipes.stages import cache_logits, distill
 from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
-    from launch.plan import Plan
+    from tests.unit.conftest import Compose, MakePlan
 
 GPU = Hardware("h100", "gpu", memory_bytes=80e9)
 SELECTIVE = {"recompute_granularity": "selective"}
 NO_TEACHER = {"kd_weight": 0.0, "lm_weight": 1.0}
 EARLY_STOP = {"stop_at_recovered": 0.9, "val_check_interval": 20}
-TEACHERS = {
-    "live": [],
-    "cached": ["cache_logits"],
-    "corrected": ["correct_teacher"],
-    "corrected_cached": ["correct_teacher", "cache_logits"],
-}
-"""For each choice of ``teacher=``: the stages that it adds to a recipe."""
 
 
 @pytest.mark.parametrize(
@@ -74,11 +66,6 @@ def test_the_workload_has_the_teacher_of_another_run(chain: Chain, tmp_path: Pat
     assert cache_logits.workload(CacheLogitsConfig(inputs=inputs), chain).teacher == teacher
 
 
-def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
-    """Returns the rule of each problem that the check of ``distill`` finds."""
-    return [problem.rule.name for problem in distill.check(cfg, chain)]
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -108,7 +95,8 @@ def test_losses_and_early_stops_that_cannot_work_are_refused(
 ) -> None:
     stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
     cfg = DistillConfig(stage="distill", **fields)
-    assert rule_names(cfg, replace(chain, stages=stages)) == expected
+    problems = distill.check(cfg, replace(chain, stages=stages))
+    assert [problem.rule.name for problem in problems] == expected
 
 
 @pytest.mark.parametrize(
@@ -346,24 +334,14 @@ def test_progress_of_a_cache_counts_complete_shards(tmp_path: Path) -> None:
         assert cache_logits.progress(tmp_path) == progress
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
-def test_the_teacher_is_chosen_on_the_command_line(
-    teacher: str, compose: Callable[..., Any], plan: Callable[..., Plan]
+@pytest.mark.parametrize("teacher", ["cached", "corrected_cached"])
+def test_a_cached_teacher_has_the_settings_of_distill(
+    teacher: str, compose: Compose, plan: MakePlan
 ) -> None:
-    cfg = compose(
-        "recipe=llama_depth_prune", f"teacher={teacher}", "stages.distill.temperature=2.5"
-    )
-    distill_settings = cfg.stages.distill
-    added_stages = [name for name in cfg.stages if name in ("correct_teacher", "cache_logits")]
-    assert added_stages == TEACHERS[teacher]
-    # Each stage reads the teacher from the stage before it.
-    teacher_stages = ["import_hf", *added_stages]
-    assert distill_settings.inputs.teacher == teacher_stages[-1]
-    if "cache_logits" in added_stages:
-        cache = cfg.stages.cache_logits
-        assert cache.inputs.teacher == teacher_stages[-2]
-        assert (cache.temperature, cache.seed) == (2.5, distill_settings.seed)
-        num_trained = distill_settings.max_steps * distill_settings.global_batch_size
-        assert cache.num_sequences >= num_trained
-        names = [stage.name for stage in plan(f"teacher={teacher}").stages]
-        assert names.index("cache_logits") < names.index("distill")
+    overrides = (f"teacher={teacher}", "stages.distill.temperature=2.5")
+    stages = compose("recipe=llama_depth_prune", *overrides).stages
+    cache, training = stages.cache_logits, stages.distill
+    assert (cache.temperature, cache.seed) == (2.5, training.seed)
+    assert cache.num_sequences >= training.max_steps * training.global_batch_size
+    names = [stage.name for stage in plan(*overrides).stages]
+    assert names.index("cache_logits") < names.index("distill")

@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from launch.plan import Plan
 from recipes.core.errors import RecipeError
 from recipes.stages import evaluate_served
+from tests.support.plans import notes_of
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
 
 TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
 """Overrides that build TensorRT-LLM engines. Its server returns no log-probabilities of prompts."""
 
 
-def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..., Plan]) -> None:
+def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: MakePlan) -> None:
     """Without ``evaluate_tasks``, ``evaluate_served`` has default tasks and a limit of items."""
     for served, artifact in (("engine", "build_engine"), ("gguf", "export_gguf")):
         planned = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
-        configs = {stage.name: stage.config for stage in planned.stages}
-        tasks, served_tasks = configs["evaluate_tasks"], configs["evaluate_served"]
+        stages: Any = SimpleNamespace(**planned.chain.stages)
+        tasks, served_tasks = stages.evaluate_tasks, stages.evaluate_served
         for name in ("tasks", "limit", "num_fewshot", "source", "revisions"):
             assert getattr(served_tasks, name) == getattr(tasks, name)
         assert served_tasks.inputs["artifact"] == artifact
-        assert configs["report"].inputs["served"] == "evaluate_served"
+        assert stages.report.inputs["served"] == "evaluate_served"
         # A warning, because tasks=full has no limit of items.
-        assert "served-time" in {note.rule.name for note in planned.notes}
+        assert notes_of(planned, "served-time")
     planned = plan("engine=openvino", "served=engine")  # without ``evaluate_tasks``
-    [stage] = (stage for stage in planned.stages if stage.name == "evaluate_served")
-    assert "sciq" in stage.config.tasks  # type: ignore[attr-defined]
-    assert "served-time" not in {note.rule.name for note in planned.notes}
+    assert "sciq" in vars(planned.chain.stages["evaluate_served"])["tasks"]
+    assert not notes_of(planned, "served-time")
 
 
-def test_tensorrt_llm_refuses_tasks_that_need_log_probabilities(plan: Callable[..., Plan]) -> None:
+def test_tensorrt_llm_refuses_tasks_that_need_log_probabilities(plan: MakePlan) -> None:
     with pytest.raises(RecipeError, match="log-probabilities of prompts"):
         plan(*TRTLLM, "served=engine", "stages.evaluate_served.tasks=[sciq]")
 
 
-@pytest.mark.parametrize("tasks", ["full", "quick", "null"])
-def test_only_tensorrt_llm_limits_benchmarks_to_generation(
-    tasks: str, plan: Callable[..., Plan]
-) -> None:
+@pytest.mark.parametrize("tasks", ["full", "null"])
+def test_only_tensorrt_llm_limits_benchmarks_to_generation(tasks: str, plan: MakePlan) -> None:
     """If the same run serves its GGUF file instead, the stage runs all benchmarks."""
     for served, is_generation_only in (("engine", True), ("gguf", False)):
         planned = plan(*TRTLLM, f"tasks={tasks}", "gguf=q8_0", f"served={served}")
-        [config] = (stage.config for stage in planned.stages if stage.name == "evaluate_served")
-        is_limited = config.tasks == [*evaluate_served.GENERATION_TASKS]  # type: ignore[attr-defined]
-        assert is_limited == is_generation_only
+        served_tasks = vars(planned.chain.stages["evaluate_served"])["tasks"]
+        assert (served_tasks == [*evaluate_served.GENERATION_TASKS]) == is_generation_only
 
 
-def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[..., Plan]) -> None:
+def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: MakePlan) -> None:
     """``winogrande`` is a benchmark of ``evaluate_tasks`` only."""
     planned = plan(
         *TRTLLM,
@@ -64,7 +64,7 @@ def test_settings_of_benchmarks_that_are_not_served_are_allowed(plan: Callable[.
 
 
 def test_the_served_model_is_made_from_the_student_that_it_is_compared_with(
-    plan: Callable[..., Plan],
+    plan: MakePlan,
 ) -> None:
     overrides = ("engine=openvino", "served=engine")
     assert plan(*overrides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launch.console import headline
-from launch.plan import Plan
 from recipes.evaluation import task_checks
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.results import TaskResults
@@ -23,14 +21,9 @@ from tests.support.results import RESULTS
 
 if TYPE_CHECKING:
     from recipes.planning.chain import Chain
+    from tests.unit.conftest import MakePlan
 
 VALID_SETTINGS = {"tasks": ["sciq", "mmlu"]}
-
-
-def rule_names(chain: Chain, **fields: Any) -> list[str]:
-    """Returns the rules that ``VALID_SETTINGS`` break if some fields are replaced."""
-    cfg = EvaluateTasksConfig(**{**VALID_SETTINGS, **fields})
-    return [problem.rule.name for problem in task_problems(cfg, chain)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +43,8 @@ def rule_names(chain: Chain, **fields: Any) -> list[str]:
 def test_invalid_tasks_break_a_rule(
     chain: Chain, fields: dict[str, Any], expected: list[str]
 ) -> None:
-    assert rule_names(chain, **fields) == expected
+    cfg = EvaluateTasksConfig(**{**VALID_SETTINGS, **fields})
+    assert [problem.rule.name for problem in task_problems(cfg, chain)] == expected
 
 
 def test_the_verified_version_of_lm_eval_must_be_installed(
@@ -75,13 +69,9 @@ def test_lm_eval_is_pinned_to_the_verified_version(root: Path) -> None:
     assert any("tasks" in line for line in included)
 
 
-@pytest.mark.parametrize("recipe", ["llama_depth_prune", "llama_width_prune"])
 @pytest.mark.parametrize("tasks", ["null", "quick", "full"])
-def test_the_group_tasks_adds_or_removes_the_benchmarks(
-    plan: Callable[..., Plan], recipe: str, tasks: str
-) -> None:
-    planned = plan(f"tasks={tasks}", recipe=f"recipe={recipe}")
-    stages = {stage.name: stage for stage in planned.stages}
+def test_the_group_tasks_adds_or_removes_the_benchmarks(plan: MakePlan, tasks: str) -> None:
+    stages = {stage.name: stage for stage in plan(f"tasks={tasks}").stages}
     has_tasks = tasks != "null"
     assert ("evaluate_tasks" in stages) == has_tasks
     for name in ("report", "export_hf"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +17,8 @@ from recipes.planning.results import PlanResult
 from recipes.planning.training_cost import training_cost
 from recipes.stages import plan as plan_stage
 from recipes.stages.plan import RATES_FOLDER, read_rates, summary_of, tables, write_rates
+from tests.support.plans import notes_of
+from tests.unit.conftest import stage_named
 from tests.unit.planning.models import H100, QWEN, distillation
 
 if TYPE_CHECKING:
@@ -37,6 +39,17 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
     return tmp_path
+
+
+def run_plan_stage(planned: Plan, folder: Path, **profile: object) -> PlanResult:
+    """Runs the stage ``plan``; ``profile`` replaces settings of the hardware profile."""
+    config: Any = stage_named(planned, "plan").config
+    config = replace(config, hardware=config.hardware | profile)
+    out = folder / ARTIFACT
+    out.mkdir(parents=True, exist_ok=True)
+    result = plan_stage.run(config, {}, out).result
+    assert isinstance(result, PlanResult)
+    return result
 
 
 def test_tables_have_a_cell_for_each_column() -> None:
@@ -90,19 +103,14 @@ def test_a_plan_uses_the_measured_rates(
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     # This overhead does not depend on the rates, so it would hide their effect.
     monkeypatch.setattr(hardware, "LAYER_PASS_SECONDS", 0.0)
-    [planned] = [stage for stage in plan().stages if stage.name == "plan"]
-    out = tmp_path / "work" / ARTIFACT
-    out.mkdir(parents=True)
+    planned = plan()
 
-    def run_plan(rates: TrainingRates, **settings: object) -> PlanResult:
+    def run_with(rates: TrainingRates, **profile: object) -> PlanResult:
         write_rates(threads, rates)
-        config = replace(planned.config, hardware=planned.config.hardware | settings)  # type: ignore[attr-defined]
-        plan_result = plan_stage.run(config, {}, out).result
-        assert isinstance(plan_result, PlanResult)
-        return plan_result
+        return run_plan_stage(planned, tmp_path / "work", **profile)
 
     slow_rates = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
-    fast, slow = run_plan(RATES), run_plan(slow_rates)
+    fast, slow = run_with(RATES), run_with(slow_rates)
     assert fast.summary["GFLOP/s in bfloat16"] == 400
     assert slow.summary["GFLOP/s in bfloat16"] == 4
     # The ratio is not exactly 100, because pauses for checkpoints do not depend on the rates.
@@ -110,7 +118,7 @@ def test_a_plan_uses_the_measured_rates(
         assert slow.seconds[name] == pytest.approx(100 * fast.seconds[name], rel=0.01)
     fast_speed, slow_speed = (result.tokens_per_second["distill"] for result in (fast, slow))
     assert fast_speed == pytest.approx(100 * slow_speed)
-    assert run_plan(slow_rates, measure=False).summary != slow.summary
+    assert run_with(slow_rates, measure=False).summary != slow.summary
 
 
 def test_tokenization_time_is_estimated_and_compared_with_the_time_limit(
@@ -128,18 +136,12 @@ def test_tokenization_time_is_estimated_and_compared_with_the_time_limit(
         f"data.sources=[{tmp_path}/large.txt]",
     )
     processes, resources = "stages.prepare_data.processes", "stages.prepare_data.resources"
-    seconds_by_settings = {
-        (f"{processes}=2",): 3600,
-        (f"{processes}=8",): 900,
-        (f"{processes}=2", f"{resources}.nodes=2"): 1800,
-    }
-    for settings, seconds in seconds_by_settings.items():
-        stages = plan(*overrides, *settings).stages
-        [planned] = [stage for stage in stages if stage.name == "plan"]
-        out = tmp_path / str(seconds) / ARTIFACT
-        out.mkdir(parents=True)
-        result = plan_stage.run(planned.config, {}, out).result  # type: ignore[arg-type]
-        assert isinstance(result, PlanResult)
+    for seconds, *settings in (
+        (3600, f"{processes}=2"),
+        (900, f"{processes}=8"),
+        (1800, f"{processes}=2", f"{resources}.nodes=2"),
+    ):
+        result = run_plan_stage(plan(*overrides, *settings), tmp_path / str(seconds))
         assert result.seconds["prepare_data"] == seconds
         [table] = [table for table in result.tables if table.title == "Tokenization"]
         assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
@@ -175,12 +177,8 @@ def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -
     """Without ``max_tokens``, the plan does not know how many tokens of a hub dataset are read."""
     for overrides, is_unknown in ((), False), (("stages.prepare_data.max_tokens=null",), True):
         planned = plan(*overrides, recipe="recipe=qwen3_8b_depth_2.5b")
-        assert [note.rule.name for note in planned.notes].count("unknown-text") == is_unknown
-        [stage] = [stage for stage in planned.stages if stage.name == "plan"]
-        out = tmp_path / str(is_unknown) / ARTIFACT
-        out.mkdir(parents=True)
-        result = plan_stage.run(stage.config, {}, out).result  # type: ignore[arg-type]
-        assert isinstance(result, PlanResult)
+        assert len(notes_of(planned, "unknown-text")) == is_unknown
+        result = run_plan_stage(planned, tmp_path / str(is_unknown))
         [table] = [table for table in result.tables if table.title == "Time not estimated"]
         names = {str(name) for [name] in table.rows}
         assert {"build_engine", "build_teacher_engine"} <= names
@@ -190,13 +188,10 @@ def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -
         assert names.isdisjoint(result.seconds)
 
 
-@pytest.mark.parametrize("recipe", ["mistral_nemo_12b_width", "llama3_1_8b_depth"])
-def test_tokenization_in_large_recipes_is_compared_with_the_time_limit(
-    plan: MakePlan, recipe: str
-) -> None:
+def test_tokenization_in_large_recipes_is_compared_with_the_time_limit(plan: MakePlan) -> None:
     one_job = ("+cluster.time=04:00:00", "+cluster.max_requeues=0", "only=[prepare_data]")
     with pytest.raises(RecipeError, match=r"prepare_data takes about(?s:.*)\[requeues\]"):
-        plan(*one_job, "skip_rules=[disk]", recipe=f"recipe={recipe}")
+        plan(*one_job, "skip_rules=[disk]", recipe="recipe=llama3_1_8b_depth")
 
 
 def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) -> None:
@@ -211,7 +206,7 @@ def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) 
     # The planner's margin has at least 300 seconds, more than it estimates for this stage.
     for overrides, margin in ((), 300), (("+cluster.margin_seconds=1800",), 1800):
         planned = plan_search(*overrides)
-        [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
+        [note] = notes_of(planned, "time-limit")
         cost = planned.chain.inference_costs["successive_halving"]
         assert 1 < (cost.stopping_seconds or 0) < 300
         search_seconds = cost.hours(planned.chain.hardware) * 3600
@@ -228,5 +223,5 @@ def test_benchmarks_that_exceed_the_time_limit_only_give_a_warning(plan: MakePla
     planned = plan(
         "+cluster.time=30-00:00:00", limit, "engine=null", recipe="recipe=qwen3_8b_depth_2.5b"
     )
-    [note] = [note for note in planned.notes if note.rule.name == "time-limit"]
+    [note] = notes_of(planned, "time-limit")
     assert "evaluate_tasks" in note.what

@@ -24,15 +24,12 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.jsonl")
 
 
-def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
+def test_the_result_depends_on_text_files_and_folders_with_datasets(
+    text: str, chain: Chain, tmp_path: Path
+) -> None:
     cfg = PrepareDataConfig(sources=[text], seq_length=1024)
     assert list(prepare_data.check(cfg, chain)) == []
     assert prepare_data.external(cfg) == {text: Path(text)}
-
-
-def test_a_folder_with_a_dataset_is_among_the_files_that_the_result_depends_on(
-    tmp_path: Path,
-) -> None:
     cfg = PrepareDataConfig(sources=[f"hf://{tmp_path}:train#weight=1", "hf://org/data:train"])
     assert prepare_data.external(cfg) == {str(tmp_path): tmp_path}
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
-from recipes.core.stage import Input, StageConfig
+from recipes.core.stage import Input
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.pruning.targets import searched_shape_problems
@@ -22,14 +21,6 @@ from recipes.stages import enumerate_shapes, prune
 from tests.support.folders import write_folder
 from tests.support.manifests import bare_manifest
 from tests.unit.conftest import LLAMA_CONFIG
-
-Config = TypeVar("Config", bound=StageConfig)
-
-
-def with_name(name: str, cfg: Config) -> Config:
-    """Sets the name of a stage, which otherwise comes from a recipe; returns ``cfg``."""
-    cfg.name = name
-    return cfg
 
 
 def problems(cfg: PruneConfig, chain: Chain) -> list[str]:
@@ -43,9 +34,10 @@ def test_scores_of_another_model_are_refused(
 ) -> None:
     """``prune2`` prunes the model that ``prune`` pruned, so it needs the scores of that model."""
     inputs = {"checkpoint": "prune", "importance": "score"}
-    cfg = with_name("prune2", PruneConfig(inputs=inputs, target_num_layers=2))
-    score = with_name("score", ScoreConfig(inputs={"checkpoint": scored_stage}, block_sizes=[1]))
-    stages = {"prune": with_name("prune", PruneConfig()), "score": score, "prune2": cfg}
+    cfg = PruneConfig("prune", inputs, target_num_layers=2)
+    cfg.name = "prune2"
+    score = ScoreConfig("score", {"checkpoint": scored_stage}, block_sizes=[1])
+    stages = {"prune": PruneConfig("prune"), "score": score, "prune2": cfg}
     chain = Chain("t", teacher, stages, shapes={"prune": [replace(teacher, num_layers=3)]})
     messages = [
         text for text in problems(cfg, chain) if "prune2 prunes prune, but score scored" in text
@@ -69,7 +61,7 @@ def test_layers_must_be_chosen_by_the_method_of_the_search(
         manifest = replace(manifest, config=config, architecture=winner.as_dict())
         write_manifest(tmp_path / name, manifest)
     inputs = {"checkpoint": "import_hf", "shape": str(tmp_path / "successive_halving")}
-    cfg = with_name("prune", PruneConfig(inputs=inputs, layer_importance=method))
+    cfg = PruneConfig("prune", inputs, layer_importance=method)
     messages = [
         text
         for text in problems(cfg, Chain("t", teacher, {"prune": cfg}))
@@ -89,7 +81,7 @@ def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architect
 
     def warning_fixes(divisor: int) -> list[str]:
         space = Space(hidden_size_divisor=divisor, ffn_hidden_size_divisor=64)
-        cfg = with_name("shapes", EnumerateShapesConfig(budget=Budget(parameters=0.9), space=space))
+        cfg = EnumerateShapesConfig("shapes", budget=Budget(parameters=0.9), space=space)
         all_problems = enumerate_shapes.check(cfg, Chain("t", model, {"shapes": cfg}))
         return [item.fix for item in all_problems if item.rule.name == "transformers-5"]
 

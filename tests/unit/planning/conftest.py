@@ -1,0 +1,3 @@
+"""Makes plans faster."""
+
+from tests.support.plans import plan as plan
