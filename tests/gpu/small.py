@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from recipes.core.files import REPO_ROOT
 from recipes.core.metrics import METRICS, Record, steps_of
 from tests.gpu.plan import ON_CPU
 from tests.support.launcher import run_recipe
@@ -42,6 +45,15 @@ def on_gpu() -> bool:
     With ``--on-cpu`` they run on the CPU, which only shows that the code of the tests works.
     """
     return ON_CPU not in os.environ
+
+
+def output_of(code: str, *arguments: str) -> str:
+    """Runs Python code in a process, which must succeed; returns the last line of its output."""
+    command = [sys.executable, "-c", code, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout.splitlines()[-1]
 
 
 @contextmanager

@@ -5,17 +5,13 @@ TensorFloat-32 (TF32) changes the logits, so the import must turn it off.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from nemo_convert.nemo import find_checkpoint
 from nemo_convert.parity import LOGITS_TOLERANCE
-from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT
-from tests.gpu.small import Small, on_gpu, record
+from tests.gpu.small import Small, on_gpu, output_of, record
 
 LOGIT_DIFFERENCE = """
 import sys, torch
@@ -37,21 +33,13 @@ because cuBLAS reads the setting of TF32 only once.
 """
 
 
-def logit_difference(*arguments: str) -> float:
-    """Runs ``LOGIT_DIFFERENCE`` with these arguments; returns the number that it prints."""
-    command = [sys.executable, "-c", LOGIT_DIFFERENCE, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return float(process.stdout.split()[-1])
-
-
 def test_an_imported_model_has_the_logits_of_transformers(small: Small, results: Path) -> None:
     run_dir = small.folder / "import"
     shutil.rmtree(run_dir, ignore_errors=True)
     small.run(run_dir, "only=[import_hf]")
     paths = str(small.model), str(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
-    exact, with_tf32 = logit_difference(*paths), logit_difference(*paths, "keep_tf32")
+    exact = float(output_of(LOGIT_DIFFERENCE, *paths))
+    with_tf32 = float(output_of(LOGIT_DIFFERENCE, *paths, "keep_tf32"))
     record(results, "conversion", difference=exact, with_tf32=with_tf32, limit=LOGITS_TOLERANCE)
     assert exact < LOGITS_TOLERANCE
     if on_gpu():  # a CPU has no TF32

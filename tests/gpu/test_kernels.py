@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ import torch
 from nemo_convert.nemo import find_checkpoint
 from nemo_convert.parity import LOGITS_TOLERANCE
 from recipes.backend.adamw import FusedAdamW
-from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT
 from recipes.core.versions import TRANSFORMER_ENGINE, installed_version
-from tests.gpu.small import Small, on_gpu, record
+from tests.gpu.small import Small, on_gpu, output_of, record
 
 FLOAT32_ERROR = """
 import torch
@@ -56,15 +52,6 @@ The first argument is "local" for Megatron's local layers. With "installed" the 
 TransformerEngine's layers if TransformerEngine is installed.
 """
 ADAM_SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-
-
-def output_of(code: str, *arguments: str) -> str:
-    """Runs Python code in a process, which must succeed; returns the last line of its output."""
-    command = [sys.executable, "-c", code, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return process.stdout.splitlines()[-1]
 
 
 def test_float32_is_not_tensorfloat_32(results: Path) -> None:

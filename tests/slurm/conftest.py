@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.run_status import read_statuses
 from launch.slurm_queue import active_jobs
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
@@ -19,7 +19,7 @@ from tests.support.in_process import run_in_process
 from tests.support.installing import require_programs
 from tests.support.launcher import CommandResult, run_recipe, write_program
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import settings
+from tests.support.runs import copy_without, settings
 
 SECRET = "a_token_that_no_file_may_hold"
 """Value of ``HF_TOKEN`` when the run ``tiny_chain`` is submitted."""
@@ -99,16 +99,13 @@ class Run:
         """Waits until no job of the run is active."""
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
-    def copy_without(self, directory: Path, *stages: str) -> Run:
-        """Copies the run to ``directory / "copy"``, without some stages.
+    def states(self) -> dict[str, str]:
+        """Returns the status of each stage, such as ``complete``, by stage."""
+        return {stage.name: stage.status for stage in read_statuses(self.directory)}
 
-        Files keep their modification times, so the launcher does not hash them again.
-        """
-        copy = directory / "copy"
-        shutil.copytree(self.directory, copy)
-        for stage in stages:
-            shutil.rmtree(copy / stage)
-        return Run(copy, self.overrides)
+    def copy_without(self, directory: Path, *stages: str) -> Run:
+        """Copies the run to ``directory / "copy"``, without some stages."""
+        return Run(copy_without(self.directory, directory / "copy", *stages), self.overrides)
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 from launch.executors.slurm_limits import NodeGroup, read_partitions
-from launch.run_status import read_statuses
 from launch.schema import CONF
+from launch.slurm_queue import active_jobs, read_jobs
 from tests.slurm import probe
-from tests.slurm.cluster import SlurmCluster, run
+from tests.slurm.cluster import SlurmCluster, run, wait_for
 from tests.slurm.conftest import CPUS, Run
+from tests.support.launcher import run_on_login_node
 
 pytestmark = pytest.mark.timeout(1200)
 NODES = {
@@ -42,13 +43,6 @@ SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE_RECIPE = "llama3_1_8b_depth"
 """The only large recipe whose engine stages run in these tests. They start programs with mpirun."""
-SETTINGS = {
-    "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
-    SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
-    ENGINE_RECIPE: () if HAS_MPI else ("engine=null",),
-}
-"""By recipe: additional overrides in these tests. With ``probe.TORCH``, the real torchrun starts
-ranks."""
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages besides ``distill`` that take one whole node, with a rank for each GPU."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
@@ -106,19 +100,15 @@ def settings_of(recipe: str) -> tuple[str, ...]:
     """Returns a recipe's overrides in these tests."""
     if recipe in SMALL:
         return ("hardware=h100",)
-    settings = SETTINGS.get(recipe, ())
-    return settings if recipe in (ENGINE_RECIPE, SEARCH) else (*settings, "engine=null")
+    if recipe == SEARCH:  # with ``probe.TORCH``, the real torchrun starts ranks
+        return (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",)
+    return () if recipe == ENGINE_RECIPE and HAS_MPI else ("engine=null",)
 
 
 def submit(chain: Run, *extra: str) -> None:
     """Submits a run with ``extra`` overrides, which must succeed."""
     result = chain.submit(*extra)
     assert result.code == 0, result.output
-
-
-def states(chain: Run) -> dict[str, str]:
-    """Returns the status of each stage by its name."""
-    return {stage.name: stage.status for stage in read_statuses(chain.directory)}
 
 
 def records(stage_dir: Path) -> list[dict[str, Any]]:
@@ -181,22 +171,20 @@ def test_every_recipe_for_a_cluster_is_listed() -> None:
 @pytest.mark.parametrize("recipe", [*NODES, SEARCH])
 def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) -> None:
     chain = chains[recipe]
-    statuses = states(chain)
+    statuses = chain.states()
     assert set(statuses.values()) == {"complete"}, statuses
     expected = dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
     expected["distill"] = whole_nodes(NODES.get(recipe, 1))
     # A search has one rank, which starts training runs of 8 ranks. OMP_NUM_THREADS is set for the
     # training: 224 CPUs / 8 ranks = 28.
-    expected["successive_halving"] = NodeResources(
-        1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
-    )
+    expected["successive_halving"] = replace(whole_nodes(1), ranks=1, threads=28)
     for stage in statuses.keys() - ENGINE_STAGES:
         require_resources(chain.directory / stage, expected.get(stage) or one_rank(stage))
 
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_stages_of_a_small_recipe_are_one_rank(chains: dict[str, Run], recipe: str) -> None:
-    statuses = states(chains[recipe])
+    statuses = chains[recipe].states()
     assert set(statuses.values()) == {"complete"}, statuses
     for stage in statuses:
         expected = one_rank(stage, data_cpus=CPUS)
@@ -228,15 +216,15 @@ def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
     # With other settings, the plan may find too little text, or more hours than its requeues allow.
     submit(chain, "only=[distill]", "skip_rules=[tokens,requeues]", *overrides)
     chain.wait()
-    assert states(chain)["distill"] == "complete"
+    assert chain.states()["distill"] == "complete"
     return chain.directory / "distill"
 
 
 def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path: Path) -> None:
     real_torchrun = f"+stages.distill.resources.env.{probe.TORCH}='1'"
-    layout = ("stages.distill.resources.nodes=4", "stages.distill.resources.devices=2")
+    layout = ("stages.distill.resources.nodes=2", "stages.distill.resources.devices=2")
     distill = distill_again(chains["llama3_1_8b_depth"], tmp_path, *layout, real_torchrun)
-    require_resources(distill, whole_nodes(4, ranks=2))
+    require_resources(distill, whole_nodes(2, ranks=2))
 
 
 @pytest.mark.parametrize("requests_gpus", [True, False])
@@ -301,3 +289,35 @@ def test_limits_of_partitions_are_read(slurm: SlurmCluster) -> None:
     assert partition.groups == [NodeGroup(96, NODE_CPUS, NODE_MEMORY_MB, NODE_GPUS)]
     assert partition.max_seconds == 86400  # a day
     assert partition.limit("DefMemPerCPU") == MEMORY_PER_CPU_MB
+
+
+def test_a_login_node_submits_shows_and_cancels_jobs(
+    launcher_python: Path, chains: dict[str, Run], tmp_path: Path
+) -> None:
+    """Only the launcher is installed on a login node. The jobs have an interpreter with all
+    libraries. ``probe.HOLD`` makes distill wait after step 1 until it is cancelled.
+    """
+    chain = chains["llama3_1_8b_depth_2.5b"].copy_without(tmp_path, "prune", "distill")
+
+    def launch(*arguments: str) -> str:
+        result = run_on_login_node(launcher_python, tmp_path, *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    overrides = ("only=[prune,distill]", "skip_rules=[disk,tokens,requeues]")
+    launch(*chain.arguments(*overrides, f"+cluster.env.{probe.HOLD}='1'"))
+    job = read_jobs(chain.directory)["distill"]
+    assert str(launcher_python) not in (chain.directory / "distill" / "job.sbatch").read_text()
+
+    def status() -> str:
+        return launch("status", f"run_dir={chain.directory}")
+
+    # The status shows the progress of distill as "1/<number of steps>".
+    wait_for(lambda: re.search(rf"distill +running +{job.id}.* 1/", status()), 300, pause=1)
+    assert chain.states()["prune"] == "complete"
+    require_resources(chain.directory / "distill", whole_nodes(1))
+
+    output = launch("cancel", f"run_dir={chain.directory}")
+    assert f"distill: job {job.id}" in output
+    wait_for(lambda: not active_jobs(chain.directory), 120)
+    assert re.search(r"distill +cancelled", status())

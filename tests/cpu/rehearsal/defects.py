@@ -39,22 +39,6 @@ def load_as_megatron(core: Any, optimizer: Any, weights: Path) -> None:
     optimizer.reload_model_params(dist_checkpointing.load(state, str(weights)))
 
 
-def build_with_norms_on_cpu(build: Any, *args: Any, **kwargs: Any) -> Any:
-    core = build(*args, **kwargs)
-    for layer in core.decoder.layers:
-        layer.input_layernorm.cpu()
-    return core
-
-
-def update_with_steps_on_cpu(update: Any, *tensors: Any, **settings: Any) -> None:
-    *other_tensors, steps = tensors  # the last argument is the list of step counts
-    update(*other_tensors, [torch.tensor(1.0) for _ in steps], **settings)
-
-
-def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any:
-    return prune(name, tensor.index_select(0, torch.arange(len(tensor))), *args)
-
-
 def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
     """Returns a patch of ``_forward_both`` that changes the output of rank 0 in training.
 
@@ -152,21 +136,6 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "Megatron's function restores the main weights. It also finds the teacher's weights.",
         replace_with(load_as_megatron),
     ),
-    "leave_on_cpu": (
-        "nemo_convert.nemo:build_core",
-        "The input norms of a model are left on the CPU.",
-        wrap(build_with_norms_on_cpu),
-    ),
-    "count_steps_on_cpu": (
-        "recipes.backend.adamw:adamw",
-        "The step counts of the fused optimizer are on the CPU.",
-        wrap(update_with_steps_on_cpu),
-    ),
-    "index_on_cpu": (
-        "recipes.search.measure:prune_weight",
-        "Rows of a weight on the GPU are selected by an index on the CPU.",
-        wrap(prune_by_index_on_cpu),
-    ),
     "send_half": (
         "recipes.distillation.model:_forward_both",
         "A pipeline stage sends the student's hidden states without the teacher's.",
@@ -176,11 +145,6 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "recipes.distillation.model:_forward_both",
         "A pipeline stage sends hidden states in float32, but the next one expects bfloat16.",
         send_changed(lambda states: states.float()),
-    ),
-    "skip_all_reduce": (
-        "recipes.distillation.vocabulary:all_reduce",
-        "A rank skips its second all-reduce.",
-        in_second_call(lambda original, *args, **kwargs: None),
     ),
     "reduce_maximum": (
         "recipes.distillation.vocabulary:all_reduce",

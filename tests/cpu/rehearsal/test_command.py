@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from recipes.core.files import REPO_ROOT
 from tests.support.contributing import copy_with, run
+from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import settings, tiny
 
-COMMAND = ("launch/run.py", "recipe=llama3_1_8b_width_2.5b", "only=[distill]", "rehearse=[0,1]")
 DEFECT = """
 _all_reduce = all_reduce
 def all_reduce(*args, **kwargs):
@@ -20,26 +22,31 @@ Ranks 0 and 1 are in one tensor-parallel group."""
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a copy of the repository's packages, which a test can edit."""
-    return copy_with(tmp_path_factory.mktemp("checkout"))
+def command(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that rehearses the distillation of a tiny model on two ranks."""
+    folder = tmp_path_factory.mktemp("command")
+    model = write_tiny_model(folder / "model", text_file, **EVEN)
+    return [
+        *("launch/run.py", "recipe=llama_depth_prune", "only=[distill]", "rehearse=[0,1]"),
+        *tiny(model, text_file, folder / "run"),
+        *settings("distill", tensor_model_parallel_size=2, **{"resources.devices": 2}),
+    ]
 
 
-def test_ranks_without_a_mistake_are_printed_with_their_memory(checkout: Path) -> None:
-    process = run(checkout, *COMMAND)
+def test_ranks_without_a_mistake_are_printed_with_their_memory(command: list[str]) -> None:
+    process = run(REPO_ROOT, *command)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "2/2 distill, rank 1 of 8: done in" in process.stdout
+    assert "2/2 distill, rank 1 of 2: done in" in process.stdout
     assert "Memory at the peak, GB: rehearsed / planned" in process.stdout
 
 
-def test_a_rank_that_skips_a_collective_is_reported_and_the_command_fails(checkout: Path) -> None:
-    module = checkout / "recipes" / "distillation" / "vocabulary.py"
-    source = module.read_text()
-    module.write_text(source + DEFECT)
-    try:
-        process = run(checkout, *COMMAND)
-    finally:
-        module.write_text(source)
+def test_a_rank_that_skips_a_collective_is_reported_and_the_command_fails(
+    command: list[str], tmp_path: Path
+) -> None:
+    checkout = copy_with(tmp_path)
+    with (checkout / "recipes" / "distillation" / "vocabulary.py").open("a") as module:
+        module.write(DEFECT)
+    process = run(checkout, *command)
     assert process.returncode == 1
     assert "TENSOR_MODEL_PARALLEL_GROUP" in process.stdout
     assert "error: the rehearsal found" in process.stdout + process.stderr
