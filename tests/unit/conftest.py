@@ -22,6 +22,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, stamp_files, write_manifest
 from recipes.core.run_state import LastPlan, content_of
 from recipes.planning.chain import Chain
+from recipes.planning.rules import Problem
 from tests.support.composing import compose_from_cache
 from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
@@ -121,6 +122,11 @@ def complete_overrides(recipe: str, overrides: tuple[str, ...]) -> list[str]:
 def stage_named(plan: Plan, name: str) -> PlannedStage:
     """Returns the stage of a plan that has the name."""
     return next(stage for stage in plan.stages if stage.name == name)
+
+
+def notes_of(plan: Plan, rule: str) -> list[Problem]:
+    """Returns the warnings of a plan that belong to a rule."""
+    return [note for note in plan.notes if note.rule.name == rule]
 
 
 def write_complete(stage: PlannedStage, content: str = "result") -> None:

@@ -17,9 +17,8 @@ from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.planning.layouts import workloads_on_all_layouts
 from tests.support.manifests import bare_manifest, edit_manifest
-from tests.support.plans import notes_of
 from tests.support.results import RESULTS
-from tests.unit.conftest import stage_named
+from tests.unit.conftest import notes_of, stage_named
 
 if TYPE_CHECKING:
     from recipes.planning.rules import Problem

@@ -31,9 +31,8 @@ from recipes.search.settings import (
 from recipes.search.space import Budget, Service, Space, name_of
 from recipes.stages import enumerate_shapes, measure_latency, rank_candidates, successive_halving
 from tests.support.manifests import bare_manifest
-from tests.support.plans import notes_of
 from tests.support.runs import settings
-from tests.unit.conftest import stage_named
+from tests.unit.conftest import notes_of, stage_named
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Launch, MakePlan

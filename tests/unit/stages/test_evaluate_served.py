@@ -9,7 +9,7 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.stages import evaluate_served
-from tests.support.plans import notes_of
+from tests.unit.conftest import notes_of
 
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan

@@ -17,8 +17,7 @@ from recipes.planning.results import PlanResult
 from recipes.planning.training_cost import training_cost
 from recipes.stages import plan as plan_stage
 from recipes.stages.plan import RATES_FOLDER, read_rates, summary_of, tables, write_rates
-from tests.support.plans import notes_of
-from tests.unit.conftest import stage_named
+from tests.unit.conftest import notes_of, stage_named
 from tests.unit.planning.models import H100, QWEN, distillation
 
 if TYPE_CHECKING:

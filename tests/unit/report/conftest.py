@@ -1,3 +1,0 @@
-"""Makes plans faster."""
-
-from tests.support.plans import plan as plan
