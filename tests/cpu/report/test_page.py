@@ -81,8 +81,8 @@ def test_sizes_of_experts_are_listed(
         architecture = {**shape, "num_moe_experts": experts}
         manifest = replace(inputs[role].manifest, architecture=architecture)
         moe_inputs[role] = replace(inputs[role], manifest=manifest)
-    page_html = render_page({**inputs, **moe_inputs}, tmp_path)
-    shapes = table(page_html, "architecture")
+    moe_html = render_page({**inputs, **moe_inputs}, tmp_path)
+    shapes = table(moe_html, "architecture")
     assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", shapes)
     assert "Expert FFN size" in shapes
     assert "Expert" not in page_html, "the report of a dense model mentions experts"
@@ -123,8 +123,8 @@ def test_licences_of_teacher_and_text_are_shown(
     assert not any(licence in page_html for licence in licences)
     teacher = replace(RESULTS["import_hf"], licence="qwen-research")
     dataset = replace(RESULTS["prepare_data"], origins={SOURCE: Origin("CC-BY-NC-4.0")})
-    page_html = render_with(inputs, tmp_path, teacher=teacher, data=dataset)
-    shown = Page(section(page_html, "settings")).text
+    restricted_html = render_with(inputs, tmp_path, teacher=teacher, data=dataset)
+    shown = Page(section(restricted_html, "settings")).text
     assert [licence for licence in licences if licence not in shown] == []
 
 
@@ -134,8 +134,8 @@ def test_a_report_states_that_pretokenized_text_was_not_compared(
     assert "not compared" not in page_html
     # Only the result of pretokenized text has a decoded sample.
     pretokenized = replace(RESULTS["prepare_data"], sample="Once upon")
-    page_html = render_with(inputs, tmp_path, data=pretokenized)
-    assert "not compared with held-out text and benchmarks" in section(page_html, "settings")
+    shown = section(render_with(inputs, tmp_path, data=pretokenized), "settings")
+    assert "not compared with held-out text and benchmarks" in shown
 
 
 def test_results_come_before_settings_and_plan(page_html: str) -> None:
