@@ -67,7 +67,7 @@ class Plan:
     acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
     """Acceptances of stale results to record, by stage directory; ``None`` removes one."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """See ``LastPlan.replaces``."""
+    """Start times of the old results that ``force`` replaces; see ``LastPlan.replaces``."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
@@ -83,15 +83,17 @@ class Plan:
         # In the recipe's order, because ``judge`` takes a value from the last stage that has it.
         results = {name: stages[name].result for name in self.chain.stages}
         complete = {name: result for name, result in results.items() if result}
-        missing = metrics_of(stages[name].config for name in results.keys() - complete.keys())
-        verdicts = judge([gate for gate in self.gates if gate.name not in missing], complete)
+        incomplete = results.keys() - complete.keys()
+        pending_metrics = metrics_of(stages[name].config for name in incomplete)
+        to_judge = [gate for gate in self.gates if gate.name not in pending_metrics]
+        verdicts = judge(to_judge, complete)
         judged = [verdict.gate for verdict in verdicts]
         return verdicts, [gate for gate in self.gates if gate not in judged]
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     """Decides which stages must run. Refuses errors whose rules are not in ``skip_rules``."""
-    hf_path = settings.hf_path  # first: without a model, errors of stages would be unclear
+    hf_path = settings.hf_path  # refuses a missing model before stages give unclear errors
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force, accept = forced_and_accepted(settings, configs)
@@ -103,12 +105,13 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
     notes += refuse_errors(_limit_problems(chain, selected, notes), settings.skip_rules)
-    # Also updates ``chain.stages``, which is the same dict, but only after all were resolved.
-    configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
+    configs = {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
+    chain = replace(chain, stages=configs)
     input_stages = {source for name in selected for source in configs[name].inputs.values()}
     needed = {*selected, *input_stages}
     planned: dict[str, PlannedStage] = {}
-    # An interrupted command with ``force`` may have replaced some results already.
+    # An interrupted command with ``force`` may have replaced some results already. Both dicts have
+    # start times of old results, by stage.
     replaced, unfinished = replaced_results(run_dir) if force else ({}, {})
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
@@ -138,10 +141,14 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
     still_unfinished = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
-    to_replace = {s.name: start_of(s.directory) for s in stages if s.action != SKIP}
-    replaces = {**replaced, **still_unfinished, **to_replace} if force else {}
+    replaces = {**replaced, **still_unfinished, **_old_starts(stages)} if force else {}
     plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
+
+
+def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
+    """Returns the start times of the results that this plan replaces, by stage."""
+    return {stage.name: start_of(stage.directory) for stage in stages if stage.action != SKIP}
 
 
 def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Problem]:
@@ -239,7 +246,8 @@ def forced_and_accepted(
     """Returns the stages that ``force`` lists, and those that ``accept`` lists; checks both."""
     force = known_stages(settings.force, configs, "force")
     accept = known_stages(settings.accept, configs, "accept")
-    if excluded := sorted(force - set(force if settings.only is None else settings.only)):
+    selected = configs if settings.only is None else settings.only
+    if excluded := sorted(force.difference(selected)):
         raise RecipeError(
             f"force names {', '.join(excluded)}, but only=[…] excludes it.",
             f"add {excluded[0]} to only, or leave it out of force",
@@ -259,21 +267,24 @@ def _plan_stage(
 
     ``planned`` has the earlier stages of the plan, by name.
     """
-    name, definition = directory.name, stage_of(config)  # ``resolve_from_chain`` loses config.name
+    # ``config.name`` may be wrong: ``resolve_from_chain`` may return a copy, which loses the name.
+    name, definition = directory.name, stage_of(config)
     require_inputs(name, config, {n: stage.definition for n, stage in planned.items()})
     upstream = [planned[source] for source in config.inputs.values() if source in planned]
-    kept = {key: why for stage in upstream for key, why in stage.kept.items()}
+    kept = {stale: reasons for stage in upstream for stale, reasons in stage.kept.items()}
     request = request_of(
         name,
         config,
         {key: _input(source, planned) for key, source in config.inputs.items()},
-        starts=definition.starts,
+        starts=definition.starts,  # stages that this stage starts; their code counts, too
         external={
             key: external_stamp(path, definition.external_files)
             for key, path in definition.external(config).items()
         },
         versions=result_versions(
-            bool(definition.image(config, chain)), definition.libraries, definition.programs
+            in_image=bool(definition.image(config, chain)),
+            libraries=definition.libraries,
+            programs=definition.programs,
         ),
     )
     return PlannedStage(

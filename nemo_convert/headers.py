@@ -67,8 +67,8 @@ def weight_files(folder: Path) -> list[str]:
     Other safetensors files, such as ``consolidated.safetensors`` or an adapter, are left out.
 
     Raises:
-        RecipeError: There are no weights, a shard of the index is missing, or ``is_file`` refuses
-            a file.
+        RecipeError: There are no weights, a shard of the index is missing, or a file is a broken
+            link or a folder (see ``is_file``).
     """
     if is_file(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
@@ -153,24 +153,24 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         RecipeError: The metadata names a format that is not in ``PYTORCH_FORMATS``.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
-    end = 8 + int.from_bytes(start[:8], "little")
-    if end > MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {end} bytes, more than {MAX_HEADER_BYTES}")
+    header_end = 8 + int.from_bytes(start[:8], "little")
+    if header_end > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {header_end} bytes, more than {MAX_HEADER_BYTES}")
     # A header longer than FIRST_BYTES is read again, in full.
-    data = start if end <= len(start) else _read_range(hf_path, file, 0, end)
+    data = start if header_end <= len(start) else _read_range(hf_path, file, 0, header_end)
     # A header must be UTF-8, which decode() requires. json.loads of bytes would also accept UTF-16.
-    header = json.loads(data[8:end].decode(), object_pairs_hook=_without_duplicates)
+    header = json.loads(data[8:header_end].decode(), object_pairs_hook=_without_duplicates)
     _require_known_format(label, header.pop("__metadata__", None))
     tensors = {
         name: StoredTensor(
             file,
             entry["dtype"],
             tuple(entry["shape"]),
-            *(end + offset for offset in entry["data_offsets"]),
+            *(header_end + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
     }
-    _require_contiguous(tensors.values(), end, _file_size(hf_path, file))
+    _require_contiguous(tensors.values(), header_end, _file_size(hf_path, file))
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(ROTARY_BUFFER)}
 
 
@@ -231,16 +231,16 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
     headers["Accept-Encoding"] = "identity"  # response.raw below does not decompress
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    is_header = begin == 0  # its length is unknown, so the range may be longer than the file
     try:
         with get_session().get(url, headers=headers, stream=True, timeout=timeout) as response:
             hf_raise_for_status(response)
-            if begin and response.status_code != PARTIAL_CONTENT:
+            if not is_header and response.status_code != PARTIAL_CONTENT:
                 fix = "use a hub that answers range requests, or download the model first"
                 raise RecipeError(f"the hub sends {file} of {hf_path} only as a whole.", fix)
             # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
-            # Reads that begin at 0 are of the header. Their range may be longer than the file.
-            if begin and len(data) < end - begin:
+            if not is_header and len(data) < end - begin:
                 raise OSError("the connection ended early")
             return data
     except (EntryNotFoundError, RecipeError):
@@ -289,7 +289,7 @@ def _hub_weight_files(hf_path: str) -> list[str]:
             return [WEIGHTS_FILE]
     except Exception as error:
         raise unreachable_error(hf_path, WEIGHTS_FILE, error) from error
-    folder = side_folder(hf_path)
+    folder = side_folder(hf_path)  # downloads the index, if there is one
     if (folder / INDEX_FILE).is_file():
         return sorted(set(read_index(folder).values()))
     what = f"{hf_path} has neither {WEIGHTS_FILE} nor {INDEX_FILE} on the hub."

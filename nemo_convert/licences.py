@@ -11,17 +11,20 @@ import yaml
 from nemo_convert.hub import local_folder
 
 NONCOMMERCIAL = re.compile(
-    r"(?<![a-z0-9])(nc|mrl|mnpl|amlr)(?![a-z])"
-    r"|non-?(commercial|production)"
-    r"|\bno(t-for|t-\w+-for)?-commercial-(use|purpose)"
-    r"|commercial-use-(is-)?(not|forbidden|prohibited)"
-    r"|\b(research|academic)(-use|-purposes?)?-(only|licen[cs]e)"
-    r"|\bonly-for-(research|academic)"
-    r"|-research(?![-\w])"
+    r"""
+      (?<![a-z0-9])(nc|mrl|mnpl|amlr)(?![a-z])  # cc-by-nc-4.0
+    | non-?(commercial|production)  # other-non-commercial
+    | \bno(t-for|t-\w+-for)?-commercial-(use|purpose)  # not-licensed-for-commercial-use
+    | commercial-use-(is-)?(not|forbidden|prohibited)  # commercial-use-is-not-allowed
+    | \b(research|academic)(-use|-purposes?)?-(only|licen[cs]e)  # research-use-only
+    | \bonly-for-(research|academic)  # only-for-research
+    | -research(?![-\w])  # qwen-research
+    """,
+    re.VERBOSE,
 )
-"""Matches names such as cc-by-nc-4.0 and qwen-research, and phrases such as "non-commercial". Text
-must be in lower case, with hyphens between words. The abbreviations mrl and mnpl are Mistral's
-Research and Non-Production licences, and amlr is Apple's Machine Learning Research licence."""
+"""Matches text in lower case, with hyphens between words. The abbreviations mrl and mnpl are
+Mistral's Research and Non-Production licences. The abbreviation amlr is Apple's Machine Learning
+Research licence."""
 
 
 def card_fields(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries, after a check that the library is the one patches are for."""
+"""Replaces attributes of libraries, after a check that the originals are the expected ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def wrap(wrapper: Callable[..., Any]) -> MakeReplacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row of its fields, with targets that start with ``prefix``."""
+    """Returns a patch per row of target (without ``prefix``), reason, hash and replacement."""
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows

@@ -48,27 +48,29 @@ def limit_other_threads() -> None:
     This is not one of ``cpu_speed_patches``, because PyTorch cannot reverse it. It does not change
     results.
     """
-    # This call fixes how many OpenMP threads this thread uses. Therefore set_num_threads(1) in
-    # another thread affects only that thread and later ones.
+    # PyTorch's getter also fixes how many OpenMP threads this thread uses. After that,
+    # set_num_threads(1) in another thread affects only that thread and later ones.
     torch.get_num_threads()
     setter = threading.Thread(target=torch.set_num_threads, args=(1,))
     setter.start()
     setter.join()
 
 
+# ``_stay`` is a replacement. Functions whose only parameter is ``original`` return a replacement.
+# Functions with ``original`` and further parameters are passed to ``wrap``.
 def _stay(self: Any, *args: object, **kwargs: object) -> Any:
-    """Replaces ``cuda()`` of tensors and modules, which stay on the CPU."""
+    """Replaces ``cuda()`` of tensors and modules: leaves them on the CPU."""
     return self
 
 
-def _create_on_cpu(factory: Any) -> Any:
-    """Wraps a function that creates tensors: ``device="cuda"`` becomes the CPU."""
+def _create_on_cpu(original: Any) -> Any:
+    """Replaces ``device="cuda"`` by the CPU in a function that creates tensors."""
 
     def create(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)  # pinned memory needs the CUDA driver
-        return factory(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return create
 
@@ -90,8 +92,8 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    # cpu_speed patches this function, too, under Megatron's name dist_all_gather_func, and checks
-    # the hash of the original's source. With functools.wraps, inspect returns that source.
+    # cpu_speed patches the result again, as Megatron's dist_all_gather_func, and checks the hash of
+    # its source. Because of functools.wraps, inspect returns the original's source.
     @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
@@ -124,7 +126,10 @@ def _name_cuda_types(original: Any) -> Any:
 def _array_from_cpu(
     original: Any, tensor: Any, as_numpy: bool = False, record_stream: bool = False
 ) -> Any:
-    """Converts a tensor to an array if ``as_numpy``. Does not move it: it is on the CPU."""
+    """Converts a CPU tensor to an array if ``as_numpy``, as the original does for a GPU tensor.
+
+    Megatron passes the arrays to collectives as split sizes.
+    """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -254,4 +259,5 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     ),
     "layers": WITHOUT_TRANSFORMER_ENGINE,
 }
-"""Patches by group. Without CUDA all groups are needed, without TransformerEngine ``layers``."""
+"""Patches by group. A machine without CUDA needs all groups. A machine with CUDA, but without
+TransformerEngine, needs only ``layers``."""

@@ -21,7 +21,7 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
-"""Lengths of the prompt and of its continuation, with which logits and tokens are compared."""
+"""Tokens of the prompt, whose logits are compared, and of the continuation, which is checked."""
 LOGITS_TOLERANCE = 1e-3
 """Largest allowed difference between the logits of a float32 engine and of transformers."""
 
@@ -32,8 +32,11 @@ def compare_engine(
     """Compares an engine with its source model in ``folder``, run by transformers in float32.
 
     Quality is measured on the held-out text of ``data``, the output of ``prepare_data``; with
-    ``None``, quality is not measured. Raises ``RecipeError`` as ``require_same`` does for a float32
-    engine, and as ``require_compressed`` does.
+    ``None``, quality is not measured.
+
+    Raises:
+        RecipeError: ``require_compressed`` refuses the engine; or ``require_same`` does, which is
+            called only for ``fp32``.
     """
     source, engine_model = load_causal_lm(folder), load_engine(engine)
 
@@ -99,8 +102,8 @@ def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> None:
     """
     expected = COMPRESSED_TYPES.get(cfg.precision, ())
     fix = "set precision=fp32"
-    if cfg.scale_group:
-        fix = f"set a group_size that divides the layers' widths; {cfg.scale_group} divides none"
+    if cfg.scale_group is not None:  # the precision uses group_size
+        fix = f"set a group_size that divides the layers' widths; {cfg.group_size} divides none"
     if expected and not any(types.get(name) for name in expected):
         raise RecipeError(
             f"the engine is not compressed to precision={cfg.precision}: it stores "
@@ -112,12 +115,13 @@ def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> None:
 def require_same(engine: Path, difference: float, margin: float) -> None:
     """Raises ``RecipeError`` unless logits and greedy tokens agree up to float32 rounding."""
     problem = ""
+    max_margin = 2 * LOGITS_TOLERANCE  # a margin is between two logits, and both may be inexact
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
         problem = (
             f"logits differ from those of transformers by {difference:.2e}, which is more than "
             f"{LOGITS_TOLERANCE:.0e}"
         )
-    elif not margin <= 2 * LOGITS_TOLERANCE:  # each of the two logits may be off by one tolerance
+    elif not margin <= max_margin:
         problem = f"the engine generated a token whose logit is {margin:.2e} below the best logit"
     if problem:
         raise RecipeError(

@@ -48,13 +48,13 @@ def score(
     fix = f"remove the task from stages.{cfg.name}.tasks"
     harness_tasks.require_room_for_text(tasks, teacher.max_position_embeddings, fix)
     step_checkpoints = nemo.step_checkpoints(inputs["distilled"].artifact)
-    # Keys of these three dicts are the models' names: roles, or ``step N``.
+    # The keys of these three dicts are models: roles, or ``step N``.
     paths = {role: nemo.find_checkpoint(inputs[role].artifact) for role in ROLES}
     paths |= {f"step {step}": path for step, path in step_checkpoints.items()}
-    answers: dict[str, dict[str, TaskAnswers]] = {}
-    cached: dict[str, list[str]] = {}
+    answers: dict[str, dict[str, TaskAnswers]] = {}  # the inner keys are tasks
+    cached_tasks: dict[str, list[str]] = {}  # tasks whose answers were in the cache
     for name, path in paths.items():
-        answers[name], cached[name] = _load_and_answer(cfg, name, path, tasks, log)
+        answers[name], cached_tasks[name] = _load_and_answer(cfg, name, path, tasks, log)
         gc.collect()  # frees the model, which reference cycles may keep in memory
     if rank() != 0:
         return None
@@ -64,8 +64,9 @@ def score(
         items = {name: answers[name][task.name].items for name in paths}
         require_same_items(task.name, items)
         write_samples(out / "samples" / f"{task.name}.jsonl", items)
+        scores = compare_scores(task.metric, items)
         results[task.name] = TaskResult(
-            **vars(compare_scores(task.metric, items)),
+            **vars(scores),  # the fields of the base class, ``TaskScores``
             version=task.version,
             split=task.split,
             num_fewshot=task.num_fewshot,
@@ -74,7 +75,7 @@ def score(
             answers=compare_answers(items),
             steps={step: score_of(task.metric, items[f"step {step}"]) for step in step_checkpoints},
         )
-    return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}")
+    return TaskResults(results, cached_tasks, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}")
 
 
 def _load_and_answer(
@@ -84,7 +85,7 @@ def _load_and_answer(
     tasks: list[harness_tasks.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
-    """Loads one model, and returns what ``answer_tasks`` does."""
+    """Loads one model. Returns its answers by task, and the tasks whose answers were cached."""
     model = load_model(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     progress = partial(log.progress, f"requests, {name}")

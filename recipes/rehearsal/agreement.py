@@ -48,8 +48,9 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
     Ranks that differ only in their data-parallel index run the same code on different text, except
     that the first and the last rank often do more.
 
-    Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
-    groups span context and data indices.
+    Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. An expert
+    group has consecutive pairs of context and data index. So a replica must have a number of pairs
+    that is a multiple of both the context-parallel and the expert-parallel size.
 
     Args:
         world: Number of ranks.

@@ -69,11 +69,13 @@ def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
 
     ``prefixes`` has one letter for each power of 1000, such as "kMGT".
     """
-    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
-    if 0 < power < len(prefixes) and abs(value) / 1000**power >= 999.95:  # would round to 1,000.0
+    if abs(value) < 1000:
+        return f"{value:,.6g} {unit}".rstrip()
+    power = min(int(math.log10(abs(value)) // 3), len(prefixes))
+    # The largest values of a prefix would be rounded to "1,000.0", so they get the next prefix.
+    if power < len(prefixes) and abs(value) / 1000**power >= 999.95:
         power += 1
-    text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
-    return f"{text} {prefixes[power - 1] if power else ''}{unit}".rstrip()
+    return f"{value / 1000**power:,.1f} {prefixes[power - 1]}{unit}"
 
 
 def duration(seconds: float) -> str:
@@ -119,9 +121,10 @@ FORMATS: dict[str, Callable[..., Markup]] = {
     "decimals": _optional(lambda v, digits=3: f"{v:,.{digits}f}"),
     "times": _optional(lambda v: f"{v:.2f}×"),
     "short": _optional(lambda v: number(v, 3)),
-    "shown_as": _optional(lambda v, text: text),
+    "shown_as": _optional(lambda _, text: text),
 }
-"""Jinja filters by name. ``points`` shows a fraction in percentage points, with its sign."""
+"""Jinja filters by name. ``points`` shows a fraction in percentage points, with its sign.
+``shown_as`` shows its argument, a text that is already formatted."""
 
 
 def any_value(value: object, name: str) -> Markup:

@@ -50,8 +50,8 @@ class Space:
     prune_heads: bool = False
     """Whether to prune attention heads, the same number from each query group."""
     tensor_model_parallel_size: Count = 1
-    """All widths are multiples of this, so that tensor parallelism can split the student. It does
-    not split engines: ``measure_latency`` times them on ``engine.tensor_parallel_size`` devices."""
+    """All widths are multiples of this, so that tensor parallelism can split the student. For the
+    engines of ``measure_latency``, set ``engine.tensor_parallel_size`` instead."""
 
 
 @dataclass
@@ -113,11 +113,11 @@ class Service:
     measured: LatencyFit | None = field(default=None, metadata=COMPUTED)
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
     speed: str | None = field(default=None, metadata=COMPUTED)
-    """Text with the device and its rates, for the stage's fingerprint. Set automatically if the
-    budget limits speed. Otherwise the rates change only a table."""
+    """The device and its rates, as text for the stage's fingerprint. Set automatically if the
+    budget limits speed. Without such a limit, the rates change only a table."""
 
     def with_speed(self) -> Service:
-        """Returns these settings with ``speed``."""
+        """Returns these settings with ``speed`` set."""
         rates = f"{self.flops_per_second:g} FLOP/s, {self.bytes_per_second:g} bytes/s"
         return replace(self, speed=f"{self.device}, {rates}")
 
@@ -270,7 +270,7 @@ def layer_choices(teacher: Architecture, space: Space) -> list[int]:
 
 
 def impossible_axes(teacher: Architecture, space: Space) -> list[str]:
-    """Returns the axes without an allowed size that tensor parallelism can split."""
+    """Returns the axes that have no allowed size, because tensor parallelism can split none."""
     return [axis for axis in SEARCH_AXES if not _allowed_sizes(teacher, space, axis)]
 
 
@@ -281,7 +281,7 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 def _allowed_sizes(teacher: Architecture, space: Space, axis: str) -> list[int]:
     """Returns the allowed sizes of an axis, up to the teacher's, in ascending order.
 
-    Leaves out sizes that tensor parallelism cannot split; this may include the teacher's.
+    Leaves out sizes that tensor parallelism cannot split, even if it is the teacher's size.
     """
     teacher_size: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"

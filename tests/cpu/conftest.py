@@ -16,13 +16,13 @@ from tests.support.models import EVEN, ODD, write_tiny_model
 
 @pytest.fixture(scope="session")
 def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A Llama with 7 heads in 1 query group, no size a multiple of 64, and tied embeddings."""
+    """A Llama of the shape ``ODD``: 7 heads, no size a multiple of 64, and tied embeddings."""
     return write_tiny_model(tmp_path_factory.mktemp("odd") / "odd", text_file, **ODD)
 
 
 @pytest.fixture(scope="session")
 def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A Llama with untied embeddings, and sizes that tensor and pipeline parallelism can split."""
+    """A Llama of the shape ``EVEN``: sizes that two ranks can split, and untied embeddings."""
     return write_tiny_model(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)
 
 

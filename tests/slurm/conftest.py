@@ -26,7 +26,7 @@ SECRET = "a_token_that_no_file_may_hold"
 STEPS = 3
 """Training steps of ``tiny_chain``."""
 CPUS = 64
-"""CPUs per node of a job that does not take whole nodes."""
+"""``cluster.cpus_per_task``: CPUs per node of a job that does not take whole nodes."""
 DISTILL = {
     "max_steps": STEPS,
     "warmup_steps": 1,
@@ -55,22 +55,22 @@ def slurm() -> Iterator[SlurmCluster]:
 def probe_settings(
     slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
-    """Overrides of ``cluster`` as docs/first_day_on_slurm.md recommends; jobs run ``probe.py``.
+    """Overrides of ``cluster`` as in the commands of docs/first_day_on_slurm.md.
 
-    The first two are those that the commands of the page have.
+    ``cluster.python`` runs ``probe.py`` in place of Python.
     """
     folder = tmp_path_factory.mktemp("probe")
-    # The script that replaces Python: it starts ``probe.py``, and tells it the script's own path.
+    # The script that replaces Python. It passes its own path in an environment variable.
     start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
     python, image = write_program(folder / "python", start), folder / "image.sqsh"
     image.touch()
+    # Without containers there is no image to check.
+    images = f"cluster.images={{default: {image}, tensorrt_llm: {image}}}"
     return (
         "cluster=slurm",
         f"cluster.cpus_per_task={CPUS}",
         f"cluster.python={python}",
-        f"cluster.images={{default: {image}, tensorrt_llm: {image}}}"
-        if slurm.has_containers
-        else "skip_rules=[engine-image]",
+        images if slurm.has_containers else "skip_rules=[engine-image]",
         f"cluster.mounts=[{slurm.directory},{folder},{REPO_ROOT}/tests:ro]",
     )
 
@@ -112,7 +112,7 @@ class Run:
 def tiny_chain(
     slurm: SlurmCluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, CommandResult]:
-    """A complete run of a tiny model, and the result of the launcher that followed it.
+    """A complete run of a tiny model, and the result of the launcher, which waited for the run.
 
     Distillation ran on two nodes with two ranks each. Stages ran in containers if this machine can
     start containers.

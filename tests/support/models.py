@@ -16,8 +16,8 @@ ODD = {
     "head_dim": 10,
     "tie_word_embeddings": True,
 }
-"""A shape with tied embeddings, and sizes that are not multiples of 64. The 7 heads cannot be split
-over two tensor-parallel ranks."""
+"""A shape with tied embeddings, and sizes that are not multiples of 64. Two tensor-parallel ranks
+cannot split the odd number of heads."""
 EVEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -28,7 +28,7 @@ EVEN = {
     "vocab_size": 294,
     "tie_word_embeddings": False,
 }
-"""A shape with untied embeddings. Its sizes can be split over two tensor or pipeline ranks."""
+"""A shape with untied embeddings and even sizes, which two tensor or pipeline ranks can split."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},

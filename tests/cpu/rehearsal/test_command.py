@@ -1,4 +1,7 @@
-"""``rehearse=RANKS`` prints the memory of ranks, and fails if their communication differs."""
+"""Tests ``rehearse=RANKS``, which runs single ranks of a job without a GPU, on fake tensors.
+
+The command prints the memory of these ranks, and fails if their communication differs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ def all_reduce(*args, **kwargs):
     if torch.distributed.get_rank() == 0:
         _all_reduce(*args, **kwargs)
 """
-"""Code that is appended to ``vocabulary.py``: all ranks but rank 0 then skip its all-reduces.
-Ranks 0 and 1 are in one tensor-parallel group."""
+"""Code to append to ``vocabulary.py``. With it, only rank 0 calls the module's all-reduces.
+Ranks 0 and 1 are in one tensor-parallel group, so both should call them."""
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,14 @@ def command(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     ]
 
 
-def test_ranks_without_a_mistake_are_printed_with_their_memory(command: list[str]) -> None:
+def test_memory_of_ranks_without_a_defect_is_printed(command: list[str]) -> None:
     process = run(REPO_ROOT, *command)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "2/2 distill, rank 1 of 2: done in" in process.stdout
     assert "Memory at the peak, GB: rehearsed / planned" in process.stdout
 
 
-def test_a_rank_that_skips_a_collective_is_reported_and_the_command_fails(
+def test_the_command_fails_and_reports_a_rank_that_skips_a_collective(
     command: list[str], tmp_path: Path
 ) -> None:
     checkout = copy_with(tmp_path)

@@ -48,12 +48,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
 
 
 @pytest.fixture(scope="module")
-def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> str:
+def page_html(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of ``inputs`` as HTML."""
     return render_page(inputs, tmp_path_factory.mktemp("report"))
 
 
-def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Input]) -> None:
+def test_page_has_the_numbers_of_all_manifests(page_html: str, inputs: dict[str, Input]) -> None:
     manifests = {name: item.manifest for name, item in inputs.items()}
     expected = {1 - STUDENT.parameters() / TEACHER.parameters()}  # pruned fraction of parameters
     for name in ("evaluation", "teacher", "exported", "data"):
@@ -68,10 +68,12 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
         expected |= {stamp.size for stamp in manifest.files.values()}
     for key in ("max_steps", "global_batch_size", "seq_length", "lr", "min_lr", "warmup_steps"):
         expected.add(manifests["distilled"].config[key])
-    assert expected <= Page(text).numbers()
+    assert expected <= Page(page_html).numbers()
 
 
-def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_path: Path) -> None:
+def test_sizes_of_experts_are_listed(
+    page_html: str, inputs: dict[str, Input], tmp_path: Path
+) -> None:
     """The teacher has 8 experts and the student 6, which are 25% fewer."""
     shape = {**STUDENT.as_dict(), "moe_ffn_hidden_size": 96}
     moe_inputs = {}
@@ -79,16 +81,16 @@ def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_pa
         architecture = {**shape, "num_moe_experts": experts}
         manifest = replace(inputs[role].manifest, architecture=architecture)
         moe_inputs[role] = replace(inputs[role], manifest=manifest)
-    page = render_page({**inputs, **moe_inputs}, tmp_path)
-    shapes = table(page, "architecture")
+    moe_html = render_page({**inputs, **moe_inputs}, tmp_path)
+    shapes = table(moe_html, "architecture")
     assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", shapes)
     assert "Expert FFN size" in shapes
-    assert "Expert" not in text, "the report of a dense model mentions experts"
+    assert "Expert" not in page_html, "the report of a dense model mentions experts"
 
 
-def test_numbers_are_rounded(text: str) -> None:
+def test_numbers_are_rounded(page_html: str) -> None:
     """The unrounded values are in ``tests/support``, such as the teacher's loss of 3.0214."""
-    shown = Page(text).text
+    shown = Page(page_html).text
     for number in ("86.5 M", "3.021", "409.6 K", "79.3%", "938.0", "540.2 MB", "1 h 08 min"):
         assert number in shown
     for number in ("4.0 GB", "1.14e−4"):
@@ -114,51 +116,51 @@ def test_long_names_of_rows_are_shortened() -> None:
 
 
 def test_licences_of_teacher_and_text_are_shown(
-    inputs: dict[str, Input], text: str, tmp_path: Path
+    inputs: dict[str, Input], page_html: str, tmp_path: Path
 ) -> None:
     """Shows both licences with a remark, since they forbid commercial use."""
     licences = [with_restriction(licence) for licence in ("qwen-research", "CC-BY-NC-4.0")]
-    assert not any(licence in text for licence in licences)
+    assert not any(licence in page_html for licence in licences)
     teacher = replace(RESULTS["import_hf"], licence="qwen-research")
     dataset = replace(RESULTS["prepare_data"], origins={SOURCE: Origin("CC-BY-NC-4.0")})
-    page = render_with(inputs, tmp_path, teacher=teacher, data=dataset)
-    shown = Page(section(page, "settings")).text
+    restricted_html = render_with(inputs, tmp_path, teacher=teacher, data=dataset)
+    shown = Page(section(restricted_html, "settings")).text
     assert [licence for licence in licences if licence not in shown] == []
 
 
 def test_a_report_states_that_pretokenized_text_was_not_compared(
-    text: str, inputs: dict[str, Input], tmp_path: Path
+    page_html: str, inputs: dict[str, Input], tmp_path: Path
 ) -> None:
-    assert "not compared" not in text
+    assert "not compared" not in page_html
     # Only the result of pretokenized text has a decoded sample.
     pretokenized = replace(RESULTS["prepare_data"], sample="Once upon")
-    page = render_with(inputs, tmp_path, data=pretokenized)
-    assert "not compared with held-out text and benchmarks" in section(page, "settings")
+    shown = section(render_with(inputs, tmp_path, data=pretokenized), "settings")
+    assert "not compared with held-out text and benchmarks" in shown
 
 
-def test_results_come_before_settings_and_plan(text: str) -> None:
-    sections = re.findall(r'<section id="(\w+)"', text)
+def test_results_come_before_settings_and_plan(page_html: str) -> None:
+    sections = re.findall(r'<section id="(\w+)"', page_html)
     assert sections[0] == "quality"
     assert sections.index("distillation") < sections.index("settings") < sections.index("cost")
     # The navigation links to every section, in the same order.
-    assert sections == [link.removeprefix("#") for link in Page(text).values("href")]
+    assert sections == [link.removeprefix("#") for link in Page(page_html).values("href")]
 
 
-def test_page_is_self_contained(text: str, inputs: dict[str, Input]) -> None:
-    page = Page(text)
+def test_page_is_self_contained(page_html: str, inputs: dict[str, Input]) -> None:
+    page = Page(page_html)
     tags = {tag for tag, _ in page.tags}
     assert not {"script", "link", "img", "iframe", "object", "embed"} & tags
     assert page.values("src") == page.values("xlink:href") == []
-    assert not re.search(r"https?:|url\(|@import", text)
+    assert not re.search(r"https?:|url\(|@import", page_html)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert set(PLOTS) <= set(ids)
-    assert str(inputs["teacher"].directory) not in text  # no paths of this machine
+    assert str(inputs["teacher"].directory) not in page_html  # no paths of this machine
 
 
-def test_provenance_lists_every_stage_and_file(text: str, inputs: dict[str, Input]) -> None:
-    page = Page(text)
-    titles = set(page.values("title"))  # tooltips; those of hashes have all digits
+def test_provenance_lists_every_stage_and_file(page_html: str, inputs: dict[str, Input]) -> None:
+    page = Page(page_html)
+    titles = set(page.values("title"))  # tooltips; a hash is shown shortened, with a tooltip
     for item in inputs.values():
         manifest = item.manifest
         assert {manifest.fingerprint, manifest.code, manifest.git_sha} <= titles
@@ -177,17 +179,17 @@ def test_stale_results_that_were_kept_are_listed(inputs: dict[str, Input], tmp_p
 
 
 def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
-    text = render_page(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
-    assert "<script" not in text
+    page_html = render_page(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
+    assert "<script" not in page_html
     escaped = html.escape(NASTY).replace("&#x27;", "&#39;")  # Jinja's code for an apostrophe
-    # The title occurs in the head and in the body; the description and a generated text, once each.
-    assert text.count(escaped) == 4
-    assert NASTY in Page(text).text
+    # The title occurs in the head and in the body. The description and a generated text occur once.
+    assert page_html.count(escaped) == 4
+    assert NASTY in Page(page_html).text
 
 
-def test_dropped_layers_are_marked(text: str) -> None:
+def test_dropped_layers_are_marked(page_html: str) -> None:
     # A bar's class is "bar kept" or "bar dropped".
-    classes = [c for c in Page(text).values("class") if c.startswith("bar ")]
+    classes = [c for c in Page(page_html).values("class") if c.startswith("bar ")]
     styles = [name.removeprefix("bar ") for name in classes]
     legend, bars = styles[:2], styles[2:]  # the legend has one bar of each style
     assert legend == ["kept", "dropped"]
@@ -200,9 +202,9 @@ def test_dropped_layers_are_marked(text: str) -> None:
 def test_layer_scores_are_not_named_as_the_reason_to_drop_a_block(
     inputs: dict[str, Input], tmp_path: Path, method: str, drop_layers: list[int]
 ) -> None:
-    """The method ``block`` drops adjacent layers by their joint loss, not by single scores.
+    """The method ``block`` drops a block of adjacent layers by their joint loss.
 
-    It is not used if the recipe lists the layers to drop.
+    The page must mention the block, unless the recipe lists the layers to drop.
     """
     manifest = inputs["pruned"].manifest  # its scores of layers are their block influence
     config = {**manifest.config, "layer_importance": method, "drop_layers": drop_layers}
@@ -223,8 +225,8 @@ def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curv
     distilled = inputs["distilled"].directory
     (distilled / METRICS).rename(distilled / RESULT_METRICS)
     write_training_log(distilled, lm_weight=0.5 - lm_weight)
-    text = render_page(inputs, tmp_path)
-    assert section(text, "distillation").count('class="key"') == curves
+    page_html = render_page(inputs, tmp_path)
+    assert section(page_html, "distillation").count('class="key"') == curves
 
 
 def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> None:
@@ -239,8 +241,8 @@ def test_tokens_and_epochs_of_training_sources_are_listed(
     # Source, tokens and epochs. The report marks a source that is read more than 4 times.
     sources = [TrainedSource("repeated", 301, 4.25), TrainedSource("fresh", 1707, 1.75)]
     result = replace(RESULTS["distill"], sources=sources)
-    page = render_with(inputs, tmp_path, distilled=result)
-    _, _head, repeated, fresh = table(page, "trained").split("<tr>")
+    page_html = render_with(inputs, tmp_path, distilled=result)
+    _, _head, repeated, fresh = table(page_html, "trained").split("<tr>")
     assert all(value in repeated for value in ("repeated", "301", "4.25", 'class="tag"'))
     assert all(value in fresh for value in ("fresh", "1,707", "1.75"))
     assert 'class="tag"' not in fresh
@@ -251,12 +253,12 @@ def test_recovered_may_be_unknown_or_outside_0_to_1(
     inputs: dict[str, Input], tmp_path: Path, fraction: float | None
 ) -> None:
     evaluation = replace(RESULTS["evaluate"], recovered=fraction)
-    text = render_with(inputs, tmp_path, evaluation=evaluation)
-    assert fraction is None or fraction in Page(text).numbers()
+    page_html = render_with(inputs, tmp_path, evaluation=evaluation)
+    assert fraction is None or fraction in Page(page_html).numbers()
     # A negative fraction is explained: distillation raised the loss further.
-    assert ("further" in Page(text).text) == (fraction == -0.4)
-    assert "None" not in text
-    assert 'width="-' not in text  # no bar with a negative width
+    assert ("further" in Page(page_html).text) == (fraction == -0.4)
+    assert "None" not in page_html
+    assert 'width="-' not in page_html  # no bar with a negative width
 
 
 def test_a_width_pruned_model_has_no_dropped_layers(
@@ -267,9 +269,9 @@ def test_a_width_pruned_model_has_no_dropped_layers(
     pruned = with_result(inputs["pruned"], result)
     config = asdict(PruneConfig("prune", target_hidden_size=448))
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
-    text = render_page({**inputs, "pruned": pruned}, tmp_path)
-    assert "bar dropped" not in text
-    assert 448 in Page(section(text, "settings")).numbers()
+    page_html = render_page({**inputs, "pruned": pruned}, tmp_path)
+    assert "bar dropped" not in page_html
+    assert 448 in Page(section(page_html, "settings")).numbers()
 
 
 def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:

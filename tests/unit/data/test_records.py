@@ -19,7 +19,7 @@ def test_python_and_markup_files_are_one_document_each(tmp_path: Path) -> None:
         source = write(tmp_path, name, "first = 1\r\n\n\nsecond = 2\n")
         assert documents(source) == ["first = 1\n\n\nsecond = 2"]
         [document] = read_source(source, "text")
-        assert document.position_in_stretch is None
+        assert document.position_in_stretch is None  # only paragraphs have a position
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tab", "\t"), ("tsv", "\t")])
@@ -37,7 +37,10 @@ def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path
 
 
 def test_only_a_csv_file_may_have_cells_with_line_breaks(tmp_path: Path) -> None:
-    """Tables with tabs often do not quote cells. In these tables, rows 1 to 3 may not be joined."""
+    """In a table with tabs, a quotation mark may be an ordinary character.
+
+    So the reader raises an error. For a CSV file, it joins rows 1 to 3, as the marks demand.
+    """
     rows = ["id,text", '1,"Hello', "2,first", '3,World"', "4,end"]
     for suffix in ("tab", "tsv"):
         table = write(tmp_path, f"a.{suffix}", "\n".join(rows).replace(",", "\t"))
@@ -132,7 +135,7 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
 def test_json_with_a_single_record_or_with_lines_is_refused(
     content: str, field: str, tmp_path: Path
 ) -> None:
-    """If the file were a mapping of names to texts, each field would be a document."""
+    """Read as a mapping of records, the first file would give the documents "one" and "u"."""
     with pytest.raises(RecipeError, match=r"(?s)a\.json cannot be read.*\.jsonl"):
         documents(write(tmp_path, "a.json", content), field)
     # Here, "text" is the name of a record, because its value is a mapping.
@@ -164,7 +167,7 @@ def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path: Path) -> N
     table = pyarrow.table({"n.t": ["one"], "body": ["two"], "day": day})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert documents(f"{tmp_path}/a.parquet#text=n.t,body,missing") == ["one\ntwo"]
-    for field in ("day", "missing"):
+    for field in ("day", "missing"):  # if no requested column exists, all columns are read
         with pytest.raises(RecipeError, match=r"cannot be read as .parquet: date value out"):
             documents(f"{tmp_path}/a.parquet#text={field}")
 
@@ -183,10 +186,10 @@ def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:
         documents(str(compressed))
     table = tmp_path / "a.parquet"
     chats = [[{"role": "user", "content": text}] for text in ("", "y")]
-    # In Parquet, each message has every field. Chat templates of Llama and Mistral fail on empty
-    # fields, so the reader removes them.
-    empty_fields: dict[str, object] = {"name": None, "tool_calls": []}
-    rows = [[message | empty_fields for message in chat] for chat in chats]
+    # In Parquet, each message has every field. Chat templates of Llama and Mistral fail on null and
+    # on empty lists, so the reader removes such fields. It keeps the empty text of ``content``.
+    removed_fields: dict[str, object] = {"name": None, "tool_calls": []}
+    rows = [[message | removed_fields for message in chat] for chat in chats]
     parquet.write_table(pyarrow.table({"body": ["one", "two"], "messages": rows}), table)
     assert documents(f"{table}#text=body") == ["one", "two"]
     [first, _] = read_source(str(table), "text", chat=True)

@@ -84,9 +84,7 @@ def test_a_wheel_source_with_a_path_outside_its_wheel_is_refused(member: str) ->
         (f"pypi://p/1/p/Model.Q4_1.gguf#sha256={SHA}", "Model.Q4_1"),
     ],
 )
-def test_short_name_is_the_last_component_in_characters_of_file_names(
-    hf_path: str, name: str
-) -> None:
+def test_short_name_is_the_last_path_component_as_a_file_name(hf_path: str, name: str) -> None:
     assert short_name(hf_path) == name
 
 
@@ -131,7 +129,7 @@ def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not is_config_available(f"org/name@{'c' * 40}")
     assert hub_commit(download(f"org/name@{older}")) == older
     assert hub_commit(download("org/name")) == newest
-    assert hub_commit(tmp_path) is None, "not a folder of the cache"
+    assert hub_commit(tmp_path) is None  # this folder is not one of a commit
 
 
 def test_config_of_a_folder_is_read_and_gets_a_model_type(
@@ -240,7 +238,7 @@ def test_downloads_of_wheels_are_reported(local_wheel: Path, tmp_path: Path) -> 
     ]
 
 
-def test_a_damaged_file_in_a_wheel_gives_one_message(local_wheel: Path) -> None:
+def test_the_error_names_a_damaged_file_in_a_wheel(local_wheel: Path) -> None:
     wheel = local_wheel.read_bytes()
     # The text changes, but not its CRC-32 in the archive.
     local_wheel.write_bytes(wheel.replace(b"hello", b"hallo", 1))
