@@ -78,7 +78,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
 
 def _input_content(stage: PlannedStage) -> dict[str, str]:
-    """Returns each input's content hash; no hashes if an input runs again, as it may change."""
+    """Returns the content hash of each input; empty if an input's content may still change."""
     return {} if stage.rerun_inputs else content_of(stage.inputs)
 
 

@@ -319,7 +319,7 @@ def _needed_folders(run: Path) -> Iterator[Path]:
     If a model or text is a path inside a stage of another run, the stage is one of the parents.
     """
     for file in run.glob(f"*/{REQUEST}"):
-        request = read_yaml(file)  # not with ``read_request``, which refuses other formats
+        request = read_yaml(file)  # ``read_request`` would refuse files of other versions
         model_and_text = (request["config"].get(name) for name in ("hf_path", "prefix"))
         paths = [run, *(ref["directory"] for ref in request["inputs"].values())]
         paths += filter(None, model_and_text)  # not every stage has these settings

@@ -81,10 +81,7 @@ def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> No
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables of the stages ``plan`` and ``enumerate_shapes``.
-
-    A stage that this command skipped is shown only if the run has no other stage.
-    """
+    """Shows tables of ``plan`` and ``enumerate_shapes``: if the stage ran, or is the only stage."""
     for stage in plan.stages if len(plan.stages) == 1 else plan.todo():
         manifest = read_manifest(stage.directory)
         # "plan" and "shapes" are the types of artifacts that these stages write.

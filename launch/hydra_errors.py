@@ -27,7 +27,7 @@ SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 DICT_KEY = re.compile(
     r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions|weights))\.(?P<key>.+)"
 )
-"""Matches a key of a dict field. Hydra refuses a new key if its override has no ``+``."""
+"""Matches a key of a dict field, such as ``cluster.env.WORD``. Hydra adds keys only after ``+``."""
 HOME_TILDE = re.compile(r"(?<![^\[,\s])~(?=/|$)")
 """Matches a path's ``~`` at the start or after ``[``, a comma or a space. Hydra cannot parse it."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")

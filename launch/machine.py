@@ -92,8 +92,8 @@ def cluster_problems(
 def hub_folders() -> dict[str, str]:
     """Returns the absolute paths of huggingface_hub's folders, by environment variable.
 
-    Without the variable ``HF_HOME``, its default folder is returned if it exists. Even if
-    ``HF_HUB_CACHE`` moves the models, ``HF_HOME`` has the token of ``hf auth login``.
+    If ``HF_HOME`` is not set, the result has its default folder, if that exists. The folder has the
+    token of ``hf auth login``, even if ``HF_HUB_CACHE`` moves the models elsewhere.
     """
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     default_home = Path(cache_root) / "huggingface"

@@ -90,7 +90,7 @@ class PlannedStage:
     def image(self) -> str | None:
         """The stage's container image; ``None`` without a container."""
         image = self.definition.image(self.config, self.chain)
-        # Pyxis takes a relative path without a leading dot for the name of an image to import.
+        # Pyxis would take a relative path for the name of an image to import.
         return os.path.abspath(image) if image and image.endswith(".sqsh") else image
 
     @property

@@ -177,8 +177,8 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
         tensors = sum(result.peak.values()) * FRAGMENTATION
         needed = tensors + num_contexts * hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
-        search = result.peak.get("parent", 0)  # bytes
-        detail = f" ({search / 1e9:.1f} GB of this in the search's own process)" if search else ""
+        search_gb = result.peak.get("parent", 0) / 1e9
+        detail = f" ({search_gb:.1f} GB of this in the search's own process)" if search_gb else ""
         if hardware.on_gpu and needed > available:
             yield (
                 f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{detail}, but "

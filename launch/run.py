@@ -34,7 +34,7 @@ if __name__ == "__main__":
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # Commands start faster if garbage is collected after 50,000 new objects instead of 700, and if
-# Hydra does not import the slow plugin of multistorageclient.
+# Hydra fails to import the slow plugin of multistorageclient: None makes the import fail.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 

@@ -144,7 +144,7 @@ def hydra_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def _hydra_override(arg: str) -> str:
-    """Translates one override: quotes ``run_dir=WORD``, and replaces the null of ``GROUP=null``."""
+    """Translates an override to Hydra's syntax; changes ``run_dir=WORD`` and ``GROUP=null``."""
     key, equals, value = arg.partition("=")
     group = key.lstrip("+")  # "+" adds a group
     if group == "run_dir" and value != "null" and re.fullmatch(r"[\w.-]+", value):
@@ -158,9 +158,9 @@ def _hydra_override(arg: str) -> str:
             is_model = group == "model" and name.lower() not in VALUES
             hint = f"model.hf_path={value} for a folder or a hub id; " if is_model else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
-        if name.endswith(".yaml"):  # Hydra accepts it, but the default run_dir would have it, too
+        if name.endswith(".yaml"):  # Hydra accepts it, but would also put it into the run_dir
             raise RecipeError(f"{arg} names a file.", f"{key}={value.replace('.yaml', '')}")
-    # Hydra accepts null in files only. On the command line, an empty list has the same effect.
+    # Hydra accepts a null group in files only. On the command line, an empty list has that effect.
     return f"{key}={','.join('[]' if name == 'null' else name for name in names)}"
 
 

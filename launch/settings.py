@@ -118,7 +118,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
 
 
 def _refuse_misplaced_groups(cfg: DictConfig) -> None:
-    """Refuses nodes without fields that need fields, and groups whose file has no effect."""
+    """Refuses ``data=1`` and other nodes without fields, and groups whose file has no effect."""
     for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(

@@ -115,7 +115,7 @@ def owner() -> str:
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of each stage, by stage; in a copied run, not the original's jobs."""
+    """Returns the newest job of each stage, by stage; a copy of a run has no jobs at first."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -143,12 +143,12 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     Selects jobs by id and name, because another cluster may have other jobs with these ids. Raises
     ``RecipeError`` if squeue fails.
     """
-    names = {job.id: job.name for job in jobs}
+    names_by_id = {job.id: job.name for job in jobs}
     # A run may have been copied to a machine without Slurm.
-    if not names or shutil.which("squeue") is None:
+    if not names_by_id or shutil.which("squeue") is None:
         return {}
     columns = "--format=%i|%T|%r|%L|%N"  # the id, then the fields of ``JobState`` in their order
-    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    selection = (f"--jobs={','.join(names_by_id)}", f"--name={','.join(names_by_id.values())}")
     squeue = query("squeue", "--noheader", "--states=all", columns, *selection)
     # Slurm forgets a job minutes after its end. If squeue is asked only for a forgotten job, it
     # fails with this message, which is no error here.
@@ -162,11 +162,11 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     """Returns the states of the jobs that have ended according to sacct, by job id."""
-    names = {job.id: job.name for job in jobs}
-    if not names:
+    names_by_id = {job.id: job.name for job in jobs}
+    if not names_by_id:
         return {}
     # With -X, sacct omits the steps of jobs.
-    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    selection = (f"--jobs={','.join(names_by_id)}", f"--name={','.join(names_by_id.values())}")
     sacct = query("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", *selection)
     rows = [line.split("|") for line in sacct.stdout.splitlines()]
     # A state can be "CANCELLED by 1000", or "CANCELLED+" if sacct cuts it off.
@@ -217,7 +217,7 @@ def wait_for_completing_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobS
     active = active_jobs(run_dir)
     deadline: float | None = None
     while ids := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
-        if deadline is None:
+        if deadline is None:  # the first time
             screen().print(f"waiting until Slurm has ended job {', '.join(ids)}")
             deadline = time.monotonic() + MAX_COMPLETING_SECONDS
         elif time.monotonic() > deadline:

@@ -303,13 +303,13 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         memory_mb = min((group.memory_mb for group in partition.groups), default=0)
     elif memory_mb is None:
         memory_mb = partition.default_memory_mb(job)
-    # Bytes of memory by what takes them. The largest item is compared with the job's memory.
+    # The keys say what takes memory, and the values are bytes. Only the largest item is compared.
     config, chain = job.stage.config, job.stage.chain
     needs: dict[str, float] = {"the model in bfloat16": 2 * chain.teacher.parameters()}
     if config.stage in CONVERSIONS:
         model = chain.shape_of(config.inputs.get("checkpoint"))
         needs = {"the model in float32": 4 * model.parameters()}
-    if config.stage in EVALUATIONS:
+    elif config.stage in EVALUATIONS:
         ranks, is_bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
         # The weights as read, in bfloat16, and the model that is built from the weights.
         bytes_per_parameter = 2 + (2 if is_bf16 else 4)
