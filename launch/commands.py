@@ -284,6 +284,7 @@ def _runs_to_clean(names: Sequence[str]) -> list[Path]:
             f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
     paths = [ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names]
+    # ``runs``, the current directory, and all parents of both.
     protected = {
         path.resolve() for root in (ROOT, Path()) for path in (root, *root.absolute().parents)
     }
@@ -316,7 +317,7 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
 def _needed_folders(run: Path) -> Iterator[Path]:
     """Yields the run, its stages' inputs, models and text, and all parent folders of these paths.
 
-    If a model or text is a path inside a stage of another run, the stage is one of the parents.
+    If a model or text is inside a stage of another run, this stage is one of the parents.
     """
     for file in run.glob(f"*/{REQUEST}"):
         request = read_yaml(file)  # ``read_request`` would refuse files of other versions

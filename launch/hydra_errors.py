@@ -145,7 +145,7 @@ def _unknown_choice(text: str) -> str | None:
         return f"this recipe has no {group}.\n  fix: leave out {group}=…"
     if unknown_group := re.search(r"config group '([\w/]+)' does not exist", text):
         return _unknown_group(unknown_group.group(1))
-    # Such as "Could not find 'model/gpt5'", where model is the group.
+    # For example, "Could not find 'model/gpt5'": the group is model.
     if choice := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = choices(group)

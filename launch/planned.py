@@ -231,7 +231,8 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     progress = stage.definition.progress(stage.directory / WORK)
     if begun is None or progress is None or stage.action != RUN:
         return
-    changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
+    changes = ", ".join(describe_changes(stage, begun))
+    run_dir = stage.directory.parent
     holder = lock.read_holder(run_dir)
     if (holder and holder.stage == stage.name) or stage.name in active_jobs(run_dir):
         raise RecipeError(

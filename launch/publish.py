@@ -97,7 +97,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
     _require_measured_gates(plan, hub)
     files = _files(plan, export)
-    # These were checked before the run. Its results may have more licences, and access may be lost.
+    # Repeats two checks from before the run: results may add licences, and access may have ended.
     _require_licence(plan, hub)
     _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):

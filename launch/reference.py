@@ -71,7 +71,7 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields each choice of a group with its file's first sentence of comment, or its values."""
+    """Yields each choice of a group, and what it is: its file's first sentence, or its values."""
     folders = [CONF / group for group in groups() if group != "recipe"]
     for file in sorted(file for folder in folders for file in folder.glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.

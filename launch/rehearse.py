@@ -43,10 +43,8 @@ Results = list[tuple[RankJob, RehearsalResult]]
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
     """Rehearses the stages that compute on a device; shows their memory and the planned memory.
 
-    With ``dry_run``, only lists the ranks that it would rehearse.
-
-    Raises:
-        RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
+    With ``dry_run``, only lists the ranks. Raises ``RecipeError`` if the rehearsal finds mistakes,
+    or if there is nothing to rehearse.
     """
     ranks = _parse_ranks(settings.rehearse)
     configs = typed_stages(cfg)
@@ -88,7 +86,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
 
 
 def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
-    """Rehearses jobs, each of which is one rank; prints a line for each, and an error only once."""
+    """Rehearses all jobs (one rank each); prints a line for each job, and equal errors once."""
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
@@ -113,7 +111,7 @@ def _parse_ranks(value: object) -> list[int] | None:
     if value is True:  # ``jobs_of`` chooses the ranks
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
-    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance accepts bools
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance(True, int) is True
         raise RecipeError(
             f"invalid rehearse={value}: must be true or a list of ranks (integers of at least 0).",
             "rehearse=true, or 'rehearse=[0,767]'",
@@ -122,10 +120,9 @@ def _parse_ranks(value: object) -> list[int] | None:
 
 
 def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
-    """Yields each job's result in order, from a new process, because rehearsals patch libraries.
+    """Yields each job's result in order; raises ``RecipeError`` if the worker ends too early.
 
-    Raises:
-        RecipeError: The worker ended before all jobs had a result.
+    The worker is a new process, because a rehearsal patches libraries.
     """
     from pydantic import TypeAdapter  # slow to import
 

@@ -148,7 +148,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
                 executor.dry_run(plan, console)
             else:
                 follow = partial(_follow, record_stage, plan)
-                complete = executor.start(plan, cluster, follow, console)  # it waited for all
+                complete = executor.start(plan, cluster, follow, console)  # whether it waited
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -236,7 +236,7 @@ def _read_state(run_dir: Path) -> RunState:
 def _require_state(plan: Plan, state: RunState) -> None:
     """Refuses a plan if the run has changed since ``state`` was read, just before planning.
 
-    Compares only stages that the plan starts. Other stages may change, because Slurm jobs run them.
+    Compares only stages that the plan starts, because Slurm jobs can change other stages meanwhile.
     """
     (time_before, states_before), (time_now, states_now) = state, _read_state(plan.run_dir)
     names = [stage.name for stage in plan.todo()]
@@ -271,6 +271,7 @@ def _write_plan(
     skipped_states = [s.state() for s in plan.stages if s.action == SKIP and not dry_run]
     leftover_dirs = [state.directory for state in skipped_states if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)
+    stages_to_start = [] if dry_run else list(plan.todo())
     acceptances = {} if dry_run else plan.acceptances
     if not (must_run or leftover_dirs or acceptances) and new_plan == last_plan:
         yield None
@@ -282,7 +283,7 @@ def _write_plan(
             if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, last_plan)
-            for stage in () if dry_run else plan.todo():
+            for stage in stages_to_start:
                 record_resumed(stage)
             for folder, acceptance in acceptances.items():
                 record_acceptance(folder, acceptance)

@@ -115,7 +115,7 @@ def owner() -> str:
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of each stage, by stage; a copy of a run has no jobs at first."""
+    """Returns each stage's newest job, by stage; a copied run has none of the original's jobs."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:

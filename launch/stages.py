@@ -107,8 +107,8 @@ def require_inputs(name: str, config: StageConfig, stages: Mapping[str, Stage[An
     """
     required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     names, allowed = config.inputs.keys(), {**optional, **required}
-    missing, unknown = required.keys() - names, names - allowed.keys()
-    if missing or unknown:
+    missing_inputs, unknown_inputs = required.keys() - names, names - allowed.keys()
+    if missing_inputs or unknown_inputs:
         optional_text = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "

@@ -159,7 +159,7 @@ def write_script(
 
 def may_fork(stage: PlannedStage) -> bool:
     """Returns whether the fork server can start the stage."""
-    # The server's libraries have read the environment variables when they were imported.
+    # The server's libraries have already read their environment variables.
     has_own_variables = bool(stage.config.resources.env)
     # The server has imported the current code.
     runs_old_code = stage.resumed is not None

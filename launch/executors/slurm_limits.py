@@ -349,7 +349,8 @@ def read_partitions() -> Partitions:
     for line in partitions.stdout.splitlines():
         fields = _parse_fields(line.split())
         fields |= _parse_fields(fields.get("JobDefaults", "").split(","))
-        if not any(fields.get(f"DefMemPer{unit}", "").isdigit() for unit in ("Node", "CPU", "GPU")):
+        own_defaults = [fields.get(f"DefMemPer{unit}", "") for unit in ("Node", "CPU", "GPU")]
+        if not any(default.isdigit() for default in own_defaults):
             fields |= cluster_memory
         if "PartitionName" in fields:  # else: "No partitions in the system"
             name = fields["PartitionName"]
