@@ -108,8 +108,8 @@ def _resume(stage: PlannedStage) -> PlannedStage:
     """Plans to resume a stage's interrupted work with the code that it was started with.
 
     Raises:
-        RecipeError: There is no interrupted work, its code is no longer in the run, or not only its
-            code has changed.
+        RecipeError: There is no interrupted work, the run no longer has the code of this work, or
+            more than the code has changed.
     """
     if stage.action == RESUME:  # with the current code, which has not changed
         return stage
@@ -143,7 +143,7 @@ def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
     """Returns why a complete result is stale: what changed and which inputs run again."""
     changes = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
     reasons = [*changes, *(f"{name} runs again" for name in stage.rerun_inputs)]
-    return reasons or [stage.reason]  # such as a replaced input
+    return reasons or [stage.reason]  # for example, an input was replaced
 
 
 def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:

@@ -59,7 +59,7 @@ def refuse_unknown_fields(node: DictConfig, where: str) -> None:
         if name not in known:
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {where}.{name}.{hint}", SHOW_FIELDS)
-        # Reading a missing value or an interpolation may fail.
+        # Skips missing values and interpolations, because reading them can fail.
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         if isinstance(child := node[name], DictConfig):

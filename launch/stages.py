@@ -23,7 +23,7 @@ from recipes.stages.contract import Stage
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Returns the settings of each stage of a composed config, by name; refuses invalid ones."""
+    """Returns the settings of each stage of a composed config, by name; refuses invalid values."""
     typed: dict[str, StageConfig] = {}
     invalid: list[str] = []
     for name, node in cfg.stages.items():
@@ -91,7 +91,7 @@ def _unknown_input(setting: str, source: str, configs: Mapping[str, StageConfig]
 
 
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the architectures that each stage's model may have. ``order``: from ``stage_order``."""
+    """Adds each stage's possible architectures to the chain. ``order`` is from ``stage_order``."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)

@@ -316,15 +316,15 @@ def dry_run(plan: Plan, console: Console) -> None:
     table = plain_table(title, "job", "could start", "CPUs", "nodes")
     refused: dict[str, list[str]] = {}  # names of stages, by Slurm's message
     for line in done.stdout.splitlines():
-        stage, _, answer = line.partition(" ")
+        stage_name, _, answer = line.partition(" ")
         if start := START_ESTIMATE.search(answer):
-            table.add_row(stage, *start.groups())
+            table.add_row(stage_name, *start.groups())
         else:
-            refused.setdefault(answer, []).append(stage)
+            refused.setdefault(answer, []).append(stage_name)
     if table.rows:
         console.print(table)
     if refused:
-        lines = [f"{', '.join(stages)}: {answer}" for answer, stages in refused.items()]
+        lines = [f"{', '.join(names)}: {answer}" for answer, names in refused.items()]
         raise RecipeError(
             "Slurm would refuse the jobs of\n" + "\n".join(lines),
             "change the settings of cluster; for the limits, run sinfo or scontrol show partition",
