@@ -39,15 +39,12 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
     An earlier acceptance ends when settings, inputs, code or libraries change again. It also ends
     if an input was computed again with other content, or will be computed again in this plan.
-
-    Args:
-        stage: The stage, as planned without acceptance.
-        named: Whether the user's setting ``accept`` lists the stage.
+    ``named`` says whether the user's setting ``accept`` lists the stage.
 
     Returns:
-        The stage with the fingerprint of the kept result, because later stages use that result. If
-        ``accept`` lists the stage and its interrupted work can be resumed, the resumed stage.
-        Otherwise the unchanged stage.
+        To keep a stale result: the stage with the result's fingerprint, because later stages use
+        this result. To resume interrupted work that ``accept`` lists: the stage with the action
+        ``RESUME``. Otherwise: the unchanged stage.
 
     Raises:
         RecipeError: ``accept`` lists the stage, but the stage has neither a complete result nor
@@ -81,7 +78,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
 
 def _input_content(stage: PlannedStage) -> dict[str, str]:
-    """Returns the content hash of each input; none if an input runs again, so it may change."""
+    """Returns the content hash of each input; empty if an input's content may still change."""
     return {} if stage.rerun_inputs else content_of(stage.inputs)
 
 
@@ -102,7 +99,7 @@ def _only_code_changed(stage: PlannedStage, begun: Manifest) -> bool:
 
 
 def _has_snapshot(stage: PlannedStage, begun: Manifest) -> bool:
-    """Returns whether the run still has the code of an interrupted start."""
+    """Returns whether the run still has the code snapshot of an interrupted start."""
     run_dir, snapshot = stage.directory.parent, begun.snapshot
     return snapshot is not None and snapshot_dir(run_dir, snapshot).is_dir()
 
@@ -111,8 +108,8 @@ def _resume(stage: PlannedStage) -> PlannedStage:
     """Plans to resume a stage's interrupted work with the code that it was started with.
 
     Raises:
-        RecipeError: There is no interrupted work, its code is no longer in the run, or not only its
-            code has changed.
+        RecipeError: There is no interrupted work, the run no longer has the code of this work, or
+            more than the code has changed.
     """
     if stage.action == RESUME:  # with the current code, which has not changed
         return stage
@@ -146,13 +143,13 @@ def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
     """Returns why a complete result is stale: what changed and which inputs run again."""
     changes = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
     reasons = [*changes, *(f"{name} runs again" for name in stage.rerun_inputs)]
-    return reasons or [stage.reason]  # such as a replaced input
+    return reasons or [stage.reason]  # for example, an input was replaced
 
 
 def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:
-    """Returns the acceptances to record, by stage directory: those that differ from the record.
+    """Returns, by stage directory, the acceptances that differ from those in the manifests.
 
-    ``None`` removes the recorded acceptance.
+    ``None`` removes the acceptance from the manifest.
     """
     return {
         stage.directory: stage.accepted
@@ -164,7 +161,7 @@ def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | N
 
 
 def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
-    """Records an acceptance in a complete stage's manifest; ``None`` removes the recorded one."""
+    """Writes an acceptance to a complete stage's manifest; ``None`` removes the acceptance."""
     if (manifest := read_manifest(stage_dir)) is not None:
         write_manifest(stage_dir, replace(manifest, accepted=acceptance))
         (stage_dir / RESUMED).unlink(missing_ok=True)
@@ -178,7 +175,7 @@ def record_resumed(stage: PlannedStage) -> None:
 
 
 def _resumed_acceptance(stage_dir: Path, result: Manifest) -> Acceptance | None:
-    """Returns the acceptance in ``RESUMED``; ``None`` if it is of another result."""
+    """Returns the acceptance in ``RESUMED``; ``None`` if there is none for this result."""
     file = stage_dir / RESUMED
     record = read_json(file) if file.is_file() else {}
     is_of_result = record.get("result") == result.fingerprint
@@ -190,8 +187,8 @@ def require_confirmed(
 ) -> None:
     """Refuses to replace a result that cost more than ``confirm_above`` device-hours.
 
-    Does not refuse stages that ``force`` lists. It must list even a stage that runs again only
-    because of an earlier stage.
+    Does not refuse stages that ``force`` lists. The user must also list stages that run again only
+    because an earlier stage runs again.
     """
     expensive: dict[str, str] = {}
     for stage in stages:

@@ -48,8 +48,8 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
         # the order of their calls. One connection ensures this order.
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = str(connections)
     variables |= cluster.env | stage.config.resources.env
-    # Python imports the snapshot of the code before the paths that the user has set. The launcher's
-    # paths do not exist in containers.
+    # PYTHONPATH starts with the code's snapshot, so the user's paths cannot replace it. A container
+    # does not have the launcher's paths.
     launcher_paths = None if stage.image else os.environ.get("PYTHONPATH")
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH"), launcher_paths])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.

@@ -73,7 +73,7 @@ def status(options: Options, console: Console) -> None:
 
 
 def cancel(options: Options, console: Console) -> None:
-    """Cancels the Slurm jobs of a run or sweep, and stops its launchers on this machine."""
+    """Cancels the Slurm jobs of a run or sweep, and stops launchers that run it on this machine."""
     stopped_any = False
     for run_dir in find_runs([_directory(options)]):
         jobs = {stage: job for stage, (job, _) in active_jobs(run_dir).items()}
@@ -180,7 +180,8 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 def runs(arguments: Sequence[str], console: Console) -> int:
     """Lists the runs in a directory, or deletes runs: ``runs [DIR]`` or ``runs clean RUN``."""
     if list(arguments[:1]) == ["clean"]:
-        _clean([arg for arg in arguments[1:] if arg != YES], YES in arguments, console)
+        names = [arg for arg in arguments[1:] if arg != YES]
+        _clean(names, confirmed=YES in arguments, console=console)
         return 0
     if len(arguments) > 1 or any(arg.startswith("-") for arg in arguments):
         raise RecipeError(
@@ -204,7 +205,7 @@ def _table_row(path: Path, root: Path) -> tuple[str, ...]:
     disk = f"{folder_bytes(path) / 1e9:.2f} GB"
     try:
         record, state = read_run(path), _run_state(read_statuses(path.resolve()))
-    except RecipeError:  # lists the other runs nevertheless
+    except RecipeError:  # an unreadable run must not hide the other runs
         return name, "", "unreadable: see status", "", "", "", disk, age
     exported = record.exported
     parameters = f"{exported.parameters / 1e6:.1f} M" if exported and exported.parameters else ""
@@ -238,7 +239,7 @@ def _age(path: Path) -> str:
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     """Lists runs and, if ``confirmed``, deletes them, except for stages that other runs need.
 
-    Other runs are looked for in ``ROOT`` and in the parent folders of the runs. Refuses active
+    Considers other runs in ``ROOT`` and in the parent folders of the named runs. Refuses active
     runs, and names of neither a run nor a sweep.
     """
     chosen_runs = _runs_to_clean(names)
@@ -249,7 +250,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     roots = {ROOT.resolve(), *(path.parent for path in chosen_runs)}
     other_runs = {run.resolve() for root in roots for run in runs_below(root)} - set(chosen_runs)
     needed_by = {folder: run for run in other_runs for folder in _needed_folders(run)}
-    # The rows of the table: stages that stay, with the reason, then folders to delete.
+    # The table has a row for each stage that stays, then a row for each folder to delete.
     notes = {
         folder: f"needed by {run}"
         for folder, run in needed_by.items()
@@ -274,8 +275,8 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
 def _runs_to_clean(names: Sequence[str]) -> list[Path]:
     """Returns the runs with these names, and all runs of the sweeps with these names.
 
-    A name is a path, or a run or sweep in ``ROOT``. Refuses an empty name, which a script's unset
-    variable gives, and folders such as ``runs``: they would delete all runs below a folder.
+    A name is a path, or a run or sweep in ``ROOT``. Refuses folders that contain runs, such as
+    ``runs``, and the empty name, which a script's unset variable gives.
     """
     if not names:
         raise RecipeError(
@@ -283,12 +284,14 @@ def _runs_to_clean(names: Sequence[str]) -> list[Path]:
             f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
     paths = [ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names]
+    # ``runs``, the current directory, and all parents of both.
     protected = {
         path.resolve() for root in (ROOT, Path()) for path in (root, *root.absolute().parents)
     }
     for name, path in zip(names, paths, strict=True):
         is_run_or_sweep = (path / RUN_FILE).is_file() or (path / SWEEP_FILE).is_file()
-        if not name or path.resolve() in protected or (path.is_dir() and not is_run_or_sweep):
+        is_other_folder = path.is_dir() and not is_run_or_sweep  # ``find_runs`` refuses other paths
+        if not name or path.resolve() in protected or is_other_folder:
             raise RecipeError(
                 f"'{name}' is neither a run nor a sweep.",
                 "name runs as the command runs lists them",
@@ -304,7 +307,7 @@ def _delete(folder: Path) -> None:
 
 
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
-    """Returns the whole run if no stage is ``needed``; otherwise each stage that is not."""
+    """Returns the whole run if no stage is ``needed``; otherwise each stage that is not needed."""
     # Stages that stay need the run's code, so the code is deleted only with the whole run.
     stages = [path for path in sorted(run.iterdir()) if path.is_dir() and path.name != CODE]
     unneeded = [stage for stage in stages if stage not in needed]
@@ -312,12 +315,12 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
 
 
 def _needed_folders(run: Path) -> Iterator[Path]:
-    """Yields the run, the paths of its stages' inputs, models and text, and all parents of these.
+    """Yields the run, its stages' inputs, models and text, and all parent folders of these paths.
 
-    A path may be inside a stage of another run. With the parents, that stage counts as needed.
+    If a model or text is inside a stage of another run, this stage is one of the parents.
     """
     for file in run.glob(f"*/{REQUEST}"):
-        request = read_yaml(file)  # not with ``read_request``, which refuses other formats
+        request = read_yaml(file)  # ``read_request`` would refuse files of other versions
         model_and_text = (request["config"].get(name) for name in ("hf_path", "prefix"))
         paths = [run, *(ref["directory"] for ref in request["inputs"].values())]
         paths += filter(None, model_and_text)  # not every stage has these settings
@@ -331,7 +334,7 @@ RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, 
     "cancel": (cancel, ("run_dir", "recipe")),
     "logs": (logs, ("run_dir", "recipe", "stage", "lines")),
 }
-"""Commands about one run or sweep, with their options."""
+"""Commands about a run or sweep, by name: the function, and the names of the options."""
 OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
     "compare": compare,
     "doctor": doctor.run,

@@ -39,7 +39,7 @@ def print_recipes(recipes: Mapping[str, str], console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Shows what will run, and why, and the gates that will be judged."""
+    """Shows the action of each stage with its reason, and the gates of the run."""
     table = plain_table(f"plan for {plan.run_dir}", "stage", "action", "why")
     for stage in plan.stages:
         style = "dim" if stage.action == SKIP else "bold"
@@ -81,7 +81,7 @@ def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> No
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables of ``plan`` and ``enumerate_shapes`` if they ran or are the only stage."""
+    """Shows tables of ``plan`` and ``enumerate_shapes``: if the stage ran, or is the only stage."""
     for stage in plan.stages if len(plan.stages) == 1 else plan.todo():
         manifest = read_manifest(stage.directory)
         # "plan" and "shapes" are the types of artifacts that these stages write.
@@ -119,8 +119,9 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    message = f"{len(stages_run)} stage{'s' * (len(stages_run) > 1)} ran"
-    if not stages_run:
+    if stages_run:
+        message = f"{len(stages_run)} stage{'s' if len(stages_run) > 1 else ''} ran"
+    else:
         message = "everything was complete, nothing ran"
     console.print(f"{message}; {seconds:.1f} s")
 
@@ -129,7 +130,7 @@ def headline(manifest: Manifest) -> str:
     """Returns the most important result of a stage, as text for a table."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
-    # All other kinds are models.
+    # All other types of artifacts are models.
     if result := manifest.result_if("heal", HealResult):
         return f"KL {result.kl_pruned:.3f} → {result.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
@@ -162,11 +163,11 @@ def _mean_score(manifest: Manifest) -> str:
     if not num_fractions:  # other metrics, such as perplexity, cannot be averaged
         return f"{', '.join(results.tasks)} evaluated"
     means = " → ".join(f"{value:.3f}" for value in results.means().values())
-    return f"mean score of {num_fractions} benchmark{'s' * (num_fractions > 1)} {means}"
+    return f"mean score of {num_fractions} benchmark{'s' if num_fractions > 1 else ''} {means}"
 
 
 def _served(manifest: Manifest) -> str:
-    """States perplexities of the student and the served model, and their mean score difference."""
+    """States the perplexities of student and served model, and the mean difference of scores."""
     result = manifest.result(ServedResult)
     text = f"{result.program} {result.precision}"
     if result.text:
@@ -184,7 +185,7 @@ def _planned_cost(manifest: Manifest) -> str:
 
 def _best_candidate(manifest: Manifest) -> str:
     result = manifest.result(SearchResult)
-    # Before successive halving chooses, the candidate with the highest rank is the first.
+    # Until successive halving chooses a candidate, the best is the first, which has the best rank.
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"
 
@@ -225,8 +226,8 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    Gates are checked after the run, not by a stage. So a failed gate deletes no results, and a new
-    threshold makes no stage run again.
+    No stage checks gates. So a failed gate deletes no results, and a new threshold makes no stage
+    run again.
     """
     if not plan.gates:
         return

@@ -82,7 +82,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Yields all checks, or only those of what the launcher needs if only it is installed."""
+    """Yields all checks; if only the launcher is installed, only checks of what it needs."""
     if _has_only_launcher():
         yield from _pins(["launcher"], "./install.sh launcher")
         yield _cache()
@@ -99,7 +99,7 @@ def examine() -> Iterator[Check]:
 
 
 def _has_only_launcher() -> bool:
-    """Whether this environment has none of the libraries that stages need, as on a login node."""
+    """Returns whether no library of stages is installed, as on a login node."""
     return not any(map(installed_version, RESULT_LIBRARIES))
 
 
@@ -111,7 +111,7 @@ def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
 
 
 def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
-    """Returns a check: ``OK`` without a fix if ``passed`` is true, or else ``otherwise``."""
+    """Returns a check: ``OK`` if ``passed`` is true, or else ``otherwise`` with the fix."""
     return Check(name, value, OK) if passed else Check(name, value, otherwise, fix)
 
 

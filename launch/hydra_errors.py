@@ -27,7 +27,7 @@ SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 DICT_KEY = re.compile(
     r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions|weights))\.(?P<key>.+)"
 )
-"""Matches a key of a dict field. Hydra refuses a new key if its override has no ``+``."""
+"""Matches a key of a dict field, such as ``cluster.env.WORD``. Hydra adds keys only after ``+``."""
 HOME_TILDE = re.compile(r"(?<![^\[,\s])~(?=/|$)")
 """Matches a path's ``~`` at the start or after ``[``, a comma or a space. Hydra cannot parse it."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
@@ -59,7 +59,7 @@ def refuse_unknown_fields(node: DictConfig, where: str) -> None:
         if name not in known:
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {where}.{name}.{hint}", SHOW_FIELDS)
-        # Reading a missing value or an interpolation may fail.
+        # Skips missing values and interpolations, because reading them can fail.
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         if isinstance(child := node[name], DictConfig):
@@ -78,7 +78,7 @@ def explain(error: Exception) -> str:
     text = "\n".join(messages)
     if message := _ambiguous_value(text) or _unknown_choice(text):
         return message
-    # OmegaConf has two messages for an unknown key.
+    # The two messages of OmegaConf for an unknown key.
     if unknown_key := re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')", text):
         name = unknown_key.group(1)
         full_key = re.search(r"full_key: (\S+)", text)
@@ -143,8 +143,9 @@ def _unknown_choice(text: str) -> str | None:
     if unused := re.search(r"Could not override '(\w+)'. No match in the defaults list", text):
         group = unused.group(1)
         return f"this recipe has no {group}.\n  fix: leave out {group}=…"
-    if missing := re.search(r"config group '([\w/]+)' does not exist", text):
-        return _unknown_group(missing.group(1))
+    if unknown_group := re.search(r"config group '([\w/]+)' does not exist", text):
+        return _unknown_group(unknown_group.group(1))
+    # For example, "Could not find 'model/gpt5'": the group is model.
     if choice := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'", text):
         group, name = choice.groups()
         options = choices(group)
@@ -156,7 +157,7 @@ def _unknown_choice(text: str) -> str | None:
 
 
 def _unknown_group(group: str) -> str:
-    """Explains an unknown group; suggests a stage whose name is similar."""
+    """Explains an unknown group, such as ``stage/prun``; suggests a stage with a similar name."""
     hint = did_you_mean(group.rpartition("/")[2], stage_names())
     return f"there is no config group '{group}'.{hint}\n  fix: {SHOW_FIELDS}"
 
@@ -178,7 +179,7 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
     new_key = DICT_KEY.fullmatch(where)
     fix = f"'+{new_key['field']}={{{new_key['key']}: …}}' adds it" if new_key else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
-    # These dicts have stages as keys, so an unknown key is probably a misspelled stage.
+    # These two dicts have stages as keys, so an unknown key is probably a misspelled stage.
     if where.startswith(("cluster.images.", "cluster.mpi.")) and name not in stage_names():
         siblings, fix = [*siblings, *stage_names()], SHOW_FIELDS
     # If ``where`` has only one key, it may also be a misspelled config group.

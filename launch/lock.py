@@ -20,8 +20,8 @@ LOCK = ".lock"
 NO_LOCKS = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK))
 """Error numbers of ``flock`` on a file system that has no locks."""
 WAIT_SECONDS = 0.5
-"""How long ``acquire`` tries to get the lock. ``read_holder`` also holds it for a moment, so a
-single failed try does not mean that another launcher runs."""
+"""How long ``acquire`` tries to get the lock. ``read_holder`` also takes the lock for a moment, so
+one failed try does not mean that another launcher runs."""
 SetStage = Callable[[str | None], None]
 """Writes the running stage, or ``None``, to the lock file, which the command ``status`` reads."""
 
@@ -75,12 +75,12 @@ def read_holder(run_dir: Path) -> Holder | None:
     """Returns the holder of the lock; ``None`` if the lock is free."""
     with suppress(FileNotFoundError), (run_dir / LOCK).open(encoding="utf-8") as file:
         try:
-            # A shared lock, because with exclusive locks two readers would take each other for a
-            # launcher.
+            # With exclusive locks, two processes in this function would mistake each other for a
+            # launcher. Shared locks do not exclude each other.
             _flock(file, fcntl.LOCK_SH)
         except BlockingIOError:
             text = file.read()
-            # The file is empty for a moment while the launcher rewrites it.
+            # The file is empty for a moment while the launcher rewrites it: the holder is unknown.
             return Holder(**json.loads(text)) if text else Holder("?", 0, None)
     return None
 

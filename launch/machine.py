@@ -49,7 +49,7 @@ def chain_of(
 
 
 def has_own_python(cluster: DictConfig) -> bool:
-    """Returns whether stages run with the launcher's Python, not an image's or another one."""
+    """Returns whether stages run with the launcher's Python, not an image's or another Python."""
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))
 
@@ -78,7 +78,7 @@ def cluster_problems(
                 f"cluster.mounts: {path} does not exist, or is not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
-    # The local executor has no containers, so its config has no mounts. Others mount these folders.
+    # Executors with the setting ``mounts`` have containers, and mount these folders, too.
     mounted_folders = hub_folders() if "mounts" in cluster else {}
     for name, folder in mounted_folders.items():
         if not Path(folder).is_dir():
@@ -92,8 +92,8 @@ def cluster_problems(
 def hub_folders() -> dict[str, str]:
     """Returns the absolute paths of huggingface_hub's folders, by environment variable.
 
-    Without the variable ``HF_HOME``, its default folder is returned if it exists. Even if
-    ``HF_HUB_CACHE`` moves the models, ``HF_HOME`` has the token of ``hf auth login``.
+    If ``HF_HOME`` is not set, the result has its default folder, if that exists. The folder has the
+    token of ``hf auth login``, even if ``HF_HUB_CACHE`` moves the models elsewhere.
     """
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     default_home = Path(cache_root) / "huggingface"
@@ -135,25 +135,25 @@ def _image_problems(
 def _stack_problems() -> Iterator[Problem]:
     """Checks the versions of the libraries that the launcher's Python has."""
     wrong_pins = [pin for pin in pins() if not pin.is_satisfied]
-    unsatisfied = [f"{p.name} {p.installed or 'missing'} ({p.required})" for p in wrong_pins]
-    if unsatisfied:
+    versions = [f"{pin.name} {pin.installed or 'missing'} ({pin.required})" for pin in wrong_pins]
+    if versions:
         yield Problem(
             rules.STACK_VERSIONS,
-            f"not the tested versions: {', '.join(unsatisfied)}",
+            f"not the tested versions: {', '.join(versions)}",
             "run ./install.sh, and start with .venv/bin/python; or set cluster.images.default, or "
             "cluster.python to an interpreter that has them",
         )
 
 
 def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks a CPU's profile on Slurm: jobs request no GPUs, and the precision is set."""
+    """Warns if Slurm jobs for CPUs request GPUs, or train in float32 because of the default."""
     if cluster.get("gpus") is not None:
         yield Problem(
             rules.CLUSTER_HARDWARE,
             f"cluster=slurm requests GPUs, but hardware={hardware.name} is a CPU",
             "set the GPU, such as hardware=h100; for nodes without GPUs set cluster.gpus=null",
         )
-    elif hardware.precision == "32":
+    elif hardware.precision == "32":  # the default for unknown CPUs
         yield Problem(
             rules.CPU_PRECISION,
             f"hardware={hardware.name}, but the nodes' processors are not known here, so "
@@ -178,7 +178,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 
 
 def _image_exists(image: str, executor: str) -> bool:
-    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it."""
+    """Returns whether an image exists; ``True`` if this machine cannot check it."""
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
     if executor != "docker" or shutil.which("docker") is None:
@@ -188,5 +188,5 @@ def _image_exists(image: str, executor: str) -> bool:
         process = subprocess.run(["docker", *arguments], capture_output=True, check=False)
         return process.returncode == 0
 
-    # ``docker version`` fails if the client cannot reach the daemon, or may not use it.
+    # ``docker version`` fails if the daemon does not answer: the image cannot be checked.
     return succeeds("image", "inspect", image) or not succeeds("version")

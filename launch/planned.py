@@ -36,7 +36,7 @@ from recipes.stages.contract import Stage
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
-"""Action of a stage that a job of an earlier command runs, now or later."""
+"""Action of a stage whose Slurm job, which an earlier command submitted, runs or waits."""
 REASON_CHARACTERS = 80
 """Maximum length of a reason with a setting's values; a longer reason omits the values."""
 
@@ -49,6 +49,7 @@ class PlannedStage:
     directory: Path
     config: StageConfig
     inputs: Mapping[str, InputRef]
+    """Directories and fingerprints of the inputs, by input name such as ``teacher``."""
     code: str
     """Fingerprint of the stage's code."""
     libraries: Mapping[str, str]
@@ -66,9 +67,9 @@ class PlannedStage:
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why accepted stale results are stale, by stage: this stage's, and those it depends on."""
+    """Why accepted results are stale, by stage: of this stage and of all that it depends on."""
     resumed: Manifest | None = None
-    """The interrupted start whose code the stage runs; ``None`` to run this checkout's code."""
+    """The interrupted start to resume with its own code; ``None`` to run this checkout's code."""
 
     @property
     def definition(self) -> Stage[Any]:
@@ -89,7 +90,7 @@ class PlannedStage:
     def image(self) -> str | None:
         """The stage's container image; ``None`` without a container."""
         image = self.definition.image(self.config, self.chain)
-        # Pyxis takes a relative path without a leading dot for the name of an image to import.
+        # Pyxis would take a relative path for the name of an image to import.
         return os.path.abspath(image) if image and image.endswith(".sqsh") else image
 
     @property
@@ -120,8 +121,8 @@ class PlannedStage:
     @property
     def code_dir(self) -> Path:
         """The snapshot of the code that the stage's process runs."""
-        resumed = self.resumed.snapshot if self.resumed else None
-        return snapshot_dir(self.directory.parent, resumed or code_hash())
+        old_snapshot = self.resumed.snapshot if self.resumed else None
+        return snapshot_dir(self.directory.parent, old_snapshot or code_hash())
 
     def request(self) -> Request:
         """Returns the content of the stage's ``config.yaml``, from which its process starts."""
@@ -141,7 +142,7 @@ class PlannedStage:
         )
 
     def _settings(self) -> dict[str, Any]:
-        """Returns the settings. If older code is resumed, omits those that it does not have."""
+        """Returns the settings, without those that the older code of a resumed start lacks."""
         settings = asdict(self.config)
         if self.resumed is None:
             return settings
@@ -173,15 +174,13 @@ def load_stage(name: str) -> Stage[Any]:
 
 
 def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
-    """Returns the action for a stage, and why; ignores the action that the stage has.
+    """Returns the action for a stage, and why. The stage's own ``action`` is only a placeholder.
 
-    Args:
-        stage: The stage.
-        forced: Whether the setting ``force`` lists the stage.
-        selected: Whether the setting ``only`` includes the stage.
+    ``forced`` says whether the setting ``force`` lists the stage, ``selected`` whether the setting
+    ``only`` includes the stage.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    # A report or model card lists the stale results that the user accepted.
+    # A report or model card lists the accepted stale results, so a changed list makes it outdated.
     if reason is None and selected and stage.definition.names_accepted_results:
         result = read_manifest(stage.directory)
         if result is not None and result.kept != stage.kept:
@@ -191,7 +190,7 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
     begun = stage.state().begun
     if begun is None or begun.fingerprint != stage.fingerprint or _replaced_inputs(stage, begun):
         return RUN, reason
-    # Also if forced: an earlier command with the same ``force`` may have started this work.
+    # A forced stage resumes, too: an earlier command with this ``force`` has started the work.
     if stage.rerun_inputs:
         names = ", ".join(stage.rerun_inputs)
         return RESUME, f"was interrupted; starts over if {names} gives another result"
@@ -202,18 +201,18 @@ def replaced_results(run_dir: Path) -> tuple[dict[str, str | None], dict[str, st
     """Returns which stages an interrupted command with ``force`` has run, and which it has not.
 
     Returns:
-        Two dicts with the start times of old results, by stage: of stages that have a newer result
-        now, and of stages that do not. If all have one, the command is complete and both dicts are
-        empty, so that a new ``force`` runs its stages again.
+        Two dicts that map stages to the start times of their old results. The first has the stages
+        with a newer result, the second the stages without one. Once all stages have a newer result,
+        the command is complete. Then both dicts are empty, so a new ``force`` runs its stages.
     """
     last_plan = read_last_plan(run_dir)
-    replaces = last_plan.replaces if last_plan else {}
+    old_starts = last_plan.replaces if last_plan else {}
     replaced = {
         name: old_start
-        for name, old_start in replaces.items()
-        if start_of(run_dir / name) not in (None, old_start)
+        for name, old_start in old_starts.items()
+        if start_of(run_dir / name) not in (None, old_start)  # ``None``: no result
     }
-    unfinished = {name: old for name, old in replaces.items() if name not in replaced}
+    unfinished = {name: start for name, start in old_starts.items() if name not in replaced}
     return (replaced, unfinished) if unfinished else ({}, {})
 
 
@@ -232,7 +231,8 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     progress = stage.definition.progress(stage.directory / WORK)
     if begun is None or progress is None or stage.action != RUN:
         return
-    changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
+    changes = ", ".join(describe_changes(stage, begun))
+    run_dir = stage.directory.parent
     holder = lock.read_holder(run_dir)
     if (holder and holder.stage == stage.name) or stage.name in active_jobs(run_dir):
         raise RecipeError(
@@ -248,7 +248,8 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
     if other_changes:
         to_accept = [*_stale_results(stage, planned), stage.name]
         # An accepted stale result keeps its fingerprint, so the input no longer counts as changed.
-        acceptable = {f"input {key}" for key, s in stage.config.inputs.items() if s in to_accept}
+        inputs = stage.config.inputs
+        acceptable = {f"input {key}" for key in inputs if inputs[key] in to_accept}
         can_accept = set(other_changes) <= {"code", *acceptable}
         fixes.append(f"set accept=[{','.join(to_accept)}]" if can_accept else "undo that")
     raise RecipeError(
@@ -261,14 +262,14 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
 def require_same_optimizers(stage: PlannedStage) -> None:
     """Refuses to resume a training if only the old or only the new layout splits experts.
 
-    If experts are split over ranks, Megatron-Core has a second optimizer for them. It cannot load
-    the state of one optimizer into two, or of two into one.
+    If experts are split over ranks, Megatron-Core has a second optimizer for the experts. The state
+    of one optimizer cannot be loaded into two, or of two into one.
     """
     begun, work = stage.state().begun, stage.directory / WORK
     if stage.action != RESUME or begun is None or stage.definition.progress(work) is None:
         return
     setting = "expert_model_parallel_size"
-    old, new = (settings.get(setting, 1) for settings in (begun.config, vars(stage.config)))
+    old, new = begun.config.get(setting, 1), getattr(stage.config, setting, 1)
     trains = stage.workload is not None and stage.workload.trained is not None
     if trains and (old > 1) != (new > 1):
         raise RecipeError(
@@ -282,7 +283,7 @@ def _stale_results(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> 
     """Returns the stages whose stale results a stage depends on, in the plan's order."""
     names: set[str] = set()
     for name in stage.rerun_inputs:
-        # A stage that runs although it has a result: the result is stale.
+        # If a stage has a result and runs nevertheless, the result is stale.
         if planned[name].action == RUN and read_manifest(planned[name].directory) is not None:
             names |= {name, *_stale_results(planned[name], planned)}
     return [name for name in planned if name in names]
@@ -309,14 +310,14 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
 
 
 def _replaced_inputs(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
-    """Returns the inputs that were computed again with other content since an earlier start."""
-    if stage.rerun_inputs:  # their new content is not known yet
+    """Returns the names of inputs that have other content than at an earlier start."""
+    if stage.rerun_inputs:  # the new content of these is not known yet
         return []
     return replaced_inputs(earlier_start.input_content, content_of(stage.inputs))
 
 
 def describe_changes(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
-    """Returns what has changed since an earlier start of a stage, such as "its code changed"."""
+    """Returns the changes since an earlier start of a stage, such as "its code changed"."""
     changed_settings, other_changes = compare(stage, earlier_start)
     changes = [f"{key} changed {old} → {new}" for key, (old, new) in changed_settings.items()]
     return changes + [f"its {what} changed" for what in other_changes]
@@ -358,8 +359,9 @@ def _differences(
 ) -> Iterator[tuple[str, tuple[object, object]]]:
     """Yields the name of each setting that differs, with its old and new value.
 
-    Mappings with equal keys are compared key by key. Resources are not compared. Settings that the
-    earlier start did not record are not compared either: they are new, so the code changed, too.
+    ``name`` is the dotted name of the compared values, empty for all settings of a stage. Mappings
+    with equal keys are compared key by key. Two types of settings are not compared: resources, and
+    settings that the earlier start did not record. The latter are new, so the code changed, too.
     """
     if is_dataclass(new) and isinstance(old, Mapping):
         names = [spec.name for spec in fields(new) if not spec.metadata.get("resource")]

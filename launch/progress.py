@@ -62,13 +62,13 @@ def remaining_run_seconds(
 
     Args:
         planned: Planned seconds of each stage, without ``OVERHEAD_SECONDS``.
-        spent: Measured seconds of each complete stage. They show how fast this machine is.
+        spent: Measured seconds of each complete stage, which show how fast this machine is.
         remaining: Remaining seconds of each incomplete stage; ``None`` before its first progress.
     """
     if not planned or not remaining:
         return None
     expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *remaining)}
-    # Measured time of the complete stages, divided by their expected time.
+    # Measured seconds divided by expected seconds, over all complete stages.
     slowdown = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
     return sum(
         slowdown * expected[stage] if seconds is None else seconds
@@ -77,7 +77,7 @@ def remaining_run_seconds(
 
 
 def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
-    """Returns a function that takes a running stage's remaining seconds and returns the run's.
+    """Returns a function that estimates the run's remaining seconds from those of ``stage``.
 
     The function returns ``None`` if the run has no planned times.
     """
@@ -86,7 +86,7 @@ def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | N
     later = [s.name for s in plan.stages[index + 1 :] if s.action != SKIP]
     finished = [s for s in plan.stages if s.name not in (stage.name, *later)]
     spent = {s.name: result.seconds for s in finished if (result := s.result)}
-    no_progress = dict.fromkeys(later)  # each value is ``None``
+    no_progress = dict.fromkeys(later)  # each value is None: the stage has no progress yet
 
     def estimate(stage_seconds: float) -> float | None:
         return remaining_run_seconds(planned, spent, {stage.name: stage_seconds, **no_progress})
@@ -103,11 +103,8 @@ class Follower:
     """Shows the progress that a stage writes to its ``metrics.jsonl``, and its remaining time.
 
     On a terminal it draws a bar. Elsewhere it prints a line every ``LINE_SECONDS``.
-
-    Args:
-        stage: The running stage.
-        console: Where the progress is shown.
-        run_estimate: See the function ``run_estimate``; by default, the run's time is not shown.
+    ``run_estimate`` takes the stage's remaining seconds and returns those of the run. If it returns
+    ``None``, no time is shown for the run.
     """
 
     def __init__(
@@ -118,7 +115,7 @@ class Follower:
     ) -> None:
         self._name, self._path = stage.name, stage.directory / METRICS
         self._console, self._run_estimate = console, run_estimate
-        # Twice ``SPEED_RECORDS``, because tasks alternate, such as training and validation.
+        # Twice ``SPEED_RECORDS``, because the records of two tasks alternate: training, validation.
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
         # Starts at the end of the file, because a resumed stage appends to its old records.
         self._position = self._path.stat().st_size if self._path.exists() else 0
@@ -171,7 +168,7 @@ class Follower:
             self._console.print(f"{self._name}: {progress}  {values}".rstrip())
 
     def _time_left(self) -> str:
-        """Returns the remaining time of the stage's task and of the run; empty if unknown."""
+        """Returns the remaining times of the task and the run; omits zero and unknown times."""
         stage_seconds = remaining_seconds(self._recent)
         texts = [f"{format_seconds(stage_seconds)} left"] if stage_seconds else []
         if stage_seconds is not None and (run_seconds := self._run_estimate(stage_seconds)):

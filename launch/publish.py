@@ -39,15 +39,15 @@ MODEL_FILES = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
-"""Names and patterns of files that transformers writes, and loads if they exist. A push deletes
-such files of an earlier push if the new export does not have them."""
+"""Names and patterns of files that transformers writes and loads. If an earlier push uploaded such
+a file and the new export does not have it, the new push deletes it from the hub."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, waits_for_stages: bool) -> None:
     """Refuses, before anything starts, a run that could not be published in the end.
 
-    ``waits_for_stages`` says whether all stages are complete, or the launcher waits for them.
-    Otherwise the launcher cannot publish. A dry run does not check the access to the hub.
+    The launcher can publish only if ``waits_for_stages`` is true: if all stages are complete, or if
+    it waits for them. A dry run does not check the access to the hub.
     """
     hub = settings.hub
     if hub.push is None:
@@ -97,7 +97,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
     _require_measured_gates(plan, hub)
     files = _files(plan, export)
-    # Checked again: results of the run may have added licences, and access may have changed.
+    # Repeats two checks from before the run: results may add licences, and access may have ended.
     _require_licence(plan, hub)
     _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):
@@ -116,10 +116,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file of a stage that is uploaded in addition to the model; ``None`` if none is.
-
-    These are the manifest of the export, and the report of the report stage.
-    """
+    """Returns the file to upload besides the model: the export's manifest, or the report."""
     if _exports_student(stage):
         return stage.directory / MANIFEST
     if stage.config.stage == REPORT_STAGE:
@@ -167,7 +164,7 @@ def _obsolete_files(
             return []
 
     def is_model_file(name: str) -> bool:
-        # The * of fnmatch also matches slashes, so their numbers are compared.
+        # The * of fnmatch also matches slashes. So a pattern must have as many as the name.
         patterns = [p for p in MODEL_FILES if p.count("/") == name.count("/")]
         return any(fnmatch(name, pattern) for pattern in patterns)
 
@@ -176,7 +173,7 @@ def _obsolete_files(
 
 
 def _require_measured_gates(plan: Plan, hub: Hub, pending: Iterable[PlannedStage] = ()) -> None:
-    """Refuses to publish if a gate has no result yet and no stage of ``pending`` measures it."""
+    """Refuses to publish if a gate has no result yet, and no ``pending`` stage will measure it."""
     _, unjudged = plan.judge_gates()
     to_be_measured = metrics_of(stage.config for stage in pending)
     if unmeasured := [str(gate) for gate in unjudged if gate.name not in to_be_measured]:
@@ -201,8 +198,8 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 def _licences(plan: Plan) -> Iterator[str]:
     """Yields the licences of the texts and models that the student depends on.
 
-    Reads them from the teacher's folder, the settings of ``prepare_data``, and the results of this
-    run and of other runs that are its inputs.
+    Reads the licences from the teacher's folder, from the settings of ``prepare_data``, and from
+    results: those of this run, and those of other runs that are inputs of this run.
     """
     results = {stage.name: stage.result for stage in plan.stages}
     yield known_licence(plan.chain.hf_path)

@@ -71,16 +71,17 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields each choice of each group with the first sentence of its file's comment, or values."""
+    """Yields each choice of a group, and what it is: its file's first sentence, or its values."""
     folders = [CONF / group for group in groups() if group != "recipe"]
     for file in sorted(file for folder in folders for file in folder.glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = _yaml(f"{file.parent.name}/{file.name}")
         text_of_values = ", ".join(f"{name}: {value}" for name, value in values.items())
-        # A sentence ends with a period after a word or a parenthesis.
         text = " ".join(comments) or f"`{text_of_values}`"
-        yield f"`{file.parent.name}={file.stem}`", re.split(r"(?<=[\w)])\.(?= |$)", text)[0]
+        # A sentence ends with a period after a word or a parenthesis.
+        first_sentence = re.split(r"(?<=[\w)])\.(?= |$)", text)[0]
+        yield f"`{file.parent.name}={file.stem}`", first_sentence
 
 
 def _yaml(name: str) -> dict[str, Any]:
@@ -139,13 +140,13 @@ def _rows(
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
-        dagger = " †" if field.metadata.get("resource") else ""  # the page explains the sign
+        dagger = " †" if field.metadata.get("resource") else ""  # explained above ``MARKER``
         value = _value(values.get(field.name, default))
         yield f"`{name}`{dagger}", _type(hint), f"`{value}`", meanings[field.name]
 
 
 def _meanings(dataclass: type) -> dict[str, str]:
-    """Returns the docstring of each field (the string after it), including inherited fields."""
+    """Returns the docstring of each field (the string after the field), also if it is inherited."""
     meanings = {}
     # Base classes first, because a subclass may replace the docstring of an inherited field.
     for base in filter(is_dataclass, reversed(dataclass.__mro__)):
@@ -159,7 +160,7 @@ def _meanings(dataclass: type) -> dict[str, str]:
 
 
 def _value(value: object) -> str:
-    """Formats a default as YAML; "…" for a dataclass, or if there is no default."""
+    """Formats a default as YAML; returns "…" for a dataclass and for a field without a default."""
     if is_dataclass(value) or value is MISSING:
         return "…"
     if isinstance(value, str) and value.startswith(("$", "?")):
@@ -173,7 +174,8 @@ def _type(hint: Any) -> str:
         case typing.Annotated:
             base, *constraints = arguments
             texts = [text for constraint in constraints for text in _allowed(constraint)]
-            if not isinstance(constraints[0], AfterValidator):  # whose text implies the base type
+            # The text of an AfterValidator already implies the base type.
+            if not isinstance(constraints[0], AfterValidator):
                 texts.insert(0, _type(base))
             return " ".join(texts)
         case typing.Union | types.UnionType:

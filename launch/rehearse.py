@@ -41,12 +41,10 @@ Results = list[tuple[RankJob, RehearsalResult]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses the stages that compute on a device; compares their memory with the planned one.
+    """Rehearses the stages that compute on a device; shows their memory and the planned memory.
 
-    With ``dry_run``, only lists the ranks that it would rehearse.
-
-    Raises:
-        RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
+    With ``dry_run``, only lists the ranks. Raises ``RecipeError`` if the rehearsal finds mistakes,
+    or if there is nothing to rehearse.
     """
     ranks = _parse_ranks(settings.rehearse)
     configs = typed_stages(cfg)
@@ -88,7 +86,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
 
 
 def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
-    """Rehearses jobs of one rank each; prints a line for each job, and each distinct error once."""
+    """Rehearses all jobs (one rank each); prints a line for each job, and equal errors once."""
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
@@ -113,7 +111,7 @@ def _parse_ranks(value: object) -> list[int] | None:
     if value is True:  # ``jobs_of`` chooses the ranks
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
-    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance accepts bools
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance(True, int) is True
         raise RecipeError(
             f"invalid rehearse={value}: must be true or a list of ranks (integers of at least 0).",
             "rehearse=true, or 'rehearse=[0,767]'",
@@ -122,10 +120,9 @@ def _parse_ranks(value: object) -> list[int] | None:
 
 
 def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
-    """Yields the result of each job in order; works in new processes, since it patches libraries.
+    """Yields each job's result in order; raises ``RecipeError`` if the worker ends too early.
 
-    Raises:
-        RecipeError: The worker ended before all jobs had a result.
+    The worker is a new process, because a rehearsal patches libraries.
     """
     from pydantic import TypeAdapter  # slow to import
 
@@ -160,7 +157,7 @@ def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[Rehears
 def communication_mistakes(results: Results) -> Iterator[str]:
     """Yields each mismatch in communication between ranks of a stage; ignores failed ranks."""
     for name in dict.fromkeys(job.name for job, _ in results):
-        channels = {
+        channels = {  # each rank's collectives and point-to-point messages
             job.rank: result.channels
             for job, result in results
             if job.name == name and result.error is None
@@ -172,13 +169,13 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
     """Yields a message for each rank whose peak exceeds the memory of its GPU."""
     hardware = chain.hardware
     for job, result in results:
-        # A search that starts this training has its own CUDA context on the GPU.
+        # The process of a search and the training that it starts have a CUDA context each.
         num_contexts = 1 if job.search is None else 2
         tensors = sum(result.peak.values()) * FRAGMENTATION
         needed = tensors + num_contexts * hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
-        search = result.peak.get("parent", 0)
-        detail = f" ({search / 1e9:.1f} GB of this in the search's own process)" if search else ""
+        search_gb = result.peak.get("parent", 0) / 1e9
+        detail = f" ({search_gb:.1f} GB of this in the search's own process)" if search_gb else ""
         if hardware.on_gpu and needed > available:
             yield (
                 f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{detail}, but "
@@ -229,9 +226,9 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # The training of a search has no student in its config. The job has the rehearsed shape:
-        # that of the largest candidate.
+        # The training of a search has no student in its config. The rehearsed student is the
+        # largest candidate of the search.
         workload = replace(workload, trained=Architecture(**student.shape))
-    # In Megatron's order of ranks, those of a pipeline stage are consecutive.
+    # In Megatron's order of ranks, the ranks of a pipeline stage are consecutive.
     ranks_per_stage = job.world // workload.layout.pipeline
     return stage_memory(workload, chain.hardware, job.rank // ranks_per_stage)

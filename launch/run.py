@@ -26,7 +26,7 @@ def on_interrupt(handler: Callable[..., object]) -> None:
 def exit_now(*_: object) -> None:
     """Exits without an exception, which an import could swallow or show as a traceback."""
     os.write(1, b"interrupted\n")
-    os._exit(130)  # 128 + SIGINT, the status of a command that Ctrl-C ended
+    os._exit(130)  # 128 + SIGINT: the usual exit status after Ctrl-C
 
 
 if __name__ == "__main__":
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # Commands start faster if garbage is collected after 50,000 new objects instead of 700, and if
-# Hydra does not import the slow plugin of multistorageclient.
+# Hydra fails to import the slow plugin of multistorageclient: None makes the import fail.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -95,14 +95,14 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
     """Runs one config; in a sweep, Hydra passes the returned value to the callback ``sweep.Best``.
 
     Returns:
-        What ``run`` returns. In a sweep, its error if it failed; otherwise an error ends this
-        process.
+        The return value of ``run``. If ``run`` fails, a sweep gets the error as the value. Outside
+        a sweep, the process exits.
     """
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
-    # Errors are handled here, because Hydra would also print the overrides.
+    # Errors are printed here. Hydra would print the overrides, too.
     if is_sweep():
         try:
             require_separate_results(cfg, sys.argv[1:])
@@ -139,7 +139,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     view.print_sources(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
-    require_publishable(plan, settings, complete or cluster.follow)
+    require_publishable(plan, settings, waits_for_stages=complete or cluster.follow)
     with _write_plan(plan, last_plan, state, settings.dry_run) as record_stage:
         if record_stage is not None:
             executor.write_scripts(plan, cluster)
@@ -148,7 +148,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
                 executor.dry_run(plan, console)
             else:
                 follow = partial(_follow, record_stage, plan)
-                complete = executor.start(plan, cluster, follow, console)
+                complete = executor.start(plan, cluster, follow, console)  # whether it waited
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -210,9 +210,9 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
 
 
 def _is_from_killed_launch(path: Path) -> bool:
-    """Returns whether a launcher that was killed before it wrote ``run.yaml`` may have left a path.
+    """Returns whether a path may be from a launcher that was killed before it wrote ``run.yaml``.
 
-    Until then, it writes only the lock, a snapshot of the code, and a request for each stage.
+    Before ``run.yaml``, a launcher writes only the lock, a code snapshot and the stages' requests.
     """
     if not path.is_dir():
         return path.name == lock.LOCK or path.match(PARTIAL)
@@ -236,7 +236,7 @@ def _read_state(run_dir: Path) -> RunState:
 def _require_state(plan: Plan, state: RunState) -> None:
     """Refuses a plan if the run has changed since ``state`` was read, just before planning.
 
-    Compares only the stages that the plan starts, because Slurm jobs may run the others.
+    Compares only stages that the plan starts, because Slurm jobs can change other stages meanwhile.
     """
     (time_before, states_before), (time_now, states_now) = state, _read_state(plan.run_dir)
     names = [stage.name for stage in plan.todo()]
@@ -253,25 +253,25 @@ def _write_plan(
 ) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the ``with`` block runs under the lock.
 
-    Also deletes leftover work of complete stages. If there is nothing to write or delete, does not
-    lock either. A dry run changes no acceptances and no unfinished work. ``state`` is the state of
-    the run before it was planned.
+    Also deletes leftover work of complete stages. Without anything to write or delete, there is no
+    lock. A dry run changes no acceptances and no work. ``state`` is from before planning.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.
 
     Raises:
-        RecipeError: The run's state is not ``state`` any more, so the plan is out of date.
+        RecipeError: The run's state differs from ``state``, so the plan is out of date.
     """
-    # Stages that ``only`` excludes keep their fingerprints of the last plan.
+    # Stages that ``only`` excludes keep the fingerprints that they have in the last plan.
     fingerprints = {**last_plan.stages, **{s.name: s.fingerprint for s in plan.stages}}
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
-    # A dry run replaces no results, so it keeps what the last plan replaces.
+    # A dry run replaces no results, so the last plan's list of results to replace stays.
     to_replace = last_plan.replaces if dry_run else plan.replaces
     new_plan = LastPlan(last_plan.recipe, stages, replaces=to_replace)
     skipped_states = [s.state() for s in plan.stages if s.action == SKIP and not dry_run]
     leftover_dirs = [state.directory for state in skipped_states if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)
+    stages_to_start = [] if dry_run else list(plan.todo())
     acceptances = {} if dry_run else plan.acceptances
     if not (must_run or leftover_dirs or acceptances) and new_plan == last_plan:
         yield None
@@ -283,7 +283,7 @@ def _write_plan(
             if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, last_plan)
-            for stage in () if dry_run else plan.todo():
+            for stage in stages_to_start:
                 record_resumed(stage)
             for folder, acceptance in acceptances.items():
                 record_acceptance(folder, acceptance)

@@ -54,14 +54,14 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     last_plan = read_last_plan(run_dir)
     fingerprints = last_plan.stages if last_plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # Jobs of an earlier plan count only while they are active: how they ended says nothing about
-    # the stage of the last plan.
+    # Jobs of an earlier plan count only while they are active. The end of such a job says nothing
+    # about the stage as last planned.
     jobs_of_plan = {
         name: job for name, job in jobs.items() if job.fingerprint == fingerprints.get(name)
     }
     incomplete = [name for name, s in states.items() if s.status is not Status.COMPLETE]
     jobs_of_incomplete = [jobs_of_plan[name] for name in incomplete if name in jobs_of_plan]
-    # sacct may know how jobs ended that squeue does not list any more.
+    # sacct remembers the final states of jobs that squeue no longer lists.
     slurm_states |= final_states(job for job in jobs_of_incomplete if job.id not in slurm_states)
     statuses = []
     for name, state in states.items():
@@ -103,7 +103,7 @@ def _ended_status(
 ) -> StageStatus:
     """Returns the status of a stage that neither runs nor waits.
 
-    Takes the arguments of ``_active_status``, but no ``job`` of an earlier plan.
+    ``job`` is the stage's newest Slurm job of the last plan, and ``slurm_state`` the job's state.
     """
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
@@ -116,12 +116,12 @@ def _ended_status(
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    # A log of Slurm has the job's id as its name. The newest log may be of an earlier job.
+    # The newest log may be of an earlier job. The name of a job's log is the job's id.
     job_log = log if job is None or (log and log.stem == job.id) else None
     # The stage failed: it recorded an error, or its job left a log or a final state.
     if state.error or (job and (job_log or job_state)):
         status = state.status if state.error else Status.FAILED
-        texts = (job_state, failure(state.directory, job_log))  # the first may be empty
+        texts = (job_state, failure(state.directory, job_log))  # ``job_state`` may be empty
         return StageStatus(state, status, ": ".join(filter(None, texts)), job)
     if job:
         # When a job fails, Slurm removes and forgets the jobs that depend on it.
@@ -129,7 +129,7 @@ def _ended_status(
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
-    # An incomplete stage with a result: the result has another fingerprint than the last plan.
+    # If an incomplete stage has a result, its fingerprint differs from that of the last plan.
     stale = "its settings, inputs or code differ from those of the last plan"
     return StageStatus(state, state.status, stale if state.result else "")
 
@@ -148,12 +148,12 @@ def progress_text(state: StageState, detail: str = "") -> str:
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
-    """Returns how many seconds a run will still take; ``None`` as for ``remaining_run_seconds``."""
+    """Returns a run's remaining seconds; ``None`` if it is complete or has no planned times."""
     spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
     remaining: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
-            # Without unfinished work, the records are of an earlier start and do not count.
+            # Without unfinished work, the records are of an earlier start, so they do not count.
             records = stage.state.progress() if stage.state.begun else []
             remaining[stage.name] = remaining_seconds(records) if records else None
     return remaining_run_seconds(planned_seconds(run_dir), spent, remaining)

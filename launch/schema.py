@@ -86,7 +86,7 @@ def _cpu(name: str, *, _root_: DictConfig) -> Any:
 
     OmegaConf passes the whole config as ``_root_``.
     """
-    # Slurm may run the stages on other machines, so its value must be valid for any CPU.
+    # Slurm may run stages on other machines, so for Slurm the value must be valid for any CPU.
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
@@ -130,8 +130,8 @@ def help_text() -> str:
 
 def hydra_arguments(arguments: Iterable[str]) -> list[str]:
     """Translates a command line to Hydra's syntax; refuses group values that are not names."""
-    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`. So flags are
-    # moved to the end, each with its value.
+    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`. So all flags
+    # and their values are moved to the end.
     overrides, flags = list[str](), list[str]()
     remaining = iter(arguments)
     for arg in remaining:
@@ -144,11 +144,11 @@ def hydra_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def _hydra_override(arg: str) -> str:
-    """Translates one override: quotes ``run_dir=WORD``, and replaces the null of ``GROUP=null``."""
+    """Translates an override to Hydra's syntax; changes ``run_dir=WORD`` and ``GROUP=null``."""
     key, equals, value = arg.partition("=")
     group = key.lstrip("+")  # "+" adds a group
     if group == "run_dir" and value != "null" and re.fullmatch(r"[\w.-]+", value):
-        return f'{key}="{value}"'  # otherwise Hydra makes 20250102 of 2025_01_02
+        return f'{key}="{value}"'  # Hydra would parse 2025_01_02 as the number 20250102
     if not equals or group not in groups():
         return arg
     names = value.split(",")  # a sweep has several names
@@ -158,9 +158,9 @@ def _hydra_override(arg: str) -> str:
             is_model = group == "model" and name.lower() not in VALUES
             hint = f"model.hf_path={value} for a folder or a hub id; " if is_model else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
-        if name.endswith(".yaml"):  # Hydra accepts it, but the default run_dir would have it, too
+        if name.endswith(".yaml"):  # Hydra accepts it, but would also put it into the run_dir
             raise RecipeError(f"{arg} names a file.", f"{key}={value.replace('.yaml', '')}")
-    # Hydra accepts null in files only. On the command line, an empty list has the same effect.
+    # Hydra accepts a null group in files only. On the command line, an empty list has that effect.
     return f"{key}={','.join('[]' if name == 'null' else name for name in names)}"
 
 

@@ -105,26 +105,27 @@ def settings_of(cfg: DictConfig) -> RunSettings:
             value = cfg[name]
             is_container = OmegaConf.is_config(value)
             values[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
-        values["tracker"] = values.get("tracker") or {}  # of ``tracker=null``
+        values["tracker"] = values.get("tracker") or {}  # for ``tracker=null``, which gives None
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {str(error).splitlines()[0]}."
         raise RecipeError(message, SHOW_FIELDS) from error
     for name in ("skip_rules", "force", "accept", "only", "gates"):
         if not isinstance(values.get(name), list | None):
-            cfg[name] = values[name] = [values[name]]  # stages refer to ``cfg``: ``${gates}``
+            cfg[name] = values[name] = [values[name]]  # ``${gates}`` of a stage resolves to ``cfg``
     if values.get("only") == []:
         raise RecipeError("only=[] names no stage.", "name stages, as in 'only=[prune]'")
     return as_typed(RunSettings, OmegaConf.create(values))
 
 
 def _refuse_misplaced_groups(cfg: DictConfig) -> None:
-    """Refuses nodes that must have fields and do not, and groups whose file has no effect."""
+    """Refuses ``data=1`` and other nodes without fields, and groups whose file has no effect."""
     for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(
                 f"invalid {group}={cfg.get(group)}: must have fields, such as {group}.NAME=VALUE.",
                 f"leave out {group}=…",
             )
+    # Files of these groups must set fields at the root, so no node may have the group's name.
     for group in set(groups()) - GROUPS_WITH_FIELDS:
         if group in cfg:
             raise RecipeError(

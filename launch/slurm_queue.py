@@ -18,8 +18,8 @@ from recipes.core.run_state import Status, stage_state
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
-"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job; see
-``owner`` and ``run_hash``."""
+"""File in a run directory with a line ``STAGE JOB_ID OWNER FINGERPRINT RUN_HASH`` for each job. The
+functions ``owner`` and ``run_hash`` return the words OWNER and RUN_HASH."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -56,11 +56,11 @@ class SlurmJob:
     """A job that was submitted for a stage."""
 
     name: str
-    """See ``job_name``."""
+    """Name in Slurm. No other stage and no other run has it."""
     stage: str
     id: str
     owner: str
-    """See ``owner``."""
+    """``UID@CLUSTER``: the user who submitted the job, and the cluster that has it."""
     fingerprint: str
     """The stage's fingerprint when the job was submitted."""
 
@@ -99,7 +99,7 @@ class JobState:
 
 
 def run_hash(run_dir: Path) -> str:
-    """Returns a short hash of a run's path, so that a copy of the run has another hash."""
+    """Returns a short hash of a run's path. A copy of the run has another path, so another hash."""
     return hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
 
 
@@ -109,19 +109,19 @@ def job_name(run_dir: Path, stage: str) -> str:
 
 
 def owner() -> str:
-    """Returns ``UID@CLUSTER`` of jobs that this user submits here, as ``submit.sh`` records it."""
+    """Returns ``UID@CLUSTER`` of jobs that this user submits here; without Slurm, only ``UID@``."""
     config = query("scontrol", "show", "config").stdout
     return f"{os.getuid()}@{''.join(re.findall(r'^ClusterName *= (.+)', config, re.M))}"
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of each stage, by stage; ignores jobs of a run that was copied."""
+    """Returns each stage's newest job, by stage; a copied run has none of the original's jobs."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
-    # The last line of a stage counts. An incomplete line has no fifth word.
+    # A stage's last line counts. An incomplete line has no ``RUN_HASH``, so it is ignored, too.
     return {
         row[0]: SlurmJob(job_name(run_dir, row[0]), *row[:4])
         for row in rows
@@ -130,7 +130,7 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
 
 
 def forget_job(run_dir: Path, stage: str) -> None:
-    """Removes a stage's jobs from ``RECORD``, because this machine runs the stage now."""
+    """Removes a stage's jobs from ``RECORD``, before the stage runs without Slurm."""
     if stage in read_jobs(run_dir):
         lines = (run_dir / RECORD).read_text(encoding="utf-8").splitlines()
         other_lines = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
@@ -140,20 +140,18 @@ def forget_job(run_dir: Path, stage: str) -> None:
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     """Returns the states of the jobs that Slurm remembers, by job id.
 
-    Selects jobs by id and name, because another cluster may have other jobs with these ids.
-
-    Raises:
-        RecipeError: squeue fails.
+    Selects jobs by id and name, because another cluster may have other jobs with these ids. Raises
+    ``RecipeError`` if squeue fails.
     """
-    names = {job.id: job.name for job in jobs}
+    names_by_id = {job.id: job.name for job in jobs}
     # A run may have been copied to a machine without Slurm.
-    if not names or shutil.which("squeue") is None:
+    if not names_by_id or shutil.which("squeue") is None:
         return {}
     columns = "--format=%i|%T|%r|%L|%N"  # the id, then the fields of ``JobState`` in their order
-    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    selection = (f"--jobs={','.join(names_by_id)}", f"--name={','.join(names_by_id.values())}")
     squeue = query("squeue", "--noheader", "--states=all", columns, *selection)
-    # Slurm forgets a job minutes after its end. If it has forgotten the only requested job, squeue
-    # reports an invalid id.
+    # Slurm forgets a job minutes after its end. If squeue is asked only for a forgotten job, it
+    # fails with this message, which is no error here.
     if squeue.returncode and "Invalid job id" not in squeue.stderr:
         raise RecipeError(
             f"squeue does not answer: {squeue.stderr.strip()}", "try again once Slurm is up"
@@ -163,12 +161,12 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of those jobs that ended by Slurm's accounting records, by job id."""
-    names = {job.id: job.name for job in jobs}
-    if not names:
+    """Returns the states of the jobs that have ended according to sacct, by job id."""
+    names_by_id = {job.id: job.name for job in jobs}
+    if not names_by_id:
         return {}
     # With -X, sacct omits the steps of jobs.
-    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    selection = (f"--jobs={','.join(names_by_id)}", f"--name={','.join(names_by_id.values())}")
     sacct = query("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", *selection)
     rows = [line.split("|") for line in sacct.stdout.splitlines()]
     # A state can be "CANCELLED by 1000", or "CANCELLED+" if sacct cuts it off.
@@ -180,8 +178,8 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, and their states, by stage.
 
     Raises:
-        RecipeError: A job of an incomplete stage may run, but this machine has no Slurm, is part of
-            another cluster, or Slurm hides the jobs of other users.
+        RecipeError: A job of an incomplete stage is possibly active, but Slurm does not show it:
+            this machine has no Slurm or another cluster's, or the job belongs to another user.
     """
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
@@ -194,7 +192,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     this_owner = owner() if unlisted else ""
     ended = final_states(job for job in unlisted if job.owner != this_owner)
     for job in unlisted:
-        # squeue lists all active jobs of this owner, so an unlisted job of this owner has ended.
+        # squeue lists all active jobs of this owner, so this owner's unlisted jobs have ended.
         may_be_hidden = job.owner != this_owner or shutil.which("squeue") is None
         if may_be_hidden and job.id not in ended:
             raise RecipeError(
@@ -211,7 +209,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
 
 
 def wait_for_completing_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Waits while jobs of a run are COMPLETING, as after a cancellation; returns ``active_jobs``.
+    """Waits until no job of a run is COMPLETING; then returns ``active_jobs`` of the run.
 
     Raises:
         RecipeError: A job does not end within ``MAX_COMPLETING_SECONDS``.
@@ -219,7 +217,7 @@ def wait_for_completing_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobS
     active = active_jobs(run_dir)
     deadline: float | None = None
     while ids := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
-        if deadline is None:
+        if deadline is None:  # the first time
             screen().print(f"waiting until Slurm has ended job {', '.join(ids)}")
             deadline = time.monotonic() + MAX_COMPLETING_SECONDS
         elif time.monotonic() > deadline:

@@ -23,7 +23,7 @@ from recipes.stages.contract import Stage
 
 
 def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
-    """Returns the settings of each stage of a composed config, by name; refuses invalid ones."""
+    """Returns the settings of each stage of a composed config, by name; refuses invalid values."""
     typed: dict[str, StageConfig] = {}
     invalid: list[str] = []
     for name, node in cfg.stages.items():
@@ -54,7 +54,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
 
 
 def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:
-    """Returns the stages that the setting ``where`` names; refuses names of no stage."""
+    """Returns the ``names`` as a set; refuses names of no stage. ``where`` is their setting."""
     for name in names:
         require_known(name, configs, f"{where}: there is no stage '{name}'")
     return set(names)
@@ -91,7 +91,7 @@ def _unknown_input(setting: str, source: str, configs: Mapping[str, StageConfig]
 
 
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the architectures that each stage's model may have. ``order`` is the stages' order."""
+    """Adds each stage's possible architectures to the chain. ``order`` is from ``stage_order``."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)
@@ -102,12 +102,13 @@ def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
 def require_inputs(name: str, config: StageConfig, stages: Mapping[str, Stage[Any]]) -> None:
     """Refuses missing and unknown inputs of a stage, and inputs whose artifact has a wrong type.
 
-    An input that is not in ``stages``, the stages of this run by name, is of another run. It must
-    also be complete, and have the files of its manifest.
+    ``stages`` has the stages of this run, by name. An input that is not in ``stages`` is of another
+    run. Such an input must be complete, and have the files of its manifest.
     """
     required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     names, allowed = config.inputs.keys(), {**optional, **required}
-    if not required.keys() <= names <= allowed.keys():
+    missing_inputs, unknown_inputs = required.keys() - names, names - allowed.keys()
+    if missing_inputs or unknown_inputs:
         optional_text = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "

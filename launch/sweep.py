@@ -29,7 +29,7 @@ UNIQUE_SETTINGS = {
 }
 """Settings that must differ between the runs of a sweep, and the fix if they do not."""
 _results: set[str] = set()
-"""Values of these settings in the started runs of this process's sweep, such as ``run_dir=DIR``."""
+"""``UNIQUE_SETTINGS`` of the runs that this sweep has started, such as ``run_dir=DIR``."""
 
 
 def is_sweep() -> bool:
@@ -40,22 +40,19 @@ def is_sweep() -> bool:
 def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Refuses a sweep whose runs would overwrite each other's results, before its first run.
 
-    Does not resolve interpolations. ``require_new_results`` does, before each run.
-
-    Args:
-        cfg: Config of one run of the sweep.
-        arguments: Command line of the sweep.
+    ``cfg`` is the config of one run, and ``arguments`` is the sweep's command line. Values with
+    interpolations are not checked here, but by ``require_new_results`` before each run.
     """
     overrides = [arg for arg in arguments if "=" in arg and not arg.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [override for override in parsed if override.is_sweep_override()]
-    # Hydra runs all combinations of swept fields. So only a single swept field can have another
-    # value in each run.
+    # Hydra runs all combinations of swept fields. So with two or more swept fields, each value
+    # occurs in several runs.
     only_swept = swept[0] if len(swept) == 1 else None
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg
-        if not isinstance(node, DictConfig):  # such as ``hub=null``, which the run itself refuses
+        if not isinstance(node, DictConfig):  # such as ``hub=null``, which ``settings_of`` refuses
             continue
         if node[key] is None or OmegaConf.is_interpolation(node, key):
             continue
@@ -91,8 +88,8 @@ def remove_unused_folder() -> None:
 def resuming_argument(arguments: Sequence[str]) -> str:
     """Returns the argument that a command line lacks to resume the runs of a started sweep.
 
-    This is ``hydra.sweep.dir=DIR``: without it, a repeated sweep gets a new directory. Returns an
-    empty string if no argument is needed.
+    Without this argument, ``hydra.sweep.dir=DIR``, a repeated sweep gets a new directory. Returns
+    an empty string if no argument is needed.
     """
     if not HydraConfig.initialized():  # for example, the command ``status``
         return ""
@@ -112,7 +109,7 @@ class Best(Callback):
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
         """Forgets an earlier sweep; sets Hydra's global config, which ``resuming_argument`` reads.
 
-        Hydra itself sets it only during a run, but an interrupt may come between two runs.
+        Hydra sets this config only during a run, but an interrupt may come between two runs.
         """
         _results.clear()
         HydraConfig.instance().set_config(config)

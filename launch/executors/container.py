@@ -69,7 +69,10 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
 
 
 def require_stages(setting: str, keys: Iterable[str], *other_keys: str) -> None:
-    """Raises ``RecipeError`` unless all keys of ``cluster.SETTING`` are stages or other keys."""
+    """Raises ``RecipeError`` unless all keys of a setting are stage modules or ``other_keys``.
+
+    ``setting`` is the name of a mapping below ``cluster``, such as ``images``.
+    """
     for key in keys:
         message = f"cluster.{setting}.{key} is for no stage"
         require_known(key, [*other_keys, *stage_names()], message)
@@ -88,21 +91,21 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
         # A path below a mounted parent needs a mount only if it is writable and the parent is not.
         parents = [m for m in mounts if path.is_relative_to(m.path)]
         if not parents or (path in writable and all(m.read_only for m in parents)):
-            mounts.append(Mount(path, path not in writable))
+            mounts.append(Mount(path, read_only=path not in writable))
     return mounts
 
 
 def _read_paths(stage: PlannedStage) -> Iterator[Path]:
     """Yields the inputs and the user's files that a stage reads, and the targets of their links."""
     for ref in stage.inputs.values():
-        # With the setting ``prefix``, the text was tokenized before. Then the result of
-        # ``prepare_data`` has links to the user's files.
+        # With the setting ``prefix``, the user gives files of tokens, and the result of
+        # ``prepare_data`` has only links to these files.
         yield from (ref.directory, *_link_folders(ref.directory / ARTIFACT))
     for file in stage.definition.external(stage.config).values():
         # A path in a mounted folder may pass through a link whose target is not mounted.
         for path in _followed_paths(file.absolute()):
             yield from (path, *_link_folders(path))
-    # The result of a ``prepare_data`` of this run may not have its links yet.
+    # If ``prepare_data`` has not run yet, its result still lacks the links to these files.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
             yield from (path.resolve() for path in paths_of(config.prefix_path).values())
@@ -130,11 +133,11 @@ def _followed_paths(path: Path) -> Iterator[Path]:
 
 
 def _link_folders(path: Path) -> Iterator[Path]:
-    """Yields the paths to mount for the links in a folder that itself may be a link.
+    """Yields the paths to mount for a folder that has links in it, and may be a link itself.
 
-    Docker and Pyxis resolve a path that they mount, so in the container it is not a link. But
-    relative links in the folder start at its real path. So if it has links, the container needs the
-    link to the folder, the folder, and the folders to which the links in it lead.
+    Docker and Pyxis resolve a path that they mount, so in the container the path is not a link. But
+    relative links in the folder start at the folder's real path. So the container needs the link to
+    the folder, the folder, and the folders to which the links in the folder lead.
     """
     if not any(file.is_symlink() for file in path.rglob("*")):
         return
@@ -155,7 +158,8 @@ def _link_target(link: Path) -> Path:
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
     """Returns the environment variables of a stage in a container."""
-    # NVIDIA's images request all GPUs. On a node without a driver, such a container does not start.
+    # NVIDIA's images request all GPUs, so on a node without a driver their containers do not start.
+    # The value "void" requests none.
     no_gpus = {"NVIDIA_VISIBLE_DEVICES": "void"} if stage.image and not stage.uses_gpu else {}
     return {
         **no_gpus,
@@ -166,10 +170,9 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 
 
 def home(stage: PlannedStage) -> dict[str, str]:
-    """Returns the user's variables in a stage's container; empty for a stage without an image.
+    """Returns ``HOME`` and other variables of a stage's container; empty without an image.
 
-    They may be set only inside the container: Enroot would look for credentials and images in
-    ``HOME``.
+    Set them only inside the container: outside, Enroot has its credentials and images in ``HOME``.
     """
     if not stage.image:
         return {}

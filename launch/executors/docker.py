@@ -43,7 +43,7 @@ problems, dry_run = local.problems, local.dry_run  # Docker has no scheduler eit
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
-    """Raises ``RecipeError`` for stages on several nodes or without an image, and bad mounts."""
+    """Raises ``RecipeError`` for several nodes, missing images and paths that cannot be mounted."""
     local.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
@@ -67,7 +67,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     env = local.environment(stage, cluster) | container.home(stage)
     # These folders are in the container, which --rm deletes.
     env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}
-    # Last, so the user's variables replace those above. The launcher's PYTHONPATH is replaced, too.
+    # Last, so that the user's variables and the container's PYTHONPATH replace values above.
     env |= container.environment(cluster, stage)
     lines = [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
@@ -77,18 +77,18 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         # stack: CUDA needs a large stack; the value is 64 MiB.
         ["--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
         [f"--user={os.getuid()}:{os.getgid()}"],
-        # With --user, a container lacks the user's other groups, which shared folders may require.
+        # With only --user, a process lacks the user's other groups, which own shared folders.
         [f"--group-add={group}" for group in sorted({*os.getgroups()} - {os.getgid()})],
         [f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
-        # Docker reads these values itself. They must not replace those above, such as PYTHONPATH.
+        # Without "=VALUE", Docker passes the launcher's value. Variables in ``env`` have priority.
         [f"--env={name}" for name in cluster.pass_env if name not in env],
         list(cluster.options),
         [str(stage.image)],
         local.command(stage, cluster.python),
     ]
-    return [line for line in lines if line]  # without omitted options
+    return [line for line in lines if line]  # without the empty lists of omitted options
 
 
 def write_scripts(plan: Plan, cluster: DockerConfig) -> None:

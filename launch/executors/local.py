@@ -75,7 +75,7 @@ def problems(plan: Plan, cluster: Cluster) -> Iterator[Problem]:
     for stage in plan.todo():
         if not stage.uses_gpu:
             continue
-        if 0 < gpus < stage.devices:  # 0: unknown
+        if 0 < gpus < stage.devices:  # 0: the number of GPUs is unknown
             yield Problem(
                 rules.GPUS,
                 f"{stage.name} needs {stage.devices} GPUs, but this machine has {gpus}",
@@ -101,7 +101,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
     """Raises ``RecipeError`` for stages on several nodes, and for a run with active Slurm jobs."""
-    for name, (job, state) in active_jobs(plan.run_dir).items():
+    for name, (job, state) in active_jobs(plan.run_dir).items():  # names the first job
         raise RecipeError(
             f"job {job.id} is {state.state.lower()} for {name} of this run.",
             f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
@@ -159,13 +159,13 @@ def write_script(
 
 def may_fork(stage: PlannedStage) -> bool:
     """Returns whether the fork server can start the stage."""
-    # Libraries read variables when they are imported.
+    # The server's libraries have already read their environment variables.
     has_own_variables = bool(stage.config.resources.env)
     # The server has imported the current code.
     runs_old_code = stage.resumed is not None
-    # Otherwise torchrun starts the stage. Also counts the devices of a search's training runs.
+    # For several devices, torchrun must start the stage, or a search's training runs.
     has_one_device = stage.devices == 1
-    # Without torch, a stage does not need the server's imports.
+    # A stage without torch starts fast without the server's imports.
     needs_torch = stage.definition.needs_torch
     return needs_torch and has_one_device and not (has_own_variables or runs_old_code)
 
@@ -175,8 +175,8 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:  # with one stage there is no import to share
         return run_all(plan, follow)
-    # The variables of forkable stages differ only by ``NEEDS_GPU``, because each stage has one
-    # device and no ``resources.env``. If one of the stages needs a GPU, all of them require it.
+    # Each forkable stage has one device and no ``resources.env``, so the variables differ only by
+    # ``NEEDS_GPU``. If one stage has this variable, all stages get it.
     gpu_stage = next((stage for stage in forkable if stage.uses_gpu), forkable[0])
     shared_env = {**os.environ, **environment(gpu_stage, cluster)}
     with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:

@@ -52,7 +52,7 @@ TEST_ONLY = "--test-only"
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
 """Finds start time, CPUs and nodes in what ``sbatch --test-only`` prints about a valid job."""
 RESTART_SECONDS = 900.0
-"""How long to wait for an answer of Slurm's controller while it restarts."""
+"""How long to repeat requests that Slurm's controller, which may be restarting, does not answer."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
@@ -119,12 +119,12 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     stages = {stage.name: stage for stage in plan.stages}
     for name, (job, state) in active.items():
         reason = f"job {job.id} is {state.state.lower()}"
-        # ``stage`` is None if ``only`` excludes it. Its job needs unchanged inputs nevertheless.
+        # If ``only`` excludes a stage, it is not in ``stages``, but its job needs unchanged inputs.
         config, stage = plan.chain.stages.get(name), stages.get(name)
         new_inputs = sorted(new_jobs & set(config.inputs.values())) if config else []
-        conflict = _conflict(stage, job) if stage else None
-        if new_inputs:
-            conflict = f", but {', '.join(new_inputs)} must run again before it"
+        conflict = f", but {', '.join(new_inputs)} must run again before it" if new_inputs else None
+        if stage and not new_inputs:
+            conflict = _conflict(stage, job)
         if conflict is not None:
             raise RecipeError(
                 f"{reason} for {name}{conflict}.",
@@ -136,10 +136,10 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
 
 
 def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
-    """Returns why a stage's active job cannot make its result, as the end of a message, or None."""
+    """Returns the end of a message: why the job cannot make the planned result; otherwise, None."""
     if job.fingerprint != stage.fingerprint:
         return " with other settings, inputs or code"
-    # A stage that runs although it has a result, such as a forced one, must replace the result.
+    # A stage that runs although it has a result, such as a forced stage, must replace the result.
     old_result = stage.result if stage.action == RUN else None
     script = stage.directory / SCRIPT  # contains ``started_at`` of the result that it replaces
     text = script.read_text(encoding="utf-8") if script.exists() else ""
@@ -149,12 +149,12 @@ def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
-    """Yields problems of the jobs' requests; without Slurm here, does not check partitions."""
+    """Yields problems of the jobs' requests; checks partitions only if Slurm is on this machine."""
     jobs = [
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
     ]
-    # Without the launcher's own options.
+    # By stage. The launcher itself may set options that the user may not set.
     user_options = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
     return job_problems(jobs, user_options, read_partitions())
 
@@ -220,7 +220,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         devices=stage.devices,
         cpus_per_task=_cpus_per_task(stage, cluster),
         job_name=job_name(run_dir, stage.name),
-        # By the start time, the job of a forced stage can tell the old manifest from its own.
+        # From this start time, a forced stage's job knows the old manifest, which it must replace.
         replaces=old_result.started_at if old_result else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
@@ -228,7 +228,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # In the container, these keep the job's values; others get the image's, if it sets them.
+        # These keep the job's values in the container. An image may replace all other variables.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home={name: value for name, value in container.home(stage).items() if name not in env},
         local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
@@ -239,7 +239,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
 
 
 def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
-    """Yields the options of a stage's job that its script does not set otherwise."""
+    """Yields the options of sbatch that the template of job scripts does not contain."""
     cpu_partition = None if stage.needs_gpu else cluster.cpu_partition
     partition = cpu_partition or cluster.partition
     named = {"partition": partition, "account": cluster.account, "qos": cluster.qos}
@@ -267,7 +267,7 @@ def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
 def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
     """Returns the CPUs to request from sbatch and srun; ``None`` requests none."""
     if _takes_whole_nodes(stage, cluster):
-        return None  # a request would imply srun's --exact, so other CPUs would stay unused
+        return None  # a number would imply srun's --exact, so other CPUs would stay unused
     return stage.config.resources.cpus_per_task or cluster.cpus_per_task
 
 
@@ -306,7 +306,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def dry_run(plan: Plan, console: Console) -> None:
-    """Shows when Slurm could start each job; raises ``RecipeError`` if it would refuse a job."""
+    """Shows when Slurm could start each job; raises ``RecipeError`` if Slurm would refuse a job."""
     if query("scontrol", "ping").returncode:
         console.print("Slurm does not answer on this machine, so the jobs were not checked with it")
         return
@@ -316,15 +316,15 @@ def dry_run(plan: Plan, console: Console) -> None:
     table = plain_table(title, "job", "could start", "CPUs", "nodes")
     refused: dict[str, list[str]] = {}  # names of stages, by Slurm's message
     for line in done.stdout.splitlines():
-        stage, _, answer = line.partition(" ")
+        stage_name, _, answer = line.partition(" ")
         if start := START_ESTIMATE.search(answer):
-            table.add_row(stage, *start.groups())
+            table.add_row(stage_name, *start.groups())
         else:
-            refused.setdefault(answer, []).append(stage)
+            refused.setdefault(answer, []).append(stage_name)
     if table.rows:
         console.print(table)
     if refused:
-        lines = [f"{', '.join(stages)}: {answer}" for answer, stages in refused.items()]
+        lines = [f"{', '.join(names)}: {answer}" for answer, names in refused.items()]
         raise RecipeError(
             "Slurm would refuse the jobs of\n" + "\n".join(lines),
             "change the settings of cluster; for the limits, run sinfo or scontrol show partition",
@@ -332,7 +332,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs. With ``cluster.follow``, which it returns, waits; raises if a job fails."""
+    """Submits the jobs; waits for them if ``cluster.follow`` is set. Returns ``cluster.follow``."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     todo = plan.todo()
     if todo:
@@ -350,7 +350,7 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
 
 
 def _submit(plan: Plan) -> None:
-    """Runs ``submit.sh``; raises ``RecipeError`` with Slurm's message if it fails."""
+    """Runs ``submit.sh``; if the script fails, raises ``RecipeError`` with Slurm's message."""
     script, old_jobs = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -373,8 +373,8 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # A result alone does not prove success: if the job of a forced stage fails, the stage has
-        # its old result with the same fingerprint.
+        # A result alone does not prove success: a forced stage whose job fails still has its old
+        # result with the same fingerprint.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
             end_state = f" ({state.state})" if state else ""
             reason = STATE_REASONS.get(state.state) if state else None
@@ -387,7 +387,7 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
 
 
 def _state(job: SlurmJob) -> JobState | None:
-    """Returns a job's state; ``None`` if Slurm forgot it. Waits while the controller restarts."""
+    """Returns a job's state; ``None`` if Slurm forgot the job. Waits if the controller restarts."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:

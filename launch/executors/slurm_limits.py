@@ -31,14 +31,14 @@ SETTINGS = {
     "cpus-per-task": "cpus_per_task",
     "time": "time",
 }
-"""Options of sbatch that request what a field of ``resources`` sets, and the field's name."""
+"""For options of sbatch that the user may not set: the field of ``resources`` to set instead."""
 OPTIONS = ("array", "chdir", "dependency", "error", "job-name", "no-requeue", "output")
 """Other options of sbatch that the launcher sets, so the user may not set them."""
 HARMFUL = {
     "clusters": ("is unknown to squeue and scancel", "set the variable SLURM_CLUSTERS instead"),
     "signal": ("would kill training before it saves", "it stops before the time limit without it"),
 }
-"""Options of sbatch that would break a run, why they would, and what to do instead."""
+"""For options of sbatch that would break a run: why they would, and what to do instead."""
 CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-gpu", "partition")
 """Options of sbatch that the user may set, and whose values are checked."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
@@ -99,7 +99,7 @@ class Partition:
     """A partition of Slurm with its limits and nodes."""
 
     fields: Mapping[str, str]
-    """What ``scontrol show partition`` prints, and default sizes such as ``DefMemPerGPU``."""
+    """By name: what ``scontrol show partition`` prints, and defaults such as ``DefMemPerGPU``."""
     groups: Sequence[NodeGroup]
 
     @property
@@ -136,7 +136,7 @@ class Partition:
 
         This is the smallest of the partition's defaults, or infinity if it has none.
         """
-        # Slurm uses one of these defaults. Without GPUs, the default per GPU does not apply.
+        # Slurm uses one of these defaults. Without GPUs, ``by_gpus`` is infinite: it has no effect.
         by_cpus = self.limit("DefMemPerCPU") * self.cpus(job)
         by_gpus = self.limit("DefMemPerGPU") * (job.gpus or math.inf)
         return min(self.limit("DefMemPerNode"), by_cpus, by_gpus)
@@ -152,14 +152,14 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     per_node = values.get("gpus-per-node")  # such as 8, or h100:8
     gpu_requests = (values.get("gres"), per_node and f"gpu:{per_node}")
     counts = [count for count in map(_gpus, gpu_requests) if count is not None]
-    # If the counts differ, takes the one that differs more from the stage's devices, because
-    # ``_request_problems`` must report it.
+    # If the two counts differ, takes the count that differs more from the stage's devices. Then
+    # ``_request_problems`` reports it.
     gpus = max(counts, key=lambda count: abs(count - stage.devices), default=None)
     cpus = int(values["cpus-per-task"]) if values.get("cpus-per-task", "").isdigit() else None
     memory = _megabytes(values.get("mem"))
     for option, count in (("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
         if memory is None and (size := _megabytes(values.get(option))) is not None:
-            memory = size * (count or 1)
+            memory = size * (count or 1)  # each job gets at least one
     return Job(
         stage=stage,
         seconds=slurm_seconds(time),
@@ -177,9 +177,9 @@ def _with_unit(number: int, unit: str) -> str:
 
 
 def _parse_option(option: str) -> tuple[str, str]:
-    """Returns the name and the value of ``--time=9``, ``--time 9`` or ``--exclusive`` (no value).
+    """Returns an option's name and value: of ``--time=9``, of ``--time 9``, or of ``--exclusive``.
 
-    As for sbatch, a name may be abbreviated: ``dep`` becomes ``dependency``.
+    An option without a value has an empty one. As in sbatch, ``dep`` abbreviates ``dependency``.
     """
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
     known = {*SETTINGS, *OPTIONS, *HARMFUL, *CHECKED}
@@ -196,9 +196,9 @@ def _megabytes(size: str | None) -> float | None:
 
 
 def _gpus(gres: str | None) -> int | None:
-    """Returns the GPUs in Slurm's list of generic resources; ``None`` if it names no GPUs.
+    """Returns the number of GPUs in a list of Slurm's generic resources; ``None`` without GPUs.
 
-    The list is that of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``.
+    A job's request and a node have such a list, for example ``gpu:h100:8(S:0-1),tmp:10``.
     """
     without_sockets = re.sub(r"\(.*?\)|gres/", "", gres or "")  # such as gpu:h100:8,tmp:10
     counts = []
@@ -206,7 +206,7 @@ def _gpus(gres: str | None) -> int | None:
         name, *type_and_count = re.split("[:=]", resource)
         if name == "gpu":
             count = type_and_count[-1] if type_and_count else ""
-            counts.append(int(count) if count.isdigit() else 1)  # 1 if only a type is named
+            counts.append(int(count) if count.isdigit() else 1)  # "gpu" or "gpu:h100": one GPU
     return sum(counts) if counts else None
 
 
@@ -298,21 +298,22 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):  # such as a report
         return
-    memory_mb = job.memory_mb or 0
-    if job.whole_nodes:  # 0 or no request: all memory of the smallest node
-        memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
-    elif job.memory_mb is None:
+    memory_mb = job.memory_mb
+    if job.whole_nodes and not memory_mb:  # 0 or no request: all memory of the smallest node
+        memory_mb = min((group.memory_mb for group in partition.groups), default=0)
+    elif memory_mb is None:
         memory_mb = partition.default_memory_mb(job)
-    # What takes memory, and its size in bytes.
+    # The keys say what takes memory, and the values are bytes. Only the largest item is compared.
     config, chain = job.stage.config, job.stage.chain
     needs: dict[str, float] = {"the model in bfloat16": 2 * chain.teacher.parameters()}
     if config.stage in CONVERSIONS:
         model = chain.shape_of(config.inputs.get("checkpoint"))
         needs = {"the model in float32": 4 * model.parameters()}
-    if config.stage in EVALUATIONS:
+    elif config.stage in EVALUATIONS:
         ranks, is_bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
-        weight_bytes, model_bytes = 2, 2 if is_bf16 else 4  # per parameter
-        size = ranks * (weight_bytes + model_bytes) * chain.teacher.parameters()
+        # The weights as read, in bfloat16, and the model that is built from the weights.
+        bytes_per_parameter = 2 + (2 if is_bf16 else 4)
+        size = ranks * bytes_per_parameter * chain.teacher.parameters()
         needs = {f"loading the model on {ranks} ranks": size}
     if workload is not None:
         ranks = workload.layout.devices
@@ -333,9 +334,9 @@ def read_partitions() -> Partitions:
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")
-    # Defaults of the whole cluster, such as "DefMemPerCPU            = 4000".
-    cluster = dict(CLUSTER_MEMORY.findall(query("scontrol", "show", "config").stdout))
-    # A line: partition, number of equal nodes, CPUs, memory in MB, generic resources (``_gpus``).
+    # Defaults for partitions without a default, such as "DefMemPerCPU            = 4000".
+    cluster_memory = dict(CLUSTER_MEMORY.findall(query("scontrol", "show", "config").stdout))
+    # A line: partition, number of equal nodes; CPUs, MB of memory and generic resources of a node.
     nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
     if partitions.returncode or nodes.returncode:
         return {}
@@ -348,8 +349,9 @@ def read_partitions() -> Partitions:
     for line in partitions.stdout.splitlines():
         fields = _parse_fields(line.split())
         fields |= _parse_fields(fields.get("JobDefaults", "").split(","))
-        if not any(fields.get(f"DefMemPer{unit}", "").isdigit() for unit in ("Node", "CPU", "GPU")):
-            fields |= cluster
+        own_defaults = [fields.get(f"DefMemPer{unit}", "") for unit in ("Node", "CPU", "GPU")]
+        if not any(default.isdigit() for default in own_defaults):
+            fields |= cluster_memory
         if "PartitionName" in fields:  # else: "No partitions in the system"
             name = fields["PartitionName"]
             result[name] = Partition(fields, groups.get(name, ()))
