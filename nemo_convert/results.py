@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Result of the parity gate, which compares logits with a reference (see ``parity``)."""
+    """Result of the parity gate, which compares two models' logits with a reference's."""
 
     parity_max_logit_difference: float
     """Largest absolute difference of a logit of NeMo or transformers from the reference."""
