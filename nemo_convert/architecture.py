@@ -76,14 +76,13 @@ class Architecture:
         All rows of the router count, one for each expert of the layer.
         """
         # One axis of every matrix is hidden_size. The variables are sums of the other axes.
-        q_and_o = 2 * self.num_attention_heads * self.kv_channels
-        k_and_v = 2 * self.num_query_groups * self.kv_channels
+        # The factors: 2 for q and o, 2 for k and v, 3 for gate, up and down.
+        attention = (2 * self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
         mlp, router = self.ffn_hidden_size, 0
         if self.num_moe_experts:
             mlp = num_experts * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size
             router = self.num_moe_experts
-        gate_up_down = 3 * mlp
-        return self.hidden_size * (q_and_o + k_and_v + gate_up_down + router)
+        return self.hidden_size * (attention + 3 * mlp + router)
 
     def _layer_vectors(self) -> int:
         """Counts the parameters of a layer's norms and biases."""

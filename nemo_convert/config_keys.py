@@ -203,10 +203,7 @@ def require_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Maps keys to the values, except sizes, that must be positive.
-
-    A key that llama3's scaling requires, but that is missing, has the value ``None``.
-    """
+    """Maps keys to the values, except sizes, that must be positive; a missing one is ``None``."""
     keys = ("rope_theta", "rms_norm_eps", "initializer_range")
     constants: dict[str, Any] = {key: config[key] for key in keys if key in config}
     scaling = config.get("rope_scaling") or {}

@@ -294,7 +294,6 @@ _QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "use_sliding_window": False,
 }
-"""Defaults that all Qwen families share."""
 
 
 def _without_sliding_window(_: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
         raise RecipeError(what, "remove the wrong one")
     if result.get("partial_rotary_factor") in (None, 1):
         result.pop("partial_rotary_factor", None)
-    neutral_scalings = [{"rope_type": name, "factor": 1} for name in ("default", "linear")]
-    return None if result in [{"rope_type": "default"}, *neutral_scalings] else result
+    neutral_scalings: list[dict[str, Any]] = [{"rope_type": "default"}]
+    neutral_scalings += [{"rope_type": name, "factor": 1} for name in ("default", "linear")]
+    return None if result in neutral_scalings else result
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:

@@ -225,8 +225,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     arguments = hub_arguments(hf_path)
     if revision:
         arguments["revision"] = revision
-    # In patterns, * matches slashes, too. So tokenizer* would also download the files of a folder
-    # tokenizer/.
+    # In patterns, * matches slashes: tokenizer* would also download files in a folder tokenizer/.
     ignored = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
         folder = snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **arguments)

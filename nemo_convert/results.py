@@ -35,6 +35,5 @@ class GgufResult:
     type: str
     """Storage type of the matrices, such as ``f16`` or ``q8_0``."""
     tensors: int
-    """Number of tensors."""
     bytes: int
     """Size of the file."""

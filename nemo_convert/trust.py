@@ -21,8 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import STORAGE_FIXES, read_json
 
 TRUST = "TRUST_CHECKPOINTS"
-"""Name of the environment variable with which a user trusts checkpoints. With the value ``1``, all
-checkpoints are opened."""
+"""Environment variable. With the value ``1``, the user trusts all checkpoints."""
 WEIGHTS_FIX = f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1"
 CONTEXT_OBJECTS = frozenset(
     (
