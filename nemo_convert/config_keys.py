@@ -1,8 +1,8 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
-Any other key may change what a model computes. transformers ignores unknown keys, and
-so does ``reference``, the forward pass that the parity gates compare with. Both may then compute
-the same wrong logits, so ``unknown_keys`` finds such keys.
+Any other key may change what a model computes. transformers ignores unknown keys, and so does
+``reference``, the forward pass that the parity gates compare with. Both may then compute the same
+wrong logits, so ``unknown_keys`` finds such keys.
 
 The checks raise ``RecipeError``. Their argument ``where`` is the model's folder or hub id.
 """
@@ -153,7 +153,7 @@ def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in BOOLEANS and value in (0, 1):
             exact[key] = bool(value)
-        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # floats are exact
+        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # exact as float
             exact[key] = float(value)
     return exact
 
@@ -163,7 +163,7 @@ def _invalid_value_error(where: str, key: str, value: Any, problem: str, fix: st
 
 
 def require_types(config: Mapping[str, Any], where: str) -> None:
-    """Refuses wrong types for the keys of ``BOOLEANS`` and ``NUMBERS``, and too large numbers."""
+    """Refuses wrong types, and numbers that are too large, for ``BOOLEANS`` and ``NUMBERS``."""
     expected = {(bool,): "true or false", (int,): "an integer of 64 bits", (int, float): "a number"}
     for key in (*BOOLEANS, *NUMBERS):
         if (value := config.get(key)) is None:

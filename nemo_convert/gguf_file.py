@@ -178,7 +178,6 @@ def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Adds sizes and constants."""
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -231,7 +230,6 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
 
     require_supported_config(folder)

@@ -127,6 +127,7 @@ def chat_templates(value: object) -> str | list[dict[str, str]] | None:
         named = {item.get("name"): item.get("template") for item in value}
     if isinstance(named, dict) and "default" in named:
         are_texts = all(isinstance(text, str) for text in (*named, *named.values()))
+        # Names become parts of GGUF's keys, so they must stay different, and none may be empty.
         gguf_names = {re.sub("[^A-Za-z0-9]", "_", str(name)) for name in named}
         if are_texts and len(gguf_names) == len(named) and "" not in gguf_names:
             return [{"name": name, "template": text} for name, text in named.items()]
@@ -171,9 +172,9 @@ def require_supported(tokenizer: Mapping[str, Any]) -> str | None:
         _require_supported_flags(token, _normalizer_steps(tokenizer))
     added = [token["content"] for token in tokenizer.get("added_tokens", ())]
     _require_no_overlap(added)
-    not_added = set(tokenizer["model"].get("vocab", ())).difference(added)
-    if names := sorted(not_added.intersection(CONTROL_TOKENS.split())):
-        _refuse(f"{names[0]} only in vocab, not in added_tokens", "llama.cpp never splits it")
+    vocab_only = set(tokenizer["model"].get("vocab", ())).difference(added)
+    if tokens := sorted(vocab_only.intersection(CONTROL_TOKENS.split())):
+        _refuse(f"{tokens[0]} only in vocab, not in added_tokens", "llama.cpp never splits it")
     return pre_tokenizer
 
 
@@ -321,7 +322,8 @@ def _require_no_overlap(added: Sequence[str]) -> None:
 
     transformers takes the token that starts first. llama.cpp takes the longest token of the text.
     """
-    # Maps each proper prefix of a token to the longest token with this prefix.
+    # Maps each proper prefix of a token to the longest such token: it comes last, so it replaces
+    # the shorter ones.
     longest = {text[:size]: text for text in sorted(added, key=len) for size in range(1, len(text))}
     for first in added:
         for start in range(1, len(first)):
@@ -361,7 +363,7 @@ def _added_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], lis
             start, end = step_start + start, end + step_end  # a later step adds outside
         return start, end
     added = start  # the list that gets the next ids; after the text, it is ``end``
-    if sum("Sequence" in piece for piece in processor["single"]) != 1:
+    if sum("Sequence" in piece for piece in processor["single"]) != 1:  # not one text
         _refuse(f"post_processor={processor}")
     for piece in processor["single"]:
         if "Sequence" in piece:  # the text

@@ -19,12 +19,12 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     if remainder == 0:
         return [per_stage] * stages
     # Middle stages get one layer more, unless the first or the last would then have no layer.
-    num_middle, middle = stages - 2, per_stage + 1
-    if num_layers - num_middle * middle < 2:
-        middle = per_stage
-    first_and_last = num_layers - num_middle * middle  # layers of both stages together
-    last = min(first_and_last // 2, middle)  # never more layers than another stage
-    return [first_and_last - last, *[middle] * num_middle, last]
+    num_middle, per_middle = stages - 2, per_stage + 1
+    if num_layers - num_middle * per_middle < 2:
+        per_middle = per_stage
+    first_and_last = num_layers - num_middle * per_middle  # layers of both stages together
+    last = min(first_and_last // 2, per_middle)  # never more layers than another stage
+    return [first_and_last - last, *[per_middle] * num_middle, last]
 
 
 def last_stage_layers(num_layers: int, stages: int) -> range:

@@ -116,7 +116,7 @@ def complete_cached_model(hf_path: str) -> Path | None:
     folder = cached_model(hf_path)
     try:
         return folder if folder and weight_files(folder) else None
-    except RecipeError:
+    except RecipeError:  # weights are missing
         return None
 
 
