@@ -59,7 +59,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = _first_name(config.get("architectures"))
     if config.get("model_type") is None and name in FAMILIES:  # model_type chooses the class
         new_values["model_type"] = FAMILIES[name].model_type
-    # _attn_implementation may name a kernel that is not installed. GENERATION_KEYS are for
+    # _attn_implementation may name a kernel that is not installed. GENERATION_KEYS belong in
     # generation_config.json.
     dropped = {"_attn_implementation", "torch_dtype", *TRANSFORMERS_5, *GENERATION_KEYS}
     dropped |= _unset_keys(config)

@@ -165,7 +165,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
 def new_model(hf_folder: Path) -> Any:
     """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
-    NeMo copies ``hf_folder`` to the context. So the folder must be named ``hf``, without weights.
+    NeMo copies ``hf_folder`` to the context: the folder must be named ``hf`` and have no weights.
     """
     enable()  # without TransformerEngine, importers need patches
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer

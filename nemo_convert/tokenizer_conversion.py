@@ -44,7 +44,7 @@ def needs_conversion(folder: Path) -> bool:
 def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
-    transformers 4 cannot read the settings of version 5. Its classes may add more special tokens.
+    transformers 4 cannot read the settings of version 5. Version 4 may add more special tokens.
     Classes of version 5 may ignore how ``tokenizer.json`` normalizes and splits text. Both versions
     can convert ``tokenizer.model``, but version 5 adds BOS only if the settings say so.
 

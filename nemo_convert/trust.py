@@ -127,7 +127,7 @@ def require_no_remote_code(config: Any, checkpoint: Path) -> None:
 
     Args:
         config: Fiddle's config of the model, not built yet. Checking the argument labels in
-            ``io.json`` would not suffice: Fiddle reads argument names from other fields of it.
+            ``io.json`` would not suffice: Fiddle reads argument names from its other fields.
         checkpoint: Path of the checkpoint, for the message.
     """
     from fiddle import Buildable
