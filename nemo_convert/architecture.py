@@ -75,20 +75,20 @@ class Architecture:
 
         All rows of the router count, one for each expert of the layer.
         """
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes: of q and o
-        # (2 * heads), of k and v (2 * groups), of gate, up and down (3), and of the router.
-        rows = self.kv_channels * (2 * heads + 2 * groups)
+        # One axis of every matrix is hidden_size. The variables are sums of the other axes.
+        # The factors: 2 for q and o, 2 for k and v, 3 for gate, up and down.
+        attention = (2 * self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+        mlp, router = self.ffn_hidden_size, 0
         if self.num_moe_experts:
-            shared = self.moe_shared_expert_intermediate_size
-            rows += 3 * (num_experts * self.moe_ffn_hidden_size + shared) + self.num_moe_experts
-        else:
-            rows += 3 * self.ffn_hidden_size
-        return self.hidden_size * rows
+            mlp = num_experts * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size
+            router = self.num_moe_experts
+        return self.hidden_size * (attention + 3 * mlp + router)
 
     def _layer_vectors(self) -> int:
         """Counts the parameters of a layer's norms and biases."""
-        layer_norms = 2 * self.hidden_size  # before attention and before the MLP
-        qkv_biases = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
-        qk_norms = 2 * self.kv_channels
-        return layer_norms + self.qkv_bias * qkv_biases + self.qk_layernorm * qk_norms
+        size = 2 * self.hidden_size  # the norms before attention and before the MLP
+        if self.qkv_bias:
+            size += self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
+        if self.qk_layernorm:
+            size += 2 * self.kv_channels
+        return size

@@ -1,8 +1,8 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
-Any other key may change what a model computes. transformers ignores keys that it does not know, and
-so does the forward pass of ``reference``, with which a conversion is checked. So their logits can
-agree although both are wrong. ``unknown_keys`` finds such keys.
+Any other key may change what a model computes. transformers ignores unknown keys, and so does
+``reference``, the forward pass that the parity gates compare with. Both may then compute the same
+wrong logits, so ``unknown_keys`` finds such keys.
 
 The checks raise ``RecipeError``. Their argument ``where`` is the model's folder or hub id.
 """
@@ -34,9 +34,9 @@ SIZES = (
 )
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
-"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
+"""Sizes that may be null. Then there is no window, or the size follows from other keys."""
 MAX_SIZE = 1 << 31
-"""Sizes must be smaller. Larger ones are errors, with which libraries fail in their own ways."""
+"""Sizes must be smaller than this. With larger ones, libraries fail with unclear errors."""
 MAX_INTEGER = (1 << 63) - 1
 """Largest signed integer of 64 bits, as in PyTorch."""
 BOOLEANS = (
@@ -55,8 +55,8 @@ NUMBERS: Mapping[str, tuple[type, ...]] = {
     "bos_token_id": (int,),
     "eos_token_id": (int,),
 }
-"""Keys for which transformers 5 refuses values of other types than these. Null is also valid, and
-so is a list for ``eos_token_id``."""
+"""Maps keys to the only types that transformers 5 accepts for them, besides null. ``eos_token_id``
+may also be a list."""
 GENERATION_KEYS = (
     *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample"),
     *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
@@ -153,7 +153,7 @@ def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in BOOLEANS and value in (0, 1):
             exact[key] = bool(value)
-        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # a float is exact
+        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # exact as float
             exact[key] = float(value)
     return exact
 
@@ -163,17 +163,18 @@ def _invalid_value_error(where: str, key: str, value: Any, problem: str, fix: st
 
 
 def require_types(config: Mapping[str, Any], where: str) -> None:
-    """Refuses values of other types for the keys of ``BOOLEANS`` and ``NUMBERS``."""
-    names = {(bool,): "true or false", (int,): "an integer of 64 bits", (int, float): "a number"}
+    """Refuses wrong types, and numbers that are too large, for ``BOOLEANS`` and ``NUMBERS``."""
+    expected = {(bool,): "true or false", (int,): "an integer of 64 bits", (int, float): "a number"}
     for key in (*BOOLEANS, *NUMBERS):
-        value = config.get(key)
+        if (value := config.get(key)) is None:
+            continue
         values = value if key == "eos_token_id" and isinstance(value, list) else [value]
         types = NUMBERS.get(key, (bool,))
         # type(), because isinstance(True, int) holds. The comparison is false for NaN.
         is_valid = all(type(item) in types and abs(item) <= MAX_INTEGER for item in values)
-        if value is not None and not is_valid:
+        if not is_valid:
             fix = "correct it: in JSON, numbers, true and false have no quotes"
-            raise _invalid_value_error(where, key, value, f"must be {names[types]}", fix)
+            raise _invalid_value_error(where, key, value, f"must be {expected[types]}", fix)
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
@@ -188,7 +189,7 @@ def require_numbers(config: Mapping[str, Any], where: str) -> None:
     """Refuses sizes that are not positive integers, and constants that are not positive numbers."""
     fix = "download config.json again, or correct it"
     for key in SIZES:
-        value = config.get(key, 1)
+        value = config.get(key, 1)  # a missing key is valid here
         if value is None and key in NULLABLE_SIZES:
             continue
         if type(value) is not int or not 0 < value < MAX_SIZE:
@@ -202,20 +203,20 @@ def require_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values, except sizes, that must be positive; ``None`` for a missing one."""
-    names = ("rope_theta", "rms_norm_eps", "initializer_range")
-    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
+    """Maps keys to the values, except sizes, that must be positive; a missing one is ``None``."""
+    keys = ("rope_theta", "rms_norm_eps", "initializer_range")
+    constants: dict[str, Any] = {key: config[key] for key in keys if key in config}
     scaling = config.get("rope_scaling") or {}
     if "factor" in scaling:
         constants["rope_scaling.factor"] = scaling["factor"]
-    if scaling.get("rope_type") == "llama3":  # requires all of its keys
-        numbers = ["factor", *(key for key in LLAMA3_ROPE if key != "rope_type")]
-        constants |= {f"rope_scaling.{key}": scaling.get(key) for key in numbers}
+    if scaling.get("rope_type") == "llama3":
+        required = ["factor", *(key for key in LLAMA3_ROPE if key != "rope_type")]
+        constants |= {f"rope_scaling.{key}": scaling.get(key) for key in required}
     return constants
 
 
 def require_version(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a ``transformers_version`` that is not a version: transformers parses it."""
+    """Refuses a ``transformers_version`` that transformers cannot parse."""
     version = config.get("transformers_version") or "0"
     if not is_version(version):
         fix = 'remove it, or set it to a version such as "4.57.6"'

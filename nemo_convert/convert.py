@@ -47,7 +47,7 @@ ROPE_FIELDS = {
 }
 """Fields of NeMo's model config, with their keys in ``rope_scaling`` of ``config.json``."""
 NO_SCALING = "none"
-"""Represents the field ``scale_factor`` of models and classes without RoPE scaling."""
+"""Value of the field ``scale_factor``, in this module, for models without RoPE scaling."""
 
 
 class WeightReader(Protocol):
@@ -164,7 +164,7 @@ def require_matching_config(checkpoint: Path) -> None:
     if arch.num_moe_experts:
         expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
     actual = _context_settings(checkpoint)
-    # NeMo computes fields that are null.
+    # Fields that are null are not compared, because NeMo computes them.
     differences += [
         f"{name}={actual[name]} in {nemo.CONTEXT}/io.json instead of {value}"
         for name, value in expected.items()
@@ -214,7 +214,7 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it has no model.config")
         config = configs[-1]
         # The metadata names the config's class. The file stores only arguments that were passed to
-        # the class, so its defaults are the other values.
+        # the class. The other fields have the class's defaults.
         settings = _class_defaults(dict(objects[config["metadata"]["key"]]["items"]))
         for label, value in config["items"]:
             if isinstance(value, dict):
@@ -226,7 +226,7 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
 def _class_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of a config's class by field; none if the class is not NeMo's.
 
-    ``metadata`` is that of the config in ``io.json``, by label.
+    ``metadata`` maps the labels of the config's metadata in ``io.json`` to their values.
 
     Raises:
         RecipeError: The installed NeMo does not have the class.

@@ -19,10 +19,11 @@ OUTPUT_LAYER = "output_layer.weight"
 LOCAL_SPEC_NAMES = {
     r"input_layernorm\.weight$": "self_attention.linear_qkv.layer_norm_weight",
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
-    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",  # moves the expert to the end
+    # local_experts.3.linear_fc1.weight becomes linear_fc1.weight3.
+    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Maps regular expressions for names in Megatron's local layer spec to the text that replaces the
-match in TransformerEngine's spec."""
+"""Maps regular expressions for names in Megatron's local layer spec (PyTorch modules) to the
+replacements of the matches in its TransformerEngine spec."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Weight:
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
     hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
-    """Returns the number of rows of each weight in ``hf``; ``None`` if all have equally many."""
+    """Returns the number of rows of each weight in ``hf``; ``None`` if the numbers are equal."""
 
     @property
     def checkpoint_key(self) -> str:
@@ -57,7 +58,7 @@ class Weight:
     def stack_sizes(self, architecture: Architecture) -> dict[str, int]:
         """Maps ``i`` to the number of layers and ``e`` to that of experts, if the name has them."""
         sizes = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
-        return {axis: size for axis, size in sizes.items() if f"{{{axis}}}" in self.megatron}
+        return {axis: size for axis, size in sizes.items() if "{" + axis + "}" in self.megatron}
 
     def hf_names(self, indices: Mapping[str, int]) -> list[str]:
         """Returns the Hugging Face names for a layer and expert, such as ``{"i": 3, "e": 0}``."""
@@ -65,10 +66,11 @@ class Weight:
 
     def hf_shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
         """Returns the shapes of the Hugging Face weights, in the order of ``hf``."""
-        all_rows, *columns = self.shape(architecture)  # of the Megatron weight
+        megatron_rows, *columns = self.shape(architecture)
         count = len(self.hf)
-        rows = self.hf_rows(architecture) if self.hf_rows else (all_rows // count,) * count
-        return [(row_count, *columns) for row_count in rows]
+        equal_rows = (megatron_rows // count,) * count
+        row_counts = self.hf_rows(architecture) if self.hf_rows else equal_rows
+        return [(rows, *columns) for rows in row_counts]
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class Family:
     model_type: str
     """Key ``model_type`` of ``config.json``, by which transformers chooses the class."""
     importer: str
-    """NeMo's importer class (module:name). Only its NeMo config is used: NeMo's own conversion of
-    weights would load the model twice and drop the chat template."""
+    """NeMo's importer class (module:name), which makes NeMo's config. The importer's conversion of
+    weights is not used, because it would load the model twice and drop the chat template."""
     model: str
     """NeMo's model class (module:name)."""
     weights: tuple[Weight, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """transformers' values for keys that ``config.json`` lacks, where Llama has other values."""
+    """transformers' defaults of keys in ``config.json``, where they differ from Llama's."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The only RoPE scaling that NeMo's config supports, with any ``factor``; empty if none."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
@@ -99,14 +101,14 @@ class Family:
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
         """Yields (weight, indices) for every weight of a model; indices are ``{"i": 3, "e": 0}``.
 
-        A weight of a dense layer has only ``i``. A weight outside the layers has no index.
+        Only the weights of experts have ``e``. A weight outside the layers has no index.
         """
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue  # the output layer is the embedding
             stack_sizes = weight.stack_sizes(architecture)
-            for indices in product(*map(range, stack_sizes.values())):
-                yield weight, dict(zip(stack_sizes, indices, strict=True))
+            for layer_and_expert in product(*map(range, stack_sizes.values())):
+                yield weight, dict(zip(stack_sizes, layer_and_expert, strict=True))
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Maps the name of each Hugging Face weight of a model to the weight's shape."""
@@ -130,7 +132,7 @@ class Family:
     def transformer_engine_name(self, name: str) -> str:
         """Returns a parameter's name in Megatron's TransformerEngine layer spec.
 
-        ``name`` is that name already, or the name in the local spec (PyTorch modules).
+        ``name`` is the name in the local spec, or already in the TransformerEngine spec.
         """
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into the MLP of dense models only
@@ -292,7 +294,6 @@ _QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "use_sliding_window": False,
 }
-"""Defaults that all Qwen families share."""
 
 
 def _without_sliding_window(_: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,8 +127,8 @@ ARGUMENTS = (
 def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it) for a Hugging Face folder's settings of generation.
 
-    They are in ``generation_config.json``, or else in ``config.json``. The model has token ids
-    below ``vocab_size``.
+    The settings are in ``generation_config.json``, or else in ``config.json``. Token ids must be
+    less than ``vocab_size``.
 
     Raises:
         RecipeError: The file is not valid JSON.
@@ -157,10 +157,10 @@ def _invalid_values(file: str, config: Mapping[str, Any]) -> Iterator[tuple[str,
         value = config.get(key)
         if key not in config or (value is None and key not in NEVER_NULL):
             continue
-        is_refused = not is_valid(value)
+        checks = [is_valid]
         if config.get("do_sample") and key in SAMPLED_VALUES:
-            is_refused = is_refused or not SAMPLED_VALUES[key](value)
-        if is_refused:
+            checks.append(SAMPLED_VALUES[key])  # expects a value that is_valid accepts
+        if not all(check(value) for check in checks):
             what = f"{file} has {key}={value!r}, which transformers refuses."
             yield what, f"remove or correct {key}"
 
@@ -177,7 +177,7 @@ def _invalid_ids(
                 f"correct {key}",
             )
     padding = config.get("pad_token_id")
-    # Many files have a negative id, which means none.
+    # Many files have a negative id, which means no padding token.
     if padding is not None and not (type(padding) is int and -vocab_size <= padding < vocab_size):
         yield (
             f"{file} has pad_token_id={padding!r}, which transformers refuses: must be less than "
@@ -196,8 +196,8 @@ def _read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 def _settings_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of generation in an old ``config.json``; none if it has only token ids.
 
-    Without ``generation_config.json``, transformers uses these settings. It refuses to write a
-    model that has settings without effect, so these are left out.
+    Without ``generation_config.json``, transformers uses these settings. Settings without effect
+    are left out, because transformers refuses to write a model that has them.
     """
     settings = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
     if not settings:

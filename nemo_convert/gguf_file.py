@@ -46,12 +46,12 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Maps Hugging Face architectures to llama.cpp's. ``architecture_name`` has an exception."""
+"""Maps Hugging Face architectures to llama.cpp's, except those of some width-pruned models."""
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
 always float32."""
 MAXIMA = {"F16": 65504, "Q8_0": 127 * 65504}
-"""Largest absolute values. The blocks of ``Q8_0`` have a float16 factor and integers up to 127."""
+"""Largest absolute values. Blocks of ``Q8_0`` have a float16 (up to 65504) and 8-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write(
         progress: Called with the number of written tensors and the number of all tensors.
 
     Raises:
-        RecipeError: llama.cpp does not support the tokenizer or a weight, or the type a value.
+        RecipeError: llama.cpp does not support the tokenizer or a weight, or a value is too large.
     """
     import gguf
     import numpy as np
@@ -140,7 +140,7 @@ def _weights(
     name_map = get_tensor_name_map(arch, architecture.num_layers)
     # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
     # transformers, rotates rows i and i + dim / 2. So for Llama, the rows of these modules are
-    # reordered. The values are the numbers of heads.
+    # reordered in each head. The values are the numbers of heads.
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
     for source in sorted(weights.names()):
         if source == "lm_head.weight" and architecture.tied_embeddings:
@@ -150,9 +150,9 @@ def _weights(
             what = f"llama.cpp has no name for the weight {source} of a {arch_name} model."
             raise RecipeError(what, FIX)
         module = target.split(".")[-2]  # blk.3.attn_q.weight: attn_q
-        reordered_heads = heads.get(module) if arch_name == "llama" else None
+        heads_to_reorder = heads.get(module) if arch_name == "llama" else None
         shape = weights.shape(source)
-        read = partial(_read, weights, source, reordered_heads)
+        read = partial(_read, weights, source, heads_to_reorder)
         yield _Tensor(target, shape, _stored_type(shape, matrix_type), read)
 
 
@@ -178,7 +178,6 @@ def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Adds sizes and constants."""
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -199,6 +198,7 @@ def require_storable(config: Mapping[str, Any]) -> None:
     numbers = {"rope_theta": rope_theta(config), "rms_norm_eps": rms_norm_eps(config)}
     scaling = config.get("rope_scaling") or {}
     numbers |= {key: value for key, value in scaling.items() if not isinstance(value, str)}
+    # GGUF stores these numbers in float32, and the context length in 32 bits.
     invalid = {k: value for k, value in numbers.items() if not 0 < c_float(value).value < math.inf}
     context = config.get("max_position_embeddings") or 0
     if context >= 2**32:
@@ -230,7 +230,6 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
 
     require_supported_config(folder)
@@ -259,7 +258,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     end_ids = end_token_ids(read_end_ids(folder), eos, dict(enumerate(tokens)))
     special.special_token_ids |= end_ids
     special.add_special_token = add_special_tokens(tokenizer, bos, eos)
-    # SpecialVocab may have read another file than transformers.
+    # SpecialVocab may have read a template from another file than transformers.
     special.chat_template = chat_templates(loaded.chat_template)
     special.add_to_gguf(writer, quiet=True)
 
@@ -268,7 +267,7 @@ def _scores(model: Mapping[str, Any], size: int) -> list[float]:
     """Returns the scores of ids from 0 to ``size`` for ``model``, the BPE of ``tokenizer.json``.
 
     llama.cpp first does the merge whose result has the highest score. So a token's score is the
-    negative position of the first merge that results in it; the lowest if there is none.
+    negative position of the first merge that makes it. Other tokens have the lowest score.
     """
     positions: dict[int, int] = {}
     for position, merge in enumerate(model["merges"]):  # "a b" in old files, otherwise ["a", "b"]
@@ -286,7 +285,7 @@ def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], lis
     types = dict.fromkeys(tokens, TokenType.NORMAL)
     if tokenizer["model"].get("byte_fallback"):
         for token_id, token in tokens.items():
-            if re.fullmatch("<0x..>", token):
+            if re.fullmatch("<0x..>", token):  # <0x0A>
                 types[token_id] = TokenType.BYTE
     for added in tokenizer.get("added_tokens", ()):
         tokens[added["id"]] = added["content"]

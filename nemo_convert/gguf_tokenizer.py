@@ -32,7 +32,7 @@ SENTENCEPIECE_STEPS = (PREPEND_SPACE, REPLACE_SPACES)
 """The only normalizer steps that llama.cpp supports for a BPE tokenizer with byte fallback."""
 BYTE_LEVEL_STEPS = ({"type": "NFC"},)
 """The only normalizer step that is allowed for byte-level BPE. llama.cpp leaves it out, but almost
-all text is in this form already."""
+all text is in the form NFC already."""
 # Parts of the regular expressions in PRE_TOKENIZERS. _PREFIX is the character that may be part of
 # the word that follows it, such as a space. _OTHER matches punctuation, line ends and other spaces.
 _PREFIX = r"[^\r\n\p{L}\p{N}]?"
@@ -48,8 +48,8 @@ PRE_TOKENIZERS = {
 }
 """Maps the regular expression with which a pre-tokenizer splits text to llama.cpp's name for it."""
 IGNORE_MERGES = ("llama-bpe", "tekken")
-"""Pre-tokenizers with which llama.cpp looks up each word in the vocabulary before it merges. It has
-no key for ``ignore_merges``."""
+"""Pre-tokenizers with which llama.cpp works as with ``ignore_merges``: it looks up each word in the
+vocabulary before it merges. GGUF has no key for this setting."""
 CONTROL_TOKENS = """
 <|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> _<EOT> [EOT]
 <｜end▁of▁sentence｜> <end_of_utterance> <|eom_id|> <|fim_prefix|> <fim-prefix> <fim_prefix>
@@ -65,7 +65,7 @@ END_TOKENS = """
 <|eot_id|> <|im_end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT> [EOT] [EOS]
 <｜end▁of▁sentence｜>
 """
-"""Tokens at which llama.cpp stops to generate, whatever the keys of the file say."""
+"""Tokens at which llama.cpp stops generating, whatever the keys of the file say."""
 FIX = "leave export_gguf out (gguf=null)"
 
 
@@ -73,21 +73,21 @@ def require_supported_files(folder: Path) -> None:
     """Checks a tokenizer as far as its files tell what transformers will load.
 
     Raises:
-        RecipeError: llama.cpp would tokenize or stop differently, or GGUF has no place for a
-            chat template.
+        RecipeError: llama.cpp would tokenize or stop differently, or GGUF cannot store the
+            chat templates.
     """
     config = require_supported_config(folder)
     class_name = tokenizer_class(folder, config)
     if not (folder / "chat_template.jinja").is_file():  # transformers prefers this file
         chat_templates(config.get("chat_template"))
     if class_name in LLAMA_CLASSES and config.get("add_prefix_space") is not None:
-        return  # transformers ignores tokenizer.json
+        return  # transformers ignores tokenizer.json, so only a loaded tokenizer can be checked
     tokenizer = _with_settings(read_json(folder / TOKENIZER), config)
     require_supported(tokenizer)
-    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    ids = {**tokenizer["model"].get("vocab", {}), **ids}
+    added_ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids = {**tokenizer["model"].get("vocab", {}), **added_ids}
     bos, eos = (ids.get(read_special_token(folder, f"{role}_token")) for role in ("bos", "eos"))
-    if class_name not in LLAMA_CLASSES:  # these classes replace the post-processor
+    if class_name not in LLAMA_CLASSES:  # LLAMA_CLASSES replace the post-processor
         add_special_tokens(tokenizer, bos, eos)
     if eos is not None:
         end_token_ids(read_end_ids(folder), eos, {i: token for token, i in ids.items()})
@@ -104,8 +104,9 @@ def require_supported_config(folder: Path) -> dict[str, Any]:
 
 def _with_settings(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a ``tokenizer.json`` with the settings that override it in transformers 4."""
-    flags = {token["content"]: token for token in config.get("added_tokens_decoder", {}).values()}
-    added = [t | flags.get(t["content"], {}) for t in tokenizer.get("added_tokens", ())]
+    decoder = config.get("added_tokens_decoder", {})
+    overrides = {token["content"]: token for token in decoder.values()}
+    added = [t | overrides.get(t["content"], {}) for t in tokenizer.get("added_tokens", ())]
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     if pre_tokenizer.get("type") == "ByteLevel" and not is_version_5(config):
         prefix = config.get("add_prefix_space", False)
@@ -126,6 +127,7 @@ def chat_templates(value: object) -> str | list[dict[str, str]] | None:
         named = {item.get("name"): item.get("template") for item in value}
     if isinstance(named, dict) and "default" in named:
         are_texts = all(isinstance(text, str) for text in (*named, *named.values()))
+        # Names become parts of GGUF's keys, so they must stay different, and none may be empty.
         gguf_names = {re.sub("[^A-Za-z0-9]", "_", str(name)) for name in named}
         if are_texts and len(gguf_names) == len(named) and "" not in gguf_names:
             return [{"name": name, "template": text} for name, text in named.items()]
@@ -138,7 +140,7 @@ def chat_templates(value: object) -> str | list[dict[str, str]] | None:
 def end_token_ids(
     end_ids: Sequence[int], eos: int | None, tokens: Mapping[int, str]
 ) -> dict[str, int]:
-    """Returns GGUF's ids of tokens at which llama.cpp stops to generate: eos, eot and eom.
+    """Maps GGUF's keys (eos, eot, eom) to the ids at which llama.cpp stops generating.
 
     Args:
         end_ids: Ids at which transformers stops.
@@ -146,11 +148,11 @@ def end_token_ids(
         tokens: Token of each id.
 
     Raises:
-        RecipeError: There are too many ids, or none. Without an id, llama.cpp stops at token 2
-            or 11.
+        RecipeError: There are too many ids. Or there is none, with which llama.cpp would stop at
+            token 2 or 11.
     """
-    ids = list(dict.fromkeys([*([] if eos is None else [eos]), *end_ids]))
-    # llama.cpp stops at END_TOKENS anyway, so only ``eos`` is stored if it is one of them.
+    ids = list(dict.fromkeys(end_ids if eos is None else [eos, *end_ids]))
+    # The first id is always stored, the others only if llama.cpp would not stop at them anyway.
     stored_ids = ids[:1] + [i for i in ids[1:] if tokens.get(i) not in END_TOKENS.split()]
     if not 1 <= len(stored_ids) <= 3:
         what = f"the model has the end tokens {ids} (eos_token_id). GGUF can store 1 to 3."
@@ -159,7 +161,7 @@ def end_token_ids(
 
 
 def require_supported(tokenizer: Mapping[str, Any]) -> str | None:
-    """Checks a ``tokenizer.json``, except its post-processor; returns ``pre_tokenizer_name``.
+    """Checks a ``tokenizer.json``, except its post-processor; returns its pre-tokenizer's name.
 
     Raises:
         RecipeError: llama.cpp would tokenize differently.
@@ -170,16 +172,16 @@ def require_supported(tokenizer: Mapping[str, Any]) -> str | None:
         _require_supported_flags(token, _normalizer_steps(tokenizer))
     added = [token["content"] for token in tokenizer.get("added_tokens", ())]
     _require_no_overlap(added)
-    not_added = set(tokenizer["model"].get("vocab", ())).difference(added)
-    if names := sorted(not_added.intersection(CONTROL_TOKENS.split())):
-        _refuse(f"{names[0]} only in vocab, not in added_tokens", "llama.cpp never splits it")
+    vocab_only = set(tokenizer["model"].get("vocab", ())).difference(added)
+    if tokens := sorted(vocab_only.intersection(CONTROL_TOKENS.split())):
+        _refuse(f"{tokens[0]} only in vocab, not in added_tokens", "llama.cpp never splits it")
     return pre_tokenizer
 
 
 def add_special_tokens(
     tokenizer: Mapping[str, Any], bos: int | None, eos: int | None
 ) -> dict[str, bool]:
-    """Returns whether the post-processor adds BOS before a text, and EOS after it.
+    """Returns whether the post-processor adds BOS before a text, and whether EOS after it.
 
     ``tokenizer`` is ``tokenizer.json``; ``bos`` and ``eos`` are ids.
 
@@ -228,7 +230,7 @@ def _byte_level_name(pre_tokenizer: Mapping[str, Any]) -> str:
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     types = [step.get("type") for step in steps]
     if any(step.get("add_prefix_space") for step in steps):
-        types = []  # refused below, because llama.cpp adds no space before a text
+        types = []  # matches no name below, because llama.cpp adds no space before a text
     pattern = steps[0].get("pattern", {}).get("Regex")
     # If use_regex were true, ByteLevel would split the text a second time, with GPT-2's pattern.
     is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)
@@ -276,8 +278,8 @@ def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
     if not pre_tokenizer and REPLACE_SPACES not in steps:
         _refuse(f"normalizer={tokenizer.get('normalizer')} and no pre_tokenizer")
     [step, *more_steps] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    default = "always" if step.get("add_prefix_space", True) else "never"  # in old files
-    # Metaspace adds no space to a text that starts with one. The prepending normalizer does.
+    default = "always" if step.get("add_prefix_space", True) else "never"  # key of old files
+    # Unlike llama.cpp, Metaspace adds no space to a text that starts with one. PREPEND_SPACE does.
     adds_no_space = step.get("prepend_scheme", default) == "never" or PREPEND_SPACE in steps
     is_unsplit = step.get("type") == "Metaspace" and not step.get("split", True)
     is_supported = is_unsplit and adds_no_space and step.get("replacement") == SPACE
@@ -320,13 +322,14 @@ def _require_no_overlap(added: Sequence[str]) -> None:
 
     transformers takes the token that starts first. llama.cpp takes the longest token of the text.
     """
-    # Maps each beginning of a token to the longest token that has it.
+    # Maps each proper prefix of a token to the longest such token: it comes last, so it replaces
+    # the shorter ones.
     longest = {text[:size]: text for text in sorted(added, key=len) for size in range(1, len(text))}
     for first in added:
         for start in range(1, len(first)):
             second = longest.get(first[start:], "")
             text = first[:start] + second
-            # In a run of spaces, the longest token also starts first.
+            # In a run of spaces, ``second`` also occurs at the start of the text.
             if len(second) > len(first) and text.find(second) == start:
                 _refuse(
                     f"the added tokens {first!r} and {second!r}",
@@ -337,7 +340,7 @@ def _require_no_overlap(added: Sequence[str]) -> None:
 def _is_normalized_differently(text: str, steps: Sequence[Mapping[str, Any]]) -> bool:
     """Returns whether a text is found at other places in normalized text than in raw text."""
     has_spaces = " " in text or SPACE in text
-    changes = {
+    changes = {  # whether a step of this type changes where the text is found
         "Prepend": True,
         "Replace": has_spaces,
         "NFC": unicodedata.normalize("NFC", text) != text,
@@ -357,10 +360,10 @@ def _added_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], lis
     if processor["type"] == "Sequence":
         for step in processor["processors"]:
             step_start, step_end = _added_ids(step)
-            start, end = step_start + start, end + step_end
+            start, end = step_start + start, end + step_end  # a later step adds outside
         return start, end
-    added = start  # the list for the next ids
-    if sum("Sequence" in piece for piece in processor["single"]) != 1:
+    added = start  # the list that gets the next ids; after the text, it is ``end``
+    if sum("Sequence" in piece for piece in processor["single"]) != 1:  # not one text
         _refuse(f"post_processor={processor}")
     for piece in processor["single"]:
         if "Sequence" in piece:  # the text

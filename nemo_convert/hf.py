@@ -77,7 +77,7 @@ def copy_side_files(source: Path, target: Path) -> None:
             if file.is_file():
                 copy = target / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)  # without the read-only mode of files in hub snapshots
+                shutil.copyfile(file, copy)  # not copy(): files in hub snapshots are read-only
 
 
 def tokenizer_sha256(folder: Path) -> str:

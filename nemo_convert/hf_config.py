@@ -57,10 +57,9 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if dtype in DTYPES.values():
         new_values["torch_dtype"] = dtype
     name = _first_name(config.get("architectures"))
-    # transformers chooses the model's class by ``model_type``.
-    if config.get("model_type") is None and name in FAMILIES:
+    if config.get("model_type") is None and name in FAMILIES:  # model_type chooses the class
         new_values["model_type"] = FAMILIES[name].model_type
-    # _attn_implementation may name a kernel that is not installed. GENERATION_KEYS are for
+    # _attn_implementation may name a kernel that is not installed. GENERATION_KEYS belong in
     # generation_config.json.
     dropped = {"_attn_implementation", "torch_dtype", *TRANSFORMERS_5, *GENERATION_KEYS}
     dropped |= _unset_keys(config)
@@ -71,9 +70,9 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _require_no_contradiction(
     config: Mapping[str, Any], new_values: Mapping[str, Any], where: str
 ) -> None:
-    """Refuses keys of transformers 4 that differ from ``new_values``, set by keys of version 5."""
+    """Refuses a config whose values differ from ``new_values``, which keys of version 5 set."""
     for key, new_value in new_values.items():
-        source = "num_local_experts" if key == "num_experts" else "rope_parameters"
+        key_of_5 = "num_local_experts" if key == "num_experts" else "rope_parameters"
         value = normalized = config.get(key)
         if value in (None, {}):
             continue
@@ -83,8 +82,8 @@ def _require_no_contradiction(
             # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
             loses_theta = config.get("rope_theta") is None
         if loses_theta or normalized != new_value:
-            what = f"{where}: {key}={value} contradicts {source}={config[source]}."
-            raise RecipeError(what, f"remove {key} or {source}, whichever is wrong")
+            what = f"{where}: {key}={value} contradicts {key_of_5}={config[key_of_5]}."
+            raise RecipeError(what, f"remove {key} or {key_of_5}, whichever is wrong")
 
 
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
@@ -95,6 +94,7 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     Ministral model, which fails without a window. For Qwen3, ``head_dim`` is not returned: an
     absent ``head_dim`` means 128, but a null one is an error.
     """
+    # One of the two keys may be absent.
     names = {str(config.get("model_type")), _first_name(config.get("architectures"))}
     families = [f for f in FAMILIES.values() if names & {f.model_type, f.hf_architecture}]
     keys = {*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, "attention_dropout"}
@@ -120,19 +120,19 @@ def _first_name(names: Any) -> str | None:
 
 def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Splits ``rope_parameters`` of transformers 5 into ``rope_theta`` and ``rope_scaling``."""
-    rope, theta = config["rope_parameters"], config.get("rope_theta")
+    rope, outer_theta = config["rope_parameters"], config.get("rope_theta")
     # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
-    if not is_flat or (theta is None and "rope_theta" not in rope):
+    if not is_flat or (outer_theta is None and "rope_theta" not in rope):
         what = f"{where}: rope_parameters={rope} is not supported."
         raise RecipeError(what, "use a model with one rope_theta for all layers")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    theta = rope.get("rope_theta", theta)
+    theta = rope.get("rope_theta", outer_theta)
     return {"rope_theta": theta, "rope_scaling": _normalize_scaling(scaling, where)}
 
 
 def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
-    """Returns a RoPE scaling in its newest spelling; ``None`` if it leaves RoPE unchanged."""
+    """Returns a scaling with ``rope_type``, not ``type``; ``None`` if it leaves RoPE unchanged."""
     if not isinstance(scaling, Mapping):
         raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "set it to null")
     # Old files have the key "type" instead of "rope_type".
@@ -143,9 +143,9 @@ def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
         raise RecipeError(what, "remove the wrong one")
     if result.get("partial_rotary_factor") in (None, 1):
         result.pop("partial_rotary_factor", None)
-    if rope_type in ("default", "linear") and result == {"rope_type": rope_type, "factor": 1}:
-        return None
-    return None if result == {"rope_type": "default"} else result
+    neutral_scalings: list[dict[str, Any]] = [{"rope_type": "default"}]
+    neutral_scalings += [{"rope_type": name, "factor": 1} for name in ("default", "linear")]
+    return None if result in neutral_scalings else result
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
@@ -214,7 +214,7 @@ def _architecture_name(config: Mapping[str, Any], where: str) -> str:
 
 
 def _require_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Refuses a config without a size that has no default."""
+    """Refuses a config that lacks a size for which there is no default."""
     required = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
     required += ["vocab_size"]
     if family.has(EXPERTS):
@@ -225,7 +225,7 @@ def _require_sizes(family: Family, config: Mapping[str, Any], where: str) -> Non
 
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes that contradict each other, odd head sizes, and for Qwen3 a null head size."""
+    """Refuses sizes that contradict each other, or that transformers or RoPE cannot use."""
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     experts, selected = config.get("num_experts"), config.get("num_experts_per_tok")
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -267,7 +267,7 @@ def _expert_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (feature, how to fix it) for features that a family's NeMo model does not have."""
-    # Types of models (model_type) for which transformers reads the key.
+    # Maps keys to the values of model_type for which transformers reads the key.
     model_types = {"attention_bias": ("llama", "qwen3", "qwen3_moe"), "mlp_bias": ("llama",)}
     for name, types in model_types.items():
         if config.get(name):
@@ -280,12 +280,12 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
             is_alias = config[name] == "swish"  # another name of silu
             fix = "set it to silu" if is_alias else f"use a model with {name}={supported}"
             yield f"{name}={config[name]}", fix
-    is_normalized = family.has(EXPERTS) and config.get("norm_topk_prob")
-    if is_normalized and config.get("num_experts_per_tok") == 1:
+    normalizes_experts = family.has(EXPERTS) and config.get("norm_topk_prob")
+    if normalizes_experts and config.get("num_experts_per_tok") == 1:
         # Megatron refuses a softmax over one selected expert, since its gradient is zero.
         fix = "use a model with num_experts_per_tok of 2 or more"
         yield "norm_topk_prob=true with num_experts_per_tok=1", fix
-    # A published config of Qwen3 states that the model has QK norms. No library reads this key.
+    # A published config of Qwen3 has the key use_qk_norm, which no library reads.
     is_qk_norm_correct = config.get("use_qk_norm") is family.has(QK_NORM)
     for key_and_value in unknown_keys(config):
         if key_and_value.startswith("use_qk_norm=") and is_qk_norm_correct:

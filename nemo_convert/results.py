@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Result of the parity gate, which compares logits with a reference (see ``parity``)."""
+    """Result of the parity gate, which compares two models' logits with a reference's."""
 
     parity_max_logit_difference: float
     """Largest absolute difference of a logit of NeMo or transformers from the reference."""
@@ -35,6 +35,5 @@ class GgufResult:
     type: str
     """Storage type of the matrices, such as ``f16`` or ``q8_0``."""
     tensors: int
-    """Number of tensors."""
     bytes: int
     """Size of the file."""

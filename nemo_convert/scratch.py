@@ -22,14 +22,14 @@ SUFFIX = ".partial"
 def scratch_beside(target: Path) -> Iterator[Path]:
     """Yields an empty folder on the disk of a target, for files that are not complete yet.
 
-    Creates the target's parents. Removes the folder at the end, and after an error also the parents
-    that it created. A killed process cannot remove its folder, so the next call does.
+    Creates the target's missing parents, and removes them after an error. Removes the folder at the
+    end. A killed process cannot remove its folder, so the next call for the target does.
 
     Raises:
         RecipeError: The parents cannot be created, or the disk caused an error in the ``with``
             block, for example because it is full.
     """
-    created = [parent for parent in target.parents if not parent.exists()]  # the deepest first
+    missing_parents = [p for p in target.parents if not p.exists()]  # the deepest first
     try:
         _make_parent(target)
         _remove_folders_of_killed(target)
@@ -48,8 +48,8 @@ def scratch_beside(target: Path) -> Iterator[Path]:
                     raise problem from error
                 raise
     except BaseException:
-        with suppress(OSError):
-            for parent in created:
+        with suppress(OSError):  # a parent that is not empty stays
+            for parent in missing_parents:
                 parent.rmdir()
         raise
 
@@ -67,7 +67,7 @@ def _make_parent(target: Path) -> None:
 def _remove_folders_of_killed(target: Path) -> None:
     """Removes the folders that killed processes left for a target, and prints their names."""
     for folder in target.parent.glob(f".{escape(target.name)}.*{SUFFIX}"):
-        # A process that is still running holds the lock. Some file systems have no locks.
+        # _lock fails if the process still runs, or without file locks. Then the folder stays.
         with suppress(OSError), _lock(folder):
             shutil.rmtree(folder)
             print(f"removed {folder}, which a killed conversion left")

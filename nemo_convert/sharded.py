@@ -22,7 +22,7 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
         FullyParallelLoadStrategyWrapper,
     )
 
-    # A factory builds the tensors that are stored, which may have other keys.
+    # A checkpoint stores the tensors that a factory builds, possibly under other keys.
     tensors_by_name = {
         name: item.build() if isinstance(item, ShardedTensorFactory) else item
         for name, item in state.items()

@@ -140,10 +140,10 @@ def _prefetch(
         return
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(source, *keys[0])
-        for key, following in zip(keys, [*keys[1:], None], strict=True):
+        for key, next_key in zip(keys, [*keys[1:], None], strict=True):
             weight = future.result()
-            if following:
-                future = thread.submit(source, *following)
+            if next_key:
+                future = thread.submit(source, *next_key)
             yield key, weight
 
 
@@ -175,8 +175,9 @@ def _shards_by_index(
     """
     shards: dict[Index, list[ChunkStorageMetadata]] = {}
     for chunk in stored.chunks:
-        ranges = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
-        for index in product(*(range(start, start + size) for start, size in ranges)):
+        starts_and_sizes = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+        ranges = [range(start, start + size) for start, size in starts_and_sizes]
+        for index in product(*ranges):
             shards.setdefault(index, []).append(chunk)
     return shards
 
@@ -187,8 +188,9 @@ def _read_slice(
     """Reads the weight at ``index`` from the shards ``stored.chunks``."""
     inner_shape = stored.size[len(index) :]
     # The chunk is the region of the stacked tensor that this weight takes.
+    offsets = torch.Size([*index, *[0] * len(inner_shape)])
     sizes = torch.Size([1] * len(index) + list(inner_shape))
-    chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
+    chunk = ChunkStorageMetadata(offsets, sizes)
     items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
         what = f"{reader.path} is incomplete: it does not have all shards of {key}."
@@ -215,8 +217,8 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
         with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
             shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-        # Number of elements from the block's first to its last in the file. The elements between
-        # its rows count too: they are read, and as_strided skips them.
+        # Number of elements in the file from the block's first to its last. The elements between
+        # the block's rows count too: they are read, and as_strided skips them.
         steps = zip(block.shape, block.stride(), strict=True)
         count = 1 + sum((size - 1) * stride for size, stride in steps)
         start = location.offset + shard.untyped_storage()._checkpoint_offset
@@ -227,6 +229,5 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
 
 def _block(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """Returns a view of the block that starts at ``offsets`` and has the shape ``sizes``."""
-    starts = zip(offsets, sizes, strict=True)
-    slices = (slice(start, start + size) for start, size in starts)
-    return tensor[tuple(slices)]
+    starts_and_sizes = zip(offsets, sizes, strict=True)
+    return tensor[tuple(slice(start, start + size) for start, size in starts_and_sizes)]

@@ -18,7 +18,7 @@ from nemo_convert.tokenizer_files import (
 from recipes.core.files import read_json, write_json
 
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
-"""Settings of transformers 5. Version 4 lacks them, except a dict ``extra_special_tokens``."""
+"""Settings of transformers 5. Version 4 has only ``extra_special_tokens``, which is then a dict."""
 DROPPED_SETTINGS = (*ONLY_TRANSFORMERS_5, "add_bos_token", "add_eos_token")
 """Settings that a conversion removes. ``tokenizer.json`` defines whether BOS and EOS are added. If
 an ``add_*_token`` setting remained, transformers 5 would obey the settings and not the file."""
@@ -33,8 +33,8 @@ def needs_conversion(folder: Path) -> bool:
     is_replaced = tokenizer_class(folder, config).removesuffix("Fast") in REPLACED_BY_TRANSFORMERS_5
     if is_replaced or is_version_5(config) or not (folder / TOKENIZER).exists():
         return True
-    # transformers overrides add_prefix_space of tokenizer.json with that of tokenizer_config.json.
-    # Other libraries use the former.
+    # transformers overrides add_prefix_space of tokenizer.json with that of tokenizer_config.json,
+    # but other libraries do not. So the two must be equal.
     pre_tokenizer = read_json(folder / TOKENIZER).get("pre_tokenizer") or {}
     is_byte_level = pre_tokenizer.get("type") == "ByteLevel"
     has_prefix_space = is_byte_level and pre_tokenizer.get("add_prefix_space")
@@ -44,8 +44,8 @@ def needs_conversion(folder: Path) -> bool:
 def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
-    transformers 4 cannot read the settings of version 5, and its classes may add other special
-    tokens. Classes of version 5 may ignore how ``tokenizer.json`` normalizes and splits text. Both
+    transformers 4 cannot read the settings of version 5. Version 4 may add more special tokens.
+    Classes of version 5 may ignore how ``tokenizer.json`` normalizes and splits text. Both versions
     can convert ``tokenizer.model``, but version 5 adds BOS only if the settings say so.
 
     Raises:
@@ -58,14 +58,14 @@ def convert_tokenizer(folder: Path) -> None:
 
 def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
-    # Writes the known classes' defaults, because GENERIC_CLASS has others in transformers 4.
+    # Sets the defaults of KNOWN_CLASSES, because GENERIC_CLASS has others in transformers 4.
     config = {"model_input_names": ["input_ids", "attention_mask"], **config}
     if tokenizer_class(folder, config).removesuffix("Fast") in WITHOUT_JSON[SENTENCEPIECE]:
         config = {"padding_side": "left", **config}
     if not (folder / TOKENIZER).is_file() or not is_version_5(config):
         tokenizer = load_tokenizer(folder)
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        # The map also has the default tokens of the class, which no file names.
+        # special_tokens_map also has the default tokens of the class, which no file names.
         config = tokenizer.special_tokens_map | config
     extra_tokens = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in DROPPED_SETTINGS}

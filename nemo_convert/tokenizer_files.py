@@ -78,7 +78,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
     Raises:
         RecipeError: There is no tokenizer, or one of its files or settings is invalid. Or its class
-            is unknown: loading it might run code of the model.
+            is unknown, so that loading the tokenizer might run code of the model.
     """
     config = read_tokenizer_config(folder)
     class_name = tokenizer_class(folder, config)
@@ -115,26 +115,27 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     # transformers gives the next free ids to tokens that are not in ``file``, even if another file
     # lists other ids. Only the number of these tokens matters here, not their order.
     tokens = [*_added_tokens(folder, config), *sorted(_special_tokens(folder, config))]
-    missing = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
+    new_tokens = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     next_id = max(vocabulary.values(), default=-1) + 1
-    return vocabulary | {token: next_id + n for n, token in enumerate(missing)}
+    return vocabulary | {token: next_id + n for n, token in enumerate(new_tokens)}
 
 
 def read_special_token(folder: Path, key: str) -> str | None:
-    """Returns the tokenizer's special token with a name like ``eos_token``, if it has one."""
+    """Returns the special token of a setting such as ``eos_token``; ``None`` if there is none."""
     config = read_tokenizer_config(folder)
     defaults, special_map = _default_tokens(folder, config), _special_tokens_map(folder, config)
     return _token_text({**defaults, **config, **special_map}.get(key))
 
 
 def tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str:
-    """Returns the tokenizer class that transformers chooses. The default model type is llama."""
+    """Returns the tokenizer class that transformers chooses."""
     if config.get("tokenizer_class"):
         return str(config["tokenizer_class"])
     file = folder / "config.json"
     model_config = read_json(file) if file.is_file() else {}
-    family = FAMILY_CLASSES.get(str(model_config.get("model_type", "llama")), "Qwen2Tokenizer")
-    return str(model_config.get("tokenizer_class") or family)
+    model_type = str(model_config.get("model_type", "llama"))
+    family_class = FAMILY_CLASSES.get(model_type, "Qwen2Tokenizer")
+    return str(model_config.get("tokenizer_class") or family_class)
 
 
 def _invalid_settings(
@@ -145,7 +146,7 @@ def _invalid_settings(
     for key in _removable_settings(folder, config):
         yield f"{key}={config[key]!r}", "remove it"
     adds_bos = class_name in LLAMA_CLASSES and config.get("add_bos_token", True)
-    if adds_bos and config.get("bos_token", "unset") is None:
+    if adds_bos and "bos_token" in config and config["bos_token"] is None:
         yield "bos_token=None", "set add_bos_token to false, or name the token"
     has_prefix_space = config.get("add_prefix_space") is not None
     needs_sentencepiece = has_prefix_space and class_name in LLAMA_CLASSES
@@ -159,16 +160,14 @@ def _invalid_settings(
 
 
 def _removable_settings(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields settings to remove: transformers fails with them, or reads a file of another folder.
-
-    Settings become arguments of the tokenizer's constructor. ``self`` fails with any value.
-    """
+    """Yields settings with which transformers fails, or reads a file of another folder."""
     has_json = (folder / TOKENIZER).is_file()
     yield from (key for key in ("from_slow", "tokenizer_object") if config.get(key))
-    nullable = ("extra_special_tokens", "auto_map")
-    yield from (key for key in nullable if config.get(key, "unset") is None)
-    # Paths on the machine where the tokenizer was saved.
+    never_null = ("extra_special_tokens", "auto_map")
+    yield from (key for key in never_null if key in config and config[key] is None)
+    # The values are paths on the machine where the tokenizer was saved.
     paths = ("tokenizer_file",) if has_json else ("vocab_file", "merges_file")
+    # Settings become arguments of a constructor, which already has the argument ``self``.
     yield from (key for key in ("self", *paths) if key in config)
 
 
@@ -231,7 +230,7 @@ def _has_valid_flags(token: Mapping[str, Any]) -> bool:
 
 
 def _token_text(token: object) -> str | None:
-    """Returns the text of a special token, a string or an object; ``None`` if there is none."""
+    """Returns the text of a special token, which is a string, an object or ``None``."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -257,7 +256,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _default_tokens(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Returns the default special tokens of the tokenizer's class. transformers 5 has none."""
+    """Returns the class's default special tokens; none if transformers 5 wrote the settings."""
     name = tokenizer_class(folder, config).removesuffix("Fast")
     return {} if is_version_5(config) else CLASS_TOKENS.get(name, {})
 
@@ -340,7 +339,7 @@ def load_tokenizer(folder: Path) -> Any:
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Returns the tokens that a folder's files add to the vocabulary, in the order of their ids."""
     file = folder / "added_tokens.json"
-    # transformers 4 ignores the file if this setting exists.
+    # transformers 4 ignores the file if added_tokens_decoder exists.
     uses_file = file.is_file() and "added_tokens_decoder" not in config
     added = read_json(file) if uses_file else {}
     decoder = config.get("added_tokens_decoder", {})

@@ -21,8 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import STORAGE_FIXES, read_json
 
 TRUST = "TRUST_CHECKPOINTS"
-"""Name of the environment variable with which a user trusts checkpoints. With the value ``1``, all
-checkpoints are opened."""
+"""Environment variable. With the value ``1``, the user trusts all checkpoints."""
 WEIGHTS_FIX = f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1"
 CONTEXT_OBJECTS = frozenset(
     (
@@ -88,14 +87,14 @@ def explain_damage(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
             raise
-        # Without the advice that torch adds after the reason.
+        # torch adds advice after the reason: "This is an …" or "In PyTorch …". It is removed.
         reason, *_ = re.split(r"\n|\. This is an|\. In PyTorch", str(error))
         what = f"{path} is missing or damaged: {type(error).__name__}: {reason}"
         raise RecipeError(what, "copy or convert the checkpoint again") from error
 
 
 def require_known_context(io_json: Path) -> None:
-    """Raises ``RecipeError`` if ``context/io.json`` names unknown objects, unless it is trusted."""
+    """Refuses a ``context/io.json`` that names unknown objects, unless checkpoints are trusted."""
     names = set(_named_objects(read_json(io_json)))
     unknown = [
         name
@@ -124,11 +123,11 @@ def _named_objects(value: Any) -> Iterator[str]:
 
 
 def require_no_remote_code(config: Any, checkpoint: Path) -> None:
-    """Raises ``RecipeError`` if a context sets ``trust_remote_code``, unless it is trusted.
+    """Refuses a context that sets ``trust_remote_code``, unless checkpoints are trusted.
 
     Args:
         config: Fiddle's config of the model, not built yet. Checking the argument labels in
-            ``io.json`` would not suffice, because Fiddle reads argument names from other fields.
+            ``io.json`` would not suffice: Fiddle reads argument names from its other fields.
         checkpoint: Path of the checkpoint, for the message.
     """
     from fiddle import Buildable
@@ -148,8 +147,8 @@ def read_metadata(weights: Path) -> Any:
     """Reads ``.metadata`` in the folder ``weights`` of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: The metadata is absent, is damaged, or names an unknown object and is not
-            trusted.
+        RecipeError: The metadata is absent or damaged. Or it names an unknown object, and
+            checkpoints are not trusted.
     """
     path = weights / ".metadata"
     with explain_damage(path), path.open("rb") as file:
@@ -157,9 +156,9 @@ def read_metadata(weights: Path) -> Any:
 
 
 def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
-    """Refuses damaged metadata and, unless it is trusted, a Python object as a weight.
+    """Refuses damaged metadata and, unless checkpoints are trusted, weights stored as objects.
 
-    PyTorch's reader unpickles such an object without restrictions, so it could run any code.
+    PyTorch's reader unpickles a Python object without restrictions, so it could run any code.
 
     Args:
         metadata: What ``read_metadata`` returned.
@@ -173,8 +172,8 @@ def require_tensors(metadata: Any, keys: Iterable[str], weights: Path) -> None:
             raise TypeError("it does not describe the weights of a checkpoint")
     for key in keys:
         stored = metadata.state_dict_metadata.get(key)
-        is_tensor = stored is None or type(stored) is TensorStorageMetadata
-        if not is_tensor and not _trusts_checkpoints():
+        is_object = stored is not None and type(stored) is not TensorStorageMetadata
+        if is_object and not _trusts_checkpoints():
             what = f"{weights} stores {key} as a Python object: opening it could run code."
             raise RecipeError(what, WEIGHTS_FIX)
 

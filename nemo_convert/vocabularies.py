@@ -34,7 +34,7 @@ def without_panics() -> Iterator[None]:
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # its module cannot be imported
                 raise
-            output.truncate(0)
+            output.truncate(0)  # drops the panic's stack
             raise RuntimeError(str(error)) from error
         finally:
             os.dup2(stderr, 2)
@@ -86,15 +86,15 @@ def _require_fixed_merges(tokenizer: Any, vocabulary: dict[str, int], file: Path
         raise RecipeError(what, "set dropout to null in it")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
-    def is_merged(token: str) -> bool:
+    def needs_merges(token: str) -> bool:
         return len(token) > 1 and token not in added and not BYTE_TOKEN.fullmatch(token)
 
-    def is_used(token: str) -> bool:
+    def is_merged(token: str) -> bool:
         return [piece.value for piece in model.tokenize(token)] == [token]
 
     # ``any`` stops at the first token that merges make. Reading all merges would take longer.
-    has_merges = model.ignore_merges or any(map(is_used, filter(is_merged, vocabulary)))
-    if not has_merges and (unused := sum(map(is_merged, vocabulary))):
+    has_merges = model.ignore_merges or any(map(is_merged, filter(needs_merges, vocabulary)))
+    if not has_merges and (unused := sum(map(needs_merges, vocabulary))):
         raise ValueError(f"it has no merges, so no text has {unused} of its tokens")
 
 
