@@ -240,7 +240,7 @@ class Reconstruction:
         teacher_weight = self._teacher[teacher_layer + half.output_weight]
         weight = self._student[student_layer + half.output_weight]
         fit = LeastSquares(weight)
-        # The student already has the input weights that ``reconstruct`` changed.
+        # The student's features come from the input weights that ``reconstruct`` has changed.
         features = list(half.compute(self._student, student_layer, student_inputs))
         teacher_features = half.compute(self._teacher, teacher_layer, teacher_inputs)
         for i, teacher_batch in enumerate(teacher_features):
@@ -249,8 +249,8 @@ class Reconstruction:
             # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
             # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
-            missing = self._teacher_streams[i][..., self._channels] - self._student_streams[i]
-            fit.add(features[i] / rms, missing / rms)
+            teacher_stream = self._teacher_streams[i][..., self._channels]
+            fit.add(features[i] / rms, (teacher_stream - self._student_streams[i]) / rms)
         change = fit.change(self._ridge_tokens)
         self._student[student_layer + half.output_weight] = weight + change
         for i, batch in enumerate(features):
@@ -312,7 +312,7 @@ def heal(
         kept: The layers and indices that pruning kept.
         batches: Calibration tokens, each [b, s].
         progress: Called after every layer with the layer's number and the teacher's layer count.
-        ridge_tokens: See ``RIDGE_TOKENS``.
+        ridge_tokens: Ridge strength in equivalent calibration tokens.
     """
     reconstruction = Reconstruction(teacher, student, kept, batches, ridge_tokens)
     for number in range(1, teacher.num_layers + 1):
@@ -336,10 +336,10 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Runs ``heal`` for a teacher in a NeMo checkpoint, and a student of a shape.
+    """Runs ``heal`` with a teacher that is a NeMo checkpoint, and a student in memory.
 
-    ``weights`` are all weights of the student by Hugging Face name. Healing replaces them in this
-    dictionary. ``heal`` explains the other arguments.
+    ``student`` is the student's shape. ``weights`` are all its weights by Hugging Face name.
+    Healing replaces them in this dictionary. ``heal`` explains the other arguments.
     """
     config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

@@ -105,16 +105,16 @@ def score_checkpoint(
         layers["loss"] = _loss_rises(ablation, 1, teacher_loss)
         for size in cfg.block_sizes or ():
             blocks[size] = _loss_rises(ablation, size, teacher_loss)
-    # The last step, because it converts the model for ModelOpt.
+    # This is the last step, because it converts the model for ModelOpt.
     influence, widths = _influence_and_widths(core, text, cfg.micro_batch_size, log)
     return Importance(teacher_loss, {"block_influence": influence, **layers}, blocks, widths)
 
 
 def _loss_rises(ablation: LayerAblation, block_size: int, teacher_loss: float) -> dict[int, float]:
     """Returns the rise of the LM loss, in nats, without each block, by the block's first layer."""
-    starts = range(1, ablation.num_layers - block_size + 2)
-    losses = ablation.losses([range(start, start + block_size) for start in starts])
-    return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
+    first_layers = range(1, ablation.num_layers - block_size + 2)
+    losses = ablation.losses([range(first, first + block_size) for first in first_layers])
+    return {first: loss - teacher_loss for first, loss in zip(first_layers, losses, strict=True)}
 
 
 class LayerAblation:
@@ -165,13 +165,13 @@ class LayerAblation:
         ``states`` are the result of ``_run_layers`` for ``tokens`` [b, s] with all layers. ``mask``
         [b, s - 1] is true for predictions in the loss.
         """
-        # Index of the first layer of this rank that is left out; the layers before are not rerun.
-        missing_layers = (i for i, number in enumerate(self._numbers) if number in block)
-        start = next(missing_layers, len(self._layers))
-        hidden = states[start]
         input_changes = any(number < self._numbers[0] for number in block)
         if input_changes:  # an earlier rank sends the input without the block
             start, hidden = 0, _receive(states[0])
+        else:  # the layers of this rank before the first one that is left out are not rerun
+            indices_in_block = (i for i, number in enumerate(self._numbers) if number in block)
+            start = next(indices_in_block, len(self._layers))
+            hidden = states[start]
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
         for layer in self._layers[start:]:
             if layer.layer_number not in block:
@@ -267,7 +267,7 @@ def _influence_and_widths(
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
     restore_fused_attention(core)
-    registry = _Estimators(core)
+    registry = _Estimators(core)  # its hooks collect ModelOpt's sums
     layers = list(core.decoder.layers)
     sums = torch.zeros(len(layers), dtype=torch.float64)  # block influence, summed over sequences
     for done, batch in _batches(text, batch_size):
@@ -298,7 +298,7 @@ def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Ten
 
     Keys are those of ``Importance.widths``. ``hidden_size`` is a sum over only this rank's norms.
     """
-    # ``_activations`` are ModelOpt's sums; in ``core`` one tensor [hidden] for each norm.
+    # ModelOpt's sums are in ``_activations``. Those of ``core`` are a tensor [hidden] per norm.
     norm_scores = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norm_scores).sum(dim=0)}
     for layer in layers:
