@@ -55,7 +55,7 @@ def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the teacher's forward passes, for plans; one step if their number is unknown."""
+    """Returns the teacher's forward passes, for plans; one step if the text's size is unknown."""
     layout = Layout(
         nodes=cfg.resources.nodes,
         devices=cfg.resources.devices,
@@ -84,7 +84,8 @@ def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
 def progress(work: Path) -> str | None:
     """Returns the number of complete shards, such as "3 shards"; ``None`` if there are none."""
     count = len(list((work / SHARDS).glob("*.safetensors")))
-    return f"{count} shard{'s' * (count > 1)}" if count else None
+    plural = "s" if count > 1 else ""
+    return f"{count} shard{plural}" if count else None
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -63,7 +63,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         yield from _sequence_problems(with_weights(cfg, chain, cfg.inputs.get("data", "")), cache)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
-    steps = cfg.student_steps  # steps after which the student is saved, before the end
+    steps = cfg.student_steps  # the student is also saved after these steps
     is_ascending = steps == sorted(set(steps))
     if not is_ascending or any(step >= cfg.max_steps for step in steps):
         yield Problem(
@@ -76,12 +76,10 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
-    """Checks that a validation before the end can measure the student's KL to the teacher.
+    """Checks that a validation before the end measures the KL, which ``stop_at_recovered`` needs.
 
-    Args:
-        cfg: Settings with ``stop_at_recovered``.
-        live_teacher: Shape of a teacher that runs in training; ``None`` if its logits are cached or
-            the loss does not use them.
+    ``live_teacher`` is the shape of a teacher that runs in training; ``None`` if its logits are
+    cached or the loss does not use them.
     """
     if live_teacher is None or not cfg.kd_weight:
         yield Problem(
@@ -115,8 +113,8 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
     layers = student.num_layers
     # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
-    is_pipelined = 1 < stages <= layers and layout_of(cfg).data > 0
-    if not cfg.hidden_weight or not is_pipelined:
+    has_valid_pipeline = 1 < stages <= layers and layout_of(cfg).data > 0
+    if not cfg.hidden_weight or not has_valid_pipeline:
         yield from pair_problems(cfg, student, teacher)
         return
     cost = _cost_without_pipeline(cfg, chain)
@@ -184,16 +182,14 @@ def _unused_teacher_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Probl
 def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
     """Checks that a distillation reads the sequences whose logits a cache has.
 
-    Args:
-        cfg: Settings of the distillation, with the weights of its text.
-        cache: Settings of the cache. In another run, its input ``data`` is unknown.
+    ``cfg`` has the weights of its text. For a cache of another run, ``inputs.data`` is unknown.
     """
-    settings: dict[str, tuple[object, object]] = {
+    settings: dict[str, tuple[object, object]] = {  # values of ``cfg`` and ``cache`` by name
         "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
     }
-    if cache.num_sequences is not None:  # these settings decide which sequences are cached
+    if cache.num_sequences is not None:  # seed and weights decide which sequences are cached
         settings["seed"] = (cfg.seed, cache.seed)
-        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
+        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)  # or not yet set
     for name, (value, cached) in settings.items():
         if cached is not None and value != cached:
             yield Problem(
@@ -249,7 +245,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
         training,
         loss_buffers=TOP_K_LOSS_BUFFERS if cfg.top_k else LOSS_BUFFERS[cfg.logits_loss],
         # An early stop needs one more validation, before the first step.
-        validations=training.validations + may_stop_early,
+        validations=training.validations + (1 if may_stop_early else 0),
         teacher_in_validation=may_stop_early,
         hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, teacher.num_layers),
         teacher_is_cached=cache is not None,
@@ -295,10 +291,10 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
-    """Reads the result of a training run from its metrics file, without layers and sources."""
+    """Reads the training's result from its metrics file, which has neither layers nor sources."""
     training = training_result(cfg, file)
     return DistillationResult(
-        **vars(training),
+        **vars(training),  # ``DistillationResult`` extends ``TrainingResult``
         teacher_loss=steps_of(file, cfg.stage)[0].get("teacher_loss"),
         stopped=stop_reason(cfg, file, training.steps),
     )

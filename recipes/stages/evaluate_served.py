@@ -65,7 +65,8 @@ def _model_problems(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem
     # Follows the stages back from the artifact to the folder that it was built from.
     while (stage := chain.stages.get(source)) is not None and stage.stage in BUILDERS:
         source = stage.inputs["checkpoint"]
-    if stage is not None and source != cfg.inputs.get("checkpoint"):
+    is_in_this_run = stage is not None
+    if is_in_this_run and source != cfg.inputs.get("checkpoint"):
         yield Problem(
             rules.SERVED,
             f"{cfg.name} compares {cfg.inputs['artifact']}, which is built from {source}, with "

@@ -75,7 +75,7 @@ class PlanConfig(StageConfig):
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
     """Copies workloads, costs and hardware from the chain."""
-    # If the hardware profile sets no memory, this is the machine's memory.
+    # If the hardware profile sets no memory, ``memory_of_rank`` returns the machine's memory.
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     preparation = preparation_seconds(chain)
     estimated = {cfg.name, *chain.workloads, *chain.inference_costs, *preparation}
@@ -91,7 +91,7 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
 
 
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Computes the cost of every stage, and lists cheaper layouts of the last training."""
+    """Computes the costs of stages, and lists cheaper layouts of the last training."""
     workloads = {name: _typed(Workload, plain) for name, plain in cfg.workloads.items()}
     inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)

@@ -52,7 +52,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
     data_ranks = ranks // stages
     batches = math.ceil(cfg.num_calibration_samples / cfg.micro_batch_size)
-    if ranks % stages or stages > layers:
+    if ranks % stages != 0 or stages > layers:
         yield Problem(
             rules.RANKS,
             f"{cfg.name} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
