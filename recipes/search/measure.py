@@ -65,7 +65,7 @@ def measure_shapes(
         states = compute_states(model, text, cfg.micro_batch_size)
         quality = token_quality(teacher_states, states, text)
         candidates[candidates.index(candidate)] = _candidate(cfg, shape, quality, healed=True)
-        del model, states  # before the next shape is healed
+        del model, states  # frees memory before the next shape is healed
     return candidates
 
 

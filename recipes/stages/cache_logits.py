@@ -33,7 +33,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
-    # The user sets the weights in ``distill``, which trains on the cached sequences.
+    # The user sets the weights in ``distill``, so the problems name that stage.
     yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if not planned_sequences(cfg, chain):

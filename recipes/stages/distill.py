@@ -109,22 +109,23 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     With pipeline parallelism, only layers on the last pipeline stage can be compared. A problem or
     note about this says how long a training without pipeline parallelism takes.
     """
-    stages = cfg.pipeline_model_parallel_size
+    pipeline_size = cfg.pipeline_model_parallel_size
     student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
     layers = student.num_layers
     # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
-    has_valid_pipeline = 1 < stages <= layers and layout_of(cfg).data > 0
+    has_valid_pipeline = 1 < pipeline_size <= layers and layout_of(cfg).data > 0
     if not cfg.hidden_weight or not has_valid_pipeline:
         yield from pair_problems(cfg, student, teacher)
         return
     cost = _cost_without_pipeline(cfg, chain)
     yield from pair_problems(cfg, student, teacher, cost)
     if not cfg.hidden_pipeline_stages:  # the user has not chosen which layers are compared
-        first = last_stage_layers(layers, stages).start
+        first = last_stage_layers(layers, pipeline_size).start
         yield Problem(
             rules.HIDDEN_RANGE,
             f"the loss on hidden states compares only the student's layers {first} to {layers}, "
-            f"which are on the last of {stages} pipeline stages, where ModelOpt computes losses",
+            f"which are on the last of {pipeline_size} pipeline stages, where ModelOpt computes "
+            "losses",
             f"for all layers set pipeline_model_parallel_size=1: {cost}",
         )
 

@@ -59,7 +59,7 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     from nemo_convert import convert, hf, nemo, parity
 
     log = metrics_log(out)
-    # The three steps: convert, compare, pack.
+    # The three steps: convert, compare (``require`` refuses different logits), pack.
     log.progress("import", 0, 3)
     folder = hf.resolve(cfg.hf_path)
     checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"

@@ -84,8 +84,8 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
 
     On GPUs, the memory is that of the larger engine; on a CPU, that of all engines and baselines.
     """
-    shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
-    requests = (1 + cfg.repetitions) * shapes  # repeats the list; the first copy is the warm-up
+    batches = [(size, prompt) for prompt in cfg.prompt_tokens for size in cfg.batch_sizes]
+    requests = (1 + cfg.repetitions) * batches  # repeats the list; the first copy is the warm-up
     costs, baseline_bytes = [], 0
     for role, name in zip(ENGINE_ROLES, ENGINES, strict=True):
         # If the engine's settings are not known, this assumes the defaults.

@@ -201,7 +201,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
     if cfg.teacher_sources():  # the teacher writes a file for each of these sources
-        for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
+        teacher = inputs["tokenizer"]  # the input is the teacher's whole checkpoint
+        for source, (file, origin) in _write_chats(cfg, teacher, out).items():
             pinned_sources[source], origins[source] = file, origin
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat_tokenizer, pinned_sources)
     if rank() != 0:

@@ -60,20 +60,20 @@ RECIPE = "recipe.yaml"
 CANDIDATES = "candidates"
 """Folder in ``work/`` with the stages that prune and train the candidates."""
 DATA_SETTINGS = (
-    *("sources", "heldout_sources", "format", "text_field", "prefix", "document_end"),
-    *("max_tokens", "excluded_documents", "seq_length"),
-)
+    "sources", "heldout_sources", "format", "text_field", "prefix", "document_end",
+    "max_tokens", "excluded_documents", "seq_length",
+)  # fmt: skip
 """Settings of ``prepare_data`` that the chosen recipe has in its group ``data``."""
 NOT_COPIED = {
-    *("stage", "inputs", "resources", "precision", "seq_length", "compile", "weights"),
-    *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
-}
+    "stage", "inputs", "resources", "precision", "seq_length", "compile", "weights",
+    "max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval",
+}  # fmt: skip
 """Settings of the search's stages that are not copied to the recipe. The recipe has its own inputs,
 number of steps and hardware profile, which sets the precision. Weights are options of sources."""
 CHOSEN_BY_SEARCH = (
-    *("inputs", "max_steps", "val_check_interval", "checkpoint_interval"),
-    *("stop_at_recovered", "student_steps"),
-)
+    "inputs", "max_steps", "val_check_interval", "checkpoint_interval",
+    "stop_at_recovered", "student_steps",
+)  # fmt: skip
 """Settings of ``distill`` that the search sets for each training, or that it does not use."""
 JOB_SETTINGS = ("env", "cpus_per_task", "time", "sbatch")
 """Settings of a job. A search's trainings cannot have them, as they run in the search's job."""
@@ -114,10 +114,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             "candidates",
         )
     else:
-        training, trained = training_of(cfg, round_sizes, 0), shapes or [chain.teacher]
-        yield from training_problems(training, chain, trained)
+        training = training_of(cfg, round_sizes, 0)
+        possible_shapes = shapes or [chain.teacher]
+        yield from training_problems(training, chain, possible_shapes)
         yield from loss_problems(training, chain.teacher.vocab_size)
-        by_shape = (pair_problems(training, shape, chain.teacher) for shape in trained)
+        by_shape = (pair_problems(training, shape, chain.teacher) for shape in possible_shapes)
         yield from first_problems(by_shape)
         data = cfg.inputs.get("data", "")  # ``training`` has no inputs yet
         yield from weight_problems(training.name, training.weights, data, chain)
@@ -189,9 +190,9 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     model_bytes = 2 * (chain.teacher.parameters() + candidate.parameters())
     load_seconds = model_bytes / STORAGE_BYTES_PER_SECOND
     return InferenceCost(
-        largest(evaluation.memory, peak),
-        compute,
-        workload.bf16,
+        memory=largest(evaluation.memory, peak),
+        compute=compute,
+        bf16=workload.bf16,
         training_seconds=seconds,
         stopping_seconds=load_seconds + stopping_seconds(workload, chain.hardware),
     )
