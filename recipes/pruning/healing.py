@@ -42,7 +42,7 @@ text."""
 class LeastSquares:
     """Normal equations of a change to a weight, summed over tokens in float64.
 
-    ``cross`` is C [outputs, inputs], and ``gram`` is G [inputs, inputs]; see the module's algebra.
+    ``cross`` is the matrix C [outputs, inputs] above, and ``gram`` is G [inputs, inputs].
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -92,7 +92,8 @@ class Decoder:
         model.eval()  # disables attention dropout
         self._attention: nn.Module = model.model.layers[0].self_attn
         self._attention.o_proj = nn.Identity()  # ``attend`` returns the inputs of o_proj
-        self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)
+        rotary_class = type(model.model.rotary_emb)  # the instance on "meta" has no values
+        self._rotary = rotary_class(config=hf_config).to(self.device)
         self._eps: float = hf_config.rms_norm_eps
         self.num_layers: int = hf_config.num_hidden_layers
         self.head_size: int = self._attention.head_dim
@@ -238,21 +239,21 @@ class Reconstruction:
     ) -> None:
         """Fits the output weight to the teacher's stream, and adds the outputs to both streams."""
         teacher_weight = self._teacher[teacher_layer + half.output_weight]
-        weight = self._student[student_layer + half.output_weight]
-        fit = LeastSquares(weight)
+        student_weight = self._student[student_layer + half.output_weight]
+        fit = LeastSquares(student_weight)
         # The student's features come from the input weights that ``reconstruct`` has changed.
         features = list(half.compute(self._student, student_layer, student_inputs))
         teacher_features = half.compute(self._teacher, teacher_layer, teacher_inputs)
         for i, teacher_batch in enumerate(teacher_features):
             self._teacher_streams[i] = self._teacher_streams[i] + teacher_batch @ teacher_weight.T
-            self._student_streams[i] = self._student_streams[i] + features[i] @ weight.T
+            self._student_streams[i] = self._student_streams[i] + features[i] @ student_weight.T
             # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
             # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             teacher_stream = self._teacher_streams[i][..., self._channels]
             fit.add(features[i] / rms, (teacher_stream - self._student_streams[i]) / rms)
         change = fit.change(self._ridge_tokens)
-        self._student[student_layer + half.output_weight] = weight + change
+        self._student[student_layer + half.output_weight] = student_weight + change
         for i, batch in enumerate(features):
             self._student_streams[i] = self._student_streams[i] + batch @ change.T
 

@@ -93,7 +93,7 @@ class Importance:
     @classmethod
     def load(cls, folder: Path) -> Importance:
         """Reads the files that ``save`` wrote."""
-        content = read_json(folder / IMPORTANCE_FILE)
+        content = read_json(folder / IMPORTANCE_FILE)  # its keys are strings
 
         def with_int_keys(values: dict[str, Any]) -> dict[int, Any]:
             return {int(key): value for key, value in values.items()}
@@ -140,7 +140,7 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     num_dropped = len(layers) - count
     if num_dropped == 0:
         return layers
-    if method == "block":  # scores by the first layer of the block
+    if method == "block":  # each score has the first layer of its block as key
         scores, setting = importance.blocks.get(num_dropped), f"block_sizes=[{num_dropped}]"
     else:
         scores, setting = importance.layers.get(method), "num_loss_samples=8"
@@ -303,7 +303,7 @@ def _channels_of_heads(heads: Tensor, head_size: int) -> Tensor:
 def leading_submatrix(
     name: str, weight: Tensor, student: Architecture, teacher: Architecture
 ) -> Tensor:
-    """Returns the student's rows and columns of a teacher's weight. Dense models only.
+    """Returns the student's rows and columns of a weight of a teacher, which must be dense.
 
     ``name`` is the weight's Hugging Face name. ``weight`` must be sorted in the order of
     ``sort_indices``. The result is a view, unless heads are pruned within groups.

@@ -128,7 +128,7 @@ class LayerAblation:
         self._layers = list(core.decoder.layers)  # only those of this rank
         self._numbers = [layer.layer_number for layer in self._layers]  # counted from 1
         self.num_layers = core.config.num_layers
-        if core.post_process:
+        if core.post_process:  # this rank has the head, and computes the losses
             tied = core.share_embeddings_and_output_weights
             weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
             self._head = float32_head(weight.detach())
@@ -266,7 +266,7 @@ def _influence_and_widths(
         num_layers_divisor=1,
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
-    restore_fused_attention(core)
+    restore_fused_attention(core)  # ``nas.convert`` has replaced it
     registry = _Estimators(core)  # its hooks collect ModelOpt's sums
     layers = list(core.decoder.layers)
     sums = torch.zeros(len(layers), dtype=torch.float64)  # block influence, summed over sequences

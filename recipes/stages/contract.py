@@ -102,11 +102,9 @@ def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
 
 
 def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Returns a copy of settings with changes.
+    """Returns a copy of a stage's settings, or of nested settings, with changes.
 
-    Args:
-        config: Settings of a stage, or nested settings.
-        changes: New values by name. A dot separates nested names: ``resources.devices``.
+    ``changes`` are new values by name. A dot separates nested names: ``resources.devices``.
     """
     for key, value in changes.items():
         name, _, nested_key = key.partition(".")

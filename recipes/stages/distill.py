@@ -134,7 +134,7 @@ def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
     """Says how many hours the training takes on the same ranks without pipeline parallelism."""
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
-    # With a loss on hidden states, ``workloads_on_all_layouts`` does not change the pipeline size.
+    # ``workloads_on_all_layouts`` keeps the pipeline size if the loss uses hidden states: set to 1.
     unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours

@@ -132,7 +132,7 @@ def _typed(cls: type[T], plain: dict[str, Any]) -> T:
 def _machine_rates() -> TrainingRates | None:
     """Reads this machine's rates from the cache, or measures them.
 
-    Returns ``None`` if they are not cached, and torch, which the measurement needs, is missing.
+    Returns ``None`` if the cache has no rates and torch, which measures them, is not installed.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -190,6 +190,7 @@ def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) ->
         if from_published_config
         else "from its config.json",
         "tokens": sum(workload.tokens for workload, _ in costs.values()),
+        # Three significant digits.
         "FLOPs": float(f"{sum(cost.flops for cost in training_costs):.3g}"),
         "hours": _rounded(sum(cost.hours for cost in training_costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in training_costs)),

@@ -60,6 +60,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
+        # Fractions are of the teacher's sizes. The input may be a smaller, already pruned model.
         divisors = cfg.divisors(teacher)
         problems = list(fraction_problems(teacher, cfg.explicit_targets(), divisors))
         if not problems:  # sizes can be computed only from valid fractions
@@ -90,12 +91,12 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             f"remove the targets, or the input with '~stages.{cfg.name}.inputs.shape'",
         )
     search = chain.stages.get(source)  # ``None`` if ``source`` is a directory
-    manifest = manifest_of(source)  # ``None`` if ``source`` is a stage, or not complete
+    manifest = manifest_of(source)  # ``None`` if ``source`` is a stage or an unfinished search
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
         if isinstance(ranking, RankCandidatesConfig):
-            fix = f", or stages.{ranking.name}.layer_importance={cfg.layer_importance}"
-            yield from _method_problems(cfg, ranking.name, ranking.layer_importance, fix)
+            other_fix = f", or stages.{ranking.name}.layer_importance={cfg.layer_importance}"
+            yield from _method_problems(cfg, ranking.name, ranking.layer_importance, other_fix)
         shapes = chain.shapes.get(source, ())
         shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"

@@ -184,9 +184,9 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     workloads = workloads_of_shapes(workload, shapes)
     peak = largest(*(peak_memory(workload, chain.hardware) for workload in workloads))
-    # A second process trains. Meanwhile, the search's own process keeps its CUDA context.
+    # A second process trains. Meanwhile, the search's process keeps its CUDA context, the reserve.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
-    # A stage that has just started cannot stop before it has loaded both models, in bfloat16.
+    # A training that has just started cannot stop before it has loaded both models, in bfloat16.
     model_bytes = 2 * (chain.teacher.parameters() + candidate.parameters())
     load_seconds = model_bytes / STORAGE_BYTES_PER_SECOND
     return InferenceCost(
@@ -203,7 +203,7 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
     round_sizes = cfg.round_sizes(cfg.max_candidates())
     if not round_sizes:  # a single candidate is chosen without training
         return 0
-    num_models = round_sizes[0] + sum(round_sizes)  # pruned once, trained in each round
+    num_models = round_sizes[0] + sum(round_sizes)  # each is pruned once, and trained in each round
     # A training run writes one checkpoint at its end, and deletes it when the run is complete.
     num_checkpoints = min(cfg.resources.ranks, round_sizes[0])  # runs at the same time
     parameters = chain.shape_of(cfg.inputs.get("candidates")).parameters()
@@ -332,7 +332,7 @@ def recipe_yaml(
             },
             "prune": prune_settings(targets, method),
             "distill": {
-                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
+                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},  # also defaults
                 **_non_default_settings(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
