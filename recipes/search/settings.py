@@ -90,7 +90,7 @@ class RankCandidatesConfig(InferenceConfig):
     num_calibration_samples: Count = 16
     """Calibration sequences for healing."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """How layers to drop are chosen. The chosen shape must be pruned with the same value."""
+    """How layers to drop are chosen; ``prune`` explains the values and must have the same one."""
     num_samples: Count = 8
     """Validation sequences of ``seq_length`` tokens."""
 
