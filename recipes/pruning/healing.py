@@ -1,7 +1,7 @@
 """Reconstructs a pruned model by least squares on calibration text, layer by layer.
 
-A weight that reads the residual stream has lost the inputs from the pruned channels. It is changed
-to predict their contribution from the kept channels. A weight that writes to the stream is changed
+A weight that reads the residual stream loses the inputs from pruned channels. So the weight is
+changed to predict their contribution from the kept channels. A weight that writes to the stream is changed
 to reproduce the teacher's stream, so each layer also corrects the errors of earlier layers.
 arXiv:1707.06168 reconstructs channels in the same way. The device holds one layer at a time, beside
 the residual streams of both models. So its memory does not depend on depth.
@@ -247,8 +247,8 @@ class Reconstruction:
         for i, teacher_batch in enumerate(teacher_features):
             self._teacher_streams[i] = self._teacher_streams[i] + teacher_batch @ teacher_weight.T
             self._student_streams[i] = self._student_streams[i] + features[i] @ student_weight.T
-            # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
-            # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
+            # Tokens are weighted by the stream's inverse RMS, because later layers normalize the
+            # stream. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             teacher_stream = self._teacher_streams[i][..., self._channels]
             fit.add(features[i] / rms, (teacher_stream - self._student_streams[i]) / rms)

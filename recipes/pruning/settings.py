@@ -159,7 +159,7 @@ def layer_score_problems(
     """Yields a problem if the run's ``score`` stage does not measure scores that a stage needs.
 
     The stage ``config`` drops layers by the method ``layer_importance``, one of ``LAYER_METHODS``.
-    ``drop_counts`` are the numbers of layers that it may drop, without 0.
+    ``drop_counts`` are the numbers of layers that the stage may drop, without 0.
     """
     score_name = config.inputs.get("importance", "")
     score = chain.stages.get(score_name)

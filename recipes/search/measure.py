@@ -151,7 +151,7 @@ class SortedModel:
     ) -> None:
         self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
-        # Each weight's name, its parameter, which gets slices, and the whole sorted weight.
+        # For each weight: the name, the parameter, which gets slices, and the whole sorted weight.
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():

@@ -61,7 +61,7 @@ class MeasureLatencyConfig(StageConfig):
     """The latency model is fitted to the corners of this space: the teacher, and shapes with one
     axis or all axes at the minimum. A shape in the middle is timed to check the latency model."""
     service: Service = field(default_factory=Service)
-    """How the student is served. Timed steps have its batch size and context length."""
+    """How the student is served. Timed steps have this batch size and context length."""
     new_tokens: Annotated[int, integer(least=2)] = 32
     """Number of generated tokens; the time of a step is the mean over them."""
     repetitions: Count = 3

@@ -183,7 +183,7 @@ def _unused_teacher_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Probl
 def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
     """Checks that a distillation reads the sequences whose logits a cache has.
 
-    ``cfg`` has the weights of its text. For a cache of another run, ``inputs.data`` is unknown.
+    ``cfg`` must have the sources' weights. For a cache of another run, ``inputs.data`` is unknown.
     """
     settings: dict[str, tuple[object, object]] = {  # values of ``cfg`` and ``cache`` by name
         "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
@@ -262,7 +262,7 @@ def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
 
 
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Trains the student and saves it as a checkpoint of the same format as the input."""
+    """Trains the student and saves it as a NeMo checkpoint."""
     from nemo_convert import nemo
     from recipes.distillation.objective import Objective
     from recipes.distillation.trainer import train

@@ -60,7 +60,7 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _model_problems(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that the engine or GGUF file was built from the student it is compared with."""
+    """Checks that the engine or GGUF file was built from the student, the input ``checkpoint``."""
     source = cfg.inputs.get("artifact", "")
     # Follows the stages back from the artifact to the folder from which it was built.
     while (stage := chain.stages.get(source)) is not None and stage.stage in BUILDERS:

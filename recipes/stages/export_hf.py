@@ -48,7 +48,7 @@ def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the conversion and its verification."""
+    """Estimates the cost of the conversion and of the comparison of logits."""
     return conversion_cost(chain.shape_of(cfg.inputs.get("checkpoint")), chain.hardware)
 
 
@@ -79,7 +79,7 @@ STAGE = Stage(
     check=check,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # For the model card. It has no speed, because ``measure_speed`` reads this stage's output.
+    # For the model card, which has no speed, because ``measure_speed`` reads this stage's output.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),

@@ -70,7 +70,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Reconstructs and saves the model. Measures its KL to the teacher before and after."""
+    """Reconstructs and saves the model. Measures the KL to the teacher before and afterwards."""
     from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
     from recipes.data.token_sequences import read_sequences

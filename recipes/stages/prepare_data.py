@@ -110,7 +110,7 @@ def _read_tokenizer(chain: Chain) -> tuple[dict[str, int], str | None]:
         return {}, None
     try:
         return read_vocabulary(folder), read_special_token(folder, "eos_token")
-    except RecipeError:  # the check of ``import_hf`` reports it
+    except RecipeError:  # the check of ``import_hf`` reports invalid files
         return {}, None
 
 

@@ -165,7 +165,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         training_workload(trainings[0], candidate, chain.teacher, num_logits_losses),
         hidden_state_bytes=hidden_state_bytes(cfg.distill, *layers),
     )
-    # On GPUs, ranks train different candidates at the same time. On a CPU, they share its FLOP/s,
+    # On GPUs, ranks train different candidates at the same time. On a CPU, ranks share the FLOP/s,
     # so the time is the same as if one rank trained all candidates in turn.
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
     # By round: number of training runs of the busiest rank.
