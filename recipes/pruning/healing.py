@@ -1,8 +1,8 @@
 """Reconstructs a pruned model by least squares on calibration text, layer by layer.
 
-A weight that reads the residual stream loses the inputs from pruned channels. So the weight is
-changed to predict their contribution from the kept channels. A weight that writes to the stream is changed
-to reproduce the teacher's stream, so each layer also corrects the errors of earlier layers.
+A weight that reads the residual stream loses the inputs from pruned channels. So this weight is
+changed to predict their contribution from the kept channels. A weight that writes to the stream is
+changed to reproduce the teacher's stream, so each layer also corrects errors of earlier layers.
 arXiv:1707.06168 reconstructs channels in the same way. The device holds one layer at a time, beside
 the residual streams of both models. So its memory does not depend on depth.
 

@@ -118,7 +118,7 @@ def _loss_rises(ablation: LayerAblation, block_size: int, teacher_loss: float) -
 
 
 class LayerAblation:
-    """Computes the loss of a Megatron model without some layers. All ranks must call it together."""
+    """Computes the loss of a Megatron model without some layers. All ranks call it together."""
 
     def __init__(
         self, core: nn.Module, text: TextSequences, micro_batch_size: int, log: MetricsLog
@@ -161,7 +161,7 @@ class LayerAblation:
     ) -> float:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
-        Earlier ranks return 0, and send their output to the next rank if it differs from ``states``.
+        Earlier ranks return 0, and send the output to the next rank if it differs from ``states``.
         ``states`` are the result of ``_run_layers`` for ``tokens`` [b, s] with all layers. ``mask``
         [b, s - 1] is true for predictions in the loss.
         """

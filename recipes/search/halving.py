@@ -91,7 +91,7 @@ class HalvingRun:
             return nemo.find_checkpoint(artifact)
 
         results_file = self._directory / f"round-{round_number}.json"
-        if rank() == 0 and not results_file.exists():  # else a killed search measured this round
+        if rank() == 0 and not results_file.exists():  # a killed search may have left it
             length, batch_size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = find_checkpoint_in_time(self._inputs["checkpoint"].artifact)

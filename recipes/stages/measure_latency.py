@@ -63,8 +63,8 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
             "builds engines with random weights",
             f"set {setting}.precision=bf16, or use latency_model=roofline",
         )
-    # Engines are timed with the settings of ``build_engine``. Without this stage, OpenVINO is only
-    # a default, which does not fit a search for a GPU.
+    # Engines are timed with the settings of ``build_engine``. Without ``build_engine``, OpenVINO is
+    # only a default, which does not fit a search for a GPU.
     has_engine = any(isinstance(stage, BuildEngineConfig) for stage in chain.stages.values())
     if chain.hardware.on_gpu and cfg.engine.backend == "openvino" and not has_engine:
         yield Problem(
