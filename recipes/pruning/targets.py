@@ -105,7 +105,7 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
 def absolute_sizes(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Returns the target size of each axis.
+    """Returns the target size by axis. ``targets`` and ``divisors`` also have axes as keys.
 
     In ``targets``, an integer is a size, and a float is a fraction of the teacher's size. The
     product of a fraction and the teacher's size is rounded to a multiple of the axis's divisor (by

@@ -190,7 +190,7 @@ def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator
     }
     if cache.num_sequences is not None:  # seed and weights decide which sequences are cached
         settings["seed"] = (cfg.seed, cache.seed)
-        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)  # or not yet set
+        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)  # empty: not set yet
     for name, (value, cached) in settings.items():
         if cached is not None and value != cached:
             yield Problem(

@@ -96,7 +96,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _machine_rates()) is not None:
-        hardware = replace(hardware, **asdict(rates))
+        hardware = replace(hardware, **asdict(rates))  # the measured rates
     costs: Costs = {
         name: (workload, training_cost(workload, hardware)) for name, workload in workloads.items()
     }

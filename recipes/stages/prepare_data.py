@@ -75,7 +75,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     for what, fix in (*source_problems(cfg), *prefix, *_leak_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source, licence in known_licences(tuple(cfg.texts()), HUB_SECONDS).items():
-        if licence is None and parse_source(source).hub:  # local text needs no licence
+        if licence is None and parse_source(source).hub:  # expected only of hub sources
             fix = f"state it: {with_option(source, 'licence', 'NAME')}"
             yield Problem(rules.LICENCE, f"the licence of '{source}' is not known", fix)
         if forbids_commercial_use(licence):

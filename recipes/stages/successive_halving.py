@@ -332,7 +332,7 @@ def recipe_yaml(
             },
             "prune": prune_settings(targets, method),
             "distill": {
-                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},  # also defaults
+                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},  # or default
                 **_non_default_settings(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
