@@ -16,7 +16,7 @@ DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """Prunable axes of MoE feed-forward layers."""
 MAX_FRACTION = 1 / 3
-"""Largest fraction of the parameters whose removal one distillation recovers, by experience."""
+"""Largest fraction of the parameters to remove before one distillation (ModelOpt's advice)."""
 ONLY_GROUPS = "set target_num_query_groups instead: each group then keeps its heads"
 """Fix of a wrong number of heads if each query group of the teacher has only one head."""
 
