@@ -77,7 +77,7 @@ def combine_weights(
     # Names of weights count layers from 0. Each mapping is from the old index to the new one.
     teacher_indices = {layer - 1: layers.index(layer) for layer in layers if layer not in kept}
     student_indices = {index: layers.index(layer) for index, layer in enumerate(kept)}
-    # Both have embeddings, final norm and head. The student's are last, so they are used.
+    # Both models have embeddings, final norm and head. The student's overwrite the teacher's.
     return {
         **_renumbered_weights(teacher, teacher_indices),
         **_renumbered_weights(student, student_indices),
@@ -91,7 +91,7 @@ def _renumbered_weights(checkpoint: Path, new_indices: Mapping[int, int]) -> dic
         match = LAYER_INDEX.search(name)
         if match is None:
             weights[name] = weight
-        elif (index := new_indices.get(int(match.group()))) is not None:
+        elif (index := new_indices.get(int(match.group()))) is not None:  # else left out
             weights[LAYER_INDEX.sub(str(index), name)] = weight
     return weights
 
@@ -131,9 +131,8 @@ def measure_sizes(
         metrics = compare_predictions({TEACHER: teacher_states, STUDENT: states}, text)[STUDENT]
         parameters = sum(weight.numel() for weight in model.parameters())
         scores = Scores.of(metrics, text)
+        whole_text = vars(scores.quality())  # ``SizeQuality`` has these fields, too
         by_source = {name: scores.quality(span) for name, span in text.sources.items()}
-        qualities[len(layers)] = SizeQuality(
-            **vars(scores.quality()), parameters=parameters, sources=by_source
-        )
+        qualities[len(layers)] = SizeQuality(**whole_text, parameters=parameters, sources=by_source)
         progress(number, len(layer_lists))
     return qualities

@@ -1,8 +1,8 @@
 """Reconstructs a pruned model by least squares on calibration text, layer by layer.
 
-A weight that reads the residual stream has lost the inputs from the pruned channels. It is changed
-to predict their contribution from the kept channels. A weight that writes to the stream is changed
-to reproduce the teacher's stream, so each layer also corrects the errors of earlier layers.
+A weight that reads the residual stream loses the inputs from pruned channels. So this weight is
+changed to predict their contribution from the kept channels. A weight that writes to the stream is
+changed to reproduce the teacher's stream, so each layer also corrects errors of earlier layers.
 arXiv:1707.06168 reconstructs channels in the same way. The device holds one layer at a time, beside
 the residual streams of both models. So its memory does not depend on depth.
 
@@ -42,7 +42,7 @@ text."""
 class LeastSquares:
     """Normal equations of a change to a weight, summed over tokens in float64.
 
-    ``cross`` is C [outputs, inputs], and ``gram`` is G [inputs, inputs]; see the module's algebra.
+    ``cross`` is the matrix C [outputs, inputs] above, and ``gram`` is G [inputs, inputs].
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -92,7 +92,8 @@ class Decoder:
         model.eval()  # disables attention dropout
         self._attention: nn.Module = model.model.layers[0].self_attn
         self._attention.o_proj = nn.Identity()  # ``attend`` returns the inputs of o_proj
-        self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)
+        rotary_class = type(model.model.rotary_emb)  # the instance on "meta" has no values
+        self._rotary = rotary_class(config=hf_config).to(self.device)
         self._eps: float = hf_config.rms_norm_eps
         self.num_layers: int = hf_config.num_hidden_layers
         self.head_size: int = self._attention.head_dim
@@ -238,21 +239,21 @@ class Reconstruction:
     ) -> None:
         """Fits the output weight to the teacher's stream, and adds the outputs to both streams."""
         teacher_weight = self._teacher[teacher_layer + half.output_weight]
-        weight = self._student[student_layer + half.output_weight]
-        fit = LeastSquares(weight)
-        # The student already has the input weights that ``reconstruct`` changed.
+        student_weight = self._student[student_layer + half.output_weight]
+        fit = LeastSquares(student_weight)
+        # The student's features come from the input weights that ``reconstruct`` has changed.
         features = list(half.compute(self._student, student_layer, student_inputs))
         teacher_features = half.compute(self._teacher, teacher_layer, teacher_inputs)
         for i, teacher_batch in enumerate(teacher_features):
             self._teacher_streams[i] = self._teacher_streams[i] + teacher_batch @ teacher_weight.T
-            self._student_streams[i] = self._student_streams[i] + features[i] @ weight.T
-            # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
-            # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
+            self._student_streams[i] = self._student_streams[i] + features[i] @ student_weight.T
+            # Tokens are weighted by the stream's inverse RMS, because later layers normalize the
+            # stream. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
-            missing = self._teacher_streams[i][..., self._channels] - self._student_streams[i]
-            fit.add(features[i] / rms, missing / rms)
+            teacher_stream = self._teacher_streams[i][..., self._channels]
+            fit.add(features[i] / rms, (teacher_stream - self._student_streams[i]) / rms)
         change = fit.change(self._ridge_tokens)
-        self._student[student_layer + half.output_weight] = weight + change
+        self._student[student_layer + half.output_weight] = student_weight + change
         for i, batch in enumerate(features):
             self._student_streams[i] = self._student_streams[i] + batch @ change.T
 
@@ -312,7 +313,7 @@ def heal(
         kept: The layers and indices that pruning kept.
         batches: Calibration tokens, each [b, s].
         progress: Called after every layer with the layer's number and the teacher's layer count.
-        ridge_tokens: See ``RIDGE_TOKENS``.
+        ridge_tokens: Ridge strength in equivalent calibration tokens.
     """
     reconstruction = Reconstruction(teacher, student, kept, batches, ridge_tokens)
     for number in range(1, teacher.num_layers + 1):
@@ -336,10 +337,10 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Runs ``heal`` for a teacher in a NeMo checkpoint, and a student of a shape.
+    """Runs ``heal`` with a teacher that is a NeMo checkpoint, and a student in memory.
 
-    ``weights`` are all weights of the student by Hugging Face name. Healing replaces them in this
-    dictionary. ``heal`` explains the other arguments.
+    ``student`` is the student's shape. ``weights`` are all its weights by Hugging Face name.
+    Healing replaces them in this dictionary. ``heal`` explains the other arguments.
     """
     config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

@@ -53,11 +53,12 @@ AXES: dict[str, tuple[str | None, ...]] = {
 """Maps the end of a Hugging Face weight's name to the axis of each dimension, or ``None`` for a
 dimension that is never pruned. In an expert, ``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
 LAYER_INDEX = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
-"""Index of a layer, counted from 0, in the name of a weight."""
+"""Index of a layer in a weight's name, counted from 0: 3 in ``model.layers.3.mlp.gate.weight``."""
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
-"""Number of a layer, counted from 1, in a key of ``Importance.widths`` or ``KeptIndices``."""
+"""Number of a layer, counted from 1, in a key of ``Importance.widths`` or ``KeptIndices.indices``:
+4 in ``layers.4.ffn_hidden_size``."""
 _EXPERT_INDEX = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-"""Index of an expert, counted from 0, in the name of a weight."""
+"""Index of an expert in a weight's name, counted from 0: 7 in ``mlp.experts.7.up_proj.weight``."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ class Importance:
     teacher_loss: float
     """LM loss of the unpruned model, in nats."""
     layers: dict[str, dict[int, float]]
-    """Scores of layers: {method: {layer: score}}. The methods are ``block_influence`` (see
-    ``scoring``) and ``loss``, the rise of the LM loss without the layer, in nats."""
+    """Scores of layers: {method: {layer: score}}. The methods are ``block_influence``, how much
+    a layer changes its input, and ``loss``, the rise of the LM loss without the layer, in nats."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
     """``blocks[n][i]`` is the rise of the LM loss, in nats, without ``n`` adjacent layers, of which
     ``i`` is the first."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of channels and heads. Keys, with the tensors' shapes: ``hidden_size`` [hidden],
-    ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]. An MoE has
-    scores of experts and of their channels instead of [ffn], with the keys of ``KeptIndices``."""
+    ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]. Instead of
+    [ffn], an MoE has ``layers.{i}.num_moe_experts`` [experts] and, for each expert e,
+    ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` [ffn of the expert]."""
 
     def layer_scores(self, method: str) -> tuple[str, dict[int, float]]:
         """Returns ``method`` and its scores, or block influence if ``method`` was not measured."""
@@ -91,7 +93,7 @@ class Importance:
     @classmethod
     def load(cls, folder: Path) -> Importance:
         """Reads the files that ``save`` wrote."""
-        content = read_json(folder / IMPORTANCE_FILE)
+        content = read_json(folder / IMPORTANCE_FILE)  # its keys are strings
 
         def with_int_keys(values: dict[str, Any]) -> dict[int, Any]:
             return {int(key): value for key, value in values.items()}
@@ -138,7 +140,7 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     num_dropped = len(layers) - count
     if num_dropped == 0:
         return layers
-    if method == "block":  # scores by the first layer of the block
+    if method == "block":  # each score has the first layer of its block as key
         scores, setting = importance.blocks.get(num_dropped), f"block_sizes=[{num_dropped}]"
     else:
         scores, setting = importance.layers.get(method), "num_loss_samples=8"
@@ -148,11 +150,13 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
             "to drop.",
             f"set stages.score.{setting}",
         )
-    # The least important layer first. Of layers with equal scores, the lower one comes first.
+    # The least important layer comes first. Of layers with equal scores, the lower one comes first.
     ranking = sorted(sorted(scores), key=scores.__getitem__)
-    dropped: Collection[int] = ranking[:num_dropped]
+    dropped: Collection[int]
     if method == "block":
         dropped = range(ranking[0], ranking[0] + num_dropped)
+    else:
+        dropped = ranking[:num_dropped]
     return [layer for layer in layers if layer not in dropped]
 
 
@@ -174,7 +178,7 @@ class KeptIndices:
     def save(self, folder: Path) -> None:
         """Writes the indices as NumPy arrays.
 
-        Not with torch: a rehearsal would load fake tensors, which have no values.
+        Torch tensors would have no values in a rehearsal, which fakes them.
         """
         widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
         arrays = {"layers": np.array(self.layers, np.int32), **widths}
@@ -199,10 +203,10 @@ def select_indices(
     """
     rankings = sort_indices(scores, teacher).indices
     selected = {}
-    for name, ranking in rankings.items():
-        axis = name.rpartition(".")[2]
+    for key, ranking in rankings.items():
+        axis = key.rpartition(".")[2]
         count = getattr(student, axis)
-        layer_match = _LAYER_KEY.match(name)
+        layer_match = _LAYER_KEY.match(key)
         is_dropped_layer = layer_match is not None and int(layer_match[1]) not in layers
         if is_dropped_layer or count == getattr(teacher, axis):
             continue
@@ -210,10 +214,10 @@ def select_indices(
             # Heads are ranked group by group: keep the first heads of each of the first groups.
             per_group = count // student.num_query_groups
             grouped = ranking.view(teacher.num_query_groups, -1)
-            selected[name] = grouped[: student.num_query_groups, :per_group].flatten()
+            selected[key] = grouped[: student.num_query_groups, :per_group].flatten()
         else:
-            selected[name] = ranking[:count]
-    sorted_indices = {name: indices.sort().values for name, indices in selected.items()}
+            selected[key] = ranking[:count]
+    sorted_indices = {key: indices.sort().values for key, indices in selected.items()}
     return KeptIndices(sorted(layers), sorted_indices)
 
 
@@ -221,28 +225,24 @@ def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptInd
     """Returns all layers and all indices, sorted from the most to the least important index.
 
     If a weight is sorted in this order, its first rows and columns are the pruned weight. Query
-    groups are sorted by the sum of their heads' squared scores, heads only within their group.
-    ``scores`` are ``Importance.widths`` of the teacher.
+    groups are sorted by the sum of their heads' squared scores. Heads are sorted only within their
+    group. ``scores`` are ``Importance.widths`` of the teacher.
     """
     layers = list(range(1, teacher.num_layers + 1))
-    order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+    order = {key: score.argsort(descending=True, stable=True) for key, score in scores.items()}
     for layer in layers:
-        name = f"layers.{layer}"
-        grouped = scores[f"{name}.{HEADS}"].view(teacher.num_query_groups, -1)
+        prefix = f"layers.{layer}"
+        grouped = scores[f"{prefix}.{HEADS}"].view(teacher.num_query_groups, -1)
         groups = grouped.square().sum(dim=1).argsort(descending=True, stable=True)
         heads = grouped.argsort(dim=1, descending=True, stable=True)[groups]
-        order[f"{name}.{GROUPS}"] = groups
+        order[f"{prefix}.{GROUPS}"] = groups
         # The index of a head in its layer is group · heads per group + index in the group.
-        order[f"{name}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
+        order[f"{prefix}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
     return KeptIndices(layers, order)
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """Returns the value of ``AXES`` for a Hugging Face weight.
-
-    Raises:
-        RecipeError: The name is unknown.
-    """
+    """Returns the value of ``AXES`` for a Hugging Face weight; an unknown name is an error."""
     name_end = ".".join(name.split(".")[-2:])  # such as "q_proj.weight"
     if name_end not in AXES:
         raise RecipeError(
@@ -275,16 +275,19 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
 def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
     """Returns the kept rows and columns of a teacher's weight, in the order of ``kept``.
 
-    ``name`` is the weight's Hugging Face name in the teacher. ``weight`` may be any tensor of its
-    shape. ``head_size`` is the number of channels of one attention head.
+    ``name`` is the weight's Hugging Face name in the teacher. ``weight`` may also be a change of
+    this weight. ``head_size`` is the number of channels of one attention head.
     """
     layer_match, expert_match = LAYER_INDEX.search(name), _EXPERT_INDEX.search(name)
     layer = f"layers.{int(layer_match.group()) + 1}." if layer_match else ""
     for dim, axis in enumerate(axes_of(name)):
-        key = axis if axis == HIDDEN else f"{layer}{axis}"  # all layers share hidden channels
-        if expert_match and axis == FFN:
+        if axis == HIDDEN:
+            key = HIDDEN  # all layers share hidden channels
+        elif axis == FFN and expert_match:
             key = f"{layer}experts.{expert_match.group()}.{EXPERT_FFN}"
-        indices = kept.indices.get(key)
+        else:
+            key = f"{layer}{axis}"
+        indices = kept.indices.get(key)  # ``None`` if the axis is not pruned
         if indices is not None:
             if axis in (HEADS, GROUPS):
                 indices = _channels_of_heads(indices, head_size)
@@ -300,7 +303,7 @@ def _channels_of_heads(heads: Tensor, head_size: int) -> Tensor:
 def leading_submatrix(
     name: str, weight: Tensor, student: Architecture, teacher: Architecture
 ) -> Tensor:
-    """Returns the student's rows and columns of a teacher's weight. Dense models only.
+    """Returns the student's rows and columns of a weight of a teacher, which must be dense.
 
     ``name`` is the weight's Hugging Face name. ``weight`` must be sorted in the order of
     ``sort_indices``. The result is a view, unless heads are pruned within groups.

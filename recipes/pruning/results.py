@@ -49,12 +49,12 @@ class HealResult:
     """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """As in ``PruneResult``; ``None`` if unknown."""
+    """Layers that pruning kept; ``None`` if unknown."""
     calibration_tokens: int
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""
     kl_healed: float
-    """The same after healing."""
+    """KL of the healed model to the teacher on the same text, in nats."""
 
     @property
     def remaining_kl(self) -> float:

@@ -105,16 +105,16 @@ def score_checkpoint(
         layers["loss"] = _loss_rises(ablation, 1, teacher_loss)
         for size in cfg.block_sizes or ():
             blocks[size] = _loss_rises(ablation, size, teacher_loss)
-    # The last step, because it converts the model for ModelOpt.
+    # This is the last step, because it converts the model for ModelOpt.
     influence, widths = _influence_and_widths(core, text, cfg.micro_batch_size, log)
     return Importance(teacher_loss, {"block_influence": influence, **layers}, blocks, widths)
 
 
 def _loss_rises(ablation: LayerAblation, block_size: int, teacher_loss: float) -> dict[int, float]:
     """Returns the rise of the LM loss, in nats, without each block, by the block's first layer."""
-    starts = range(1, ablation.num_layers - block_size + 2)
-    losses = ablation.losses([range(start, start + block_size) for start in starts])
-    return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
+    first_layers = range(1, ablation.num_layers - block_size + 2)
+    losses = ablation.losses([range(first, first + block_size) for first in first_layers])
+    return {first: loss - teacher_loss for first, loss in zip(first_layers, losses, strict=True)}
 
 
 class LayerAblation:
@@ -128,7 +128,7 @@ class LayerAblation:
         self._layers = list(core.decoder.layers)  # only those of this rank
         self._numbers = [layer.layer_number for layer in self._layers]  # counted from 1
         self.num_layers = core.config.num_layers
-        if core.post_process:
+        if core.post_process:  # this rank has the head, and computes the losses
             tied = core.share_embeddings_and_output_weights
             weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
             self._head = float32_head(weight.detach())
@@ -161,17 +161,17 @@ class LayerAblation:
     ) -> float:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
-        Earlier ranks return 0. They send their output to the next rank if the block changes it.
+        Earlier ranks return 0, and send the output to the next rank if it differs from ``states``.
         ``states`` are the result of ``_run_layers`` for ``tokens`` [b, s] with all layers. ``mask``
         [b, s - 1] is true for predictions in the loss.
         """
-        # Index of the first layer of this rank that is left out; the layers before are not rerun.
-        missing_layers = (i for i, number in enumerate(self._numbers) if number in block)
-        start = next(missing_layers, len(self._layers))
-        hidden = states[start]
         input_changes = any(number < self._numbers[0] for number in block)
         if input_changes:  # an earlier rank sends the input without the block
             start, hidden = 0, _receive(states[0])
+        else:  # the layers of this rank before the first one that is left out are not rerun
+            indices_in_block = (i for i, number in enumerate(self._numbers) if number in block)
+            start = next(indices_in_block, len(self._layers))
+            hidden = states[start]
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
         for layer in self._layers[start:]:
             if layer.layer_number not in block:
@@ -266,8 +266,8 @@ def _influence_and_widths(
         num_layers_divisor=1,
     )
     nas.convert(core, mode=[("mcore_minitron", divisors)])
-    restore_fused_attention(core)
-    registry = _Estimators(core)
+    restore_fused_attention(core)  # ``nas.convert`` has replaced it
+    registry = _Estimators(core)  # its hooks collect ModelOpt's sums
     layers = list(core.decoder.layers)
     sums = torch.zeros(len(layers), dtype=torch.float64)  # block influence, summed over sequences
     for done, batch in _batches(text, batch_size):
@@ -298,7 +298,7 @@ def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Ten
 
     Keys are those of ``Importance.widths``. ``hidden_size`` is a sum over only this rank's norms.
     """
-    # ``_activations`` are ModelOpt's sums; in ``core`` one tensor [hidden] for each norm.
+    # ModelOpt's sums are in ``_activations``. Those of ``core`` are a tensor [hidden] per norm.
     norm_scores = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norm_scores).sum(dim=0)}
     for layer in layers:

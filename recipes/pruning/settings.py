@@ -26,7 +26,7 @@ class PruneConfig(StageConfig):
     """Settings of ``prune``. An axis without a target is not pruned.
 
     A target is an absolute size, or a fraction of the teacher's size. ``0.75`` keeps three
-    quarters, rounded to a multiple of the axis's divisor (see ``divisors``).
+    quarters. Numbers of channels are rounded to multiples of ``*_divisor``.
     """
 
     target_num_layers: Size | None = None
@@ -34,8 +34,8 @@ class PruneConfig(StageConfig):
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
     least. ``block``: the adjacent layers whose removal together raises the loss least.
-    ``block_influence`` (arXiv:2403.03853): the layers that change their input least; this score
-    costs nothing extra, as the passes that score channels and heads give it. For SmolLM2 with 30
+    ``block_influence`` (arXiv:2403.03853): the layers that change their input least. The forward
+    passes that score channels and heads also give this score, at no extra cost. For SmolLM2 with 30
     layers, ``block`` gave the best distilled student of 24 layers, and ``loss`` the best of 20
     (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
@@ -54,9 +54,9 @@ class PruneConfig(StageConfig):
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
     hidden_size_divisor: Count | None = None
-    """The hidden size must be a multiple of this. Default: 64, for fast kernels; for Llama models
-    the least common multiple of 64 and the number of heads, because transformers 5 refuses other
-    sizes. If eight times that exceeds the teacher's hidden size, it is 64."""
+    """The hidden size must be a multiple of this. Default: 64, for fast kernels. For Llama models:
+    the least common multiple (LCM) of 64 and the number of heads, because transformers 5 refuses
+    other sizes; but 64 if eight times the LCM exceeds the teacher's hidden size."""
     ffn_hidden_size_divisor: Count = 64
     """The size of a feed-forward network, or of an expert, must be a multiple of this."""
 
@@ -107,8 +107,8 @@ class AddLayersConfig(InferenceConfig):
     num_layers: Count | None = None
     """Number of layers of the model that is written. Default: halfway from student to teacher."""
     num_sequences: Count = 40
-    """Held-out sequences on which models are measured, one for each number of layers from the
-    student's to one less than the teacher's."""
+    """Held-out sequences on which each model is measured. There is a model for each number of
+    layers from the student's to one less than the teacher's."""
 
     def size(self, student: Architecture, teacher: Architecture) -> int:
         """Returns ``num_layers`` or its default."""
@@ -129,7 +129,7 @@ class ScoreConfig(InferenceConfig):
     """
 
     micro_batch_size: Count = 4
-    """Sequences of a forward pass. It changes the scores of an MoE's experts."""
+    """Sequences of a forward pass. Their number changes the scores of an MoE's experts."""
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""
     num_calibration_samples: Count = 64
@@ -159,16 +159,16 @@ def layer_score_problems(
     """Yields a problem if the run's ``score`` stage does not measure scores that a stage needs.
 
     The stage ``config`` drops layers by the method ``layer_importance``, one of ``LAYER_METHODS``.
-    ``drop_counts`` are the numbers of layers that it may drop, without 0.
+    ``drop_counts`` are the numbers of layers that the stage may drop, without 0.
     """
     score_name = config.inputs.get("importance", "")
     score = chain.stages.get(score_name)
     if not isinstance(score, ScoreConfig) or not drop_counts:
         return  # the scores are of another run, or are not needed
-    sizes = score.block_sizes or []
+    measured_sizes = score.block_sizes or []
     if layer_importance == "block":
-        all_sizes = ",".join(map(str, sorted({*sizes, *drop_counts})))
-        is_measured, setting = set(drop_counts) <= set(sizes), f"block_sizes=[{all_sizes}]"
+        all_sizes = ",".join(map(str, sorted({*measured_sizes, *drop_counts})))
+        is_measured, setting = set(drop_counts) <= set(measured_sizes), f"block_sizes=[{all_sizes}]"
     elif layer_importance == "loss":
         is_measured, setting = score.num_loss_samples > 0, "num_loss_samples=8"
     else:  # block influence is always measured

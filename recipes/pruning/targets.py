@@ -16,8 +16,7 @@ DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """Prunable axes of MoE feed-forward layers."""
 MAX_FRACTION = 1 / 3
-"""Largest fraction of the parameters to prune before a distillation. For the source, see
-``rules.LARGE_REDUCTION``."""
+"""Largest fraction of the parameters to remove before one distillation (ModelOpt's advice)."""
 ONLY_GROUPS = "set target_num_query_groups instead: each group then keeps its heads"
 """Fix of a wrong number of heads if each query group of the teacher has only one head."""
 
@@ -48,7 +47,7 @@ def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
     ``configured`` is the setting ``hidden_size_divisor``. If it is ``None``, the number is 64, for
     fast kernels and for quantization in groups of 64. For Llama it is the least common multiple of
     64 and the number of heads, because transformers 5 refuses other hidden sizes. Small Llama
-    models keep 64, because they would have fewer than eight possible sizes.
+    models keep 64, because multiples of the larger number give fewer than eight possible sizes.
     """
     if configured is not None:
         return configured
@@ -59,7 +58,7 @@ def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
 
 
 def _needs_whole_heads(shape: Architecture) -> bool:
-    """Returns whether transformers 5 needs a hidden size that is a multiple of the heads."""
+    """Returns whether transformers 5 requires ``hidden_size`` to be a multiple of the heads."""
     return shape.hf_architecture == "LlamaForCausalLM"
 
 
@@ -89,9 +88,10 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
         heads = {shape.num_attention_heads for shape in shapes}
         fix = "search with "
         if len(heads) > 1:
-            # No divisor suits all numbers of heads: the teacher's hidden size is always searched.
+            # The teacher's hidden size is always searched. Not all numbers of heads divide it.
             fix += "stages.enumerate_shapes.space.prune_heads=false "
-        # With 8 instead of the default 64, a small model has more possible sizes.
+        # With this fix, all shapes have the teacher's heads: ``max(heads)``. With 8 instead of the
+        # default 64, a small model has more possible sizes.
         divisor = math.lcm(8, max(heads))
         yield Problem(
             rules.TRANSFORMERS_5,
@@ -105,7 +105,7 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
 def absolute_sizes(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Returns the target size of each axis.
+    """Returns the target size by axis. ``targets`` and ``divisors`` also have axes as keys.
 
     In ``targets``, an integer is a size, and a float is a fraction of the teacher's size. The
     product of a fraction and the teacher's size is rounded to a multiple of the axis's divisor (by
@@ -114,9 +114,10 @@ def absolute_sizes(
     sizes: dict[str, int] = {}
     # ``num_attention_heads`` is sorted last, because it depends on ``num_query_groups``.
     for axis, target in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
-        divisor = divisors.get(axis, 1)
         if axis == "num_attention_heads":
             divisor = sizes.get("num_query_groups") or teacher.num_query_groups
+        else:
+            divisor = divisors.get(axis, 1)
         if isinstance(target, float):
             sizes[axis] = round(target * getattr(teacher, axis) / divisor) * divisor
         else:
@@ -168,9 +169,10 @@ def target_problems(
         elif target is not None:
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
     yield from _head_problems(teacher, targets)
-    if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
+    experts = targets.num_moe_experts
+    if experts is not None and 0 < experts < teacher.moe_router_topk:
         yield _problem(
-            f"target_num_moe_experts={targets.num_moe_experts} is less than the "
+            f"target_num_moe_experts={experts} is less than the "
             f"{teacher.moe_router_topk} experts that each token is routed to",
             f"use at least {teacher.moe_router_topk}",
         )
@@ -185,15 +187,15 @@ def fraction_problems(
     Ignores axes that the teacher does not have. ``target_problems`` reports them.
     """
     sizes = absolute_sizes(teacher, targets, divisors)
-    for axis, fraction in targets.items():
+    for axis, target in targets.items():
         full, size = getattr(teacher, axis), sizes[axis]
-        if isinstance(fraction, float) and full and not 0 < size < full:
+        if isinstance(target, float) and full and not 0 < size < full:
             smaller_divisor = f"a smaller {_divisor_setting(axis)}, or " if axis in divisors else ""
             fix = f"use another fraction, a number below {full}, or {smaller_divisor}null"
             if axis == "num_attention_heads" and full == teacher.num_query_groups:
                 fix = ONLY_GROUPS
             yield _problem(
-                f"target_{axis}={fraction:g} of the teacher's {full} rounds to {size}, which must "
+                f"target_{axis}={target:g} of the teacher's {full} rounds to {size}, which must "
                 f"be greater than 0 and less than {full}",
                 fix,
             )
@@ -219,7 +221,7 @@ def _axis_problems(axis: str, target: int, full: int, divisor: int) -> Iterator[
 
 
 def _divisor_setting(axis: str) -> str:
-    """Returns the setting with an axis's divisor. Experts have that of dense layers."""
+    """Returns the name of an axis's divisor. Experts use ``ffn_hidden_size_divisor``, too."""
     return f"{axis.removeprefix('moe_')}_divisor"
 
 
@@ -243,15 +245,16 @@ def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Pro
 
 
 def _drop_layer_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
-    drop, layers = targets.drop_layers, teacher.num_layers
-    if drop and targets.num_layers is not None:
+    drop_layers, num_layers = targets.drop_layers, teacher.num_layers
+    if drop_layers and targets.num_layers is not None:
         yield _problem("drop_layers and target_num_layers are both set", "set one of them")
-    if invalid := [layer for layer in drop if not 1 <= layer <= layers]:
+    if invalid := [layer for layer in drop_layers if not 1 <= layer <= num_layers]:
         yield _problem(
             f"drop_layers has {invalid}, which the teacher does not have",
-            f"use layers of the teacher, which are numbered 1 to {layers}",
+            f"use layers of the teacher, which are numbered 1 to {num_layers}",
         )
-    if len(set(drop)) != len(drop):
-        yield _problem(f"drop_layers={list(drop)} names a layer twice", "name each layer once")
-    if len(set(drop)) >= layers:
+    if len(set(drop_layers)) != len(drop_layers):
+        what = f"drop_layers={list(drop_layers)} names a layer twice"
+        yield _problem(what, "name each layer once")
+    if len(set(drop_layers)) >= num_layers:
         yield _problem("drop_layers leaves no layer", "keep at least one layer")

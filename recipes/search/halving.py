@@ -43,7 +43,7 @@ class HalvingRun:
     ) -> None:
         """Trains every candidate for one round, each on one rank. Skips completed trainings.
 
-        Returns after all ranks have trained their candidates.
+        ``training`` has the settings of the round. Returns after all ranks have trained.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
@@ -60,6 +60,7 @@ class HalvingRun:
             }
             run_child(training, self._round_dir(candidate, round_number), inputs)
         for candidate in candidates:
+            # A complete training has a manifest.
             _wait_until(partial(read_manifest, self._round_dir(candidate, round_number)))
 
     def _round_dir(self, candidate: Candidate, round_number: int) -> Path:
@@ -89,8 +90,8 @@ class HalvingRun:
             require_time_left(f"measuring round {round_number}")
             return nemo.find_checkpoint(artifact)
 
-        results = self._directory / f"round-{round_number}.json"
-        if rank() == 0 and not results.exists():  # a killed search may have measured this round
+        results_file = self._directory / f"round-{round_number}.json"
+        if rank() == 0 and not results_file.exists():  # a killed search may have left it
             length, batch_size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = find_checkpoint_in_time(self._inputs["checkpoint"].artifact)
@@ -100,10 +101,11 @@ class HalvingRun:
             )
             precision = self._cfg.precision
             qualities = measure_checkpoints(teacher, students, text, precision, batch_size)
-            write_text_atomically(results, json.dumps([asdict(quality) for quality in qualities]))
+            qualities_text = json.dumps([asdict(quality) for quality in qualities])
+            write_text_atomically(results_file, qualities_text)
             release_cached_memory()  # the next round's training is another process on this GPU
-        _wait_until(results.exists)
-        qualities_json = json.loads(results.read_text(encoding="utf-8"))
+        _wait_until(results_file.exists)
+        qualities_json = json.loads(results_file.read_text(encoding="utf-8"))
         return [TokenQuality(**quality) for quality in qualities_json]
 
 

@@ -33,7 +33,8 @@ def build_random_engine(
 
     from nemo_convert.hf import copy_side_files
 
-    folder, engine = (scratch / name_of(shape) / name for name in ("hf", "engine"))
+    shape_folder = scratch / name_of(shape)
+    folder, engine = shape_folder / "hf", shape_folder / "engine"
     copy_side_files(side_files, folder)
     write_json(folder / "config.json", config, indent=2)
     model = AutoModelForCausalLM.from_config(
@@ -64,7 +65,7 @@ def fit_latency(
     """Fits a latency model by least squares of relative errors, with coefficients of at least 0.
 
     Args:
-        shapes: Timed shapes of at least two sizes.
+        shapes: Timed shapes, which must have at least two different sizes.
         step_times: Milliseconds of a decoding step of each shape.
         service: Precision, batch size and context length of the timed steps.
 

@@ -65,7 +65,7 @@ def measure_shapes(
         states = compute_states(model, text, cfg.micro_batch_size)
         quality = token_quality(teacher_states, states, text)
         candidates[candidates.index(candidate)] = _candidate(cfg, shape, quality, healed=True)
-        del model, states  # before the next shape is healed
+        del model, states  # frees memory before the next shape is healed
     return candidates
 
 
@@ -79,7 +79,7 @@ def _measure_pruned(
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and every pruned shape as a candidate."""
     teacher_shape = nemo.architecture_of(teacher)
-    # Before the first measurement, because missing scores are an error.
+    # Selected before the first measurement, because missing scores are an error.
     kept_layers = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
     model = load_transformers(teacher, dtype_of(cfg.precision))
     sorted_model = SortedModel(model, teacher_shape, importance.widths)
@@ -103,7 +103,7 @@ def _heal(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> PreTrainedModel:
-    """Prunes the teacher to a shape and heals the result, as stages ``prune`` and ``heal`` do."""
+    """Prunes the teacher to a shape and heals the pruned model by least squares."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = select_indices(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = prune_weights(teacher, kept, shape.kv_channels)
@@ -132,7 +132,8 @@ def _candidate(
         parameters=shape.parameters(),
         shape=shape,
         proxy=proxy,
-        **vars(quality),
+        perplexity=quality.perplexity,
+        kl_to_teacher=quality.kl_to_teacher,
         healed=healed,
     )
 
@@ -141,8 +142,8 @@ class SortedModel:
     """A transformers model that can take any smaller shape.
 
     The rows and columns of each weight are sorted by importance. So a pruned weight is a slice, the
-    first rows and columns, which needs no copy. The weights and layers of ``model``, the teacher,
-    are replaced in place. ``scores`` are its ``Importance.widths``.
+    first rows and columns, which needs no copy. ``model`` is the teacher; its weights and layers
+    are replaced in place. ``scores`` are the teacher's ``Importance.widths``.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class SortedModel:
     ) -> None:
         self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
-        # Each weight's name, its parameter, which gets slices, and the whole sorted weight.
+        # For each weight: the name, the parameter, which gets slices, and the whole sorted weight.
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():

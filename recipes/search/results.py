@@ -31,8 +31,8 @@ class Candidate:
     chosen: bool = False
     """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
-    """Whether no other candidate is better in size and ``proxy`` (``pareto_front``). If some
-    candidates were healed, only those can be on the front."""
+    """Whether the candidate is on the Pareto front: no other is better in size and ``proxy``. If
+    some candidates were healed, only healed candidates can be on the front."""
 
 
 @dataclass(frozen=True)

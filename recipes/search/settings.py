@@ -38,15 +38,15 @@ class EnumerateShapesConfig(StageConfig):
     """How the student is served."""
 
     def shapes(self, teacher: Architecture) -> list[Architecture]:
-        """Returns the shapes that fit the budget and cannot grow, the largest first."""
+        """Returns the shapes that fit the budget and cannot grow on any axis, the largest first."""
         return enumerate_shapes(teacher, self.space, self.budget.limits(), self.service)
 
     def with_measured_latency(self, inputs: Inputs) -> EnumerateShapesConfig:
         """Returns these settings with the latency model of the input ``latency``, if it exists."""
         if "latency" not in inputs:
             return self
-        fit = inputs["latency"].manifest.result(LatencyResult).measured
-        return replace(self, service=replace(self.service, measured=fit))
+        latency_model = inputs["latency"].manifest.result(LatencyResult).measured
+        return replace(self, service=replace(self.service, measured=latency_model))
 
 
 @dataclass
@@ -85,12 +85,12 @@ class RankCandidatesConfig(InferenceConfig):
     among the trained ones: ``kl_to_teacher`` or ``perplexity``; lower is better."""
     num_healed: CountOrZero = 8
     """Number of shapes, the best by ``proxy``, that are also healed: their weights are adjusted by
-    least squares. They rank before all other shapes, by ``proxy`` after healing. It predicts the
-    order after training better than ``proxy`` of pruned shapes (docs/results.md)."""
+    least squares. They rank before all other shapes, by ``proxy`` after healing, which predicts
+    the order after training better than ``proxy`` before healing (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Calibration sequences for healing."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """As in ``prune``."""
+    """How layers to drop are chosen; ``prune`` explains the values and must have the same one."""
     num_samples: Count = 8
     """Validation sequences of ``seq_length`` tokens."""
 
@@ -109,7 +109,7 @@ class SuccessiveHalvingConfig(StageConfig):
     num_samples: Count = 16
     """Validation sequences on which candidates are measured after a round."""
     precision: Precision = "32"
-    """Precision of these measurements, as in ``evaluate``."""
+    """Precision of these measurements."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; the number of steps follows from ``max_tokens``."""
     hardware: str = field(default="cpu", metadata={"resource": True})
@@ -128,7 +128,7 @@ class SuccessiveHalvingConfig(StageConfig):
         return self.num_candidates + len(set(self.also))
 
     def steps(self, candidates: int, num_rounds: int) -> int:
-        """Returns a candidate's training steps in a round of ``candidates``."""
+        """Returns the training steps of one candidate in a round with ``candidates`` candidates."""
         # All rounds have the same number of tokens, and so do the candidates of a round.
         tokens = self.max_tokens / num_rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

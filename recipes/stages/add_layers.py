@@ -27,7 +27,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks the size, and that the student was pruned only in depth, from the teacher."""
+    """Checks the size, and that the student was pruned from the teacher, and only in depth."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     teacher_source = cfg.inputs.get("teacher")
     origin = pruned_model(cfg.inputs.get("student", ""), chain)
@@ -65,13 +65,11 @@ def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
 def pruned_model(student: str, chain: Chain) -> str | None:
     """Follows a student's inputs back to the model from which it was pruned.
 
-    Args:
-        student: The stage that provides the student, or its directory in another run.
-        chain: Stages of the run.
+    ``student`` is the stage that provides the student, or its directory in another run.
 
     Returns:
-        A stage or a directory; empty if the student was not pruned, ``None`` if it comes from
-        another run.
+        The model's stage or directory; an empty string if the student was not pruned; ``None`` if
+        the student comes from another run.
     """
     source = student
     while (config := chain.stages.get(source)) is not None:
@@ -95,15 +93,15 @@ def result_shape(cfg: AddLayersConfig, chain: Chain) -> Architecture:
 def inference_cost(cfg: AddLayersConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of measuring models of all sizes.
 
-    The student and the teacher's layers that it does not have take as much memory as the teacher.
+    The student, with all added layers, takes as much memory as the teacher.
     """
     teacher, student = models(cfg, chain)
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
     # ``healed=True`` also counts the teacher's head, which stays in memory beside one model.
     cost = ranking_cost(teacher, bf16, text, chain.hardware, healed=True)
-    compute = cost.compute  # of the teacher
-    for num_layers in range(student.num_layers, teacher.num_layers):  # of each measured model
+    compute = cost.compute  # the teacher's; the loop adds that of each measured model
+    for num_layers in range(student.num_layers, teacher.num_layers):
         compute += text.compute(replace(teacher, num_layers=num_layers), bf16)
     return replace(cost, compute=compute)
 
@@ -161,9 +159,9 @@ def _require_origin(inputs: Inputs) -> None:
 
     student, teacher = inputs["student"].manifest, inputs["teacher"].manifest
     # A teacher may be a pruned model, too. Pruning upstream of the teacher is not checked.
-    of_teacher = {m.fingerprint for m in upstream({"teacher": inputs["teacher"]}).values()}
+    before_teacher = {m.fingerprint for m in upstream({"teacher": inputs["teacher"]}).values()}
     for manifest in (student, *upstream({"student": inputs["student"]}).values()):
-        is_checked = manifest.stage == "prune" and manifest.fingerprint not in of_teacher
+        is_checked = manifest.stage == "prune" and manifest.fingerprint not in before_teacher
         if is_checked and manifest.inputs["checkpoint"] != teacher.fingerprint:
             raise RecipeError(
                 f"{inputs['student'].directory} was not pruned from {inputs['teacher'].directory}.",

@@ -34,7 +34,7 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     BUILDERS[cfg.backend](cfg, folder, out)
     build_seconds = time.monotonic() - start
     log.progress("engine", 2, 3)
-    comparison: dict[str, Any] = {}
+    comparison: dict[str, Any] = {}  # the other fields of ``EngineResult``
     if cfg.backend == "openvino":
         from recipes.engines.checks import compare_engine
 

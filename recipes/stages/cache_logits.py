@@ -33,7 +33,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
-    # The user sets the weights in ``distill``, which trains on the cached sequences.
+    # The user sets the weights in ``distill``, so the problems name that stage.
     yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if not planned_sequences(cfg, chain):
@@ -55,7 +55,7 @@ def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the teacher's forward passes, for plans; one step if their number is unknown."""
+    """Returns the teacher's forward passes, for plans; one step if the text's size is unknown."""
     layout = Layout(
         nodes=cfg.resources.nodes,
         devices=cfg.resources.devices,
@@ -84,7 +84,8 @@ def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
 def progress(work: Path) -> str | None:
     """Returns the number of complete shards, such as "3 shards"; ``None`` if there are none."""
     count = len(list((work / SHARDS).glob("*.safetensors")))
-    return f"{count} shard{'s' * (count > 1)}" if count else None
+    plural = "s" if count > 1 else ""
+    return f"{count} shard{plural}" if count else None
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -47,7 +47,7 @@ Kinds = tuple[Kind, ...]
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
     """Returns the architectures that a stage's input may have, the largest first.
 
-    Returns no architecture if a search that lists them must run first.
+    Returns an empty sequence if the search that lists them has not run yet.
     """
     for name in ("candidates", "shapes"):  # inputs from a search, which may have many shapes
         if name in config.inputs:
@@ -88,8 +88,7 @@ def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
 def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
     """Yields changes that save memory in a search's training runs.
 
-    Args:
-        devices: Devices per training run before the change.
+    ``devices`` is the number of devices per training run before the change.
     """
     small_batch: dict[str, Any] = {"distill.micro_batch_size": 1}
     for base in (small_batch, {**small_batch, "distill.recompute_granularity": "full"}):
@@ -103,11 +102,9 @@ def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
 
 
 def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Returns a copy of settings with changes.
+    """Returns a copy of a stage's settings, or of nested settings, with changes.
 
-    Args:
-        config: Settings of a stage, or nested settings.
-        changes: New values by name. A dot separates nested names: ``resources.devices``.
+    ``changes`` are new values by name. A dot separates nested names: ``resources.devices``.
     """
     for key, value in changes.items():
         name, _, nested_key = key.partition(".")
@@ -175,8 +172,8 @@ class Stage(Generic[ConfigT]):
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
     """Architectures that the result may have, the largest first; by default those of the input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """Returns the training, or the teacher's forward passes over a text, for plans. ``None`` for
-    stages that do neither."""
+    """Returns the work of a stage that trains, or that runs the teacher over a text. Plans compute
+    the stage's time from it. ``None`` for other stages."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
     """Returns the cost of a stage that runs models and has no ``workload``, for plans. The cost of
     a search includes the training of candidates. ``None`` for other stages."""
@@ -186,7 +183,7 @@ class Stage(Generic[ConfigT]):
     """Returns the settings, completed with values that follow from other stages or the machine."""
     progress: Callable[[Path], str | None] = lambda work: None
     """Returns the progress of the unfinished work in the folder ``work``, such as "step 50";
-    ``None`` without such work."""
+    ``None`` if there is no unfinished work."""
     check_machine: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` if this machine lacks what the stage needs."""
 
@@ -212,11 +209,7 @@ class Stage(Generic[ConfigT]):
         """Yields a problem if the stage needs more memory than a rank has, by ``inference_cost``.
 
         The problem's fix is the first of ``smaller_settings`` that is valid and fits into memory.
-
-        Args:
-            name: The stage's name.
-            config: The stage's settings.
-            chain: Stages of the run.
+        ``name`` is the stage's name.
         """
         if self.inference_cost is None:
             return

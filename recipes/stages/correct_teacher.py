@@ -30,7 +30,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Trains the teacher and saves it as a checkpoint of the same format as the input."""
+    """Trains the teacher and saves it as a NeMo checkpoint."""
     from nemo_convert import nemo
     from recipes.distillation.objective import Objective
     from recipes.distillation.trainer import train

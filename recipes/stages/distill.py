@@ -63,7 +63,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         yield from _sequence_problems(with_weights(cfg, chain, cfg.inputs.get("data", "")), cache)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
-    steps = cfg.student_steps  # steps after which the student is saved, before the end
+    steps = cfg.student_steps  # the student is also saved after these steps
     is_ascending = steps == sorted(set(steps))
     if not is_ascending or any(step >= cfg.max_steps for step in steps):
         yield Problem(
@@ -76,12 +76,10 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
-    """Checks that a validation before the end can measure the student's KL to the teacher.
+    """Checks that a validation before the end measures the KL, which ``stop_at_recovered`` needs.
 
-    Args:
-        cfg: Settings with ``stop_at_recovered``.
-        live_teacher: Shape of a teacher that runs in training; ``None`` if its logits are cached or
-            the loss does not use them.
+    ``live_teacher`` is the shape of a teacher that runs in training; ``None`` if its logits are
+    cached or the loss does not use them.
     """
     if live_teacher is None or not cfg.kd_weight:
         yield Problem(
@@ -111,22 +109,23 @@ def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem
     With pipeline parallelism, only layers on the last pipeline stage can be compared. A problem or
     note about this says how long a training without pipeline parallelism takes.
     """
-    stages = cfg.pipeline_model_parallel_size
+    pipeline_size = cfg.pipeline_model_parallel_size
     student, teacher = (chain.shape_of(cfg.inputs.get(role)) for role in ("student", "teacher"))
     layers = student.num_layers
     # ``layout_problems`` reports more pipeline stages than layers, and ranks that cannot be split.
-    is_pipelined = 1 < stages <= layers and layout_of(cfg).data > 0
-    if not cfg.hidden_weight or not is_pipelined:
+    has_valid_pipeline = 1 < pipeline_size <= layers and layout_of(cfg).data > 0
+    if not cfg.hidden_weight or not has_valid_pipeline:
         yield from pair_problems(cfg, student, teacher)
         return
     cost = _cost_without_pipeline(cfg, chain)
     yield from pair_problems(cfg, student, teacher, cost)
     if not cfg.hidden_pipeline_stages:  # the user has not chosen which layers are compared
-        first = last_stage_layers(layers, stages).start
+        first = last_stage_layers(layers, pipeline_size).start
         yield Problem(
             rules.HIDDEN_RANGE,
             f"the loss on hidden states compares only the student's layers {first} to {layers}, "
-            f"which are on the last of {stages} pipeline stages, where ModelOpt computes losses",
+            f"which are on the last of {pipeline_size} pipeline stages, where ModelOpt computes "
+            "losses",
             f"for all layers set pipeline_model_parallel_size=1: {cost}",
         )
 
@@ -135,7 +134,7 @@ def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
     """Says how many hours the training takes on the same ranks without pipeline parallelism."""
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
-    # With a loss on hidden states, ``workloads_on_all_layouts`` does not change the pipeline size.
+    # ``workloads_on_all_layouts`` keeps the pipeline size if the loss uses hidden states: set to 1.
     unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours
@@ -184,16 +183,14 @@ def _unused_teacher_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Probl
 def _sequence_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
     """Checks that a distillation reads the sequences whose logits a cache has.
 
-    Args:
-        cfg: Settings of the distillation, with the weights of its text.
-        cache: Settings of the cache. In another run, its input ``data`` is unknown.
+    ``cfg`` must have the sources' weights. For a cache of another run, ``inputs.data`` is unknown.
     """
-    settings: dict[str, tuple[object, object]] = {
+    settings: dict[str, tuple[object, object]] = {  # values of ``cfg`` and ``cache`` by name
         "inputs.data": (cfg.inputs.get("data"), cache.inputs.get("data"))
     }
-    if cache.num_sequences is not None:  # these settings decide which sequences are cached
+    if cache.num_sequences is not None:  # seed and weights decide which sequences are cached
         settings["seed"] = (cfg.seed, cache.seed)
-        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)
+        settings["weights"] = (cfg.weights, cache.weights or cfg.weights)  # empty: not set yet
     for name, (value, cached) in settings.items():
         if cached is not None and value != cached:
             yield Problem(
@@ -249,7 +246,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
         training,
         loss_buffers=TOP_K_LOSS_BUFFERS if cfg.top_k else LOSS_BUFFERS[cfg.logits_loss],
         # An early stop needs one more validation, before the first step.
-        validations=training.validations + may_stop_early,
+        validations=training.validations + (1 if may_stop_early else 0),
         teacher_in_validation=may_stop_early,
         hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, teacher.num_layers),
         teacher_is_cached=cache is not None,
@@ -265,7 +262,7 @@ def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
 
 
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Trains the student and saves it as a checkpoint of the same format as the input."""
+    """Trains the student and saves it as a NeMo checkpoint."""
     from nemo_convert import nemo
     from recipes.distillation.objective import Objective
     from recipes.distillation.trainer import train
@@ -295,10 +292,10 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
-    """Reads the result of a training run from its metrics file, without layers and sources."""
+    """Reads the training's result from its metrics file, which has neither layers nor sources."""
     training = training_result(cfg, file)
     return DistillationResult(
-        **vars(training),
+        **vars(training),  # ``DistillationResult`` extends ``TrainingResult``
         teacher_loss=steps_of(file, cfg.stage)[0].get("teacher_loss"),
         stopped=stop_reason(cfg, file, training.steps),
     )

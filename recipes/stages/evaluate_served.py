@@ -60,12 +60,13 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _model_problems(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that the engine or GGUF file was built from the student it is compared with."""
+    """Checks that the engine or GGUF file was built from the student, the input ``checkpoint``."""
     source = cfg.inputs.get("artifact", "")
-    # Follows the stages back from the artifact to the folder that it was built from.
+    # Follows the stages back from the artifact to the folder from which it was built.
     while (stage := chain.stages.get(source)) is not None and stage.stage in BUILDERS:
         source = stage.inputs["checkpoint"]
-    if stage is not None and source != cfg.inputs.get("checkpoint"):
+    is_in_this_run = stage is not None
+    if is_in_this_run and source != cfg.inputs.get("checkpoint"):
         yield Problem(
             rules.SERVED,
             f"{cfg.name} compares {cfg.inputs['artifact']}, which is built from {source}, with "

@@ -36,14 +36,14 @@ class ExportGgufConfig(StageConfig):
 
 
 def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if GGUF export does not support the model's family, tokenizer or numbers."""
+    """Yields a problem if the export does not support the model's family, config or tokenizer."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
         what = f"{cfg.name} does not support {family}, only {', '.join(ARCHITECTURES)}"
         yield Problem(rules.FORMAT, what, "set gguf=null")
     try:
         folder = local_folder(chain.hf_path)
-        # A hub model may not be downloaded yet. A tokenizer of another format has other files.
+        # Files are missing if a hub model is not downloaded, or the tokenizer has another format.
         if folder and (folder / "config.json").is_file():
             require_storable(as_transformers_4(read_json(folder / "config.json"), chain.hf_path))
         if folder and (folder / TOKENIZER).is_file():

@@ -36,6 +36,7 @@ def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
     checkpoint = cfg.inputs.get("checkpoint")
     for role in ("evaluation", "tasks"):
         measurement = chain.stages.get(cfg.inputs.get(role, ""))
+        # A measurement of another run is not checked.
         measured = measurement.inputs.get("distilled") if measurement else checkpoint
         if measured != checkpoint:
             yield Problem(
@@ -47,7 +48,7 @@ def check(cfg: ExportConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the conversion and its verification."""
+    """Estimates the cost of the conversion and of the comparison of logits."""
     return conversion_cost(chain.shape_of(cfg.inputs.get("checkpoint")), chain.hardware)
 
 
@@ -78,8 +79,7 @@ STAGE = Stage(
     check=check,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # For the model card. It cannot have the speed, because ``measure_speed`` reads this stage's
-    # output.
+    # For the model card, which has no speed, because ``measure_speed`` reads this stage's output.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),

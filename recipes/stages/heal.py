@@ -35,7 +35,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if chain.teacher.num_moe_experts:
         yield Problem(rules.HEALING, f"{cfg.name} does not support MoE models", "set heal=null")
     stage = chain.stages.get(cfg.inputs.get("checkpoint", ""))
-    if stage is None:  # the checkpoint comes from another run; ``run`` checks it
+    if stage is None:  # ``run`` checks a checkpoint of another run
         return
     source, teacher = stage.inputs.get("checkpoint"), cfg.inputs.get("teacher")
     if not isinstance(stage, PruneConfig):
@@ -63,14 +63,14 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` has the forward passes of the pruned student. Those of the healed are the same.
+    # ``comparison`` includes the pruned student. The healed student needs the same forward passes.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
     # All FLOPs count as float32, because healing runs in float32 and takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Reconstructs and saves the model. Measures its KL to the teacher before and after."""
+    """Reconstructs and saves the model. Measures the KL to the teacher before and afterwards."""
     from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
     from recipes.data.token_sequences import read_sequences
@@ -114,7 +114,7 @@ def _require_pruned_from_teacher(inputs: Inputs) -> None:
     from recipes.pruning.kept import KEPT_FILE
 
     pruned, teacher = inputs["checkpoint"], inputs["teacher"]
-    # In the same run, the user may have accepted a stale result of ``prune`` for an older teacher.
+    # In the same run, the user may have accepted (``accept``) a model pruned from an older teacher.
     is_same_run = pruned.directory.parent == teacher.directory.parent
     is_of_teacher = pruned.manifest.inputs.get("checkpoint") == teacher.manifest.fingerprint
     is_pruned = (pruned.artifact / KEPT_FILE).exists()
@@ -138,6 +138,6 @@ STAGE = Stage(
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
-    # If the weights are float32.
+    # 4 bytes per parameter, if the weights are float32.
     disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
 )

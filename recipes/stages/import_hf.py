@@ -38,9 +38,8 @@ class ImportConfig(StageConfig):
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the model's licence and files, if they can be read on this machine."""
-    is_readable = (
-        is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
-    )
+    source = cfg.hf_path
+    is_readable = is_config_available(source) if is_hub_id(source) else Path(source).is_dir()
     if not is_readable:
         return
     for finding in check_model(cfg.hf_path):
@@ -60,7 +59,7 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     from nemo_convert import convert, hf, nemo, parity
 
     log = metrics_log(out)
-    # The three steps: convert, compare, pack.
+    # The three steps: convert, compare (``require`` refuses different logits), pack.
     log.progress("import", 0, 3)
     folder = hf.resolve(cfg.hf_path)
     checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"
@@ -85,6 +84,6 @@ STAGE = Stage(
     single_rank_reason="a conversion is not split over ranks",
     external=lambda cfg: {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {},
     external_files=(*SIDE_FILES, ADAPTER, "**/*.safetensors", INDEX_FILE),
-    # Weights have at most 4 bytes. With ``pack``, the ``.nemo`` file has a second copy.
+    # A weight has at most 4 bytes. With ``pack``, the ``.nemo`` file has a second copy of them.
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

@@ -63,8 +63,8 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
             "builds engines with random weights",
             f"set {setting}.precision=bf16, or use latency_model=roofline",
         )
-    # Engines are timed with the settings of ``build_engine``. Without this stage, OpenVINO is only
-    # a default, which does not fit a search for a GPU.
+    # Engines are timed with the settings of ``build_engine``. Without ``build_engine``, OpenVINO is
+    # only a default, which does not fit a search for a GPU.
     has_engine = any(isinstance(stage, BuildEngineConfig) for stage in chain.stages.values())
     if chain.hardware.on_gpu and cfg.engine.backend == "openvino" and not has_engine:
         yield Problem(
@@ -106,7 +106,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side_files))
     corners, middle = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
-    shapes = corners if middle in corners else [*corners, middle]  # it may be a corner, too
+    shapes = corners if middle in corners else [*corners, middle]  # the corners come first
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
     models = []
@@ -115,8 +115,8 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
         shape_config = with_shape(config, shape)
         models.append(build_random_engine(cfg, side_files, shape_config, shape, scratch))
     threads = cfg.threads or cpu_threads()
-    start = partial(start_worker, scratch / "trtllm_bench", threads)
-    rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
+    start_process = partial(start_worker, scratch / "trtllm_bench", threads)
+    rows = measure(models, [cfg.request()], cfg.repetitions, start_process, log)
     step_times = [step_ms(row) for row in rows]  # a row for each shape, in the order of ``shapes``
     latency_model = fit_latency(corners, step_times[: len(corners)], cfg.service)
     service = replace(cfg.service, measured=latency_model)

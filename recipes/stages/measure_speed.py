@@ -84,8 +84,8 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
 
     On GPUs, the memory is that of the larger engine; on a CPU, that of all engines and baselines.
     """
-    shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
-    requests = (1 + cfg.repetitions) * shapes  # the shapes once more for the warm-up
+    batches = [(size, prompt) for prompt in cfg.prompt_tokens for size in cfg.batch_sizes]
+    requests = (1 + cfg.repetitions) * batches  # repeats the list; the first copy is the warm-up
     costs, baseline_bytes = [], 0
     for role, name in zip(ENGINE_ROLES, ENGINES, strict=True):
         # If the engine's settings are not known, this assumes the defaults.
@@ -100,10 +100,10 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
         activations=sum(memory.activations for memory in memories),
     )
     return InferenceCost(
-        largest(*memories) if chain.hardware.on_gpu else all_models,
-        sum((cost.compute for cost in costs), Compute()),
-        all(cost.bf16 for cost in costs),
-        sum(cost.generated_bytes for cost in costs),
+        memory=largest(*memories) if chain.hardware.on_gpu else all_models,
+        compute=sum((cost.compute for cost in costs), Compute()),
+        bf16=all(cost.bf16 for cost in costs),
+        generated_bytes=sum(cost.generated_bytes for cost in costs),
     )
 
 
@@ -122,13 +122,13 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     on_gpu = any(model.backend.startswith("tensorrt_llm") for model in models)
     threads = cfg.threads or cpu_threads()
     machine = machine_rates.measure(models[0].architecture, threads, "cuda" if on_gpu else "cpu")
-    start = partial(start_worker, out.parent / "trtllm_bench", threads)
+    start_process = partial(start_worker, out.parent / "trtllm_bench", threads)
     shapes = [
         RequestShape(batch, prompt, cfg.new_tokens)
         for prompt in cfg.prompt_tokens
         for batch in cfg.batch_sizes
     ]
-    rows = measure(models, shapes, cfg.repetitions, start, metrics_log(out))
+    rows = measure(models, shapes, cfg.repetitions, start_process, metrics_log(out))
     ratios = speedups(rows, models, lambda model: _roofline(machine, model))
     results = BenchmarkResults(machine, rows, ratios)
     write_json(out / "results.json", asdict(results))
@@ -159,12 +159,9 @@ def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> lis
 
 
 def timed_engine(role: str, engine: Input, folder: Path) -> TimedModel:
-    """Returns an engine to measure.
+    """Returns an engine to measure, from the output of ``build_engine``.
 
-    Args:
-        role: ``teacher`` or ``student``.
-        engine: Output of ``build_engine``.
-        folder: Hugging Face folder of the engine's model.
+    ``role`` is ``teacher`` or ``student``. ``folder`` has the engine's model for transformers.
     """
     settings = built_engine(engine.manifest)
     return TimedModel(

@@ -75,7 +75,7 @@ class PlanConfig(StageConfig):
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
     """Copies workloads, costs and hardware from the chain."""
-    # If the hardware profile sets no memory, this is the machine's memory.
+    # If the hardware profile sets no memory, ``memory_of_rank`` returns the machine's memory.
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     preparation = preparation_seconds(chain)
     estimated = {cfg.name, *chain.workloads, *chain.inference_costs, *preparation}
@@ -91,12 +91,12 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
 
 
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Computes the cost of every stage, and lists cheaper layouts of the last training."""
+    """Computes the costs of stages, and lists cheaper layouts of the last training."""
     workloads = {name: _typed(Workload, plain) for name, plain in cfg.workloads.items()}
     inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)
     if hardware.measure and (rates := _machine_rates()) is not None:
-        hardware = replace(hardware, **asdict(rates))
+        hardware = replace(hardware, **asdict(rates))  # the measured rates
     costs: Costs = {
         name: (workload, training_cost(workload, hardware)) for name, workload in workloads.items()
     }
@@ -132,7 +132,7 @@ def _typed(cls: type[T], plain: dict[str, Any]) -> T:
 def _machine_rates() -> TrainingRates | None:
     """Reads this machine's rates from the cache, or measures them.
 
-    Returns ``None`` if they are not cached, and torch, which the measurement needs, is missing.
+    Returns ``None`` if the cache has no rates and torch, which measures them, is not installed.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -190,6 +190,7 @@ def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) ->
         if from_published_config
         else "from its config.json",
         "tokens": sum(workload.tokens for workload, _ in costs.values()),
+        # Three significant digits.
         "FLOPs": float(f"{sum(cost.flops for cost in training_costs):.3g}"),
         "hours": _rounded(sum(cost.hours for cost in training_costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in training_costs)),

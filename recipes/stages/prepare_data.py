@@ -62,7 +62,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     sources = [parse_source(source) for source in cfg.all_sources()]
     paths = [path for source in sources for path in source.local_files()]
     hub_names = [Path(source.hub.name) for source in sources if source.hub]
-    paths += filter(Path.is_dir, hub_names)  # some are local folders
+    paths += filter(Path.is_dir, hub_names)  # ``hf://`` sources may be local folders
     if cfg.prefix:
         paths += paths_of(cfg.prefix_path).values()
     return {str(path.absolute()): path for path in paths}
@@ -75,7 +75,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     for what, fix in (*source_problems(cfg), *prefix, *_leak_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source, licence in known_licences(tuple(cfg.texts()), HUB_SECONDS).items():
-        if licence is None and parse_source(source).hub:
+        if licence is None and parse_source(source).hub:  # expected only of hub sources
             fix = f"state it: {with_option(source, 'licence', 'NAME')}"
             yield Problem(rules.LICENCE, f"the licence of '{source}' is not known", fix)
         if forbids_commercial_use(licence):
@@ -110,19 +110,19 @@ def _read_tokenizer(chain: Chain) -> tuple[dict[str, int], str | None]:
         return {}, None
     try:
         return read_vocabulary(folder), read_special_token(folder, "eos_token")
-    except RecipeError:  # the check of ``import_hf`` reports it
+    except RecipeError:  # the check of ``import_hf`` reports invalid files
         return {}, None
 
 
 def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
-    """Yields a problem if documents that the input ``held_out`` holds out could be trained on.
+    """Yields (what, fix) if documents that the input ``held_out`` holds out could be trained on.
 
     Held-out documents are recognized by their digests. Only text of a prefix has no digests.
     """
-    earlier, later = cfg.inputs.get("held_out", ""), cfg.name
+    earlier, later = cfg.inputs.get("held_out", ""), cfg.name  # names of the two stages
     earlier_cfg = chain.stages.get(earlier)
     if not isinstance(earlier_cfg, PrepareDataConfig) or not (cfg.prefix or earlier_cfg.prefix):
-        return
+        return  # there is no earlier stage in this run, or all documents have digests
     if earlier_cfg.prefix and earlier_cfg.heldout_sources:  # the held-out text has digests
         return
     if not cfg.prefix or not earlier_cfg.prefix:
@@ -135,14 +135,14 @@ def _leak_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, 
         return
     # If both divide the same files, all settings that affect the split boundaries must be equal.
     keys = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
-    different = [key for key in keys if vars(cfg)[key] != vars(earlier_cfg)[key]]
-    if cfg.heldout_sources:  # ``earlier_cfg`` has none
-        different.append("heldout_sources")
+    different_keys = [key for key in keys if vars(cfg)[key] != vars(earlier_cfg)[key]]
+    if cfg.heldout_sources:  # different, because ``earlier_cfg`` has none
+        different_keys.append("heldout_sources")
     data, earlier_data = (paths_of(config.prefix_path)[".bin"] for config in (cfg, earlier_cfg))
-    if data.resolve() == earlier_data.resolve() and different:
+    if data.resolve() == earlier_data.resolve() and different_keys:
         what = f"{earlier} and {later} divide data.prefix={cfg.prefix} at different documents"
-        fixes = " ".join(f"'stages.{later}.{key}=${{stages.{earlier}.{key}}}'" for key in different)
-        yield what, f"set {fixes}, or use other text"
+        fixes = [f"'stages.{later}.{key}=${{stages.{earlier}.{key}}}'" for key in different_keys]
+        yield what, f"set {' '.join(fixes)}, or use other text"
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -163,9 +163,10 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:
-    """Returns the bytes of tokens and loss mask (1 each), without sources of unknown size."""
+    """Returns the bytes of all tokens and of their loss mask, without sources of unknown size."""
     tokens = sum(count for count in source_tokens(cfg).values() if count < math.inf)
-    return int(tokens) * (TOKEN_BYTES + (1 if cfg.chat_sources() else 0))
+    mask_bytes = 1 if cfg.chat_sources() else 0  # only conversations need a loss mask
+    return int(tokens) * (TOKEN_BYTES + mask_bytes)
 
 
 def progress(work: Path) -> str | None:
@@ -199,8 +200,9 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
     pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
-    if cfg.teacher_sources():  # they are replaced by files that the teacher writes
-        for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
+    if cfg.teacher_sources():  # the teacher writes a file for each of these sources
+        teacher = inputs["tokenizer"]  # the input is the teacher's whole checkpoint
+        for source, (file, origin) in _write_chats(cfg, teacher, out).items():
             pinned_sources[source], origins[source] = file, origin
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat_tokenizer, pinned_sources)
     if rank() != 0:
@@ -251,9 +253,10 @@ def _link_tokens(
     # The user can see from the sample whether this tokenizer wrote the files.
     sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
     print(f"{cfg.prefix_path} starts with: {sample!r}", flush=True)
-    if not require_document_end(
+    all_documents_end = require_document_end(
         files.prefix, tokenizer.end, lambda token: tokenizer.decode([token])
-    ):
+    )
+    if not all_documents_end:
         print("warning: not all documents end with the tokenizer's end of text", flush=True)
     fractions = cfg.fractions()
     if cfg.heldout_sources:
@@ -288,7 +291,7 @@ def _link_tokens(
 def _write_chats(
     cfg: PrepareDataConfig, teacher: Input, out: Path
 ) -> dict[str, tuple[str, Origin]]:
-    """Lets the teacher write conversations; returns the file and origin by ``teacher:`` source."""
+    """Lets the teacher write conversations; returns file and origin by ``teacher://`` source."""
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_folder
@@ -321,12 +324,16 @@ def _write_chats(
 def _require_sequences(
     tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """Raises ``RecipeError`` unless each split has more tokens than one sequence."""
-    short = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
-    if short:
+    """Raises ``RecipeError`` unless each split has more tokens than one sequence.
+
+    ``conversations`` has each source's counts of used and rejected ones, for the message.
+    """
+    short_splits = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
+    if short_splits:
         counts = "".join(f" Of {name}, {describe_counts(n)}." for name, n in conversations.items())
+        splits = ", ".join(short_splits)
         raise RecipeError(
-            f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{counts}",
+            f"too little text for seq_length={seq_length}; tokens in {splits}.{counts}",
             "give more text, or set data.seq_length lower",
         )
 

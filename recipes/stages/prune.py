@@ -43,7 +43,7 @@ SCORED_AXES = {
     "num_moe_experts": "layers.1.num_moe_experts",
     "moe_ffn_hidden_size": "layers.1.experts.0.moe_ffn_hidden_size",
 }
-"""By axis: a key of ``Importance.widths`` with one score for each index of the axis."""
+"""Maps each axis to a key of ``Importance.widths`` with a score for each index of the axis."""
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
@@ -60,6 +60,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
+        # Fractions are of the teacher's sizes. The input may be a smaller, already pruned model.
         divisors = cfg.divisors(teacher)
         problems = list(fraction_problems(teacher, cfg.explicit_targets(), divisors))
         if not problems:  # sizes can be computed only from valid fractions
@@ -90,12 +91,12 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             f"remove the targets, or the input with '~stages.{cfg.name}.inputs.shape'",
         )
     search = chain.stages.get(source)  # ``None`` if ``source`` is a directory
-    manifest = manifest_of(source)  # ``None`` if ``source`` is a stage, or not complete
+    manifest = manifest_of(source)  # ``None`` if ``source`` is a stage or an unfinished search
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
         if isinstance(ranking, RankCandidatesConfig):
-            fix = f", or stages.{ranking.name}.layer_importance={cfg.layer_importance}"
-            yield from _method_problems(cfg, ranking.name, ranking.layer_importance, fix)
+            other_fix = f", or stages.{ranking.name}.layer_importance={cfg.layer_importance}"
+            yield from _method_problems(cfg, ranking.name, ranking.layer_importance, other_fix)
         shapes = chain.shapes.get(source, ())
         shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
@@ -126,7 +127,7 @@ def _shape_problems(
 ) -> Iterator[Problem]:
     """Checks that a model can be pruned to the shape that a search of another run chose.
 
-    Sizes on the search's axes may be smaller than the model's. All others must be equal.
+    On the search's axes, sizes may be smaller than the model's. All other sizes must be equal.
     """
     for axis, size in vars(student).items():
         input_size = vars(input_shape)[axis]
@@ -144,11 +145,8 @@ def _method_problems(
 ) -> Iterator[Problem]:
     """Checks that this stage chooses layers by the same method as the search.
 
-    Args:
-        cfg: Settings of this stage.
-        ranking: Name of the stage that ranked the candidates.
-        method: The ``layer_importance`` of that stage.
-        other_fix: An alternative fix, appended to the first one.
+    ``ranking`` is the name of the stage that ranked the candidates, and ``method`` its
+    ``layer_importance``. ``other_fix`` is appended to the fix that changes this stage.
     """
     if cfg.layer_importance != method:
         yield Problem(
@@ -162,14 +160,15 @@ def _method_problems(
 def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
     """Checks that the scores are of the right shape and suffice to drop ``num_dropped`` layers."""
     score = chain.stages.get(cfg.inputs.get("importance", ""))
-    scored = score.inputs.get("checkpoint") if score else None  # ``run`` checks other runs' scores
-    pruned = cfg.inputs.get("checkpoint")
-    if scored and chain.shape_of(scored) != chain.shape_of(pruned):
+    # ``None`` for scores of another run, which ``run`` checks.
+    scored_model = score.inputs.get("checkpoint") if score else None
+    model = cfg.inputs.get("checkpoint")
+    if scored_model and chain.shape_of(scored_model) != chain.shape_of(model):
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{cfg.name} prunes {pruned}, but {cfg.inputs['importance']} scored {scored}, which "
-            "has other sizes",
-            f"add another score stage with inputs.checkpoint={pruned}, and name it in "
+            f"{cfg.name} prunes {model}, but {cfg.inputs['importance']} scored {scored_model}, "
+            "which has other sizes",
+            f"add another score stage with inputs.checkpoint={model}, and name it in "
             f"stages.{cfg.name}.inputs.importance",
         )
     # Without ``block_sizes``, ``score`` measures the blocks that the stages of this run drop.
@@ -207,8 +206,8 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     measured_method, layer_scores = importance.layer_scores(cfg.layer_importance)
     # The result numbers layers as in the model before all pruning. The input may be pruned, too.
     kept_before = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
-    original_numbers = kept_before or range(1, input_shape.num_layers + 1)
-    original_number = dict(enumerate(original_numbers, start=1))  # by number in the input
+    layers_before = kept_before or range(1, input_shape.num_layers + 1)
+    original_number = dict(enumerate(layers_before, start=1))  # by number in the input
     result = PruneResult(
         kept_layers=[original_number[layer] for layer in kept.layers],
         layer_importance={original_number[layer]: value for layer, value in layer_scores.items()},
@@ -221,12 +220,9 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _require_scores_of(model: Architecture, importance: Importance, directory: Path) -> None:
-    """Raises ``RecipeError`` if the scores are of a model with other sizes, maybe of another run.
+    """Raises ``RecipeError`` if the scores are of a model with other sizes than ``model``.
 
-    Args:
-        model: Shape of the model to prune.
-        importance: The scores.
-        directory: Directory of the ``score`` stage, for the message.
+    ``directory`` is the directory of the ``score`` stage, for the message.
     """
     scored_sizes = {"num_layers": len(importance.layers["block_influence"])}
     for axis, key in SCORED_AXES.items():
@@ -249,7 +245,7 @@ STAGE = Stage(
     single_rank_reason="the stage only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
-    # All shapes that a search may choose, or the only one.
+    # All shapes that a search may choose; without a search, the only shape.
     shapes=lambda config, chain: (
         chain.shapes.get(config.inputs.get("shape", "")) or [student_of(config, chain)]
     ),

@@ -43,7 +43,7 @@ def _size_problems(cfg: QuantizeConfig, shape: Architecture) -> Iterator[Problem
 
 
 def inference_cost(cfg: QuantizeConfig, chain: Chain) -> InferenceCost:
-    """Estimates the memory that the stage needs. Its time is not estimated."""
+    """Estimates the memory that the stage needs, but not the time."""
     student = chain.shape_of(cfg.inputs.get("checkpoint"))
     return quantization_cost(student, cfg.seq_length, chain.hardware)
 

@@ -51,9 +51,10 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     calibration = replace(text, number=cfg.num_calibration_samples)
     bf16 = cfg.precision == "bf16-mixed"
     search = chain.stages.get(cfg.inputs.get("shapes", ""))
-    # The largest first. Shapes of a search in another run are not counted.
+    # ``shapes`` returns the largest first. Shapes of a search in another run are not counted.
     shapes = search.shapes(chain.teacher) if isinstance(search, EnumerateShapesConfig) else []
-    measuring = ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0)
+    is_healed = cfg.num_healed > 0
+    measuring = ranking_cost(chain.teacher, bf16, text, chain.hardware, healed=is_healed)
     healing = [
         healing_cost(chain.teacher, shape, calibration, chain.hardware)
         for shape in shapes[: cfg.num_healed]
@@ -62,7 +63,7 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     compute = sum((cost.compute for cost in costs), Compute())
     compute = sum((text.compute(shape, bf16) for shape in shapes), compute)
     memory = largest(*(cost.memory for cost in costs))
-    # Healing runs in float32, and takes most of the time.
+    # With healing, all FLOPs count as float32, because healing is in float32 and takes longest.
     return InferenceCost(memory, compute, bf16 and not healing)
 
 
@@ -86,8 +87,8 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
 
-    The proxy is the metric of the untrained candidate. It cannot be compared between healed and
-    other candidates. So healed ones come first. If there are any, only they can be on the front.
+    The proxies of healed candidates cannot be compared with those of other candidates. So healed
+    candidates come first. If there are any, only they can be on the front.
     """
     ranked = sorted(candidates, key=lambda candidate: (not candidate.healed, candidate.proxy))
     comparable = [candidate for candidate in ranked if candidate.healed] or ranked

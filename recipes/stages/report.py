@@ -23,13 +23,13 @@ DISTILLATION = ("data", "pruned", "distilled", "evaluation", "exported")
 
 def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem if inputs of a distillation are missing."""
-    missing = [name for name in DISTILLATION if name not in cfg.inputs]
-    is_search_only = "search" in cfg.inputs and len(missing) == len(DISTILLATION)
-    if missing and not is_search_only:
+    missing_inputs = [name for name in DISTILLATION if name not in cfg.inputs]
+    is_search_only = "search" in cfg.inputs and len(missing_inputs) == len(DISTILLATION)
+    if missing_inputs and not is_search_only:
         yield Problem(
             rules.REPORT,
-            f"a report about a distillation needs the inputs {', '.join(missing)}",
-            f"set stages.{cfg.name}.inputs.{missing[0]} to a stage",
+            f"a report about a distillation needs the inputs {', '.join(missing_inputs)}",
+            f"set stages.{cfg.name}.inputs.{missing_inputs[0]} to a stage",
         )
 
 

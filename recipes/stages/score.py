@@ -23,7 +23,7 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Sets ``block_sizes``, if it is ``None``, to the layer counts that the run's stages drop."""
+    """Sets ``block_sizes``, if it is ``None``, to the numbers of layers that this run drops."""
     if cfg.block_sizes is not None:
         return cfg
     drop_counts = {
@@ -49,14 +49,14 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             f"num_loss_samples={cfg.num_loss_samples} and {layers} layers",
             f"remove fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
-    ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
-    data_ranks = ranks // stages
+    ranks, pipeline_size = cfg.resources.ranks, cfg.pipeline_model_parallel_size
+    data_ranks = ranks // pipeline_size
     batches = math.ceil(cfg.num_calibration_samples / cfg.micro_batch_size)
-    if ranks % stages or stages > layers:
+    if ranks % pipeline_size != 0 or pipeline_size > layers:
         yield Problem(
             rules.RANKS,
-            f"{cfg.name} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
-            "layers",
+            f"{cfg.name} has {ranks} rank(s), pipeline_model_parallel_size={pipeline_size} and "
+            f"{layers} layers",
             "set pipeline_model_parallel_size to at most the number of layers, and "
             "resources.devices to a multiple of it",
         )
@@ -64,7 +64,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.RANKS,
             f"{cfg.name} splits {batches} micro batch(es) over {data_ranks} data-parallel ranks",
-            f"use at most {batches * stages} ranks, a smaller micro_batch_size, or more "
+            f"use at most {batches * pipeline_size} ranks, a smaller micro_batch_size, or more "
             "num_calibration_samples",
         )
 
@@ -78,8 +78,8 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     sequences = cfg.num_calibration_samples / data_ranks
     text = Sequences(sequences, cfg.seq_length, cfg.micro_batch_size)
     ablations = ablation_passes(model.num_layers, cfg.num_loss_samples, block_sizes) / data_ranks
-    bf16, stages = cfg.precision == "bf16-mixed", cfg.pipeline_model_parallel_size
-    cost = scoring_cost(model, bf16, text, chain.hardware, stages, ablations)
+    bf16, pipeline_size = cfg.precision == "bf16-mixed", cfg.pipeline_model_parallel_size
+    cost = scoring_cost(model, bf16, text, chain.hardware, pipeline_size, ablations)
     return replace(cost, ranks_on_node=cfg.resources.devices)
 
 

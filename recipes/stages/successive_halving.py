@@ -60,23 +60,23 @@ RECIPE = "recipe.yaml"
 CANDIDATES = "candidates"
 """Folder in ``work/`` with the stages that prune and train the candidates."""
 DATA_SETTINGS = (
-    *("sources", "heldout_sources", "format", "text_field", "prefix", "document_end"),
-    *("max_tokens", "excluded_documents", "seq_length"),
-)
+    "sources", "heldout_sources", "format", "text_field", "prefix", "document_end",
+    "max_tokens", "excluded_documents", "seq_length",
+)  # fmt: skip
 """Settings of ``prepare_data`` that the chosen recipe has in its group ``data``."""
 NOT_COPIED = {
-    *("stage", "inputs", "resources", "precision", "seq_length", "compile", "weights"),
-    *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
-}
-"""Settings of the search's stages that are not copied to the recipe. It has its own inputs, number
-of steps and hardware profile, which sets the precision. Its sources have the weights."""
+    "stage", "inputs", "resources", "precision", "seq_length", "compile", "weights",
+    "max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval",
+}  # fmt: skip
+"""Settings of the search's stages that are not copied to the recipe. The recipe has its own inputs,
+number of steps and hardware profile, which sets the precision. Weights are options of sources."""
 CHOSEN_BY_SEARCH = (
-    *("inputs", "max_steps", "val_check_interval", "checkpoint_interval"),
-    *("stop_at_recovered", "student_steps"),
-)
+    "inputs", "max_steps", "val_check_interval", "checkpoint_interval",
+    "stop_at_recovered", "student_steps",
+)  # fmt: skip
 """Settings of ``distill`` that the search sets for each training, or that it does not use."""
 JOB_SETTINGS = ("env", "cpus_per_task", "time", "sbatch")
-"""Settings of a job. The trainings of a search run in the search's job."""
+"""Settings of a job. A search's trainings cannot have them, as they run in the search's job."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -114,10 +114,11 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             "candidates",
         )
     else:
-        training, trained = training_of(cfg, round_sizes, 0), shapes or [chain.teacher]
-        yield from training_problems(training, chain, trained)
+        training = training_of(cfg, round_sizes, 0)
+        possible_shapes = shapes or [chain.teacher]
+        yield from training_problems(training, chain, possible_shapes)
         yield from loss_problems(training, chain.teacher.vocab_size)
-        by_shape = (pair_problems(training, shape, chain.teacher) for shape in trained)
+        by_shape = (pair_problems(training, shape, chain.teacher) for shape in possible_shapes)
         yield from first_problems(by_shape)
         data = cfg.inputs.get("data", "")  # ``training`` has no inputs yet
         yield from weight_problems(training.name, training.weights, data, chain)
@@ -164,7 +165,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         training_workload(trainings[0], candidate, chain.teacher, num_logits_losses),
         hidden_state_bytes=hidden_state_bytes(cfg.distill, *layers),
     )
-    # On GPUs, ranks train different candidates at the same time. On a CPU, they share its FLOP/s,
+    # On GPUs, ranks train different candidates at the same time. On a CPU, ranks share the FLOP/s,
     # so the time is the same as if one rank trained all candidates in turn.
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
     # By round: number of training runs of the busiest rank.
@@ -172,26 +173,26 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     steps = sum(t.max_steps * runs for t, runs in zip(trainings, runs_in_turn, strict=True))
     num_runs = sum(runs_in_turn)  # each has one validation and one checkpoint
     all_runs = replace(workload, steps=steps, checkpoints=num_runs, validations=num_runs)
-    seconds, compute = 0.0, Compute()
+    seconds, compute = 0.0, Compute()  # of the training runs, on GPUs or on a CPU
     if chain.hardware.on_gpu:
         seconds = training_cost(all_runs, chain.hardware).hours * 3600
     else:
         compute = token_compute(workload) * all_runs.tokens
-    # The evaluation after each round.
+    # The evaluation after each round also runs the teacher.
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)
     compute += text.compute(candidate, bf16) * sum(round_sizes)
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     workloads = workloads_of_shapes(workload, shapes)
     peak = largest(*(peak_memory(workload, chain.hardware) for workload in workloads))
-    # A second process trains. Meanwhile, the search's own process keeps its CUDA context.
+    # A second process trains. Meanwhile, the search's process keeps its CUDA context, the reserve.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
-    # A stage that has just started cannot stop before it has loaded both models, in bfloat16.
+    # A training that has just started cannot stop before it has loaded both models, in bfloat16.
     model_bytes = 2 * (chain.teacher.parameters() + candidate.parameters())
     load_seconds = model_bytes / STORAGE_BYTES_PER_SECOND
     return InferenceCost(
-        largest(evaluation.memory, peak),
-        compute,
-        workload.bf16,
+        memory=largest(evaluation.memory, peak),
+        compute=compute,
+        bf16=workload.bf16,
         training_seconds=seconds,
         stopping_seconds=load_seconds + stopping_seconds(workload, chain.hardware),
     )
@@ -202,7 +203,7 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
     round_sizes = cfg.round_sizes(cfg.max_candidates())
     if not round_sizes:  # a single candidate is chosen without training
         return 0
-    num_models = round_sizes[0] + sum(round_sizes)  # pruned once, trained in each round
+    num_models = round_sizes[0] + sum(round_sizes)  # each is pruned once, and trained in each round
     # A training run writes one checkpoint at its end, and deletes it when the run is complete.
     num_checkpoints = min(cfg.resources.ranks, round_sizes[0])  # runs at the same time
     parameters = chain.shape_of(cfg.inputs.get("candidates")).parameters()
@@ -213,29 +214,26 @@ def progress(work: Path) -> str | None:
     """Describes unfinished work by its training runs; ``None`` if none has saved anything."""
     count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))  # complete runs
     if count:
-        return f"{count} training{'s' * (count > 1)}"
+        return f"{count} trainings" if count > 1 else f"{count} training"
     has_checkpoint = any((work / CANDIDATES).glob(f"*/round-*/{WORK}/{CHECKPOINTS}/*"))
     return "an unfinished training" if has_checkpoint else None
 
 
-def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
+def _unknown_candidates(names: Sequence[str], candidates: Collection[str]) -> list[str]:
     """Returns an error message for each entry of the setting ``also`` that is not a candidate."""
     return [
-        f"invalid also={name}: must be a candidate.{did_you_mean(name, known)}"
+        f"invalid also={name}: must be a candidate.{did_you_mean(name, candidates)}"
         for name in names
-        if name not in known
+        if name not in candidates
     ]
 
 
 def training_of(
     cfg: SuccessiveHalvingConfig, round_sizes: Sequence[int], round_number: int
 ) -> DistillConfig:
-    """Returns the settings of the distillation in one round.
+    """Returns the settings of the distillation in one round, counted from 0.
 
-    Args:
-        cfg: Settings of the search.
-        round_sizes: Number of candidates in each round.
-        round_number: Round, counted from 0.
+    ``round_sizes`` has the number of candidates in each round.
     """
     steps = cfg.steps(round_sizes[round_number], len(round_sizes))
     training = replace(
@@ -248,7 +246,7 @@ def training_of(
         checkpoint_interval=max(steps, 1),  # must be positive, also before ``check``
         stop_at_recovered=None,  # all candidates must train on the same number of tokens
     )
-    training.name = f"{cfg.name}.distill"  # where the user sets the values that problems name
+    training.name = f"{cfg.name}.distill"  # problems name a setting as stages.NAME.SETTING
     return training
 
 
@@ -275,7 +273,10 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         qualities = halving.measure(candidates, round_number)
         for candidate, quality in zip(candidates, qualities, strict=True):
             ranked[candidate.name] = replace(
-                candidate, **vars(quality), tokens=candidate.tokens + round_tokens
+                candidate,
+                perplexity=quality.perplexity,
+                kl_to_teacher=quality.kl_to_teacher,
+                tokens=candidate.tokens + round_tokens,
             )
         # Lower is better for every metric that ``proxy`` allows.
         scores = {name: float(getattr(ranked[name], metric)) for name in remaining}
@@ -283,7 +284,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         remaining.sort(key=lambda name: (math.isnan(scores[name]), scores[name]))
         log.progress("successive_halving", round_number + 1, len(round_sizes), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
-    winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
+    winner = replace(ranked[remaining[0]], chosen=True)
+    ranked[winner.name] = winner
     if rank() == 0:
         write_candidates(out, list(ranked.values()))
         write_text_atomically(out / RECIPE, recipe_yaml(cfg, inputs, winner, method))
@@ -299,11 +301,7 @@ def recipe_yaml(
 ) -> str:
     """Returns the YAML of a recipe that prunes the teacher to the winner's shape and distils it.
 
-    Args:
-        cfg: Settings of the search.
-        inputs: Inputs of the search.
-        winner: The chosen candidate.
-        method: The recipe's ``layer_importance``.
+    ``method`` is the recipe's ``layer_importance``.
     """
     teacher = inputs["checkpoint"].manifest
     teacher_sizes, winner_sizes = teacher.architecture or {}, search_sizes(winner.shape)
@@ -311,7 +309,7 @@ def recipe_yaml(
     score = inputs["importance"].manifest.config
     data = inputs["data"].manifest.config
     distill = asdict(cfg.distill)
-    # The search's weights are by name. In a recipe, a weight is an option of its source.
+    # The search has weights by names of sources. In a recipe, a weight is an option of its source.
     by_name = source_names([*data["heldout_sources"], *data["sources"]])
     weights = {by_name[name]: w for name, w in cfg.distill.weights.items() if name in by_name}
     sources = [
@@ -334,7 +332,7 @@ def recipe_yaml(
             },
             "prune": prune_settings(targets, method),
             "distill": {
-                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
+                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},  # or default
                 **_non_default_settings(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
