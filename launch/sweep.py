@@ -54,7 +54,7 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
         node = cfg[group] if group else cfg
         if not isinstance(node, DictConfig):  # such as ``hub=null``, which ``settings_of`` refuses
             continue
-        if node[key] is None or OmegaConf.is_interpolation(node, key):
+        if OmegaConf.is_interpolation(node, key) or node[key] is None:
             continue
         values: list[str] = []
         if only_swept is not None and only_swept.key_or_group == name:
