@@ -78,10 +78,7 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
     Libraries often hide that the disk is full. So a full disk counts as the cause if neither the
     error nor the errors that caused it have an ``errno`` of ``STORAGE_FIXES``.
-
-    Args:
-        error: The error, or ``None`` to check only free space.
-        folder: The folder that was written to.
+    ``folder`` is the folder that was written to. Without an error, only its free space is checked.
     """
     while error is not None:  # the error, then the errors that caused it
         if (code := _errno(error)) in STORAGE_FIXES:

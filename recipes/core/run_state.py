@@ -253,11 +253,8 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
 def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, StageState]:
     """Returns the state of each stage that has a request and was planned or started, by name.
 
-    Stages of the last plan come first, in the plan's order.
-
-    Args:
-        run_dir: The run's directory.
-        include: Stages with a request that are returned even if neither planned nor started.
+    Stages of the last plan come first, in the plan's order. Stages in ``include`` that have a
+    request are returned even if they were neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
@@ -355,13 +352,10 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
 def record_failure(
     stage_dir: Path, error: str, *, stopped: bool = False, overwrite: bool = True
 ) -> None:
-    """Records why a start ended without a result.
+    """Records that a start ended without a result. ``error`` says why.
 
-    Args:
-        stage_dir: The stage's directory.
-        error: Why the start ended.
-        stopped: Whether the stage stopped at its deadline.
-        overwrite: Whether to replace a reason that another rank has recorded.
+    ``stopped`` says whether the stage stopped at its deadline, and ``overwrite`` whether to replace
+    a reason that another rank has recorded.
     """
     work = stage_dir / WORK
     work.mkdir(exist_ok=True)
