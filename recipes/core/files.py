@@ -76,8 +76,8 @@ def remove_partial(folder: Path) -> None:
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
     """Returns an explanation of an error that a disk caused; ``None`` for other errors.
 
-    Libraries often hide that the disk is full. So a full disk counts as the cause if neither the
-    error nor the errors that caused it have an ``errno`` of ``STORAGE_FIXES``.
+    Libraries often hide that the disk is full. So an error without an ``errno`` of
+    ``STORAGE_FIXES``, even in its causes, is explained by a full disk if the folder's disk is full.
     ``folder`` is the folder that was written to. Without an error, only its free space is checked.
     """
     while error is not None:  # the error, then the errors that caused it
@@ -204,8 +204,9 @@ def digest_files(files: Iterable[Path]) -> str:
     """Returns one SHA-256 of the names and contents of files, independent of the files' order."""
     paths = list(files)
     total = hashlib.sha256()
+    names_and_hashes = zip([path.name for path in paths], sha256_of_each(paths), strict=True)
     # Sorts by name, then by hash: files in different folders may have the same name.
-    for name, digest in sorted(zip((p.name for p in paths), sha256_of_each(paths), strict=True)):
+    for name, digest in sorted(names_and_hashes):
         total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
 

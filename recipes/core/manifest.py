@@ -132,8 +132,7 @@ class Manifest:
     def result(self, result_type: type[ResultT]) -> ResultT:
         """Returns the metrics as the stage's dataclass, or as one with fewer of the fields.
 
-        Raises:
-            RecipeError: The result lacks a field, or a field has another type.
+        Raises ``RecipeError`` if the result lacks a field, or a field has another type.
         """
         try:
             result: ResultT = type_adapter(result_type).validate_python(self.metrics)
@@ -196,8 +195,7 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
     """Reads the manifest in a stage's directory or its ``work/``; returns ``None`` without one.
 
-    Raises:
-        RecipeError: The file is damaged, or has another format.
+    Raises ``RecipeError`` if the file is damaged or has another format.
     """
     path = folder / name
     try:

@@ -121,7 +121,7 @@ def request_of(
         inputs: The stage's inputs.
         starts: Types of stages that this stage starts. Their code counts as this stage's code.
         external: ``external_stamp`` of each path from outside the run, by name.
-        versions: Versions of libraries in the fingerprint; by default ``result_versions()``.
+        versions: Version of each library, for the fingerprint; by default ``result_versions()``.
     """
     code, libraries = stage_code([config.stage, *starts]), versions or result_versions()
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
@@ -161,8 +161,7 @@ class LastPlan:
 def read_last_plan(run_dir: Path) -> LastPlan | None:
     """Reads the last plan of a run; returns ``None`` if the directory has no ``run.yaml``.
 
-    Raises:
-        RecipeError: Another version of this repository wrote ``run.yaml``, or it is damaged.
+    Raises ``RecipeError`` if another version of this repository wrote the file or it is damaged.
     """
     file = run_dir / RUN_FILE
     if not file.is_file():
@@ -218,7 +217,7 @@ class StageState:
 
 
 def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
-    """Returns the state of a stage. It is complete if it has a result with the fingerprint.
+    """Returns the state of a stage. A stage that has a result with ``fingerprint`` is complete.
 
     If ``fingerprint`` is ``None``, a stage with any result is complete.
     """
@@ -261,7 +260,8 @@ def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, Stag
     requested = {file.parent.name for file in run_dir.glob(f"*/{REQUEST}")}
     names = [name for name in planned if name in requested] + sorted(requested - planned.keys())
     states = {name: stage_state(run_dir / name, planned.get(name)) for name in names}
-    return {n: s for n, s in states.items() if n in planned or n in include or s.started}
+    included = {*planned, *include}
+    return {name: state for name, state in states.items() if name in included or state.started}
 
 
 def remove_unused_snapshots(run_dir: Path) -> None:
@@ -272,12 +272,12 @@ def remove_unused_snapshots(run_dir: Path) -> None:
     snapshots = [path for path in (run_dir / CODE).glob("*") if is_snapshot(path)]
     if len(snapshots) < 2:  # a single snapshot is in use
         return
-    folders = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
-    used = {read_request(folder).snapshot for folder in folders}
-    for state in map(stage_state, folders):
-        used |= {manifest.snapshot for manifest in (state.result, state.begun) if manifest}
+    stage_dirs = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
+    used_names = {read_request(stage_dir).snapshot for stage_dir in stage_dirs}
+    for state in map(stage_state, stage_dirs):
+        used_names |= {manifest.snapshot for manifest in (state.result, state.begun) if manifest}
     for snapshot in snapshots:
-        if snapshot.name not in used:
+        if snapshot.name not in used_names:
             shutil.rmtree(snapshot)
 
 

@@ -46,8 +46,7 @@ class WheelFile:
 def parse_wheel_file(source: str) -> WheelFile | None:
     """Parses a ``pypi://`` source; returns ``None`` for other sources.
 
-    Raises:
-        RecipeError: The source is malformed.
+    Raises ``RecipeError`` if a ``pypi://`` source is malformed.
     """
     if not source.startswith("pypi://"):
         return None
@@ -114,7 +113,7 @@ def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return {info.filename: info.file_size for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged files raise all three
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # of a damaged file: one of these
         return None
 
 

@@ -224,11 +224,12 @@ def margin_seconds(name: str, chain: Chain) -> int:
     """Returns how many seconds before its job's time limit a stage stops and saves."""
     if chain.margin_seconds is not None:
         return chain.margin_seconds
-    workload, cost = chain.workloads.get(name), chain.inference_costs.get(name)
-    seconds = cost.stopping_seconds if cost is not None else None
-    if cost is None and workload is not None:
+    seconds = 0.0
+    if (cost := chain.inference_costs.get(name)) is not None:
+        seconds = cost.stopping_seconds or 0.0
+    elif (workload := chain.workloads.get(name)) is not None:
         seconds = stopping_seconds(workload, chain.hardware)
-    return max(MIN_MARGIN_SECONDS, math.ceil(seconds or 0))
+    return max(MIN_MARGIN_SECONDS, math.ceil(seconds))
 
 
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
