@@ -310,7 +310,8 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
     """Returns the bytes of a parameter that an optimizer step on a CPU reads and writes."""
     # Each gradient after the first is read, and the float32 sum is read and written.
     gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
-    # Adam reads the gradient, and reads and writes three float32 values: weight and two moments.
+    # The norm reads the gradient. Adam reads it again, and reads and writes three float32 values:
+    # weight and two moments. The new float32 weight is then read, and written in the model's type.
     gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
     return gradient_sums + gradient_norm + adam + new_weight
 
