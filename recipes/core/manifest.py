@@ -225,7 +225,7 @@ def manifest_of(source: str | None) -> Manifest | None:
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Returns a stamp for every file below ``root``, by its relative POSIX path.
 
-    Also syncs the files to disk, which libraries do not do, so that the manifest is written last.
+    Also syncs the files to disk, because libraries do not: the manifest must be written last.
     """
     files_and_folders = sorted(root.rglob("*"))
     for path in (root, *files_and_folders):

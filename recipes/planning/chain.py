@@ -132,7 +132,7 @@ def sequence_problems(
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Returns a chain of ``stages`` with the teacher's shape, read from its ``config.json``."""
+    """Returns a chain of ``stages`` with the shape in the teacher's ``config.json``."""
     config, is_published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     return Chain(hf_path, shape, stages, from_published_config=is_published)
@@ -160,7 +160,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
     distinct_sources = set(sources.values())
     hashes: dict[str, str] = {}  # by input, without unknown hashes
-    if len(distinct_sources) > 1:  # otherwise saves the time to compute hashes
+    if len(distinct_sources) > 1:  # one source needs no hash, and hashes take time
         hash_by_source = {source: tokenizer_hash(source, chain) for source in distinct_sources}
         hashes = {name: sha for name, source in sources.items() if (sha := hash_by_source[source])}
     if len(set(hashes.values())) > 1:
