@@ -25,7 +25,7 @@ _enabled = False
 
 
 def missing_compiler() -> tuple[str, str] | None:
-    """Returns what compiling C++ lacks, and how to install it; ``None`` if it lacks nothing."""
+    """Returns what is missing to compile C++, and how to install it; ``None`` if nothing is."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return compiler, "on Debian or Ubuntu, apt-get install g++"

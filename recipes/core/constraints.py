@@ -71,7 +71,7 @@ def matching(pattern: str, description: str) -> AfterValidator:
 
 
 def _is_size(value: float) -> bool:
-    """Returns whether a number is a valid ``Size`` of a pruned model."""
+    """Returns whether a number is an integer from 1, or a float between 0 and 1."""
     return 0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32
 
 
@@ -142,7 +142,7 @@ MESSAGES = {
 
 @cache
 def type_adapter(dataclass_type: type[DataclassInstance]) -> TypeAdapter[Any]:
-    """Returns pydantic's validator of a dataclass. Building a validator is slow."""
+    """Returns pydantic's validator of a dataclass. Caches it, because building it is slow."""
     return TypeAdapter(dataclass_type)
 
 
@@ -158,16 +158,13 @@ def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
 
 
 def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
-    """Yields an error message for each ``COMPUTED`` setting that the user has set.
-
-    ``where`` is the path of the settings in the config, such as ``stages.distill``.
-    """
+    """Yields an error message for each ``COMPUTED`` setting that the user has set."""
     for item in fields(settings):
         value, path = getattr(settings, item.name), f"{where}.{item.name}"
         if item.metadata.get("computed"):
             if value is not None:
                 yield f"invalid {path}={value}: is set automatically, so leave it out"
-        elif is_dataclass(value) and not isinstance(value, type):
+        elif is_dataclass(value) and not isinstance(value, type):  # nested settings
             yield from computed_settings(value, path)
 
 

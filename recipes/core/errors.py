@@ -24,7 +24,7 @@ class RecipeError(Exception):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"`` for the most similar choice; ``""`` if none is similar."""
+    """Returns " Did you mean 'x'?" with the most similar choice; "" if no choice is similar."""
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
@@ -32,7 +32,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 def require_known(name: str, known: Iterable[str], what: str) -> None:
     """Raises ``RecipeError`` if ``name`` is not one of the known names.
 
-    ``what`` is the error message without a period. The most similar known name is appended to it.
+    ``what`` describes the error, without a final period. The message adds the most similar name.
     """
     if name not in (choices := list(known)):
         raise RecipeError(

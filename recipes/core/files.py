@@ -56,7 +56,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content is on the disk; for a folder, until its file names are."""
+    """Waits until the content of a file, or the file names of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,17 +76,14 @@ def remove_partial(folder: Path) -> None:
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
     """Returns an explanation of an error that a disk caused; ``None`` for other errors.
 
-    Libraries often hide that the disk is full. So if neither the error nor its causes have an
-    ``errno`` of ``STORAGE_FIXES``, the free space decides.
-
-    Args:
-        error: The error, or ``None`` to check only free space.
-        folder: The folder that was written to.
+    Libraries often hide that the disk is full. So an error without an ``errno`` of
+    ``STORAGE_FIXES``, even in its causes, is explained by a full disk if the folder's disk is full.
+    ``folder`` is the folder that was written to. Without an error, only its free space is checked.
     """
     while error is not None:  # the error, then the errors that caused it
         if (code := _errno(error)) in STORAGE_FIXES:
-            path = (error.filename if isinstance(error, OSError) else None) or folder
-            return _storage_error(path, code)
+            named_path = error.filename if isinstance(error, OSError) else None
+            return _storage_error(named_path or folder, code)
         error = error.__cause__ or error.__context__
     try:
         free = shutil.disk_usage(folder).free
@@ -101,7 +98,7 @@ def _errno(error: BaseException) -> int:
     """Returns an error's ``errno``; 0 if it has none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust libraries, e.g. safetensors
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # "(os error 28)" of Rust libraries
         return int(match[1])
     is_full = str(error).startswith("Not enough free space to write")  # NumPy
     return errno.ENOSPC if is_full else 0
@@ -113,7 +110,7 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Returns whether a file cannot be read. An unreadable folder makes its files seem missing."""
+    """Returns whether a file, or the folder of a file that seems missing, cannot be read."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 
@@ -130,10 +127,10 @@ def explain_storage_errors(folder: Path) -> Iterator[None]:
 
 
 def json_text(value: Any, non_finite: Callable[[float], str | None] = str, **options: Any) -> str:
-    """Returns a value as JSON. JSON has no NaN and no infinity, so ``non_finite`` replaces these.
+    """Returns a value as JSON. ``options`` are those of ``json.dumps``.
 
-    By default they become strings such as "nan", which pydantic reads as numbers. ``options`` are
-    those of ``json.dumps``.
+    ``non_finite`` replaces NaN and infinity, which JSON lacks. By default it returns strings such
+    as "nan", which pydantic reads as numbers.
     """
 
     def without_non_finite(item: Any) -> Any:
@@ -177,9 +174,10 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of each file, in the order of ``paths``. Hashing releases the GIL.
+    """Returns the SHA-256 of each file, in the order of ``paths``.
 
-    A file to which several links point is read once: dataset splits may link to one token file.
+    Uses threads, because hashing releases the GIL. A file to which several of the paths link is
+    read only once: dataset splits may link to one token file.
     """
     files = [path.resolve() for path in paths]
     unique = list(dict.fromkeys(files))
@@ -203,11 +201,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Returns one SHA-256 of the names and contents of files. Their order does not matter."""
+    """Returns one SHA-256 of the names and contents of files, independent of the files' order."""
     paths = list(files)
     total = hashlib.sha256()
-    # Sorts by name, then by content: files in different folders may have the same name.
-    for name, digest in sorted(zip((p.name for p in paths), sha256_of_each(paths), strict=True)):
+    names_and_hashes = zip([path.name for path in paths], sha256_of_each(paths), strict=True)
+    # Sorts by name, then by hash: files in different folders may have the same name.
+    for name, digest in sorted(names_and_hashes):
         total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
 

@@ -42,7 +42,7 @@ def digest(value: object) -> str:
 def result_settings(config: Any) -> dict[str, object]:
     """Returns the settings that affect the result, by field name.
 
-    Omits fields with ``resource`` in their metadata. Makes paths absolute in fields with ``path``.
+    Omits fields with the metadata ``resource``. Makes paths in fields with ``path`` absolute.
     """
     settings: dict[str, object] = {}
     for spec in fields(config):
@@ -57,7 +57,7 @@ def result_settings(config: Any) -> dict[str, object]:
 def with_absolute_path(value: object) -> object:
     """Makes the path or glob pattern of existing files absolute; returns other values unchanged.
 
-    Options may follow a path, as in ``my.jsonl#text=body`` (see ``recipes/data/sources.py``).
+    Options may follow a path after ``#``, as in ``my.jsonl#text=body``.
     """
     if isinstance(value, list):
         return [with_absolute_path(item) for item in value]
@@ -75,23 +75,23 @@ def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str,
 
     Args:
         path: A file or folder from outside the run.
-        patterns: Glob patterns of the files of a folder.
+        patterns: If ``path`` is a folder, glob patterns of the files in it that get a stamp.
     """
     matches = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     files = [path] if path.is_file() else sorted(matches)
-    stamp: dict[str, object] = {}
+    stamps: dict[str, object] = {}
     for file in files:
         stat = file.stat()
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         if stat.st_size <= MAX_HASHED_BYTES:
-            stamp[name] = sha256_of(file)
+            stamps[name] = sha256_of(file)
         else:
-            stamp[name] = [stat.st_size, stat.st_mtime_ns]
-    return stamp
+            stamps[name] = [stat.st_size, stat.st_mtime_ns]
+    return stamps
 
 
 def module_of(stage: str) -> str:
-    """Returns the name of the module of a type of stage, such as ``distill``."""
+    """Returns the module of a type of stage: ``recipes.stages.distill`` for ``distill``."""
     return f"recipes.stages.{stage}"
 
 
@@ -102,15 +102,15 @@ def stage_code(stages: Iterable[str]) -> str:
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """Returns one hash of ``imported_code`` of modules."""
+    """Returns one hash of modules and of this repository's modules that they import."""
     return digest(imported_code(REPO_ROOT, modules))
 
 
 def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
     """Hashes modules and all modules below ``root`` that they import, directly or indirectly.
 
-    Imports inside functions count, imports for type checkers do not. Comments, docstrings and
-    formatting do not change a hash. Returns the hashes by module name, sorted.
+    Imports inside functions count, imports under ``TYPE_CHECKING`` do not. Comments, docstrings and
+    formatting do not change a hash. Returns the hashes by module name, sorted by that name.
     """
     hashes: dict[str, str] = {}
     queue = list(modules)
@@ -156,7 +156,7 @@ def _strip_ignored(tree: ast.Module) -> list[ast.AST]:
 
 
 def _is_ignored(statement: ast.AST) -> bool:
-    """Returns whether a statement is a docstring, also one of a field, or ``if TYPE_CHECKING``."""
+    """Returns whether a statement is ``if TYPE_CHECKING``, or a docstring, also of a field."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
@@ -212,8 +212,8 @@ def stage_fingerprint(
     Args:
         settings: ``result_settings`` of the stage.
         code: ``stage_code`` of the stage and of the stages that it starts.
-        libraries: ``versions.result_versions``.
-        inputs: Fingerprints by input.
+        libraries: Version of each library, by the library's name.
+        inputs: Fingerprint of each input, by the input's name.
         external: ``external_stamp`` of each file or folder from outside the run, by name.
     """
     return digest(

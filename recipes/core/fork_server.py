@@ -91,8 +91,8 @@ def fork_module(
 ) -> int | None:
     """Starts ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
-    The child's output goes to ``log``. A server has one child at a time. Returns a pidfd of the
-    child, which ``watch_child`` needs; ``None`` if the server cannot fork.
+    The child's output goes to ``log``. A server has one child at a time. Returns the child's pidfd,
+    for ``watch_child``; ``None`` if the server cannot fork.
     """
     request = json.dumps([module, *arguments]).encode()
     try:
@@ -107,9 +107,9 @@ def fork_module(
 
 @contextmanager
 def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether the child has ended; closes the pidfd after the block.
+    """Yields a function that returns whether the child has ended. Closes the pidfd after the block.
 
-    If the block fails, terminates the child. If the child is killed, its log says so.
+    If the block fails, terminates the child. If the server dies, ``log`` says so.
     """
     ended = False
 
@@ -195,7 +195,7 @@ def _require_forkable() -> None:
     if pid == 0:
         os._exit(torch is not None and torch.cuda._is_in_bad_fork())
     exit_status = os.waitpid(pid, 0)[1]  # not 0 if the child's torch cannot use CUDA
-    # On a machine without a GPU, a child of a CUDA build of torch can never use CUDA.
+    # Without a GPU, a child of a CUDA build of torch can never use CUDA: its status says nothing.
     if exit_status and torch.cuda.is_available():
         sys.exit("not forked: an import has initialised CUDA")
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
@@ -203,7 +203,7 @@ def _require_forkable() -> None:
 
 
 def _run_module(command: list[str], log: int) -> None:
-    """Runs ``python -m COMMAND`` in this process, with its output in a log.
+    """Runs ``python -m COMMAND`` in this process, with the command's output in a log.
 
     ``log`` is the log's file descriptor, which this function closes.
     """
@@ -228,7 +228,7 @@ def _run_module(command: list[str], log: int) -> None:
 
 
 def _flush_c_streams() -> None:
-    """Flushes C's output buffers, which a fork would copy and a child does not flush at its end."""
+    """Flushes C's output buffers: a fork copies them, and a child never flushes them at its end."""
     ctypes.CDLL(None).fflush(None)
 
 

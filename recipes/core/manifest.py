@@ -39,7 +39,7 @@ ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Identity of a file. While size and ``mtime_ns`` are the same, the hash counts as the same."""
+    """Identity of a file. Its hash counts as valid while size and ``mtime_ns`` are unchanged."""
 
     size: int
     sha256: str
@@ -55,8 +55,8 @@ class Acceptance:
     reasons: list[str]
     """Why the result is stale."""
     input_content: dict[str, str] = field(default_factory=dict)
-    """``Manifest.input_content`` at the time of the decision. Empty if the same plan computed an
-    input again, because the content was not known yet."""
+    """``Manifest.input_content`` at the time of the decision. Empty if the plan in which the user
+    decided computes an input again: the content of that input was not known yet."""
 
 
 @dataclass
@@ -81,12 +81,13 @@ class Outcome:
 
 @dataclass
 class Manifest:
-    """Record of a stage's start: of the start that completed the stage in ``manifest.json``.
+    """Record of one start of a stage. In ``manifest.json``: the start that completed the stage.
 
-    ``work/begun.json`` is the record of the start that wrote the unfinished work, without results.
+    ``work/begun.json`` is the record, still without results, of the start of the unfinished work.
     """
 
     stage: str
+    """Type of the stage, such as ``distill``."""
     kind: str
     """Type of the artifact, such as ``dataset``."""
     fingerprint: str
@@ -98,9 +99,9 @@ class Manifest:
     started_at: str
     """Time of the start in ISO format with microseconds, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions of libraries in the fingerprint."""
+    """Versions that are part of the fingerprint, by library."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Versions of libraries that were installed when the stage ran."""
+    """Versions that were installed when the stage ran, by library."""
     git_sha: str | None = None
     """Commit of the checkout from which the snapshot was copied."""
     snapshot: str | None = None
@@ -125,14 +126,13 @@ class Manifest:
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user kept and that this result depends on: for the name of each stage,
-    why its result is stale."""
+    """Stale results that the user kept and that this result depends on. Contains, by the name of
+    each stage with such a result, the reasons why it is stale."""
 
     def result(self, result_type: type[ResultT]) -> ResultT:
-        """Returns the metrics as the stage's dataclass, or as one with some of its fields.
+        """Returns the metrics as the stage's dataclass, or as one with fewer of the fields.
 
-        Raises:
-            RecipeError: The result lacks a field, or a field has another type.
+        Raises ``RecipeError`` if the result lacks a field, or a field has another type.
         """
         try:
             result: ResultT = type_adapter(result_type).validate_python(self.metrics)
@@ -195,8 +195,7 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
     """Reads the manifest in a stage's directory or its ``work/``; returns ``None`` without one.
 
-    Raises:
-        RecipeError: The file is damaged, or has another format.
+    Raises ``RecipeError`` if the file is damaged or has another format.
     """
     path = folder / name
     try:
@@ -216,9 +215,9 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
 
 
 def manifest_of(source: str | None) -> Manifest | None:
-    """Returns the manifest of an input; ``None`` if it is not the directory of a complete stage.
+    """Returns the manifest of ``source`` if that is the directory of a complete stage.
 
-    ``source`` may also be the name of a stage in the same chain.
+    Returns ``None`` for the name of a stage in the same chain and for ``None``.
     """
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
@@ -226,7 +225,7 @@ def manifest_of(source: str | None) -> Manifest | None:
 def stamp_files(root: Path) -> dict[str, FileStamp]:
     """Returns a stamp for every file below ``root``, by its relative POSIX path.
 
-    Also syncs the files to disk before the caller writes a manifest. Libraries do not sync them.
+    Also syncs the files to disk, because libraries do not: the manifest must be written last.
     """
     files_and_folders = sorted(root.rglob("*"))
     for path in (root, *files_and_folders):
@@ -246,10 +245,10 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     Args:
         root: Folder of the files.
         stamps: Stamps of the expected files, by relative path.
-        rehash: Whether to hash every file. If not, a file with the stamp's size and time counts as
-            unchanged, and planning a complete chain takes a fraction of a second. A file with
-            another time, for example in a copied run, is hashed. If the hash is the stamp's, the
-            file gets the stamp's time, so that later calls need not hash it.
+        rehash: Whether to hash every file. If not, a file with the stamp's size and time is not
+            hashed and counts as unchanged, so a plan is fast. A file with another time, for example
+            in a copied run, is hashed. If its hash equals the stamp's, the file gets the stamp's
+            time, so that later calls need not hash it.
 
     Returns:
         Entries such as "model.safetensors (changed)".
@@ -269,7 +268,7 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     for name, digest in zip(to_hash, digests, strict=True):
         if digest != stamps[name].sha256:
             changed.append(f"{name} (changed)")
-        elif not (root / name).is_symlink():  # the target of a link belongs to the user
+        elif not (root / name).is_symlink():  # ``utime`` would change the link's target
             with contextlib.suppress(OSError):
                 os.utime(root / name, ns=(time.time_ns(), stamps[name].mtime_ns))
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
@@ -282,7 +281,7 @@ def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = T
     Args:
         stage_dir: The stage's directory.
         kind: The required type of artifact; ``None`` accepts any.
-        rehash: As in ``changed_files``.
+        rehash: Whether to hash even the files whose size and time match their stamps.
 
     Raises:
         RecipeError: The stage is not complete, its artifact has another type, or files changed.

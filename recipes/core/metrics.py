@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends records to a metrics file. With ``None`` (ranks other than 0), writes nothing."""
+    """Appends records to a metrics file. Without a path, as on ranks above 0, writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
@@ -48,8 +48,8 @@ class MetricsLog:
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
     """Reads the progress records that were appended to a file since the last call.
 
-    ``position`` is 0 or what the last call returned. Returns the records, which all have a task,
-    and the position in bytes for the next call.
+    ``position`` is 0 in the first call, and then the position that the last call returned. Returns
+    the new records that have a task, and the position in bytes for the next call.
     """
     size = path.stat().st_size if path.exists() else 0
     if size < position:  # the stage has started over and deleted its old records
@@ -84,8 +84,8 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def steps_of(path: Path, task: str) -> list[Record]:
-    """Returns one progress record of a task per step, sorted by step."""
-    # If a restart repeated a step, the last record of the step counts.
+    """Returns the last progress record of each step of a task, sorted by step."""
+    # A step has several records if a restart repeated it.
     by_step = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [by_step[step] for step in sorted(by_step)]
 

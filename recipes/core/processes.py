@@ -87,11 +87,11 @@ def prepare_imports() -> None:
       stays, and every later import waits for it forever. The import also initialises CUDA, which
       does not work in a forked process.
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
-      TransformerEngine enable it, whatever PyTorch's settings are. cuBLAS reads
-      ``NVIDIA_TF32_OVERRIDE``, which disables it, only once.
+      TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE=0``
+      disables it, and cuBLAS reads this variable only once.
     - CUDA memory must not fragment when tensor sizes change. PyTorch reads
-      ``PYTORCH_CUDA_ALLOC_CONF`` when CUDA starts, perhaps while TransformerEngine is imported. The
-      user's value wins.
+      ``PYTORCH_CUDA_ALLOC_CONF`` when CUDA starts, perhaps while TransformerEngine is imported. A
+      value that the user has set stays.
     """
     # ``import wandb`` now raises ImportError.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
@@ -106,8 +106,8 @@ def prepare_imports() -> None:
 def return_free_memory() -> None:
     """Returns glibc's free memory to Linux.
 
-    By default glibc keeps free blocks that lie between used blocks. It keeps all free memory in
-    stages on a CPU, which set ``MALLOC_TRIM_THRESHOLD_`` for speed.
+    By default glibc keeps free blocks that lie between used blocks. Stages on a CPU set
+    ``MALLOC_TRIM_THRESHOLD_`` for speed; there glibc keeps all free memory.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has this function
         trim(0)
@@ -124,8 +124,8 @@ def peak_memory_bytes() -> int:
     return int(kibibytes) * 1024
 
 
-# Megatron's checkpoint writer spawns processes. These import the main module, and thereby this one.
-# They must die with their parent, too. Python starts spawned processes with the option below.
+# Megatron's checkpoint writer spawns processes, which Python starts with the option below. They
+# import the main module, and thereby this one. They, too, must die with their parent.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
     prepare_imports()

@@ -1,7 +1,6 @@
 """Reads and writes the files that hold the state of a run and of its stages.
 
-"How data flows" in CONTRIBUTING.md lists these files. A "start" of a stage is one launch of its
-processes. This module does not import torch.
+A "start" of a stage is one launch of its processes. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -73,34 +72,35 @@ def content_of(inputs: Mapping[str, InputRef]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a stage's process needs to start: the content of ``config.yaml``.
-
-    ``Manifest`` explains the fields that have no docstring here.
-    """
+    """Everything that a stage's process needs to start: the content of ``config.yaml``."""
 
     name: str
     """The stage's name in its run."""
     fingerprint: str
     code: str
+    """Fingerprint of the stage's code, which is part of ``fingerprint``."""
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
+    """Versions that are part of ``fingerprint``, by library."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
+    """Stale inputs that the user kept: by stage, the reasons why its result is stale."""
     snapshot: str | None = None
-    """``None`` for a stage that another stage starts."""
+    """Hash of the code to run; ``None`` for a stage that another stage starts."""
     git_sha: str | None = None
+    """Commit of the checkout from which the snapshot was copied."""
     devices: int = 1
     """Devices per node that the stage uses, which may be more than its processes."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request to ``config.yaml`` and returns the file's path."""
         stage_dir.mkdir(parents=True, exist_ok=True)
-        inputs = {
+        plain_inputs = {
             name: {**vars(ref), "directory": str(ref.directory)}  # YAML has no type for paths
             for name, ref in self.inputs.items()
         }
         file = stage_dir / REQUEST
-        write_yaml(file, {"format": FORMAT, **vars(self), "inputs": inputs})
+        write_yaml(file, {"format": FORMAT, **vars(self), "inputs": plain_inputs})
         return file
 
 
@@ -121,7 +121,7 @@ def request_of(
         inputs: The stage's inputs.
         starts: Types of stages that this stage starts. Their code counts as this stage's code.
         external: ``external_stamp`` of each path from outside the run, by name.
-        versions: Versions of libraries in the fingerprint; by default ``result_versions()``.
+        versions: Version of each library, for the fingerprint; by default ``result_versions()``.
     """
     code, libraries = stage_code([config.stage, *starts]), versions or result_versions()
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
@@ -144,14 +144,14 @@ def read_request(stage_dir: Path) -> Request:
 
 @dataclass(frozen=True)
 class LastPlan:
-    """Last planned fingerprint of each stage of a run's recipe. A plan may exclude stages."""
+    """A run's recipe and, for each stage, the fingerprint in the last plan that included it."""
 
     recipe: str
     stages: Mapping[str, str | None]
     """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """``started_at`` of the old result of each stage that ``force`` runs again, or that an earlier
-    plan with ``force`` did not finish; ``None`` for a stage without an old result."""
+    """Stages that ``force`` runs again, in this plan or in an earlier one that did not finish them.
+    By stage: ``started_at`` of its old result, or ``None`` without an old result."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
@@ -161,8 +161,7 @@ class LastPlan:
 def read_last_plan(run_dir: Path) -> LastPlan | None:
     """Reads the last plan of a run; returns ``None`` if the directory has no ``run.yaml``.
 
-    Raises:
-        RecipeError: Another version of this repository wrote ``run.yaml``, or it is damaged.
+    Raises ``RecipeError`` if another version of this repository wrote the file or it is damaged.
     """
     file = run_dir / RUN_FILE
     if not file.is_file():
@@ -218,16 +217,16 @@ class StageState:
 
 
 def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
-    """Returns the state of a stage. It is complete if it has a result with the fingerprint.
+    """Returns the state of a stage. A stage that has a result with ``fingerprint`` is complete.
 
     If ``fingerprint`` is ``None``, a stage with any result is complete.
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
-    # Work belongs to the result if the same start wrote both. Work without a manifest is never
-    # resumed, so it counts as the result's, too.
-    same_start = begun is None or (result is not None and result.started_at == begun.started_at)
-    leftover = result is not None and work.exists() and same_start
+    # Work belongs to the result if the same start wrote both. Work without a manifest also counts
+    # as the result's, because no start resumes it.
+    is_unfinished = begun is not None and (result is None or result.started_at != begun.started_at)
+    leftover = result is not None and work.exists() and not is_unfinished
     if leftover:
         begun = None
     state = StageState(stage_dir, Status.NOT_STARTED, result, begun, leftover=leftover)
@@ -253,18 +252,16 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
 def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, StageState]:
     """Returns the state of each stage that has a request and was planned or started, by name.
 
-    Stages of the last plan come first, in the plan's order.
-
-    Args:
-        run_dir: The run.
-        include: Stages with a request to return even if they were neither planned nor started.
+    Stages of the last plan come first, in the plan's order. Stages in ``include`` that have a
+    request are returned even if they were neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     requested = {file.parent.name for file in run_dir.glob(f"*/{REQUEST}")}
     names = [name for name in planned if name in requested] + sorted(requested - planned.keys())
     states = {name: stage_state(run_dir / name, planned.get(name)) for name in names}
-    return {n: s for n, s in states.items() if n in planned or n in include or s.started}
+    included = {*planned, *include}
+    return {name: state for name, state in states.items() if name in included or state.started}
 
 
 def remove_unused_snapshots(run_dir: Path) -> None:
@@ -275,12 +272,12 @@ def remove_unused_snapshots(run_dir: Path) -> None:
     snapshots = [path for path in (run_dir / CODE).glob("*") if is_snapshot(path)]
     if len(snapshots) < 2:  # a single snapshot is in use
         return
-    folders = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
-    used = {read_request(folder).snapshot for folder in folders}
-    for state in map(stage_state, folders):
-        used |= {manifest.snapshot for manifest in (state.result, state.begun) if manifest}
+    stage_dirs = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
+    used_names = {read_request(stage_dir).snapshot for stage_dir in stage_dirs}
+    for state in map(stage_state, stage_dirs):
+        used_names |= {manifest.snapshot for manifest in (state.result, state.begun) if manifest}
     for snapshot in snapshots:
-        if snapshot.name not in used:
+        if snapshot.name not in used_names:
             shutil.rmtree(snapshot)
 
 
@@ -295,9 +292,9 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         begun: The start's manifest, with the current ``input_content``.
 
     Returns:
-        The manifest in ``begun.json``. Its ``seconds`` is the time that earlier starts spent on
-        this work: each start counts until its last metrics record. Its ``input_content`` has only
-        the inputs that an earlier start has hashed.
+        The manifest in ``begun.json``. The field ``seconds`` is the time that earlier starts spent
+        on this work: each start counts until its last metrics record. The field ``input_content``
+        has only the inputs that an earlier start has hashed.
 
     Raises:
         RecipeError: Work with another fingerprint cannot be deleted.
@@ -308,7 +305,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         print(f"input {', '.join(replaced)} was replaced, so this stage starts over", flush=True)
     if earlier is None or replaced or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
-        # Training would resume from what remains. NFS keeps hidden files while they are open.
+        # Training would resume from remaining files, except hidden ones, which NFS keeps if open.
         if work.is_symlink() or any(work.glob("[!.]*")):
             what = f"{work} cannot be deleted: it is a link, or has files of another user."
             raise RecipeError(what, "delete it, then repeat the command")
@@ -355,13 +352,10 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
 def record_failure(
     stage_dir: Path, error: str, *, stopped: bool = False, overwrite: bool = True
 ) -> None:
-    """Records why a start ended without a result.
+    """Records that a start ended without a result. ``error`` says why.
 
-    Args:
-        stage_dir: The stage's directory.
-        error: Why the start ended.
-        stopped: Whether the stage stopped at its deadline.
-        overwrite: Whether to replace a reason that another rank has recorded.
+    ``stopped`` says whether the stage stopped at its deadline, and ``overwrite`` whether to replace
+    a reason that another rank has recorded.
     """
     work = stage_dir / WORK
     work.mkdir(exist_ok=True)

@@ -93,7 +93,7 @@ def write_snapshot(run_dir: Path) -> None:
 def require_snapshot(code: str | None) -> None:
     """Raises ``RecipeError`` if this process does not run the snapshot with the hash ``code``.
 
-    ``None``, for a stage that another stage starts, accepts any code.
+    If ``code`` is ``None``, as for a stage that another stage starts, any code is accepted.
     """
     if code is not None and hash_source(read_source(REPO_ROOT)) != code:
         raise RecipeError(

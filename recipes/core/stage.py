@@ -74,7 +74,7 @@ class StageConfig:
     """Where the stage runs and on how many devices."""
 
     def __post_init__(self) -> None:
-        """Sets the name to the stage's type. The plan and the worker set the name in the recipe."""
+        """Sets ``name`` to the stage's type. Plan and worker replace it by the recipe's name."""
         self.name = self.stage  # not a dataclass field, because it is not a setting
 
 
@@ -123,8 +123,8 @@ def world_size() -> int:
 
 def shared_store() -> Store | None:
     """Returns torchrun's key-value store; ``None`` without torchrun. Needs no process group."""
-    # A rehearsal sets WORLD_SIZE without torchrun. A stage with one rank does not use torchrun, but
-    # may inherit torchrun's variable from the process that starts it.
+    # A stage with one rank does not use torchrun, but may inherit torchrun's variable from the
+    # process that starts the stage. A rehearsal sets WORLD_SIZE, but does not use torchrun.
     if world_size() == 1 or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed.rendezvous import rendezvous

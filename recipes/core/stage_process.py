@@ -42,7 +42,7 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 40
 """Maximum wait for a stage to end after SIGTERM. torchrun waits 30 seconds for its ranks."""
 TAIL_BYTES, LINE_BYTES = 1 << 16, 256
-"""``tail`` reads ``TAIL_BYTES``, and ``LINE_BYTES`` more for each requested line."""
+"""``tail`` reads the last ``TAIL_BYTES``, and ``LINE_BYTES`` more for each requested line."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
 """Matches the names of the variables that torchrun sets in a rank."""
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
@@ -80,7 +80,7 @@ def start_command(module: str, request_file: Path, devices: int, python: str) ->
 def start_process(
     command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[], bool]]:
-    """Starts a command as a ``RunningStage``. ``log`` gets its output, and the signal of a kill."""
+    """Starts a command as a ``RunningStage``. ``log`` gets the output and any killing signal."""
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -137,8 +137,8 @@ def run_to_end(
             time.sleep(POLL_SECONDS)
     poll()
     result = read_manifest(stage_dir)
-    # The manifest decides, because torchrun's exit status is 1 for any failure. A forced rerun has
-    # the old result's fingerprint, and the old result stays until the rerun succeeds.
+    # The manifest decides whether the stage succeeded. After a forced rerun that failed, the old
+    # manifest is still there, with the required fingerprint.
     is_old = result and old_result and result.started_at == old_result.started_at
     if result is None or result.fingerprint != fingerprint or is_old:
         reason = failure(stage_dir, log)  # usually with a fix
@@ -188,7 +188,7 @@ def _child_environment(devices: int) -> dict[str, str]:
     A child with one device sees only this rank's GPU.
     """
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
-    # This process's code comes first, then the site's modules, as in ``local.environment``.
+    # This process's code comes first. Empty and repeated paths are left out.
     paths = [str(REPO_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     if devices == 1:
@@ -197,7 +197,7 @@ def _child_environment(devices: int) -> dict[str, str]:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if visible_gpus is None:
             env["CUDA_VISIBLE_DEVICES"] = local_rank
-        # The list may be shorter than the number of ranks: "" and "-1" hide all GPUs.
+        # A list such as "" or "-1", which hides all GPUs, has no entry for this rank: it stays.
         elif int(local_rank) < len(gpus := visible_gpus.split(",")):
             env["CUDA_VISIBLE_DEVICES"] = gpus[int(local_rank)]
     return env
@@ -225,7 +225,7 @@ def tail(file: Path, lines: int) -> list[str]:
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - TAIL_BYTES - LINE_BYTES * lines))
         text = stream.read().decode(errors="replace")
-    return text.strip().splitlines()[-lines:] if lines else []
+    return text.strip().splitlines()[-lines:] if lines else []  # ``[-0:]`` has all lines
 
 
 def failure(stage_dir: Path, log: Path | None) -> str:

@@ -21,8 +21,8 @@ MAX_EXPONENT = math.log(sys.float_info.max)
 class Difference:
     """A mean difference ``value`` with its 95% interval from ``low`` to ``high``.
 
-    The ends are ``None`` for a single value. The interval assumes independent values. It is too
-    narrow for adjacent sequences of a text, which may come from the same document.
+    The ends are ``None`` for a single pair of values. The interval assumes independent pairs. It
+    is too narrow for adjacent sequences of a text, which may come from the same document.
     """
 
     value: float
@@ -72,7 +72,8 @@ def perplexity(loss: float) -> float:
 def margin95(error: float | None, values: int) -> float | None:
     """Returns half the width of the 95% interval of a mean, by Student's t-distribution.
 
-    Returns ``None`` without the mean's standard ``error``, or for fewer than two ``values``.
+    ``error`` is the mean's standard error, and ``values`` is the number of values. Returns ``None``
+    without an error or for fewer than two values.
     """
     return None if error is None or values < 2 else _t95(values - 1) * error
 
@@ -102,7 +103,8 @@ def _t_probability(t: float, degrees: int) -> float:
         odd:   2/pi * (a + s * (c + 2/3 c^3 + 2*4/(3*5) c^5 + ... up to c^(n-2)))
         even:  s * (1 + 1/2 c^2 + 1*3/(2*4) c^4 + ... up to c^(n-2))
     """
-    angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2  # also the exponent of c in the first term of the inner sum
     term, total = math.cos(angle) ** odd, 0.0
     for exponent in range(odd, degrees - 1, 2):
         total += term
@@ -123,7 +125,7 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
         return Difference(mean, None, None)
     if margin == 0 and all(0 <= value <= 1 for value in (*values, *reference)):
         # The rule of three (Hanley and Lippman-Hand 1983): with 95% confidence, an event that did
-        # not occur in n items has a probability below 3/n. Here the event is another difference.
+        # not occur in n items has a probability below 3/n. The event here: a different difference.
         margin = 3 / len(differences)
         return Difference(mean, max(-1.0, mean - margin), min(1.0, mean + margin))
     return Difference(mean, mean - margin, mean + margin)

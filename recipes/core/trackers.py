@@ -30,9 +30,9 @@ from recipes.core.metrics import METRICS, flatten, new_records
 from recipes.core.run_state import TRACKER, Request, read_request
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
-"""Matches the names of settings whose values are secrets."""
+"""Matches the names of settings whose values are secrets, such as ``hf_token``."""
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
-"""Matches user and password in a URL, up to the ``@``."""
+"""Matches ``user:password@`` in a URL such as ``https://user:password@host``."""
 BOOKKEEPING = ("time", "task", "done", "total")
 """Fields of a record that are not metrics."""
 FINAL = "final"
@@ -110,7 +110,7 @@ def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> No
     """
     file = run_dir / TRACKER
     old = read_json(file) if file.exists() else {}
-    if settings or old:  # without a tracker, an old file must lose its settings
+    if settings or old:  # an old file must lose its settings if there is no tracker any more
         run_id = old.get("run_id") or uuid.uuid4().hex
         write_json(file, {"run_id": run_id, "recipe": recipe, "settings": dict(settings)})
 
@@ -129,7 +129,7 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
 
 
 def _without_user(value: object) -> object:
-    """Removes user and password from URLs such as ``https://user:password@host``."""
+    """Removes user and password from URLs."""
     if isinstance(value, list):
         return [_without_user(item) for item in value]
     return USER_INFO.sub("", value) if isinstance(value, str) else value
@@ -164,11 +164,11 @@ def wandb(stage: TrackedStage) -> Tracker:
     """Starts logging to Weights & Biases.
 
     Without a login and without ``WANDB_MODE``, logs only to ``<run>/wandb``. Does not send data
-    about the machine, because they include the command line, which may contain secrets.
+    about the machine: these include the command line, which may contain secrets.
     """
     import wandb as library
 
-    configured = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
+    may_send = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
     wandb_run = library.init(
         project=stage.settings["project"],
         entity=stage.settings["entity"],
@@ -178,7 +178,7 @@ def wandb(stage: TrackedStage) -> Tracker:
         id=stage.id,
         resume="allow",
         dir=str(stage.directory.parent),
-        mode=None if configured else "offline",  # None: WANDB_MODE, by default online
+        mode=None if may_send else "offline",  # None: as in WANDB_MODE, by default "online"
         tags=[stage.recipe],
         config={**stage.parameters(), **stage.links()},
         settings=library.Settings(
@@ -200,7 +200,8 @@ def wandb(stage: TrackedStage) -> Tracker:
         wandb_run.log({**metrics, f"{task}/step": step})
 
     def store(name: str, content: str) -> None:
-        artifact = library.Artifact(f"{stage.request.name}-{stage.id}", name.partition(".")[0])
+        artifact_type = name.partition(".")[0]  # "manifest" or "report"
+        artifact = library.Artifact(f"{stage.request.name}-{stage.id}", artifact_type)
         with artifact.new_file(name, encoding="utf-8") as file:
             file.write(content)
         wandb_run.log_artifact(artifact)
@@ -221,18 +222,18 @@ def mlflow(stage: TrackedStage) -> Tracker:
     library.set_tracking_uri(server or f"sqlite:///{run_dir / 'mlflow.db'}")
     experiment_name = str(stage.settings["experiment"])
     if not server:
-        # Stages may start at the same time, and MLflow creates the tables without a lock. SQLite
-        # also uses this type of lock, so the file system supports it.
+        # Stages may start at the same time, and MLflow creates the tables without a lock. The file
+        # system supports this type of lock, because SQLite uses it, too.
         with (run_dir / "mlflow.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
             if library.get_experiment_by_name(experiment_name) is None:
                 library.create_experiment(experiment_name, (run_dir / "mlflow").as_uri())
     experiment = library.set_experiment(experiment_name).experiment_id
     # A stage that resumes continues the MLflow run of its earlier start.
-    has_id = f"tags.{MLFLOW_ID} = '{stage.id}'"
-    old_runs = library.search_runs([experiment], has_id, max_results=1, output_format="list")
-    old_run = old_runs[0].info.run_id if old_runs else None
-    mlflow_run = library.start_run(old_run, run_name=stage.name)
+    id_filter = f"tags.{MLFLOW_ID} = '{stage.id}'"
+    old_runs = library.search_runs([experiment], id_filter, max_results=1, output_format="list")
+    old_run_id = old_runs[0].info.run_id if old_runs else None
+    mlflow_run = library.start_run(old_run_id, run_name=stage.name)
     library.set_tags(
         {MLFLOW_ID: stage.id, "run_id": stage.run_id, "recipe": stage.recipe, **stage.links()}
     )
@@ -270,7 +271,7 @@ def require_tracker(settings: Mapping[str, str | None], own_python: bool = True)
 
     Args:
         settings: The config group ``tracker``; empty without a tracker.
-        own_python: Whether stages run with this interpreter, whose packages are then checked.
+        own_python: Whether stages run with this interpreter. If not, packages are not checked.
 
     Raises:
         RecipeError: The tracker is unknown or needs missing packages, or ``uri`` has a password.
@@ -280,10 +281,10 @@ def require_tracker(settings: Mapping[str, str | None], own_python: bool = True)
         return
     require_known(name, TRACKERS, f"tracker.name={name} is not known")
     _, modules = TRACKERS[name]
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing and own_python:
+    missing_modules = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing_modules and own_python:
         raise RecipeError(
-            f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
+            f"tracker={name} needs {', '.join(missing_modules)}, which is not installed here.",
             f"pip install '.[{name}]' in this environment, or tracker=null",
         )
     if USER_INFO.search(settings.get("uri") or ""):
@@ -305,11 +306,12 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
     run = read_json(stage_dir.parent / TRACKER)
     if (name := run["settings"].get("name")) is None:  # no tracker
         return
+    # The keys of ``run`` are run_id, recipe and settings.
     stage = TrackedStage(stage_dir, read_request(stage_dir), **run)
     attempt = _error_catcher(name)
     start_tracker, _ = TRACKERS[name]
     tracker: Tracker | None = attempt(start_tracker, stage)
-    if tracker is None:  # it failed to start
+    if tracker is None:  # ``start_tracker`` failed
         return
     status, position = None, 0  # position in the metrics file
     while status is None:

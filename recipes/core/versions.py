@@ -21,7 +21,7 @@ from recipes.core.snapshot import LOCKS
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
 """Libraries whose code computes the results of stages. Their versions are in every fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
-"""Also computes results, but is not in fingerprints, because a login node does not have it."""
+"""A library that also computes results. Fingerprints omit it, because login nodes lack it."""
 OPENVINO_LIBRARIES = (
     *("openvino", "openvino-genai", "openvino-tokenizers"),
     *("nncf", "optimum", "optimum-intel"),
@@ -46,7 +46,7 @@ class Pin:
         """Whether the installed version satisfies the requirement."""
         if self.installed is None:
             return False
-        # Without suffixes for builds and pre-releases: NGC containers have, say, 2.9.0a0+nv25.9.
+        # Omits suffixes of builds and pre-releases: NGC containers have 2.9.0a0+nv25.9 for 2.9.0.
         base_version = Version(self.installed).base_version
         return SpecifierSet(self.required).contains(base_version, prereleases=True)
 
@@ -75,7 +75,7 @@ def installed_version(name: str) -> str | None:
 
 @cache
 def program_version(name: str) -> str | None:
-    """Returns what a program on ``PATH`` prints after ``version:``; ``None`` if nothing.
+    """Returns what a program prints after ``version:``; ``None`` without such a program or text.
 
     Other lines of the output, such as the list of GPUs, differ between machines.
     """
@@ -94,9 +94,9 @@ def result_versions(
 ) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library or program.
 
-    A login node must compute the same fingerprint as a node with GPUs. So versions have no build
-    tags such as ``+cpu``: builds of one version have the same source. Fingerprints do not include
-    the image's name, because a run may be resumed with another image or without one.
+    A login node must compute the same fingerprint as a node with GPUs. So build tags such as
+    ``+cpu`` are removed: builds of one version have the same source. Fingerprints do not include
+    the image's name, because a run may be resumed with another image or without an image.
 
     Args:
         in_image: Whether the stage runs in a container image. If so, returns locked versions.
@@ -120,7 +120,7 @@ def result_versions(
 
 @cache
 def locked_version(name: str) -> str:
-    """Returns a library's version in the lock files. Raises ``StopIteration`` if it has none."""
+    """Returns a library's version in the lock files. Raises ``StopIteration`` if they lack it."""
     any_separator = re.sub("[-_.]", "[-_.]", name)  # pip treats -, _ and . in names as equal
     pattern = re.compile(rf"^{any_separator}==([^ ;]+)", re.MULTILINE)
     texts = ((REPO_ROOT / lock).read_text() for lock in LOCKS)

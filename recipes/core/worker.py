@@ -73,8 +73,8 @@ POLL_SECONDS = 0.05
 TRACKER_MODULE = "recipes.core.trackers"
 """Module of the tracker's process. Not imported here, to keep it out of code fingerprints."""
 STOP_SECONDS = 240
-"""Maximum wait for other ranks at the deadline. The planner sets the deadline longer before a job's
-time limit."""
+"""Maximum wait for other ranks at the deadline. By default a job's time limit is at least 300
+seconds after the deadline."""
 TRACKER_SECONDS = 60
 """Maximum wait for the tracker's process after the stage's end, for example without a network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Starts the tracker's process on rank 0. Returns ``None`` without one, or if this fails."""
+    """Starts the tracker's process on rank 0. Returns ``None`` if there is no such process."""
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
@@ -146,7 +146,7 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
             "run the same command again: it resumes from the last complete checkpoint",
         )
         return str(checkpoint_error)  # without ``what``, because the message is a traceback
-    if world_size() > 1 and "by peer" in str(error):
+    if world_size() > 1 and "by peer" in str(error):  # "Connection closed by peer" and the like
         connection_error = RecipeError(
             f"rank {rank()} lost its connection to a rank that was killed or whose node failed.",
             "read the log of that rank; the same command resumes",
@@ -212,7 +212,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             content = content_of(request.inputs)
             manifest = replace(manifest, versions=installed_versions(), input_content=content)
             manifest = begin_work(stage_dir, manifest)
-        already_hashed = manifest.input_content  # by an earlier start that is resumed
+        already_hashed = manifest.input_content  # on rank 0: by earlier starts of this work
         inputs = {
             name: _checked_input(ref, rehash=name not in already_hashed)
             for name, ref in request.inputs.items()
@@ -254,7 +254,7 @@ def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
 def _warn_of_versions(inputs: Inputs) -> None:
     """Prints a warning for each input that was computed with other versions of libraries.
 
-    Fingerprints of stages in an image have locked versions, so a plan does not notice others.
+    A plan does not notice other versions in an image: fingerprints then have the locked versions.
     """
     for name, item in inputs.items():
         if differences := version_differences(item.manifest.versions):
@@ -264,9 +264,9 @@ def _warn_of_versions(inputs: Inputs) -> None:
 
 @contextlib.contextmanager
 def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
-    """Runs the block, which has a unique name, on rank 0, and then on the other ranks.
+    """Runs the block on rank 0, and then on the other ranks. ``step`` is the block's unique name.
 
-    Uses ``shared_store()`` instead of a collective: rank 0 may hash a terabyte, which takes longer
+    Uses a ``shared_store`` instead of a collective: rank 0 may hash a terabyte, which takes longer
     than the timeout of collectives. If rank 0 fails, torchrun ends the other ranks.
     """
     key = f"rank 0: {step}"
@@ -278,7 +278,7 @@ def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
 
 
 def _total_peak_memory() -> int:
-    """Returns the sum of all ranks' peak memory in bytes; without process groups, this rank's."""
+    """Returns the bytes of all ranks' peak memory; without process groups, those of this rank."""
     peak = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
@@ -291,8 +291,8 @@ def _total_peak_memory() -> int:
 def _wait_for_other_ranks() -> None:
     """Waits, at most ``STOP_SECONDS``, until all ranks of a stage without process groups stop.
 
-    This is a search. Its ranks run trainings that stop at the same deadline, but need different
-    times to save their checkpoints. When one rank exits, torchrun kills the others.
+    Such a stage is a search. Its ranks run trainings that stop at the same deadline, but take
+    different times to save their checkpoints. When one rank exits, torchrun kills the others.
     """
     torch = sys.modules.get("torch")
     has_groups = torch is not None and torch.distributed.is_initialized()
@@ -300,7 +300,7 @@ def _wait_for_other_ranks() -> None:
         return
     end = time.monotonic() + STOP_SECONDS
     store.add("stopped", 1)
-    while store.add("stopped", 0) < world_size() and time.monotonic() < end:
+    while store.add("stopped", 0) < world_size() and time.monotonic() < end:  # adds 0 to read
         time.sleep(1)
 
 

@@ -27,15 +27,14 @@ from recipes.planning.workload import Workload
 CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published_configs.json"))
 """Configs of the shipped recipes' teachers, by hub id. They are used if the hub cannot be reached.
 
-Each config has the fields of the public ``config.json`` that a plan needs. Tests compare the
-parameter counts of these configs with the published counts.
+Each config has those fields of the teacher's ``config.json`` that a plan needs.
 """
 TENSORRT_LLM = "tensorrt_llm"
 """Key of ``Chain.images``: the container image of stages that run TensorRT-LLM."""
 LONG_DATA = "prepare_long_data"
 """Name of the stage that the option ``long_context`` adds. It has its own ``seq_length``."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
-"""Names of inputs that can provide a stage's tokenizer; the first that the stage has does so."""
+"""Names of inputs that can provide a stage's tokenizer. The first that a stage has provides it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Chain:
     def shape_of(self, stage: str | None) -> Architecture:
         """Returns the largest shape that a stage's model may have.
 
-        Returns the teacher's shape if ``stage`` is ``None``, or if its shape is not known. The
-        stage may be one of another run, named by its directory.
+        ``stage`` may also be the directory of a stage of another run. Returns the teacher's shape
+        if ``stage`` is ``None`` or the shape of its model is not known.
         """
         if stage is None:
             return self.teacher
@@ -98,7 +97,7 @@ class Chain:
         return Architecture(**manifest.architecture)
 
     def shapes_of(self, stage: str | None) -> Sequence[Architecture]:
-        """Returns all shapes that a stage's model may have, the largest first; see ``shape_of``."""
+        """Returns all shapes that a stage's model may have, the largest first; at least one."""
         return self.shapes.get(stage or "") or (self.shape_of(stage),)
 
 
@@ -133,17 +132,16 @@ def sequence_problems(
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Returns a chain of ``stages`` with the teacher's shape, read from its ``config.json``."""
-    config, published = read_config_or_published(hf_path)
+    """Returns a chain of ``stages`` with the shape in the teacher's ``config.json``."""
+    config, is_published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
-    return Chain(hf_path, shape, stages, from_published_config=published)
+    return Chain(hf_path, shape, stages, from_published_config=is_published)
 
 
 def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
-    """Reads a model's ``config.json``, or its bundled copy if the hub cannot be reached.
+    """Reads a model's ``config.json``, or its copy in ``CONFIGS`` if the hub cannot be reached.
 
-    Returns:
-        The config, and whether it is the bundled copy.
+    Returns the config, and whether it is from ``CONFIGS``.
     """
     published = CONFIGS.get(str(hub_arguments(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
     if published is not None and not is_config_available(hf_path):
@@ -158,12 +156,13 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     and those that ``import_hf`` converts in another Python. The stage compares all tokenizers when
     it starts.
     """
-    # By input: the stage or directory of its tokenizer.
+    # The stage or directory of the tokenizer of each input, by the input's name.
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
-    distinct = set(sources.values())
-    # A single source needs no hash, which takes time to compute. Unknown hashes are left out.
-    hash_of = {s: tokenizer_hash(s, chain) for s in distinct} if len(distinct) > 1 else {}
-    hashes = {name: sha for name, source in sources.items() if (sha := hash_of.get(source))}
+    distinct_sources = set(sources.values())
+    hashes: dict[str, str] = {}  # by input, without unknown hashes
+    if len(distinct_sources) > 1:  # one source needs no hash, and hashes take time
+        hash_by_source = {source: tokenizer_hash(source, chain) for source in distinct_sources}
+        hashes = {name: sha for name, source in sources.items() if (sha := hash_by_source[source])}
     if len(set(hashes.values())) > 1:
         listing = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
@@ -187,10 +186,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def tokenizer_source(source: str, chain: Chain) -> str:
-    """Returns the first stage upstream of ``source`` that has the same tokenizer.
-
-    A directory of another run is returned as it is.
-    """
+    """Returns the stage, or directory of another run, from which ``source`` has its tokenizer."""
     config = chain.stages.get(source)
     inputs = config.inputs if config else {}
     upstream = next((inputs[name] for name in TOKENIZER_INPUTS if name in inputs), None)
@@ -208,7 +204,7 @@ def tokenizer_hash(source: str, chain: Chain) -> str | None:
     folder = tokenizer_folder(vars(config)["hf_path"])
     if folder is None or not folder.is_dir():
         return None
-    # If stages run in another Python, its libraries may convert a tokenizer differently.
+    # If stages run in another Python, the libraries there may convert a tokenizer differently.
     can_convert = chain.own_python and find_spec("transformers") is not None
     is_known = can_convert or not needs_conversion(folder)
     return imported_tokenizer_sha256(folder) if is_known else None

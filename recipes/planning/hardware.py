@@ -15,13 +15,13 @@ from recipes.planning.transformer import Compute
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Folder with an entry for each NVIDIA GPU. Listing it is fast; ``nvidia-smi`` takes seconds."""
 WSL_DEVICE = Path("/dev/dxg")
-"""Device file of all GPUs on WSL2, also of other vendors. WSL2 does not have ``DRIVER``."""
+"""Device file of all GPUs on WSL2, even of other vendors than NVIDIA. WSL2 has no ``DRIVER``."""
 CPUINFO = Path("/proc/cpuinfo")
 """Linux's description of the processors."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Words in ``CPUINFO`` of x86 and Arm processors with instructions for bfloat16 GEMMs."""
 ATTENTION_RATE = 0.6
-"""FLOP/s of attention on a CPU, as a fraction of the FLOP/s of float32 GEMMs, in any precision."""
+"""FLOP/s of attention on a CPU in any precision, as a fraction of those of float32 GEMMs."""
 LAYER_PASS_SECONDS = 4.5e-3
 """Time to start the operations of a forward pass through a layer on a CPU, with any number of
 threads."""
@@ -41,12 +41,12 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
 }
 """Fastest precision, and rates measured on two cores of AMD EPYC processors.
 
-The key says whether the processor has instructions for bfloat16 GEMMs. Without them, it emulates
-these GEMMs, almost a hundred times slower than float32 GEMMs. So its precision is float32.
+The key says whether the processor has instructions for bfloat16 GEMMs. A processor without them
+emulates these GEMMs, almost a hundred times slower than float32 GEMMs, so float32 is its fastest.
 """
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""Profile of CPUs that this machine cannot inspect, such as a cluster's nodes. Every CPU supports
-its precision, float32."""
+"""Profile of CPUs that this machine cannot inspect, such as a cluster's nodes. Its precision is
+float32, which every CPU supports."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Hardware:
     float32_flops_per_second: Rate = 1.9e11
     """FLOP/s of float32 GEMMs; for a GPU, without tensor cores."""
     measure: bool = False
-    """Whether the plan measures FLOP/s and memory bandwidth on its machine. It caches them."""
+    """Whether the plan measures (and caches) FLOP/s and memory bandwidth of its own machine."""
     memory_bytes: Bytes | None = None
     """Memory of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
@@ -108,7 +108,7 @@ class Hardware:
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
         """Returns the seconds that one rank takes for its work, without communication.
 
-        ``bf16`` means that GEMMs are in bfloat16, not float32. Ranks share a CPU node's FLOP/s.
+        GEMMs are in bfloat16 if ``bf16``, else in float32. Ranks share a CPU node's FLOP/s.
         """
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
         if self.bandwidth_fraction is None:  # ``utilisation`` includes all other operations
@@ -131,9 +131,9 @@ def physical_memory() -> int:
 
 
 def cpu_profile(name: str, here: bool = True) -> Any:
-    """Returns ``precision`` or a rate, named as in ``CPU_PROFILES``, of a CPU.
+    """Returns the entry ``name`` of a CPU's profile, for example its ``precision``.
 
-    If ``here`` is false, the CPU is not this machine's, and the value is from ``UNKNOWN_CPU``.
+    If ``here`` is false, the CPU is not this machine's, and its profile is ``UNKNOWN_CPU``.
     """
     if not here:
         return UNKNOWN_CPU[name]

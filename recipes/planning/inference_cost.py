@@ -50,8 +50,8 @@ HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
 ABLATED_FRACTION = 0.6
-"""Mean cost of measuring the loss without a layer, as a fraction of a forward pass: only the layers
-after the removed one, and the head, run again."""
+"""Mean cost of measuring the loss without a layer, as a fraction of a forward pass. Only the layers
+after the removed layer, and the head, run again."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class InferenceCost:
     memory: Memory
     """Memory of the rank that needs the most."""
     compute: Compute
-    """FLOPs and memory traffic of one replica of the model, as replicas run at the same time. The
-    work of its pipeline ranks is added up, because they compute in turn."""
+    """FLOPs and memory traffic of one replica of the model; replicas run at the same time. Adds up
+    the work of the replica's pipeline ranks, because these compute in turn."""
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
@@ -77,7 +77,7 @@ class InferenceCost:
     """Whether the stage, if it is started again, skips the benchmark tasks that it completed."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Returns the hours on a hardware profile. Decoding steps only count memory traffic."""
+        """Returns the hours on a hardware profile. Only memory traffic counts in decoding steps."""
         ranks = self.ranks_on_node
         seconds = hardware.compute_seconds(self.compute, self.bf16, ranks) + self.training_seconds
         generated_bytes = self.generated_bytes * (1 if hardware.on_gpu else ranks)
@@ -107,7 +107,8 @@ class Sequences:
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
         """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
         per_token = pass_compute(arch, self.seq_length, _value_bytes(bf16))
-        # ``pass_compute`` counts the head for every token. Subtracts it for tokens without logits.
+        # ``pass_compute`` counts the head for every token. The negative FLOPs below subtract the
+        # head of the tokens without logits.
         per_token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),
             bytes=self.scored_fraction * scoring_bytes(arch.vocab_size),
@@ -124,7 +125,7 @@ def comparison_cost(
     The last hidden states and the head of each model stay in memory until the comparison.
     """
     value_bytes, reserved = _value_bytes(bf16), hardware.reserved_bytes
-    # Bytes of the output heads and last hidden states of the models that have already run.
+    # Bytes of output heads and last hidden states of the models that have run so far.
     heads = states = 0.0
     peaks = []
     for arch in models:
@@ -149,9 +150,9 @@ def ranking_cost(
     """Returns the memory of comparing a candidate with the teacher, and the teacher's FLOPs.
 
     The caller adds the FLOPs of the candidates, which are compared one after the other. A pruned
-    candidate takes no memory, because its weights are views of the teacher's weights. If it is
-    ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
-    as the teacher's. They replace the teacher's weights in memory, except for the teacher's head.
+    candidate takes no memory, because its weights are views of the teacher's weights. A ``healed``
+    candidate (reconstructed by least squares) has its own weights, counted as large as the
+    teacher's. In memory they replace the teacher's weights, except for the teacher's head.
     """
     value_bytes = _value_bytes(bf16)
     states = 2 * _state_bytes(teacher, value_bytes, text, hardware)  # of both models
@@ -176,12 +177,13 @@ def healing_cost(
 ) -> InferenceCost:
     """Returns the cost of the stage ``heal``: least squares, layer by layer.
 
-    For each token of the text, memory holds both models' residual streams, raw and normalised, and
-    the inputs of the student's down projection. A CPU also holds both models in bfloat16.
+    For each token of the text, memory holds in float32: both models' residual streams, raw and
+    normalised, and the inputs of the student's down projection. On a CPU, memory also holds both
+    models in bfloat16.
 
-    A problem with n inputs and m targets sums float64 matrices of n·n and n·m values. While it is
-    solved, memory holds four matrices of n·n (the sum, the damping, both added, the Cholesky
-    factor), and three of n·m (the sum, and the result in float64 and in float32).
+    A problem with n inputs and m targets sums float64 matrices of n·n and n·m values. The solver
+    holds four float64 matrices of n·n (the sum, the damping, both added, the Cholesky factor), and
+    three of n·m (in float64 the sum and the result, in float32 the result).
     """
     models = (teacher, student)
     token_values = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
@@ -199,12 +201,13 @@ def healing_cost(
         reserved=hardware.reserved_bytes,
     )
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
-    compute = fit + _all_passes(models, False, replace(text, scored_fraction=0))  # no logits
+    text_without_logits = replace(text, scored_fraction=0)
+    compute = fit + _all_passes(models, bf16=False, text=text_without_logits)
     return InferenceCost(memory, compute, bf16=False)
 
 
 def ablation_passes(layers: int, sequences: int, block_sizes: Iterable[int]) -> int:
-    """Returns the number of forward passes of sequences with each layer or block left out once."""
+    """Returns the number of forward passes in which each layer and each block is left out once."""
     # A block of ``size`` layers can start at ``layers - size + 1`` positions.
     return sequences * sum(layers - size + 1 for size in (1, *block_sizes))
 
@@ -219,8 +222,8 @@ def scoring_cost(
 ) -> InferenceCost:
     """Returns the cost of the importance scores of a model on a calibration text.
 
-    Each of the ``pipeline`` stages is on one rank. ``ablation_passes`` is the result of the
-    function of this name, per data-parallel rank.
+    Each of the ``pipeline`` stages is on one rank. ``ablation_passes`` is the number of forward
+    passes without a layer or block, per data-parallel rank.
     """
     value_bytes, tokens = _value_bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
@@ -296,7 +299,7 @@ def benchmark_cost(
     """Returns the cost of evaluating each model on the benchmark items of one rank.
 
     The items have ``tokens`` tokens in total. A forward pass has ``pass_tokens`` tokens, whose
-    logits are all in memory at once.
+    logits are all in memory at once. Each model also runs the ``generations``.
     """
     largest_model = max(models, key=lambda arch: arch.parameters())
     value_bytes = _value_bytes(bf16)
@@ -306,7 +309,7 @@ def benchmark_cost(
         logits=BENCHMARK_BUFFERS * 4 * pass_tokens * largest_model.vocab_size,
         reserved=hardware.reserved_bytes,
     )
-    items = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
+    items = Sequences(tokens / pass_tokens, pass_tokens, 1, scored_fraction=SCORED_FRACTION)
     storage = Storage("bf16" if bf16 else "fp32", kv_bytes=value_bytes)
     generated = sum(
         decoding.steps * decode_traffic(arch, decoding.batch_size, decoding.context, storage)

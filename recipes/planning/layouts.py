@@ -28,9 +28,8 @@ def shape_layout_problems(
 ) -> list[Problem]:
     """Checks a layout for every shape that the trained model may have, the largest first.
 
-    Returns:
-        The problems of the first shape that has an error. If no shape has one, the warnings of the
-        first shape.
+    Returns the problems of the first shape that has an error. If no shape has an error, returns the
+    warnings of the first shape.
     """
     problems_by_shape = [
         list(layout_problems(workload_of_shape, hardware))
@@ -62,7 +61,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
     trained, teacher = workload.trained, workload.teacher
     if teacher is not None:
         yield from _shape_problems(layout, "teacher", teacher, trains=trained is not None)
-    # In a training of the teacher itself, both are the same model.
+    # If the run trains the teacher itself, the shape was checked above.
     if trained is not None and trained != teacher:
         yield from _shape_problems(layout, "student", trained, trains=True)
         yield from _alignment_problems(layout, trained)
@@ -148,9 +147,9 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
 def _shape_problems(
     layout: Layout, role: str, shape: Architecture, trains: bool
 ) -> Iterator[Problem]:
-    """Checks that a layout can split a model, which messages call ``role``.
+    """Checks that a layout can split a model. ``role`` is "teacher" or "student".
 
-    A stage that does not train has no setting for sequence parallelism.
+    A stage that does not train the model has no setting for sequence parallelism.
     """
     tensor = layout.tensor
     for axis in split_axes(shape):
@@ -214,7 +213,7 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
     if has_error(layout_problems(workload, hardware)):
         return False
     # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each chunk
-    # over the tensor-parallel ranks. Proposals keep the factor 2 without context parallelism, too.
+    # over the tensor-parallel ranks. The factor 2 also applies without context parallelism.
     if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
     available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)
@@ -239,9 +238,9 @@ def workloads_on_all_layouts(
     # Granularity, and whether the feed-forward network is recomputed.
     recomputations = [("none", False), ("selective", True), ("full", False)]
     if workload.hidden_state_bytes:
-        # A loss on hidden states forbids full recomputation. The layers that it compares were
-        # checked only for the configured pipeline size.
-        pipeline_sizes, recomputations = (workload.layout.pipeline,), recomputations[:2]
+        # A loss on hidden states forbids the last, full recomputation. The layers that this loss
+        # compares were checked only for the configured pipeline size.
+        pipeline_sizes, recomputations = (workload.layout.pipeline,), recomputations[:-1]
     micro_batch_sizes = PARALLEL_SIZES
     if workload.trained is None:
         # A teacher's forward pass can only have tensor parallelism, without sequence parallelism.
@@ -273,8 +272,8 @@ def cheapest_proposal(
 ) -> Proposal | None:
     """Returns the cheapest layout of ``devices`` devices that fits into memory.
 
-    If several layouts are equally cheap, returns the first of ``workloads_on_all_layouts``. Costs
-    are equal if they round to the same 0.001 device-hours. If no layout fits, returns ``None``.
+    If several are equally cheap, returns the one that ``workloads_on_all_layouts`` yields first.
+    Costs are equal if they round to the same 0.001 device-hours. Returns ``None`` if none fits.
     """
     fitting = [
         Proposal(candidate, training_cost(candidate, hardware))
@@ -288,9 +287,9 @@ def cheapest_proposal(
 def proposals(workload: Workload, hardware: Hardware) -> list[Proposal]:
     """Returns the cheapest layout for each of several numbers of devices, the lowest price first.
 
-    The numbers are a maximum and all powers of 2 below it, except those that leave a node partly
-    used beside full nodes. The maximum is the workload's ranks or a node, whichever is larger.
-    Nodes have as many devices as configured. A single node is assumed to have at least 8.
+    The numbers are a maximum and all powers of 2 below it, except those that use several nodes but
+    not all devices of each. The maximum is the number of the workload's ranks or of a node's
+    devices, whichever is larger. A node of a run on one node is assumed to have at least 8 devices.
     """
     layout = workload.layout
     node_size = layout.devices if layout.nodes > 1 else max(8, layout.devices)

@@ -28,7 +28,7 @@ TOKENIZED_PER_SECOND = 290_000
 """Measured tokens per second of each of two tokenizer processes (``benchmarks/README.md``)."""
 HUB_READ_PER_SECOND, FILE_READ_PER_SECOND = 4_700_000, 15_000_000
 """Measured tokens per second that a rank reads from a hub's dataset (row by row), and from local
-files. Every rank reads all text, so neither more ranks nor more processes raise these rates."""
+files. Every rank reads all text, so more ranks or more processes do not raise these rates."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
@@ -115,14 +115,15 @@ def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
     if source in config.sources and config.max_documents:  # the documents' lengths are not known
         return math.inf
     parsed, size = parse_source(source), source_bytes(source)
-    tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     if parsed.by_teacher and parsed.tokens:
         tokens = float(parsed.tokens)
+    else:
+        tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     return min(tokens, config.token_limit(source))
 
 
 def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
-    """Warns of sources of unknown size, except wheels: text in wheels is small."""
+    """Warns of sources of unknown size, except those in wheels, whose text is small."""
     if not isinstance(config, PrepareDataConfig):
         return
     expected = source_tokens(config)
@@ -161,7 +162,8 @@ def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Proble
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Compares the memory that a training run's ranks need with the memory that they have.
 
-    The fix is the cheapest layout that fits on as many ranks, or else on any number of ranks.
+    The fix is the cheapest layout that fits: on the configured number of ranks if there is one,
+    otherwise on any number.
     """
     hardware = chain.hardware
     workloads = workloads_of_shapes(workload, chain.shapes.get(name, ()))
@@ -181,7 +183,7 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
 
 
 def layout_overrides(config: StageConfig, workload: Workload) -> list[str]:
-    """Returns a workload's layout as command-line overrides of the settings that a stage has."""
+    """Returns a workload's layout as command-line overrides. Omits settings that a stage lacks."""
     layout = workload.layout
     values = {
         "resources.nodes": layout.nodes,
@@ -222,15 +224,16 @@ def margin_seconds(name: str, chain: Chain) -> int:
     """Returns how many seconds before its job's time limit a stage stops and saves."""
     if chain.margin_seconds is not None:
         return chain.margin_seconds
-    workload, cost = chain.workloads.get(name), chain.inference_costs.get(name)
-    seconds = cost.stopping_seconds if cost is not None else None
-    if cost is None and workload is not None:
+    seconds = 0.0
+    if (cost := chain.inference_costs.get(name)) is not None:
+        seconds = cost.stopping_seconds or 0.0
+    elif (workload := chain.workloads.get(name)) is not None:
         seconds = stopping_seconds(workload, chain.hardware)
-    return max(MIN_MARGIN_SECONDS, math.ceil(seconds or 0))
+    return max(MIN_MARGIN_SECONDS, math.ceil(seconds))
 
 
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
-    """Compares a stage's time with its job's time limit, less the margin if it can resume."""
+    """Compares a stage's time with its job's time limit, minus the margin if it can resume."""
     limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
     cost = chain.inference_costs.get(name)
     can_resume = stops_at_deadline(name, chain)
@@ -297,7 +300,7 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     else:
         weights = _weights(chain, name, data)
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
-        # With weights, ``_repeated_sources`` checks each source, which is enough without a cache.
+        # With weights and without a cache, the check of each source above is enough.
         counts_total = not weights or workload.cached_sequences is not None
         if counts_total and workload.tokens > MAX_EPOCHS * expected:
             yield Problem(
@@ -344,9 +347,9 @@ def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         return sources, float(result.tokens["train"])
     config = chain.stages.get(data)
     if not isinstance(config, PrepareDataConfig):
-        return {"": math.inf}, math.inf
+        return {"": math.inf}, math.inf  # ``data`` is not complete, so nothing is known
     train_fraction = 1 - sum(config.fractions().values())
-    if config.prefix:
+    if config.prefix:  # the text is already in token files
         _, _, boundaries, total = require_token_files(config.prefix_path)
         max_tokens = min(total, config.max_tokens or total)
         mean_document = total / (boundaries - 1)  # n documents have n + 1 boundaries

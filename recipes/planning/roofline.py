@@ -37,6 +37,6 @@ def prefill_seconds(
 def decode_seconds(
     arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
 ) -> float:
-    """Returns a lower bound of the seconds of a batch's next tokens, after ``context`` tokens."""
+    """Returns a lower bound of the seconds to generate one token per sequence of a batch."""
     flops = decode_flops(arch, batch_size, context)
     return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

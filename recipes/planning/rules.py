@@ -23,7 +23,7 @@ class Rule:
     reason: str
     """Why the rule exists."""
     reference: str = ""
-    """Where the reason is documented: issues on GitHub, files of libraries, or papers."""
+    """Issues on GitHub, files of libraries, or papers that document the reason."""
     severity: str = ERROR
     """``ERROR``: a broken rule stops the run. Otherwise ``WARNING``."""
 
@@ -68,7 +68,7 @@ def refuse_errors(
 
 
 def first_problems(problems_by_shape: Iterable[Iterable[Problem]]) -> list[Problem]:
-    """Returns the problems of the first shape that has any, for stages with several shapes."""
+    """Returns the problems of the first shape that has a problem; none if no shape has one."""
     return next(filter(None, map(list, problems_by_shape)), [])
 
 

@@ -6,7 +6,7 @@ A pass over a text in which a teacher caches its logits counts as a training run
   Megatron's distributed optimizer splits them over the replicas.
 - Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
   all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2). In an MoE's
-  experts, they transfer a copy of each token for each expert that the token is routed to
+  experts, these transfer a copy of each token for each expert that the token is routed to
   (``megatron/core/transformer/moe/token_dispatcher.py``).
 - Context-parallel ranks send keys and values around a ring, once in a forward pass. A backward pass
   sends keys and values again, with their gradients (TransformerEngine's ``cp_comm_type="p2p"``).
@@ -53,7 +53,7 @@ STORAGE_BYTES_PER_SECOND = 5e8
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by cause."""
+    """Seconds of an optimizer step on a rank, by cause."""
 
     compute: float
     """Computing on the busiest pipeline stage."""
@@ -172,8 +172,8 @@ def _gradient_bytes(workload: Workload, hardware: Hardware) -> int:
 def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
     """Returns each model with its number of passes. A forward pass counts once.
 
-    A backward pass counts ``backward`` times: its FLOPs or sent bytes, divided by those of a
-    forward pass.
+    A backward pass counts ``backward`` times. This is the ratio of its FLOPs, or of the bytes that
+    it sends, to those of a forward pass.
     """
     is_recomputed = workload.layout.recompute_granularity == "full"
     passes = [(workload.trained, 1 + backward + is_recomputed), (workload.teacher, 1)]
@@ -227,7 +227,8 @@ def step_time(workload: Workload, hardware: Hardware) -> StepTime:
 
     def send_seconds(token_bytes: float, group_ranks: int) -> float:
         """Returns the time to send bytes for each token, within a group of neighbouring ranks."""
-        return rank_tokens * token_bytes / hardware.link_rate(group_ranks <= layout.devices)
+        bandwidth = hardware.link_rate(within_node=group_ranks <= layout.devices)
+        return rank_tokens * token_bytes / bandwidth
 
     tensor = layout.tensor
     return StepTime(
@@ -257,11 +258,11 @@ def _all_reduce_bytes(workload: Workload) -> float:
 def _ring_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends to other context-parallel ranks.
 
-    For each token of its chunks, it sends keys and values once to each other rank in a forward
-    pass, and keys, values and their gradients in a backward pass.
+    In a forward pass, a rank sends keys and values of its tokens once to each of these ranks. In a
+    backward pass, it sends them again, with their gradients.
     """
     layout = workload.layout
-    # The leading 2: keys and values. ``backward=2``: with their gradients.
+    # The first 2: keys and values. ``backward=2``: also their gradients.
     values = sum(
         2 * passes * arch.num_layers * arch.num_query_groups * arch.kv_channels
         for arch, passes in _passes(workload, backward=2)
@@ -271,9 +272,9 @@ def _ring_bytes(workload: Workload) -> float:
 
 
 def _all_to_all_bytes(workload: Workload) -> float:
-    """Returns the bytes per token that a rank sends to experts of other ranks and gets back."""
+    """Returns the bytes per token that a rank exchanges with the experts of other ranks."""
     layout = workload.layout
-    values = sum(  # to the experts and back
+    values = sum(  # 2: to the experts and back
         2 * passes * arch.num_layers * arch.moe_router_topk * arch.hidden_size
         for arch, passes in _passes(workload)
     )
@@ -287,10 +288,10 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
         return 0.0, 0.0
     layout = workload.layout
     parameters = _most_parameters(workload)
-    # The optimizer's state has ``copies``, each split into ``shards``. The shards of a copy are on
+    # The optimizer's state has ``copies``. Each copy is split into ``shards``, which are on
     # neighbouring tensor-parallel groups, so a copy may fit on one node.
     shards, copies = layout.optimizer_shards, layout.optimizer_instances
-    bandwidth = hardware.link_rate(layout.nodes == 1)
+    bandwidth = hardware.link_rate(within_node=layout.nodes == 1)
     copy_on_node = copies > 1 and layout.tensor * shards <= layout.devices
     copy_bandwidth = hardware.link_rate(within_node=True) if copy_on_node else bandwidth
     # Within a copy: reduce-scatter of gradients and all-gather of weights.
@@ -309,7 +310,8 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
     """Returns the bytes of a parameter that an optimizer step on a CPU reads and writes."""
     # Each gradient after the first is read, and the float32 sum is read and written.
     gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
-    # Adam reads the gradient, and reads and writes three float32 values: weight and two moments.
+    # The norm reads the gradient. Adam reads it again, and reads and writes three float32 values:
+    # weight and two moments. The new float32 weight is then read, and written in the model's type.
     gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
     return gradient_sums + gradient_norm + adam + new_weight
 
@@ -320,7 +322,7 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
     At most, the run still finishes two steps with a validation between them, and then saves a
     checkpoint.
     """
-    if workload.trained is None:  # a teacher saves its logits continuously, so it stops at once
+    if workload.trained is None:  # a teacher saves logits continuously, and can stop at once
         return 0.0
     step = step_time(workload, hardware).total
     write = CHECKPOINT_BYTES * workload.trained.parameters() / STORAGE_BYTES_PER_SECOND
@@ -329,7 +331,7 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
 
 
 def validation_seconds(workload: Workload, hardware: Hardware) -> float:
-    """Returns the seconds of one validation, which has the FLOP/s of training steps."""
+    """Returns the seconds of one validation, which reaches the same FLOP/s as training steps."""
     models = [workload.trained, workload.teacher if workload.teacher_in_validation else None]
     flops = sum(forward_flops(arch, workload.seq_length) for arch in models if arch is not None)
     equivalent_steps = workload.validation_batches * flops / token_compute(workload).flops
@@ -348,12 +350,12 @@ def gathering_bytes(workload: Workload) -> float:
 def gathering_seconds(workload: Workload, hardware: Hardware) -> float:
     """Returns the seconds for which a training run pauses to save a checkpoint.
 
-    A rank receives the gathered state and copies it to the host's memory. Writing it to storage is
-    asynchronous.
+    A rank receives the gathered state and copies it to the host's memory. The state is then written
+    to storage without a pause.
     """
     size, shards = gathering_bytes(workload), workload.layout.optimizer_shards
     received_bytes = size * (shards - 1) / shards  # a rank already has one of the shards
-    bandwidth = hardware.link_rate(workload.layout.nodes == 1)
+    bandwidth = hardware.link_rate(within_node=workload.layout.nodes == 1)
     return received_bytes / bandwidth + size / HOST_BYTES_PER_SECOND
 
 

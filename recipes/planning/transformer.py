@@ -25,7 +25,8 @@ LOGITS_BYTES = 128 << 20
 FORWARDS_PER_BACKWARD = 2
 """FLOPs of a backward pass, divided by those of a forward pass."""
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
-"""FLOPs per score and channel of a head: 2 per GEMM. One of 5 backward GEMMs recomputes scores."""
+"""FLOPs per score and channel of a head: 2 for each of 2 forward GEMMs and of 5 backward GEMMs, one
+of which recomputes scores."""
 FRAGMENTATION = 1.05
 """Memory that the allocator holds, divided by the memory of tensors. Assumed, not measured."""
 
@@ -66,13 +67,14 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
     ``passes`` is 1 for a forward pass, and 3 with a backward pass, which counts twice. It is 4 if
     full recomputation also repeats the forward pass. ``dtype_bytes`` is the size of an activation.
     """
-    backward = passes > 1
-    forwards = passes - FORWARDS_PER_BACKWARD if backward else passes
+    has_backward = passes > 1
+    forwards = passes - FORWARDS_PER_BACKWARD if has_backward else passes
     traffic = forwards * _forward_bytes(arch, dtype_bytes)
-    if backward:
+    flops_per_score = ATTENTION_FORWARD_FLOPS * forwards
+    if has_backward:
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
+        flops_per_score += ATTENTION_BACKWARD_FLOPS
     score_channels = seq_length * arch.num_attention_heads * arch.kv_channels * arch.num_layers
-    flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
     blocked_flops = flops_per_score * score_channels * _computed_score_fraction(seq_length)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
@@ -100,7 +102,7 @@ def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
 
 
 def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
-    """Returns the FLOPs that a token adds to the normal equations of ``recipes.pruning.healing``.
+    """Returns the FLOPs per token of summing a student's normal equations for least squares.
 
     A token with n inputs x and m targets y adds x·xᵀ and x·yᵀ, which take 2·n·(n + m) FLOPs.
     """
@@ -114,7 +116,8 @@ def least_squares_shapes(teacher: Architecture, student: Architecture) -> list[t
     The problems are for both norms, the attention's output projection and the down projection.
     """
     width, (queries, _) = student.hidden_size, _attention_widths(student)
-    return [(width, teacher.hidden_size)] * 2 + [(queries, width), (student.ffn_hidden_size, width)]
+    norm = (width, teacher.hidden_size)
+    return [norm, norm, (queries, width), (student.ffn_hidden_size, width)]
 
 
 def feed_forward_width(arch: Architecture) -> int:
@@ -188,7 +191,7 @@ def scoring_bytes(vocabulary: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a rank in bytes, by use; ``reserved`` as in ``Hardware.reserved_bytes``."""
+    """Memory of a rank in bytes, by use. ``reserved`` is the memory without any model."""
 
     weights: float = 0
     gradients: float = 0
@@ -222,15 +225,15 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     The output layer counts as an embedding. The parameters of layers exclude those of experts.
     Megatron holds tied embeddings on both the first and the last stage.
     """
-    embedding, experts = arch.vocab_size * arch.hidden_size, expert_parameters(arch)
-    layers = arch.parameters() - experts - embedding * (1 if arch.tied_embeddings else 2)
+    matrix, experts = arch.vocab_size * arch.hidden_size, expert_parameters(arch)
+    layers = arch.parameters() - experts - matrix * (1 if arch.tied_embeddings else 2)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
-    embeddings = is_first + is_last
-    if embeddings == 2 and arch.tied_embeddings:  # the only stage holds them once
-        embeddings = 1
+    matrices = is_first + is_last
+    if arch.tied_embeddings:  # if there is only one stage, it holds the matrix once
+        matrices = int(is_first or is_last)
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
     split_experts = experts * fraction / (layout.tensor * layout.expert)
-    return embedding * embeddings / layout.tensor, layers * fraction / layout.tensor, split_experts
+    return matrix * matrices / layout.tensor, layers * fraction / layout.tensor, split_experts
 
 
 def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) -> float:
@@ -257,10 +260,10 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
 def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> float:
     """Returns the bytes of a training run's activations at their peak (bfloat16, 1F1B schedule).
 
-    The sum has the micro batches in flight and the current operation. On the last stage, the
-    current operation is the loss, with input and output of the last norm. On others, it is a layer
-    of the teacher or of a backward pass. With several stages, each also holds what it received from
-    its neighbors: both models' hidden states of the micro batches in flight, and one more buffer.
+    Adds up the activations of the micro batches in flight and of the current operation. On the last
+    stage, this operation is the loss, with input and output of the last norm. On the other stages,
+    it is a layer of the teacher or of a backward pass. Each of several stages also has buffers for
+    hidden states of both models from its neighbours: one per micro batch in flight, and one more.
 
     ``stage`` counts pipeline stages from 0. ``tokens`` are those of a micro batch on a rank.
     """
@@ -276,12 +279,13 @@ def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> floa
         width = arch.hidden_size + (workload.teacher.hidden_size if workload.teacher else 0)
         received = in_flight if stage > 0 else 0  # the first stage receives no forward activations
         buffers += (received + 1) * 2 * tokens * width / shards
-    if layout.recompute_granularity == "full":  # keeps only each layer's input
+    if layout.recompute_granularity == "full":  # a layer in flight keeps only its input
         return in_flight * layers * hidden_state / shards + layer + buffers
     current = 2 * hidden_state / shards if stage == layout.pipeline - 1 else layer
     if layout.recompute_feed_forward:
         full = layer_activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
-        current = max(current, full - layer)  # one layer at a time is recomputed
+        recomputed = full - layer  # one layer at a time
+        current = max(current, recomputed)
     return in_flight * layers * layer + current + buffers
 
 
@@ -293,7 +297,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
     arch = workload.trained or workload.teacher
     assert arch is not None
     values = tokens * arch.vocab_size / workload.layout.tensor
-    chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0  # a CPU's chunks are small
+    chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0  # chunks on a CPU are negligible
     logits = values * workload.dtype_bytes
     if workload.trained is None:  # holds the teacher's logits twice while Megatron transposes them
         return max(2 * logits, logits + ONE_MODEL_LOSS_BUFFERS * chunk)
@@ -303,7 +307,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:
-    """Returns a forward pass's peak bytes: 3 tensors each of hidden and feed-forward width."""
+    """Returns a forward pass's peak bytes: 3 tensors of hidden width, 3 of feed-forward width."""
     return dtype_bytes * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 
@@ -320,7 +324,7 @@ WEIGHT_BITS = {
 }
 """Bits of a weight in a linear layer, without its scale."""
 SCALE_BITS = 20.0
-"""A 16-bit scale and a 4-bit zero point for each group of weights."""
+"""Bits of the 16-bit scale and the 4-bit zero point of a group of weights."""
 BF16_EMBEDDING_FORMATS = ("fp8", "int4_awq")
 """ModelOpt's formats, which leave embedding and head in bfloat16."""
 
@@ -358,7 +362,7 @@ def weight_traffic(arch: Architecture, storage: Storage, tokens: float) -> float
     """Returns the bytes of weights that a forward pass of ``tokens`` tokens reads.
 
     An untied embedding does not count: only a few of its rows are read. An MoE's expert is read if
-    at least one token is routed to it. All experts are assumed to be equally likely.
+    at least one token is routed to that expert. All experts are assumed to be equally likely.
     """
     embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
     unread_fraction: float = (1 - arch.moe_router_topk / max(1, arch.num_moe_experts)) ** tokens

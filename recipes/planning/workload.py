@@ -58,18 +58,18 @@ class Layout:
 
 
 def split_axes(arch: Architecture) -> tuple[str, str, str]:
-    """Returns the ``Architecture`` fields whose sizes tensor parallelism splits, FFN last."""
+    """Returns the ``Architecture`` fields that tensor parallelism splits; the last is the FFN's."""
     feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
     return "num_attention_heads", "num_query_groups", feed_forward
 
 
 LOSS_BUFFERS = {"forward_kl": 3, "reverse_kl": 4, "jsd": 6}
-"""Float32 tensors, as large as a chunk of the logits, that a loss with a live teacher holds at
-once; by divergence."""
+"""Number of float32 tensors, as large as a chunk of the logits, that a loss with a live teacher
+holds at once, by divergence."""
 TOP_K_LOSS_BUFFERS = 3
-"""The same for every divergence, if it covers only the teacher's largest probabilities."""
+"""Number of such tensors if a divergence covers only the teacher's largest probabilities."""
 ONE_MODEL_LOSS_BUFFERS = 2
-"""The same for a loss without a live teacher."""
+"""Number of such tensors in a loss without a live teacher."""
 CHECKPOINT_BYTES = 14
 """Bytes per parameter of a training checkpoint: a bfloat16 weight, a float32 main weight, and
 Adam's two float32 moments."""
@@ -94,7 +94,7 @@ class Workload:
     weight_copy_bytes: int = 0
     """Bytes per parameter of TransformerEngine's FP8 copies of the layers' weights."""
     loss_buffers: int = LOSS_BUFFERS["forward_kl"]
-    """Buffers of the loss with a live teacher; see ``LOSS_BUFFERS``."""
+    """Number of chunk-sized tensors that the loss holds at once if there is a live teacher."""
     validation_batches: int = 0
     """Number of global batches in one validation."""
     validations: int = 0
@@ -130,7 +130,7 @@ class Workload:
 
 
 def workloads_of_shapes(workload: Workload, shapes: Sequence[Architecture]) -> list[Workload]:
-    """Returns the workload with each of ``shapes`` as the trained model, in their order.
+    """Returns one workload for each of ``shapes``, in which the trained model has that shape.
 
     If there are no shapes or the workload trains no model, returns only the unchanged workload.
     """
