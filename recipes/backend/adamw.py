@@ -1,7 +1,7 @@
 """AdamW for machines without TransformerEngine, and deferred scaling of gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all gradients. Deferred scaling avoids this memory
+coefficient. Each scaling reads and writes all gradients. Deferred scaling avoids this memory
 traffic. A gradient tensor then has the attribute ``pending_scale``, the product of the factors that
 are not applied yet. ``FusedAdamW`` multiplies by this product while it reads the gradient.
 """
@@ -73,7 +73,7 @@ class FusedAdamW(AdamW):
         super().__init__(params, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the state. Skips AdamW's method, which expects a step count per parameter."""
+        """Restores the state without AdamW's method, which expects a step count per parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
@@ -95,14 +95,14 @@ class FusedAdamW(AdamW):
                 _run_kernel(remaining, [weight.grad for weight in remaining], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
-        """Updates a parameter from a gradient with deferred scaling, which may be bfloat16.
+        """Updates a parameter from a gradient with deferred scaling. The gradient may be bfloat16.
 
         Converts blocks to float32, so there is no float32 copy of the whole gradient. Blocks are
-        views: the kernel writes into the parameter and its moments.
+        views, so the kernel writes into the parameter and its moments.
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides the gradient by this number. Division by infinity gives 0.
+        # The kernel divides the gradient by this number. For the scale 0, it divides by infinity.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         blocks_of_tensors = [tensor.view(-1).split(BLOCK) for tensor in tensors]

@@ -105,8 +105,8 @@ def _numbers_to_cache(
 ) -> list[int]:
     """Returns the numbers of the sequences to cache, in the order in which training reads them.
 
-    These are the sequences of the first ``num_sequences`` training samples, without repetitions, or
-    all sequences. A sequence's number is its index in the text.
+    These are the sequences of the first ``num_sequences`` training samples, without repetitions. By
+    default, these are all sequences. A sequence's number is its index in the text.
     """
     samples = cfg.num_sequences or 0
     dataset = TrainingSequences(
@@ -133,8 +133,8 @@ def _write_shards(
     Returns:
         ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
     """
-    start, done = time.monotonic(), 0  # ``done`` counts sequences
-    first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks alternate
+    start, finished_sequences = time.monotonic(), 0
+    first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks take turns
     for shard in range(first_shard, index.shards, parallel_state.get_data_parallel_world_size()):
         path = work / SHARD.format(shard)
         if is_complete(path):
@@ -147,13 +147,15 @@ def _write_shards(
         top, loss, loss_tokens = result
         # Only the first shard is checked, because a good teacher could fail the check on a later
         # shard with a few sequences that are hard to predict.
-        if done == 0:
+        if finished_sequences == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss, loss_tokens)
-        done += len(numbers)
-        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)  # of this rank
-        log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
+        finished_sequences += len(numbers)
+        rank_speed = round(finished_sequences * cfg.seq_length / (time.monotonic() - start), 1)
+        log.progress(
+            "cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=rank_speed
+        )
     return True
 
 
@@ -175,8 +177,8 @@ def _any_rank_stops(
 ) -> bool:
     """Returns whether any rank of a group (by default, of all ranks) stops at the deadline.
 
-    All ranks of the group must stop together, but their clocks differ. A rank that continued alone
-    would wait in its next collective forever.
+    All ranks of the group must stop together, although their clocks differ. A rank that continued
+    alone would wait in its next collective forever.
     """
     if deadline() is None:
         return False
@@ -196,8 +198,8 @@ def _evaluate_teacher(
         number of unmasked tokens; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # With one tensor-parallel rank, ``group`` is ``None``, which ``all_reduce`` would take as all
-    # ranks. So the check of the deadline uses ``tensor_ranks``, which is never ``None``.
+    # ``group`` is ``None`` with one tensor-parallel rank. The check of the deadline would take
+    # ``None`` as all ranks, so it uses ``tensor_ranks``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):
