@@ -161,7 +161,7 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Hides fusions from Megatron's check, which refuses them before they are disabled."""
+    """Hides fusions from Megatron's check. ``adapt_config``, which disables them, runs later."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")

@@ -57,8 +57,8 @@ def rehearse(job: RankJob) -> RehearsalResult:
             install_labels(memory)
             with device.fake_tensors(), memory, messages.MessageChecker():
                 if job.search is not None:
-                    # In a real run, the search still holds the memory of this evaluation while
-                    # its child process trains on the same GPU.
+                    # In a real run, the search still holds the memory of this evaluation while a
+                    # child process of the search trains on the same GPU.
                     _measure_candidate(job.search, inputs, run_dir)
                     memory.label_as_parent()
                 if job.resumed:
@@ -105,7 +105,7 @@ def _stop_after_one_step(run: Callable[[], object]) -> None:
 
     Then frees all memory of the training, as the end of a process would.
     """
-    os.environ[DEADLINE] = "0"  # in seconds since 1970
+    os.environ[DEADLINE] = "0"  # a time in 1970
     with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
@@ -120,10 +120,10 @@ def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
     A float32 optimizer holds views of weights. The autograd graph of the views has hooks that refer
-    to the model. In the caller of this function, the loop variable would keep an object alive.
+    to the model. The loop is in its own function, so that its variable keeps no object alive.
     """
     for instance in gc.get_objects():
-        # ``isinstance`` would raise an error at the proxy of a freed object.
+        # ``isinstance`` would raise an error if an instance is the proxy of a freed object.
         if issubclass(type(instance), DistributedOptimizer):
             vars(instance).clear()
 
