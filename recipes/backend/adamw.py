@@ -36,10 +36,7 @@ def scale_gradient(gradient: Any, factor: float) -> None:
 
 
 def clip_by_total_norm(original: object) -> Any:
-    """Returns a replacement of Megatron's clipping, which accepts only float32 tensors on CUDA.
-
-    ``original`` is not used. A ``Patch`` passes it.
-    """
+    """Replaces ``original``, Megatron's clipping, which accepts only float32 tensors on CUDA."""
 
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False

@@ -198,13 +198,12 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "2ae5744ac85c",
         replace_with(FusedAdamW),
     ),
-    # With these flags, Megatron treats FusedAdamW like TransformerEngine's optimizer. The
-    # fingerprint of a flag is its type.
+    # With these flags, Megatron treats FusedAdamW like TransformerEngine's optimizer.
     *(
         Patch(
             target,
             "FusedAdamW has the same state as TransformerEngine's optimizer",
-            "bool",
+            "bool",  # the fingerprint of a flag is its type
             replace_with(flag),
         )
         for target, flag in (

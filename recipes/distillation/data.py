@@ -213,26 +213,25 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
         self._require_batch(len(self._train_ds.used_numbers), batch_size)
         max_sequences = self.trainer.limit_val_batches * batch_size
-        by_source = sequences_by_source(
-            self._sources["validation"], self.seq_length, max_sequences
-        ).values()
+        sources = self._sources["validation"]
+        by_source = sequences_by_source(sources, self.seq_length, max_sequences).values()
         # Sources alternate: the first sequence of each, then the second of each, and so on. So
         # dropping an incomplete last batch does not drop a whole source.
         rounds = zip_longest(*by_source)  # has ``None`` after the last sequence of a source
         alternating = [number for numbers in rounds for number in numbers if number is not None]
         # The number of samples follows from the number of sequences, and is set below.
-        self._validation_ds = self._sequences("validation", samples=0, numbers=alternating)
-        if not len(self._validation_ds.used_numbers):
+        validation = self._sequences("validation", samples=0, numbers=alternating)
+        if not len(validation.used_numbers):
             raise RecipeError(
                 f"no source of the validation data has a sequence of {self.seq_length} tokens and "
                 "a next token.",
                 "add text, raise stages.prepare_data.validation_fraction, or lower data.seq_length",
             )
         # Only whole batches are used. If there is less than one batch, sequences are repeated.
-        whole_batches = len(self._validation_ds.used_numbers) // batch_size
+        whole_batches = len(validation.used_numbers) // batch_size
         batches = max(1, min(self.trainer.limit_val_batches, whole_batches))
-        self._validation_ds.num_samples = batches * batch_size
-        self._test_ds = self._validation_ds
+        validation.num_samples = batches * batch_size
+        self._validation_ds = self._test_ds = validation
 
     def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
         """Opens a split. ``settings`` are further fields of ``TrainingSequences``."""

@@ -59,7 +59,7 @@ def cache_logits(
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
     model, dtype = nemo.restore_model(teacher), dtype_of(cfg.precision)
-    core = nemo.build_core(model, parallel, dtype, training=True).eval()
+    core = nemo.build_core(model, parallel, dtype, training=True).eval()  # the training layers
     nemo.load_weights(core, teacher)
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
@@ -152,10 +152,9 @@ def _write_shards(
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss, loss_tokens)
         finished_sequences += len(numbers)
-        rank_speed = round(finished_sequences * cfg.seq_length / (time.monotonic() - start), 1)
-        log.progress(
-            "cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=rank_speed
-        )
+        tokens = finished_sequences * cfg.seq_length
+        speed = round(tokens / (time.monotonic() - start), 1)  # tokens per second on this rank
+        log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
     return True
 
 

@@ -216,8 +216,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))  # only NeMo's own tensors
         if parallel_state.is_pipeline_last_stage():
-            # Lightning's loader may yield (batch, batch index, loader index).
-            samples = loaded[0] if isinstance(loaded, tuple) else loaded
+            samples = loaded[0] if isinstance(loaded, tuple) else loaded  # tuple: with indices
             for name in samples:
                 if name.startswith(TEACHER_PREFIX):
                     batch[name] = samples[name].to(device(), non_blocking=True)

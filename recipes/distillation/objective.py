@@ -48,7 +48,7 @@ def layer_pairs(
 
     By default, each student layer is compared with the teacher layer that it comes from, if both
     are on the last of ``hidden_pipeline_stages`` stages. ``student_kept`` and ``teacher_kept`` are
-    the models' ``KeptLayers.kept_layers``.
+    the models' ``kept_layers``: for each layer, its number in the model before all pruning.
 
     Raises:
         RecipeError: No pairs are configured, and none can be derived.
@@ -58,8 +58,7 @@ def layer_pairs(
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
     student_last_stage = last_stage_layers(num_student_layers, min(stages, num_student_layers))
     teacher_last_stage = last_stage_layers(num_teacher_layers, min(stages, num_teacher_layers))
-    # Kept layers have the numbers that they had in the model before all pruning. A model without
-    # these numbers has all layers: the teacher always, the student if it has as many layers.
+    # Without kept layers, a teacher was not pruned. A student with as many layers has the same.
     teacher_kept = teacher_kept or range(1, num_teacher_layers + 1)
     if student_kept is None and num_student_layers == num_teacher_layers:
         student_kept = teacher_kept
@@ -166,8 +165,7 @@ class Objective:
         if not (self.dynamic and means):
             return weights
         first = next(iter(weights))  # the first of KD, hidden and LM that the loss has
-        # Sum of the weighted KD and hidden terms, divided by the weight of ``first``, a factor of
-        # both. So this weight still multiplies the terms after they are scaled to the LM loss.
+        # Weighted sum of KD and hidden terms, divided by their common factor, ``weights[first]``.
         teacher_terms = means[first]
         if "kd" in weights and "hidden" in weights:
             weights["hidden"] *= weights["kd"] * _scale_factor(means["kd"], means["hidden"])

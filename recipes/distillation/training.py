@@ -61,8 +61,7 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
 def with_hidden_stages(cfg: DistillConfig) -> DistillConfig:
     """Sets ``hidden_pipeline_stages``, if the layer pairs depend on it, to its default.
 
-    The stage's fingerprint then has this number. It does not have the default itself, the resource
-    setting ``pipeline_model_parallel_size``.
+    The stage's fingerprint then has this number, but not ``pipeline_model_parallel_size`` itself.
     """
     uses_default_pairs = cfg.hidden_weight > 0 and not cfg.intermediate_layer_pairs
     if not uses_default_pairs or cfg.hidden_pipeline_stages:
@@ -117,11 +116,12 @@ def weight_problems(
     """
     prepare_data, manifest = chain.stages.get(data), manifest_of(data)
     if isinstance(prepare_data, PrepareDataConfig):
-        known = prepare_data.training_names()
+        sources = prepare_data.training_names()
     elif manifest is not None:  # ``data`` is a directory of another run
-        known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
-        if len(known) > 1 and not weights:
-            example = ", ".join(f"{source}: 1" for source in known)
+        text = manifest.result(DatasetResult)
+        sources = [source.source for source in text.source_tokens["train"]]
+        if len(sources) > 1 and not weights:
+            example = ", ".join(f"{source}: 1" for source in sources)
             yield Problem(
                 rules.SOURCE_WEIGHTS,
                 f"weights is empty, so longer sources of {data} count more: weights of "
@@ -131,12 +131,12 @@ def weight_problems(
     else:
         return  # the names of the sources are not known yet
     for source in weights:
-        if source not in known:
+        if source not in sources:
             yield Problem(
                 rules.DATA_SOURCES,
                 f"weights has '{source}', which is not a training source of {data}."
-                f"{did_you_mean(source, known)}",
-                f"use one of: {', '.join(known)}",
+                f"{did_you_mean(source, sources)}",
+                f"use one of: {', '.join(sources)}",
             )
 
 

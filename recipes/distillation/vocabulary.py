@@ -148,9 +148,8 @@ def top_k(
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
-    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. The
-    sample of a quantile is the first token, in order of id, at which the cumulative fraction of the
-    tail's probability exceeds the quantile.
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. A
+    sample is the first token, by id, where the cumulative fraction of the tail exceeds the quantile.
 
     Raises:
         RecipeError: ``k`` is below 1, or above the size of the vocabulary.

@@ -171,8 +171,7 @@ def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
         settings |= _reduced_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
-        settings |= {"num_sequences": replicas * micro_batch}
-        settings |= {"sequences_per_shard": micro_batch}
+        settings |= {"num_sequences": replicas * micro_batch, "sequences_per_shard": micro_batch}
     elif isinstance(config, ScoreConfig):
         replicas = config.resources.ranks // config.pipeline_model_parallel_size
         settings |= {"block_sizes": [], "num_calibration_samples": replicas * micro_batch}

@@ -153,8 +153,7 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
     """Writes a cached teacher of one shard with a number of sequences. All values are zero."""
-    cache_settings = source.config  # other fields of ``CacheIndex``, such as ``top_k``
-    index = CacheIndex(vocabulary=source.shape["vocab_size"], **cache_settings, shards=1)
+    index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)  # has CACHE_FIELDS
     write_index(artifact, index)
     tensors = {
         name: (dtype, [sequences, index.seq_length, size])

@@ -41,8 +41,7 @@ WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
 """Collectives without an argument whose shapes must be equal on all ranks."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
-"""Records of this rank's calls, by name. Each process group has a channel, and each pair (source,
-destination) of ranks has a channel for messages."""
+"""Records of this rank's calls, by name: of process groups, and of messages between two ranks."""
 _backends: dict[str, str | None] = {}
 """The requested backend of each process group, by the group's name."""
 _reduction = ""
