@@ -106,7 +106,7 @@ def _numbers_to_cache(
     """Returns the numbers of the sequences to cache, in the order in which training reads them.
 
     These are the sequences of the first ``num_sequences`` training samples, without repetitions. By
-    default, these are all sequences. A sequence's number is its index in the text.
+    default, all sequences are cached. A sequence's number is its index in the text.
     """
     samples = cfg.num_sequences or 0
     dataset = TrainingSequences(

@@ -58,7 +58,7 @@ def layer_pairs(
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
     student_last_stage = last_stage_layers(num_student_layers, min(stages, num_student_layers))
     teacher_last_stage = last_stage_layers(num_teacher_layers, min(stages, num_teacher_layers))
-    # Without kept layers, a teacher was not pruned. A student with as many layers has the same.
+    # A teacher without kept layers was not pruned. A student of equal depth has the same layers.
     teacher_kept = teacher_kept or range(1, num_teacher_layers + 1)
     if student_kept is None and num_student_layers == num_teacher_layers:
         student_kept = teacher_kept

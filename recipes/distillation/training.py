@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
 """Fewest steps for which training on a CPU is compiled by default. With fewer steps, compiling
-takes longer than it saves."""
+saves no time."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory with checkpoints of training, in the stage's work directory."""
 VALIDATE = "validate"

@@ -149,7 +149,7 @@ def top_k(
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
     With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. A
-    sample is the first token, by id, where the cumulative fraction of the tail exceeds the quantile.
+    sample is the first token, by id, whose cumulative fraction of the tail exceeds the quantile.
 
     Raises:
         RecipeError: ``k`` is below 1, or above the size of the vocabulary.

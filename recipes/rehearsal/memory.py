@@ -202,7 +202,8 @@ def _labeling_head(
 
 def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
     """Labels an optimizer's states and main weights."""
-    for main_weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+    main_weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    for main_weight in main_weights:
         states = optimizer.state.get(main_weight, {}).values()  # indexing would create an entry
         memory.label("optimizer", (state for state in states if isinstance(state, Tensor)))
         # With precision 32, a main weight is a view of the model's weight and takes no memory.
