@@ -99,7 +99,7 @@ class FusedAdamW(AdamW):
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides the gradient by this number. For the scale 0, it divides by infinity.
+        # The kernel divides the gradient by this number. For scale 0, division by infinity gives 0.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         blocks_of_tensors = [tensor.view(-1).split(BLOCK) for tensor in tensors]

@@ -137,7 +137,7 @@ class TeacherCache:
         are files of zeros, so all numbers are 0."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
-        """Reads the tensors of ``TopK`` [seq_length, …], by name, of the sequence with a number."""
+        """Reads the tensors [seq_length, …] of ``TopK``, by name, for one sequence number."""
         shard, row = self._locations[sequence]
         file = self._open(shard)
         return {

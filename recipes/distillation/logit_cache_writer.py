@@ -133,7 +133,7 @@ def _write_shards(
     Returns:
         ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
     """
-    start, finished_sequences = time.monotonic(), 0
+    start, finished_tokens = time.monotonic(), 0
     first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks take turns
     for shard in range(first_shard, index.shards, parallel_state.get_data_parallel_world_size()):
         path = work / SHARD.format(shard)
@@ -147,13 +147,12 @@ def _write_shards(
         top, loss, loss_tokens = result
         # Only the first shard is checked, because a good teacher could fail the check on a later
         # shard with a few sequences that are hard to predict.
-        if finished_sequences == 0:
+        if finished_tokens == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss, loss_tokens)
-        finished_sequences += len(numbers)
-        tokens = finished_sequences * cfg.seq_length
-        speed = round(tokens / (time.monotonic() - start), 1)  # tokens per second on this rank
+        finished_tokens += len(numbers) * cfg.seq_length
+        speed = round(finished_tokens / (time.monotonic() - start), 1)  # of this rank
         log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
     return True
 

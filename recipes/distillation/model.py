@@ -216,7 +216,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))  # only NeMo's own tensors
         if parallel_state.is_pipeline_last_stage():
-            samples = loaded[0] if isinstance(loaded, tuple) else loaded  # tuple: with indices
+            # A loader of Lightning may return (batch, batch index, loader index).
+            samples = loaded[0] if isinstance(loaded, tuple) else loaded
             for name in samples:
                 if name.startswith(TEACHER_PREFIX):
                     batch[name] = samples[name].to(device(), non_blocking=True)

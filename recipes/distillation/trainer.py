@@ -80,7 +80,7 @@ def train(
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
     # After training, Lightning moves the weights from a GPU to the CPU, out of Megatron's buffers.
-    # Their shards can be gathered only in these buffers, so this callback runs before the move.
+    # Shards of weights can be gathered only in these buffers, so this callback gathers them first.
     trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))

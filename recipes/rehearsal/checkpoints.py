@@ -85,7 +85,7 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
     apply_factories(state)
     saved = _saved_runs.get(Path(checkpoint_dir))
     if saved:
-        # Only items of these types are loaded. As in Megatron, others come from the common state.
+        # As in Megatron, only items of these types are loaded. All others are in the common state.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)

@@ -209,7 +209,7 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     if name in INDEXING:
         is_legal = tensors[0].device == DEVICE
     elif name.startswith("_foreach_") and name not in MIXING:
-        # Element-wise operations on lists of tensors: 0-dimensional ones may be on another device.
+        # Element-wise operations on lists: 0-dimensional tensors may be on another device.
         is_legal = len({tensor.device for tensor in tensors if tensor.dim() > 0}) < 2
     else:
         is_legal = name in MIXING or _is_elementwise(name)
@@ -245,7 +245,7 @@ class _FakeCuda(TorchDispatchMode):
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
-        # A write in place makes the number unknown. Collectives, which are not in ``aten``, do not.
+        # A write in place makes the number unknown, unless a collective (not in ``aten``) writes.
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)

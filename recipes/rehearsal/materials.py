@@ -152,8 +152,8 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
-    """Writes a cached teacher of one shard with a number of sequences. All values are zero."""
-    index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)  # has CACHE_FIELDS
+    """Writes a shard of zeros with a number of sequences, and an index with ``source.config``."""
+    index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)
     write_index(artifact, index)
     tensors = {
         name: (dtype, [sequences, index.seq_length, size])

@@ -24,7 +24,7 @@ TEMPORARY = ("activations", "logits")
 PARENT = "parent"
 """Label of the memory of a search, the parent process of a training run on the same GPU."""
 BLOCK = 512
-"""Bytes to a multiple of which CUDA's allocator rounds sizes up (``kMinBlockSize``)."""
+"""CUDA's allocator rounds sizes up to a multiple of this many bytes (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
 """Part of the names that ModelOpt gives to the teacher's weights."""
 

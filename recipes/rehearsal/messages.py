@@ -340,7 +340,7 @@ def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
-        _, last_work = results[-1]  # the caller waits for it, as for the coalesced operator's
+        _, last_work = results[-1]  # the coalesced operator also returns one work
         return last_work
 
     return run_each
