@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pending_scale(gradient: Any) -> float | None:
-    """Returns a gradient's pending factor; ``None`` if its scaling is not deferred."""
+    """Returns the pending factor of a gradient; ``None`` if scaling is not deferred."""
     return getattr(gradient, "pending_scale", None)
 
 
@@ -54,7 +54,7 @@ def clip_by_total_norm(original: object) -> Any:
 class FusedAdamW(AdamW):
     """PyTorch's fused AdamW kernel with one step count per parameter group.
 
-    PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group.
+    PyTorch has a step count per parameter, TransformerEngine's ``FusedAdam`` has one per group.
     Megatron's distributed optimizer can save and load a reshardable state only with one count per
     group. The arguments are those of AdamW.
 
@@ -85,7 +85,7 @@ class FusedAdamW(AdamW):
             for weight in weights:
                 if pending_scale(weight.grad) is not None:
                     self._update_in_blocks(weight, group)
-                    weight.grad = None  # frees its memory before the next update needs more
+                    weight.grad = None  # frees the gradient before the next update needs memory
             # One call updates all parameters whose gradients' scaling is not deferred.
             if remaining := [weight for weight in weights if weight.grad is not None]:
                 moments = [[self.state[weight][name] for weight in remaining] for name in MOMENTS]

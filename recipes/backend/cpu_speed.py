@@ -63,7 +63,7 @@ def _unshare_gradients(original: Any) -> Any:
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops unshared gradients when a step starts. Megatron would fill its buffer with zeros."""
+    """Drops unshared gradients when a step starts. Megatron would fill the buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -76,7 +76,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Keeps the first gradient of a parameter in a step. Megatron would add it to zeros."""
+    """Stores a parameter's first gradient in a step. Megatron would add this gradient to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -110,7 +110,7 @@ def _skip_reduction(original: Any) -> Any:
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
-        if not weights[0].has_unshared_gradient:  # the same for all weights of a buffer
+        if not weights[0].has_unshared_gradient:  # equal for all weights of a buffer
             original(self)
             return
         for weight in weights:

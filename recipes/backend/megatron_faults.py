@@ -53,9 +53,9 @@ def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
 
 
 def _copy_to_pageable_memory(original: Callable[..., Any], buckets: Any, *_: Any) -> Any:
-    """Copies weights to pageable memory before a forked process writes them.
+    """Copies weights to pageable memory before a forked process writes the weights to disk.
 
-    Megatron copies them to pinned memory without keeping a reference. PyTorch then reuses this
+    Megatron copies weights to pinned memory without keeping a reference. PyTorch then reuses this
     memory, which the forked process shares, before the weights are written.
     """
     return original(buckets, non_blocking=False)

@@ -196,7 +196,7 @@ def _attention_backward(
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
-        # baddbmm returns dP - rowsum(dO * O). The multiplication by P makes it dS.
+        # baddbmm returns dP - rowsum(dO * O). Multiplied by P, this is dS.
         score_grads = torch.baddbmm(row_sum, block_grad, v[:, :stop].transpose(1, 2), beta=-1)
         score_grads.mul_(probabilities)
         query_grads.append(_tokens_first(torch.bmm(score_grads, k[:, :stop]), shape))
@@ -260,8 +260,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    The base class is ``DotProductAttention`` only because ModelOpt recognizes its subclasses. Its
-    ``forward``, which stores every score of every head, is not called.
+    The base class is ``DotProductAttention`` only because ModelOpt recognizes its subclasses. The
+    base class's ``forward``, which stores every score of every head, is not called.
     """
 
     def forward(

@@ -98,7 +98,7 @@ class StepLogger(Callback):
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Logs the validation loss, and the KL to the teacher if it was measured.
 
-        Both are means over all tokens: batches are weighted by their number of tokens.
+        Both are means over unmasked tokens: a batch's weight is its number of unmasked tokens.
         """
         tokens, losses = zip(*self._validation, strict=True)
         # If all tokens are masked, all losses are 0. ``fmean`` would then fail with weights of 0.
@@ -119,7 +119,7 @@ def finish_saving(trainer: Any) -> None:
 
 
 def gather_weights(model: KDModel) -> None:
-    """Gathers the weights on all ranks, since each data-parallel rank has updated only its shard.
+    """Gathers the weights on all ranks: each data-parallel rank has updated only its own shard.
 
     Training itself gathers the shards only when the next step or a validation starts.
     """

@@ -1,4 +1,4 @@
-"""Training data: sequences of text, and the teacher's top-k logits if they are cached."""
+"""Training data: sequences of text, and the top-k of a cached teacher."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class TrainingSequences(Dataset):
     attention_mask: Tensor | None = None
     """Attention mask that every sample gets; ``None`` gives samples no attention mask."""
     cache: TeacherCache | None = None
-    """Cached teacher. If it is set, only the sequences in the cache are used."""
+    """Cached teacher, which limits the dataset to the sequences in the cache."""
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by source; empty treats the whole split as one source."""
+    """Weights by source. Without weights, the whole split counts as one source."""
     sources: Sequence[SourceTokens] = ()
     """Sources of the split; only read with ``weights``."""
     used_numbers: np.ndarray = field(init=False)
@@ -236,7 +236,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
         """Opens a split. ``settings`` are further fields of ``TrainingSequences``."""
         # Without TransformerEngine, NeMo's step requires an attention mask in the batch, although
-        # the local attention does not read it.
+        # the local attention does not read this mask.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TrainingSequences(
             read_tokens(self._artifact, split),

@@ -1,4 +1,4 @@
-"""Cache of a teacher's top-k: its k likeliest next tokens at every position of a text.
+"""Cache of a teacher's top-k: the k likeliest next tokens at every position of a text.
 
 The cache is a directory with ``index.json`` and the shards ``00000.safetensors``,
 ``00001.safetensors`` and so on. A shard has n sequences, in these tensors:
@@ -71,7 +71,7 @@ def write_shard(
     teacher_loss: float,
     loss_tokens: int,
 ) -> None:
-    """Writes one shard atomically. Its metadata has the metrics that ``cache_metrics`` reads.
+    """Writes one shard atomically. Metadata in the shard has the metrics for ``cache_metrics``.
 
     ``top`` [n, seq_length, …] is the teacher's top-k on the n sequences with the numbers
     ``sequences``. ``teacher_loss`` is the teacher's mean LM loss over the unmasked tokens of these

@@ -1,4 +1,4 @@
-"""Runs a teacher over sequences of text and caches its top-k tokens, shard by shard."""
+"""Runs a teacher over sequences of text and caches the teacher's top-k tokens in shards."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _write_shards(
     work: Path,
     log: MetricsLog,
 ) -> bool:
-    """Writes this data-parallel rank's shards, except those that an earlier run completed.
+    """Writes this data-parallel rank's shards, except shards that an earlier run completed.
 
     Returns:
         ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
@@ -196,8 +196,8 @@ def _evaluate_teacher(
         number of unmasked tokens; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # ``group`` is ``None`` with one tensor-parallel rank. The check of the deadline would take
-    # ``None`` as all ranks, so it uses ``tensor_ranks``.
+    # ``group`` is ``None`` with one tensor-parallel rank. ``_any_rank_stops`` needs a group, because
+    # ``None`` would mean all ranks.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):

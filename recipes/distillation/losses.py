@@ -135,8 +135,8 @@ def _top_k_divergence(
 
     def gradient() -> Tensor:
         class_gradient = compute_class_gradient()
-        # q_j / q_tail. ``student.tail`` is log q of each token, but -inf for top-k tokens, so their
-        # fraction is 0.
+        # q_j / q_tail. ``student.tail`` is log q of each token, but -inf for top-k tokens. So the
+        # fraction of top-k tokens is 0.
         tail_fractions = student.tail.sub_(log_tail).exp_()
         token_gradient = tail_fractions.mul_(class_gradient[:, -1:])
         top_k_gradient = class_gradient[:, :-1] * student.is_local
@@ -259,7 +259,7 @@ def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Distillation(torch.autograd.Function):
-    """Losses per token. The forward pass also computes the gradient of their weighted sum."""
+    """KD and LM losses per token. The forward pass also computes their weighted sum's gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -293,7 +293,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The saved gradient is scaled in place, so that memory holds it only once. Autograd then
+        # The saved gradient is scaled in place, so that there is no second copy. Autograd then
         # refuses a second backward pass, because a saved tensor has changed.
         (gradient,) = ctx.saved_tensors
         return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None

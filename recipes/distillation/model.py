@@ -162,9 +162,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
-        # The teacher's weights are loaded, so they need no initialisation. The student is
-        # initialised, because this marks its weights as tensor-parallel. Without these marks, the
-        # gradient norm would count only one rank's shard of a weight.
+        # The teacher needs no initialisation, because its weights are loaded. The student's weights
+        # are loaded later, too, but initialisation marks them as tensor-parallel. Without these
+        # marks, the gradient norm would count only one rank's shard of a weight.
         config.perform_initialization = False
         settings = {
             # ModelOpt calls the function with these arguments.
@@ -295,7 +295,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Stores the teacher's mean LM loss on the micro batch, if it has unmasked tokens.
+        """Stores the teacher's mean LM loss on a micro batch that has unmasked tokens.
 
         Raises:
             RecipeError: The loss is near that of a uniform guess.

@@ -256,7 +256,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """Number of unmasked tokens of the last global batch."""
         self.finite_means: dict[str, float] = {}
         """``last_means`` of the last step whose means were all finite. Dynamic weights of the next
-        step depend on them."""
+        step depend on these means."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""
@@ -275,7 +275,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        # A NaN or infinite loss makes the gradients NaN. So all ranks see it, in the gradient norm.
+        # A NaN or infinite loss makes the gradients NaN, so that all ranks see a NaN gradient norm.
         loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
         report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])

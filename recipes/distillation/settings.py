@@ -43,13 +43,13 @@ TERMS = ("kd", "hidden", "lm")
 """Names of the loss's terms in logs: on logits, on hidden states, and next-token (LM). The settings
 ``kd_weight``, ``hidden_weight`` and ``lm_weight`` are the weights of the terms."""
 RESOURCE = {"resource": True}
-"""Metadata of settings that do not change the result of a stage. They change its speed, memory or
-disk space, or how many failures it tolerates."""
+"""Metadata of settings that do not change the result of a stage. They change the stage's speed,
+memory or disk space, or the number of failures that it tolerates."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
-"""Below this range, one token gets all probability. Above, all tokens get the same probability."""
+"""With a lower temperature one token gets all probability, with a higher all get the same."""
 Weight = Annotated[float, between(0, 1e6)]
 """Weight of a term of the loss."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -178,7 +178,7 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Number of likeliest tokens, per position, that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of tokens, per position, that are sampled from those outside the top-k. With samples,
+    """Number of tokens, per position, that are sampled from outside the top-k. With samples,
     losses and gradients of ``forward_kl`` are unbiased estimates of those over the whole
     vocabulary. With 0, all tokens outside the top-k together count as one class."""
     temperature: Temperature = 1.0
@@ -186,7 +186,7 @@ class CacheLogitsConfig(StageConfig):
     seq_length: Count = 256
     """Tokens per sequence; must equal ``seq_length`` of ``distill``."""
     num_sequences: Count | None = None
-    """Number of sequences to cache: the first ones that training with this ``seed`` reads.
+    """Number of sequences to cache: the first that training with this ``seed`` reads.
     Default: all sequences."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
