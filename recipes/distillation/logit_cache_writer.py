@@ -196,8 +196,8 @@ def _evaluate_teacher(
         number of unmasked tokens; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # ``group`` is ``None`` with one tensor-parallel rank. ``_any_rank_stops`` needs a group, because
-    # ``None`` would mean all ranks.
+    # With one tensor-parallel rank, ``group`` is ``None``. To ``_any_rank_stops``, ``None`` would
+    # mean all ranks, so the deadline is checked with ``tensor_ranks``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):

@@ -104,7 +104,7 @@ def train(
         )
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
-        # Students are linked, not moved: if the run is killed before it writes the manifest, a
+        # Students are linked, not moved: if a run is killed before the manifest is written, a
         # restart empties the artifact's folder, but not the work folder.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
@@ -113,7 +113,7 @@ def _restore_for_training(cfg: TrainingConfig, start: Path) -> Any:
     """Returns NeMo's model of a checkpoint, without weights, with a config for this training."""
     model = nemo.restore_model(start)
     model.config.seq_length = cfg.seq_length
-    # Omits the loss that balances the load of experts. Megatron computes it for each micro batch,
+    # Omits the loss that balances the load of experts. Megatron computes this loss per micro batch,
     # also on masked tokens, so results would depend on the size of micro batches.
     model.config.moe_aux_loss_coeff = 0.0
     _set_recompute(model.config, cfg.recompute_granularity)
@@ -198,7 +198,7 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     """Loads the optimizer's float32 main weights from a checkpoint more precise than bfloat16.
 
     Otherwise main weights would be copies of the model's bfloat16 weights, which are rounded.
-    Megatron's ``reload_model_params(state)`` is not used: it matches names by substring, so it
+    Megatron's ``reload_model_params(state)`` is not used: it matches names by substring, and
     would also find the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))

@@ -322,7 +322,7 @@ def trained_sources(
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
-    """Returns why a distillation stops after ``step``, or "" if it continues.
+    """Returns why a distillation stops after ``step``; "" if the distillation continues.
 
     It stops once healing and training together have recovered enough of the KL added by pruning.
     All validations measure the KL to the teacher on the same sequences. Only records of the metrics

@@ -26,7 +26,7 @@ LOG_ZERO = -1e30
 
 
 class TopK(NamedTuple):
-    """The teacher's likeliest tokens and their log-probabilities. A cached teacher stores these."""
+    """The teacher's likeliest tokens and their log-probabilities, as a logit cache stores them."""
 
     indices: Tensor
     """Ids in the whole vocabulary [n, k], int64, the likeliest first."""

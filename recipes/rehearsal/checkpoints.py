@@ -76,7 +76,7 @@ def _load_content_metadata(folder: str, **kwargs: object) -> Any:
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Fills a state dict with fake tensors, after comparing its shapes with the checkpoint."""
+    """Fills a state dict with fake tensors, after comparing the shapes with the checkpoint."""
     state = sharded_state_dict
     # As in Megatron, a factory splits a tensor before loading, and merges the shards afterwards.
     factories, _ = extract_matching_values(

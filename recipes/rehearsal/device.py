@@ -1,4 +1,4 @@
-"""Replaces CUDA by a device whose tensors are fake: they have a shape and a type, but no memory.
+"""Replaces CUDA by a device of fake tensors, which have a shape and a type, but no memory.
 
 Operations on tensors of different devices are refused, as on a GPU. Functions that need values, and
 functions that fake tensors do not support, are replaced.
@@ -164,7 +164,7 @@ def _read_real_number(real: Tensor) -> Any:
 def _all_indices(index: Tensor | None) -> list[Tensor | None]:
     """Returns the indices that replace one index of ``aten.index``.
 
-    A mask becomes one index per dimension of the mask, as if it selected all elements.
+    A mask becomes one index per dimension of the mask, as if the mask selected all elements.
     """
     if index is None or index.dtype != torch.bool:
         return [index]
@@ -263,8 +263,8 @@ class _FakeCuda(TorchDispatchMode):
     def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
         """Moves a tensor to the fake device, and stores its number if it is known.
 
-        PyTorch may keep a fake tensor's value in a real tensor, ``constant``, which it would move
-        to a real CUDA device. So the constant is removed during the move.
+        PyTorch may keep a fake tensor's value in a real tensor, ``constant``, and would move this
+        constant to a real CUDA device. So the constant is removed during the move.
         """
         constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)

@@ -41,7 +41,7 @@ class JobInput:
     kind: str
     """Type of the artifact, such as ``dataset`` (``Kind`` in ``recipes/stages/contract.py``)."""
     shape: dict[str, Any]
-    """Architecture of the input's model. For a list of shapes, this is the teacher's."""
+    """Architecture of the input's model. If the input is a list of shapes: of the teacher."""
     config: dict[str, Any] = field(default_factory=dict)
     """Those settings of the stage that made the input whose names are in ``CACHE_FIELDS``."""
 
@@ -242,7 +242,7 @@ class RehearsalResult:
     error: str | None = None
     """End of the traceback; ``None`` if the stage did not fail."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes on the device by label (such as ``weights``), when their sum is largest."""
+    """Bytes on the device by label (such as ``weights``), at the time of their largest sum."""
     host: int = 0
     """Peak bytes of tensors in host memory, often while a checkpoint is saved."""
     channels: list[Channel] = field(default_factory=list)

@@ -39,7 +39,7 @@ class _Allocation:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the memory that operations allocate, until it is freed.
+    """Counts the memory that operations have allocated and that is not freed yet.
 
     Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default label is
     "logits" if the size of the last dimension is ``vocabulary``, otherwise "activations".
@@ -149,7 +149,7 @@ class MemoryTracker(TorchDispatchMode):
 
 def install_labels(memory: MemoryTracker) -> None:
     """Installs hooks that label weights, gradients and optimizer states at their first use."""
-    # Not a set of ids, because a new module may get the id of a freed one.
+    # Not a set of ids, because a new module may get the id of a freed module.
     seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     has_stepped = False
 
@@ -187,7 +187,7 @@ def install_labels(memory: MemoryTracker) -> None:
 def _labeling_head(
     memory: MemoryTracker, original: Callable[[Tensor], Any]
 ) -> Callable[[Tensor], Any]:
-    """Returns a ``float32_head`` that labels the weight of the output head and its float32 copy.
+    """Returns a ``float32_head`` that labels the output head's weight and the float32 copy.
 
     Module hooks do not see this weight: evaluations multiply by it outside of any module.
     """

@@ -275,7 +275,7 @@ def _require(name: str, is_met: bool, what: str) -> None:
         raise MessageError(f"{name}: {what}")
 
 
-# Each check below gets the operator's name and arguments, and the number of ranks of its group.
+# Each check below gets the operator's name, its arguments, and the number of ranks of the group.
 
 
 def _check_gather_base(name: str, args: Args, size: int) -> None:
@@ -340,14 +340,14 @@ def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
-        _, last_work = results[-1]  # the coalesced operator also returns one work
+        _, last_work = results[-1]  # a coalesced operator returns one ``Work``
         return last_work
 
     return run_each
 
 
 def _all_reduce_list(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
-    """Runs one all-reduce of all tensors; returns its work, for which the caller waits."""
+    """Runs one all-reduce of all tensors; returns c10d's ``Work``, for which the caller waits."""
     sparse_indices = None
     _, work = torch.ops.c10d.allreduce_(tensors, group, operation, sparse_indices, *args)
     return work

@@ -87,7 +87,7 @@ def _measure_candidate(
     """
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
-    # The measurement uses only the candidate's name, so its numbers are placeholders.
+    # The measurement uses only the candidate's name, so all numbers are placeholders.
     candidate = Candidate(
         "candidate", parameters=0, shape=shape, proxy=0, perplexity=0, kl_to_teacher=0
     )
@@ -101,7 +101,7 @@ def _measure_candidate(
 
 
 def _stop_after_one_step(run: Callable[[], object]) -> None:
-    """Runs a training whose deadline has passed: it saves a checkpoint after one step and stops.
+    """Runs a training whose deadline has passed, so that it stops after one step and a checkpoint.
 
     Then frees all memory of the training, as the end of a process would.
     """
