@@ -7,4 +7,4 @@ SPEED_PATCH_NAMES = (
     "shared_optimizer_state",
     "released_buckets",
 )
-"""Names of the patch sets in ``cpu_speed``. Settings read them here, without an import of torch."""
+"""Names of the patch sets in ``cpu_speed``, here because settings are read without torch."""

@@ -1,7 +1,7 @@
 """AdamW for machines without TransformerEngine, and deferred scaling of gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all gradients. Deferred scaling avoids this memory
+coefficient. Each scaling reads and writes all gradients. Deferred scaling avoids this memory
 traffic. A gradient tensor then has the attribute ``pending_scale``, the product of the factors that
 are not applied yet. ``FusedAdamW`` multiplies by this product while it reads the gradient.
 """
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pending_scale(gradient: Any) -> float | None:
-    """Returns a gradient's pending factor; ``None`` if its scaling is not deferred."""
+    """Returns the pending factor of a gradient; ``None`` if scaling is not deferred."""
     return getattr(gradient, "pending_scale", None)
 
 
@@ -36,10 +36,7 @@ def scale_gradient(gradient: Any, factor: float) -> None:
 
 
 def clip_by_total_norm(original: object) -> Any:
-    """Returns a replacement of Megatron's clipping, which accepts only float32 tensors on CUDA.
-
-    ``original`` is not used. A ``Patch`` passes it.
-    """
+    """Replaces ``original``, Megatron's clipping, which accepts only float32 tensors on CUDA."""
 
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
@@ -57,7 +54,7 @@ def clip_by_total_norm(original: object) -> Any:
 class FusedAdamW(AdamW):
     """PyTorch's fused AdamW kernel with one step count per parameter group.
 
-    PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group.
+    PyTorch has a step count per parameter, TransformerEngine's ``FusedAdam`` has one per group.
     Megatron's distributed optimizer can save and load a reshardable state only with one count per
     group. The arguments are those of AdamW.
 
@@ -73,7 +70,7 @@ class FusedAdamW(AdamW):
         super().__init__(params, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the state. Skips AdamW's method, which expects a step count per parameter."""
+        """Restores the state without AdamW's method, which expects a step count per parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
@@ -88,21 +85,21 @@ class FusedAdamW(AdamW):
             for weight in weights:
                 if pending_scale(weight.grad) is not None:
                     self._update_in_blocks(weight, group)
-                    weight.grad = None  # frees its memory before the next update needs more
+                    weight.grad = None  # frees the gradient before the next update needs memory
             # One call updates all parameters whose gradients' scaling is not deferred.
             if remaining := [weight for weight in weights if weight.grad is not None]:
                 moments = [[self.state[weight][name] for weight in remaining] for name in MOMENTS]
                 _run_kernel(remaining, [weight.grad for weight in remaining], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
-        """Updates a parameter from a gradient with deferred scaling, which may be bfloat16.
+        """Updates a parameter from a gradient with deferred scaling. The gradient may be bfloat16.
 
         Converts blocks to float32, so there is no float32 copy of the whole gradient. Blocks are
-        views: the kernel writes into the parameter and its moments.
+        views, so the kernel writes into the parameter and its moments.
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides the gradient by this number. Division by infinity gives 0.
+        # The kernel divides the gradient by this number. For scale 0, division by infinity gives 0.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         blocks_of_tensors = [tensor.view(-1).split(BLOCK) for tensor in tensors]

@@ -1,7 +1,7 @@
 """Patches that reduce the time or memory of training on a CPU. Results change by rounding at most.
 
-Patches of gradients only have an effect with one rank. Patches of gathers and optimizer state only
-have an effect with one data-parallel rank. ``stages.distill.cpu_speed_patches=[]`` disables all
+Patches of gradients have an effect only with one rank. Patches of gathers and optimizer state have
+an effect only with one data-parallel rank. ``stages.distill.cpu_speed_patches=[]`` disables all
 patches. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measures what the
 set ``NAME`` saves; see benchmarks/README.md.
 """
@@ -41,8 +41,8 @@ class _CompletedCollective:
 def _unshare_gradients(original: Any) -> Any:
     """Frees Megatron's float32 buffer of all gradients if the gradients are unshared.
 
-    Unshared means that no other rank adds to a gradient. Then the optimizer reads and frees
-    autograd's own tensor. Megatron would never free the buffer.
+    Unshared means that no other rank adds to a gradient. The optimizer can then read and free
+    autograd's own tensor instead of the buffer. Megatron would never free the buffer.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -56,14 +56,14 @@ def _unshare_gradients(original: Any) -> Any:
         )
         for weight in self.params:
             weight.has_unshared_gradient = self.unshared
-        if self.unshared:  # keeps the tensor object, but frees its memory
+        if self.unshared:  # frees the memory, but keeps the tensor object
             self.grad_data.untyped_storage().resize_(0)
 
     return __init__
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops unshared gradients when a step starts. Megatron would fill its buffer with zeros."""
+    """Drops unshared gradients when a step starts. Megatron would fill the buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -76,7 +76,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Keeps the first gradient of a parameter in a step. Megatron would add it to zeros."""
+    """Stores a parameter's first gradient in a step. Megatron would add this gradient to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -104,13 +104,13 @@ def _keep_first_gradient(original: Any) -> Any:
 def _skip_reduction(original: Any) -> Any:
     """Skips the reduction of unshared gradients.
 
-    Parameters without a gradient get zeros, as in Megatron's buffer. Later functions read the
-    gradient of every parameter.
+    Parameters without a gradient get zeros, as in Megatron's buffer, because later functions read
+    the gradient of every parameter.
     """
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
-        if not weights[0].has_unshared_gradient:  # the same for all weights of a buffer
+        if not weights[0].has_unshared_gradient:  # equal for all weights of a buffer
             original(self)
             return
         for weight in weights:
@@ -207,12 +207,11 @@ def _skip_single_rank_gather(original: Any) -> Any:
 
 
 class _Concatenation:
-    """One state, such as ``exp_avg``, of all parameters. Can be sliced like a flat tensor.
+    """One optimizer state, such as ``exp_avg``, of all parameters, without a copy in one tensor.
 
-    A slice must be the range of one parameter. Megatron requests no other slices.
-
-    Args:
-        states: Tensor of each parameter, by the position of the parameter's first element.
+    Can be sliced like a flat tensor, but a slice must be the range of one parameter. Megatron
+    requests no other slices. ``states`` maps the position of a parameter's first element to the
+    parameter's state.
     """
 
     def __init__(self, states: dict[int, Tensor]) -> None:
@@ -241,7 +240,7 @@ def _share_optimizer_state(original: Any) -> Any:
                 name: _Concatenation({start: state[name] for start, state in states.items()})
                 for name in ("param", *MOMENTS)
             }
-            [dtypes] = ranges  # a buffer has one key, its dtypes of parameters and gradients
+            [dtypes] = ranges  # the only key: dtypes of the buffer's parameters and gradients
             result[index] = {dtypes: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
         return result
 

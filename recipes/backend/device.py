@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, for example while one rank writes a model."""
+"""Longest time that ranks wait for each other, for example while one rank writes a model."""
 QUERIES_AT_ONCE = 128
-"""Number of queries per block in the backward pass of ``training_layers.attend_in_blocks``. Plans
-read it here, without an import of torch."""
+"""Number of queries per block in the backward pass of ``training_layers.attend_in_blocks``. It
+is in this module, so that plans can read it without an import of torch."""
 
 
 def device() -> str:
@@ -61,7 +61,7 @@ class FakeStream:
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's protocols, such as copying, must not find a method
+        if name.startswith("__"):  # copying and other protocols must not find a special method
             raise AttributeError(name)
         return lambda *args, **kwargs: self
 

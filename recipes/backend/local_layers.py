@@ -41,8 +41,8 @@ def needs_local_layers() -> bool:
 
     if device() == "cpu":
         return True
-    # HAVE_TE is true if Megatron could import TransformerEngine. If not, Megatron would silently
-    # use the slower local layers.
+    # HAVE_TE is true if Megatron could import TransformerEngine. If the import failed, Megatron
+    # would silently use the slower local layers.
     if not gpt_layer_specs.HAVE_TE and (version := installed_version(TRANSFORMER_ENGINE)):
         raise RecipeError(
             f"TransformerEngine {version} is installed but cannot be imported.",
@@ -52,10 +52,10 @@ def needs_local_layers() -> bool:
 
 
 def adapt_config(config: Any, training: bool = False) -> Any:
-    """Makes a NeMo model config buildable on this machine, in place, and returns it.
+    """Changes a NeMo model config so that this machine can build the model. Returns the config.
 
-    Local layers have the checkpoint keys of TransformerEngine's layers. If ``training``, they
-    include the faster layers of ``training_layers``, which ModelOpt cannot prune.
+    Local layers have the checkpoint keys of TransformerEngine's layers. With ``training``, local
+    layers include the faster layers of ``training_layers``, which ModelOpt cannot prune.
     """
     if needs_local_layers():
         use_local_layers(config)
@@ -69,7 +69,7 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers, in place.
+    """Selects Megatron's local layers in a config.
 
     Importance scores for pruning need local layers on CUDA, too. ModelOpt computes the scores with
     hooks on the norms, which TransformerEngine fuses with linear layers.
@@ -91,8 +91,8 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # The map gives norms the checkpoint keys of TransformerEngine's fused layers, which do not
-        # include this norm in MoE layers.
+        # The map gives norms the checkpoint keys of TransformerEngine's fused layers. This norm is
+        # not fused in MoE layers, so it keeps its own key.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
@@ -101,8 +101,8 @@ def local_layer_spec(config: Any) -> Any:
 def training_block_spec(config: Any) -> Any:
     """Returns the local layer spec with the norms and the activation of ``training_layers``.
 
-    A GPU without TransformerEngine also needs these layers. Megatron's norm refuses sequence
-    parallelism. Memory estimates do not include a tensor that Megatron's activation saves.
+    A GPU without TransformerEngine also needs these layers: Megatron's norm refuses sequence
+    parallelism, and Megatron's activation saves a tensor that memory estimates do not include.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -126,7 +126,7 @@ def training_block_spec(config: Any) -> Any:
 
 
 def restore_fused_attention(core: nn.Module) -> None:
-    """Restores ``CausalAttention`` in a Megatron model after ModelOpt has replaced it, in place."""
+    """Restores ``CausalAttention`` in a Megatron model, where ModelOpt has replaced it."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from recipes.backend.training_layers import CausalAttention
@@ -161,7 +161,7 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Hides fusions from Megatron's check, which refuses them. ``adapt_config`` disables them."""
+    """Hides fusions from Megatron's check. ``adapt_config``, which disables them, runs later."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")
@@ -203,7 +203,7 @@ WITHOUT_TRANSFORMER_ENGINE = (
         Patch(
             target,
             "FusedAdamW has the same state as TransformerEngine's optimizer",
-            "bool",
+            "bool",  # the fingerprint of a flag is its type
             replace_with(flag),
         )
         for target, flag in (

@@ -13,7 +13,7 @@ from recipes.backend.patches import Patch, apply, wrap
 
 @cache
 def mend() -> None:
-    """Applies ``MENDED`` once, for the rest of this process. Raises errors as ``apply`` does."""
+    """Applies ``MENDED`` once. Raises ``RecipeError`` if Megatron is not the expected version."""
     apply(MENDED)
 
 
@@ -26,7 +26,7 @@ def _without_padding(original: Callable[..., Any], self: Any, *args: Any, **kwar
     """
     maps = [buffer.param_index_map for buffer in self.buffers]
     for buffer in self.buffers:
-        padding_before, padding = [], 0  # elements of padding before each bucket, and so far
+        padding_before, padding = [], 0  # elements of padding in earlier buckets: list, running sum
         for bucket in buffer.buckets:
             padding_before.append(padding)
             padding += bucket.grad_data.numel() - bucket.numel_unpadded
@@ -42,10 +42,10 @@ def _without_padding(original: Callable[..., Any], self: Any, *args: Any, **kwar
 
 
 def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
-    """Starts the reduction of gradients after the hooks that add them.
+    """Starts the reduction of gradients only after the hooks that add gradients have run.
 
-    The hooks run on a side stream, on which NeMo wraps the model. With several instances of the
-    optimizer, Megatron's communication stream waits only for the default stream.
+    NeMo wraps the model on a side stream, so the hooks run on this stream. With several instances
+    of the optimizer, Megatron's communication stream waits only for the default stream.
     """
     if self.ddp_config.num_distributed_optimizer_instances > 1:
         torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())
@@ -53,10 +53,10 @@ def _wait_for_gradients(original: Callable[..., Any], self: Any) -> None:
 
 
 def _copy_to_pageable_memory(original: Callable[..., Any], buckets: Any, *_: Any) -> Any:
-    """Copies weights to pageable memory before a forked process writes them.
+    """Copies weights to pageable memory before a forked process writes the weights to disk.
 
-    Megatron copies them to pinned memory without keeping a reference. PyTorch then reuses this
-    memory, which the forked process shares.
+    Megatron copies weights to pinned memory without keeping a reference. PyTorch then reuses this
+    memory, which the forked process shares, before the weights are written.
     """
     return original(buckets, non_blocking=False)
 

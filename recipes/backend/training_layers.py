@@ -1,6 +1,6 @@
 """Layers that replace Megatron's slow local layers in models without TransformerEngine.
 
-PyTorch composes RMSNorm and SwiGLU of many small operations. Each of them saves its input for the
+PyTorch composes RMSNorm and SwiGLU of many small operations. Each operation saves its input for the
 backward pass. The functions of this module save as few tensors as possible. Outputs have the dtype
 of the activations. Outputs and gradients equal those of the replaced layers up to rounding.
 """
@@ -22,7 +22,7 @@ from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
 """Longest sequence, in tokens, with the blockwise backward pass of ``attend_in_blocks``. This pass
-stores one block's scores, in proportion to the sequence length. PyTorch's pass stores no scores."""
+stores a block's scores, whose size grows with the sequence. PyTorch's pass stores no scores."""
 BLOCKWISE_BACKWARD = False
 """Whether attention uses ``attend_in_blocks``. A patch of ``cpu_speed`` sets this flag."""
 
@@ -126,7 +126,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     Args:
         query: [sequence, batch, heads, channels].
         key: [sequence, batch, query groups, channels].
-        value: As ``key``.
+        value: [sequence, batch, query groups, channels].
         scale: Factor of the scores before the softmax.
 
     Returns:
@@ -196,7 +196,7 @@ def _attention_backward(
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
-        # baddbmm returns dP - rowsum(dO * O). The multiplication by P makes it dS.
+        # baddbmm returns dP - rowsum(dO * O). Multiplied by P, this is dS.
         score_grads = torch.baddbmm(row_sum, block_grad, v[:, :stop].transpose(1, 2), beta=-1)
         score_grads.mul_(probabilities)
         query_grads.append(_tokens_first(torch.bmm(score_grads, k[:, :stop]), shape))
@@ -245,7 +245,7 @@ def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Changes the layout of ``_rows_of_groups``, with its ``shape``, to [s, b, heads * d]."""
+    """Reverses ``_rows_of_groups``, which returned ``shape``. The result is [s, b, heads * d]."""
     return x.view(shape).permute(3, 0, 1, 2, 4).flatten(2)
 
 
@@ -260,8 +260,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    The base class is ``DotProductAttention`` only because ModelOpt recognizes its subclasses. Its
-    ``forward``, which stores every score of every head, is not called.
+    The base class is ``DotProductAttention`` only because ModelOpt recognizes its subclasses. The
+    base class's ``forward``, which stores every score of every head, is not called.
     """
 
     def forward(

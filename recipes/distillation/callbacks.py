@@ -46,7 +46,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(compute_norm())
-            # The update after this replaces the step's learning rate by the next step's.
+            # Stored now, because the update sets the learning rate of the next step.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -65,7 +65,7 @@ class StepLogger(Callback):
         if math.isfinite(self._norm):
             return update()
         model.skipped_steps += 1
-        # May exceed the limit by more than 1, if the run was resumed with a lower limit.
+        # Exceeds the limit by more than 1 if the run was resumed with a lower limit.
         steps = model.skipped_steps
         if steps <= self._cfg.max_nonfinite_steps:
             return False
@@ -98,10 +98,10 @@ class StepLogger(Callback):
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Logs the validation loss, and the KL to the teacher if it was measured.
 
-        Both are means over all tokens: batches are weighted by their number of tokens.
+        Both are means over unmasked tokens: a batch's weight is its number of unmasked tokens.
         """
         tokens, losses = zip(*self._validation, strict=True)
-        # If all tokens are masked, all losses are 0, and ``fmean`` would fail with weights of 0.
+        # If all tokens are masked, all losses are 0. ``fmean`` would then fail with weights of 0.
         weights = tokens if any(tokens) else None
         values = {
             f"val_{name}": fmean((batch[name] for batch in losses), weights)
@@ -119,7 +119,7 @@ def finish_saving(trainer: Any) -> None:
 
 
 def gather_weights(model: KDModel) -> None:
-    """Gathers the weights on all ranks, since each data-parallel rank has updated only its shard.
+    """Gathers the weights on all ranks: each data-parallel rank has updated only its own shard.
 
     Training itself gathers the shards only when the next step or a validation starts.
     """
@@ -129,12 +129,12 @@ def gather_weights(model: KDModel) -> None:
 class SaveStudents(Callback):
     """Saves the student after the configured steps, as ``folder/STEP.nemo``.
 
-    This callback must run before the one that saves a checkpoint of the same step. A run that
-    resumes from a checkpoint then has all students up to that step.
+    This callback must run before the callback that saves a checkpoint of the same step. So a run
+    that resumes from a checkpoint has all students up to the step of the checkpoint.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
-        """All ranks call ``save`` with the path that the student is written to."""
+        """Stores ``save``, which all ranks call with the path of the student."""
         self._steps, self._folder, self._save = steps, folder, save
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
@@ -171,12 +171,12 @@ class StopAtRecovered(Callback):
         self._cfg, self._metrics = cfg, metrics
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
-        """Stops a restarted run before its first step, if the fraction was already reached."""
+        """Stops a restarted run before any step if the fraction was reached before the restart."""
         self._stop_if_reached(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Stops all ranks in the same step, if the fraction is reached."""
-        # A "sanity check" is the validation before the first step. It cannot show any recovery.
+        # A "sanity check" is the validation before the first step, when nothing can be recovered.
         if not trainer.sanity_checking:
             self._stop_if_reached(trainer)
 
@@ -189,8 +189,8 @@ class StopAtRecovered(Callback):
 class StopAtDeadline(Callback):
     """Saves a checkpoint and raises ``StoppedByDeadlineError`` when the deadline is reached.
 
-    NeMo's own timer ends training normally, so the stage would count as complete. Signals would
-    have to reach every rank inside its container.
+    NeMo's own timer ends training normally, so the stage would count as complete. A signal instead
+    of a deadline would have to reach every rank inside its container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -203,7 +203,7 @@ class StopAtDeadline(Callback):
             self._stop_at_deadline(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Stops at the deadline. A run that resumes from this step does not validate again."""
+        """Stops at the deadline. A resumed run does not repeat this validation."""
         if not trainer.sanity_checking:
             self._stop_at_deadline(trainer)
 
@@ -227,9 +227,9 @@ class StopAtDeadline(Callback):
 class CollectGarbage(Callback):
     """Runs Python's garbage collector on all ranks in the same step.
 
-    Otherwise, each rank would collect in different steps, and all other ranks would wait for it.
-    Also returns free memory to the system before validations and checkpoints, whose blocks do not
-    have the sizes of a training step's free blocks.
+    Otherwise, each rank would collect in different steps, while all other ranks wait for this rank.
+    Also returns free memory to the system before validations and checkpoints. They allocate blocks
+    of other sizes than training steps, so they could not use the free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:

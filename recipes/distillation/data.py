@@ -1,4 +1,4 @@
-"""Training data: sequences of text, and the teacher's top-k logits if they are cached."""
+"""Training data: sequences of text, and the top-k of a cached teacher."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ class TrainingSequences(Dataset):
 
     The number of a sequence is its index in the split. Without ``weights``, sample i is the
     sequence at position i mod n in the order of epoch i // n. With ``weights``, ``blend`` assigns
-    samples to sources, each source has its own epochs, and sequences that span two sources are
-    omitted.
+    samples to sources. Each source then has its own epochs, and sequences that span two sources
+    are omitted.
     """
 
     tokens: np.ndarray
-    """All tokens of the split, see ``read_tokens``."""
+    """All tokens of the split."""
     seq_length: int
     num_samples: int
-    """Length of the dataset, over all epochs."""
+    """Length of the dataset: the number of samples of all epochs together."""
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents. The token after it is not a target of the loss. ``None``
+    """Id of the token that ends documents. The next token is not a target of the loss. ``None``
     masks no token. If ``loss_mask`` is set, ``document_end`` is not read."""
     loss_mask: np.ndarray | None = None
-    """For each token of the split, whether it is a target of the loss, see ``read_loss_mask``."""
+    """For each token of the split, whether it is a target of the loss."""
     attention_mask: Tensor | None = None
-    """Attention mask of every sample; ``None`` omits it."""
+    """Attention mask that every sample gets; ``None`` gives samples no attention mask."""
     cache: TeacherCache | None = None
-    """Cached teacher. If it is set, only the sequences in the cache are used."""
+    """Cached teacher, which limits the dataset to the sequences in the cache."""
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by source; empty treats the whole split as one source."""
+    """Weights by source. Without weights, the whole split counts as one source."""
     sources: Sequence[SourceTokens] = ()
     """Sources of the split; only read with ``weights``."""
     used_numbers: np.ndarray = field(init=False)
@@ -74,23 +74,23 @@ class TrainingSequences(Dataset):
 
     def __post_init__(self) -> None:
         total = self._total = count_sequences(self.tokens, self.seq_length)
-        used = np.arange(total) if self.cache is None else self.cache.sequences
+        available = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
             # ``total`` excludes a last sequence that has no next token to predict.
-            used = np.array([n for n in self.numbers if n < total])
-        self._numbers_by_source = [used]
+            available = np.array([n for n in self.numbers if n < total])
+        self._numbers_by_source = [available]
         if self.weights:
             by_source = weighted_sequences(self.weights, self.sources, self.seq_length, total)
-            self._numbers_by_source = [np.intersect1d(numbers, used) for numbers in by_source]
+            self._numbers_by_source = [np.intersect1d(numbers, available) for numbers in by_source]
             for name, numbers in zip(self.weights, self._numbers_by_source, strict=True):
                 if not len(numbers):
                     raise RecipeError(
                         f"the cached teacher has no sequence of source '{name}'.",
                         "raise num_sequences of cache_logits",
                     )
+            # The source of each sample, and the sample's index among the samples of this source.
             self._blend = blend(list(self.weights.values()), self.num_samples)
-            used = np.concatenate(self._numbers_by_source)
-        self.used_numbers = used
+        self.used_numbers = np.concatenate(self._numbers_by_source)
         # For each source, the epoch that was read last (-1 before the first) and the order of its
         # sequences. Samples are read in order, so no other epoch's order is needed.
         self._orders = [(-1, numbers) for numbers in self._numbers_by_source]
@@ -115,7 +115,7 @@ class TrainingSequences(Dataset):
         return item
 
     def sequence(self, number: int) -> dict[str, Tensor]:
-        """Returns tensors [seq_length] by name: ``loss_mask`` is float32, the other ones int64."""
+        """Returns tensors [seq_length] by name: a float32 ``loss_mask``, and others in int64."""
         tokens = torch.from_numpy(sequence_tokens(self.tokens, self.seq_length, number))
         mask = sequence_prediction_mask(
             self.tokens, self.loss_mask, self.seq_length, number, self.document_end
@@ -213,30 +213,30 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
         self._require_batch(len(self._train_ds.used_numbers), batch_size)
         max_sequences = self.trainer.limit_val_batches * batch_size
-        by_source = sequences_by_source(
-            self._sources["validation"], self.seq_length, max_sequences
-        ).values()
+        sources = self._sources["validation"]
+        by_source = sequences_by_source(sources, self.seq_length, max_sequences).values()
         # Sources alternate: the first sequence of each, then the second of each, and so on. So
         # dropping an incomplete last batch does not drop a whole source.
-        rounds = zip_longest(*by_source)  # None after the last sequence of a source
+        rounds = zip_longest(*by_source)  # has ``None`` after the last sequence of a source
         alternating = [number for numbers in rounds for number in numbers if number is not None]
-        self._validation_ds = self._sequences("validation", 0, numbers=alternating)
-        if not len(self._validation_ds.used_numbers):
+        # The number of samples follows from the number of sequences, and is set below.
+        validation = self._sequences("validation", samples=0, numbers=alternating)
+        if not len(validation.used_numbers):
             raise RecipeError(
                 f"no source of the validation data has a sequence of {self.seq_length} tokens and "
                 "a next token.",
                 "add text, raise stages.prepare_data.validation_fraction, or lower data.seq_length",
             )
-        # Only whole batches are used. Less than one batch is filled by repeating its sequences.
-        whole_batches = len(self._validation_ds.used_numbers) // batch_size
+        # Only whole batches are used. If there is less than one batch, sequences are repeated.
+        whole_batches = len(validation.used_numbers) // batch_size
         batches = max(1, min(self.trainer.limit_val_batches, whole_batches))
-        self._validation_ds.num_samples = batches * batch_size
-        self._test_ds = self._validation_ds
+        validation.num_samples = batches * batch_size
+        self._validation_ds = self._test_ds = validation
 
     def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
         """Opens a split. ``settings`` are further fields of ``TrainingSequences``."""
         # Without TransformerEngine, NeMo's step requires an attention mask in the batch, although
-        # the local attention does not read it.
+        # the local attention does not read this mask.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TrainingSequences(
             read_tokens(self._artifact, split),

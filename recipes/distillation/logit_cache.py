@@ -1,7 +1,7 @@
-"""Cache of a teacher's top-k: its k likeliest next tokens at every position of a text.
+"""Cache of a teacher's top-k: the k likeliest next tokens at every position of a text.
 
-The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … A shard has n
-sequences, in these tensors:
+The cache is a directory with ``index.json`` and the shards ``00000.safetensors``,
+``00001.safetensors`` and so on. A shard has n sequences, in these tensors:
 
 - ``sequences`` int32 [n]: for each sequence, its index in the text;
 - ``indices`` uint16 or int32 [n, seq_length, k]: the k likeliest tokens, the likeliest first;
@@ -11,8 +11,8 @@ sequences, in these tensors:
 - if the tail was sampled, ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over the tail.
 
 With a vocabulary of at most 65,536 tokens, the cache takes 130 bytes per token of text for k = 32,
-514 for k = 128, and 48 for k = 8 with 6 draws. A log-probability in float16 gives a large
-probability with a relative error of about 0.05%, and a probability of 1 in 10,000 with 0.4%.
+514 for k = 128, and 48 for k = 8 with 6 draws. Rounding a log-probability to float16 changes a
+large probability by about 0.05% of its value, and a probability of 1 in 10,000 by 0.4%.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recipes.distillation.settings import SMALL_VOCABULARY
 from recipes.distillation.vocabulary import TopK
 
 INDEX, SHARD = "index.json", "{:05d}.safetensors"
-"""Names of the index, and of a shard by its number."""
+"""File name of the index, and format of a shard's file name from the shard's number."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ class CacheIndex:
     """Content of ``index.json``: settings that all shards share, and the number of shards."""
 
     vocabulary: int
-    """Number of tokens in the vocabulary."""
+    """Size of the vocabulary."""
     seq_length: int
     top_k: int
     temperature: float
-    """The teacher's logits were divided by this before the softmax."""
+    """Divisor of the teacher's logits before the softmax."""
     shards: int
-    """Number of shards."""
     tail_draws: int = 0
     """Number of tokens sampled from the tail at each position."""
 
@@ -72,7 +71,7 @@ def write_shard(
     teacher_loss: float,
     loss_tokens: int,
 ) -> None:
-    """Writes one shard atomically. Its metadata has the metrics that ``cache_metrics`` reads.
+    """Writes one shard atomically. Metadata in the shard has the metrics for ``cache_metrics``.
 
     ``top`` [n, seq_length, …] is the teacher's top-k on the n sequences with the numbers
     ``sequences``. ``teacher_loss`` is the teacher's mean LM loss over the unmasked tokens of these
@@ -92,7 +91,7 @@ def write_shard(
 
 def is_complete(path: Path) -> bool:
     """Returns whether a shard exists and is not truncated."""
-    try:  # opening fails if the header does not fit the size of the file
+    try:  # opening fails if the file is shorter or longer than its header says
         with safe_open(path, framework="pt"):
             return True
     except (OSError, SafetensorError):
@@ -134,11 +133,11 @@ class TeacherCache:
             for row, number in enumerate(numbers)
         }
         self.sequences = np.concatenate(numbers_by_shard).astype(np.int64)
-        """Numbers of the cached sequences, int64 [n]. All are 0 in a rehearsal, a run on fake
-        tensors."""
+        """Numbers of the cached sequences, int64 [n]. In a rehearsal (a run on fake tensors) shards
+        are files of zeros, so all numbers are 0."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
-        """Reads the tensors of ``TopK`` [seq_length, …], by name, for the sequence of a number."""
+        """Reads the tensors [seq_length, …] of ``TopK``, by name, for one sequence number."""
         shard, row = self._locations[sequence]
         file = self._open(shard)
         return {
@@ -149,7 +148,7 @@ class TeacherCache:
         }
 
     def _open(self, shard: int) -> Any:
-        """Opens a shard, and leaves it open. It is memory-mapped, so this takes no memory."""
+        """Opens a shard and leaves it open. Open shards take no memory: they are memory-mapped."""
         if shard not in self._files:
             self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
         return self._files[shard]

@@ -1,4 +1,4 @@
-"""Runs a teacher over sequences of text and caches its top-k tokens, shard by shard."""
+"""Runs a teacher over sequences of text and caches the teacher's top-k tokens in shards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def cache_logits(
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
     model, dtype = nemo.restore_model(teacher), dtype_of(cfg.precision)
-    core = nemo.build_core(model, parallel, dtype, training=True).eval()
+    core = nemo.build_core(model, parallel, dtype, training=True).eval()  # the training layers
     nemo.load_weights(core, teacher)
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
@@ -105,8 +105,8 @@ def _numbers_to_cache(
 ) -> list[int]:
     """Returns the numbers of the sequences to cache, in the order in which training reads them.
 
-    These are the sequences of the first ``num_sequences`` training samples, without repetitions, or
-    all sequences. A sequence's number is its index in the text.
+    These are the sequences of the first ``num_sequences`` training samples, without repetitions. By
+    default, all sequences are cached. A sequence's number is its index in the text.
     """
     samples = cfg.num_sequences or 0
     dataset = TrainingSequences(
@@ -128,13 +128,13 @@ def _write_shards(
     work: Path,
     log: MetricsLog,
 ) -> bool:
-    """Writes this data-parallel rank's shards, except those that an earlier run completed.
+    """Writes this data-parallel rank's shards, except shards that an earlier run completed.
 
     Returns:
         ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
     """
-    start, done = time.monotonic(), 0  # ``done`` counts sequences
-    first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks alternate
+    start, finished_tokens = time.monotonic(), 0
+    first_shard = parallel_state.get_data_parallel_rank()  # data-parallel ranks take turns
     for shard in range(first_shard, index.shards, parallel_state.get_data_parallel_world_size()):
         path = work / SHARD.format(shard)
         if is_complete(path):
@@ -147,12 +147,12 @@ def _write_shards(
         top, loss, loss_tokens = result
         # Only the first shard is checked, because a good teacher could fail the check on a later
         # shard with a few sequences that are hard to predict.
-        if done == 0:
+        if finished_tokens == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss, loss_tokens)
-        done += len(numbers)
-        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)  # of this rank
+        finished_tokens += len(numbers) * cfg.seq_length
+        speed = round(finished_tokens / (time.monotonic() - start), 1)  # of this rank
         log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
     return True
 
@@ -175,8 +175,8 @@ def _any_rank_stops(
 ) -> bool:
     """Returns whether any rank of a group (by default, of all ranks) stops at the deadline.
 
-    All ranks of the group must stop together, but their clocks differ. A rank that continued alone
-    would wait in its next collective forever.
+    All ranks of the group must stop together, although their clocks differ. A rank that continued
+    alone would wait in its next collective forever.
     """
     if deadline() is None:
         return False
@@ -196,8 +196,8 @@ def _evaluate_teacher(
         number of unmasked tokens; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # With one tensor-parallel rank, ``group`` is ``None``, which ``all_reduce`` would take as all
-    # ranks. So the check of the deadline uses ``tensor_ranks``, which is never ``None``.
+    # With one tensor-parallel rank, ``group`` is ``None``. To ``_any_rank_stops``, ``None`` would
+    # mean all ranks, so the deadline is checked with ``tensor_ranks``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):

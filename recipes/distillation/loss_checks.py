@@ -24,7 +24,7 @@ REQUIREMENTS: dict[str, tuple[str, Callable[[DistillConfig], object]]] = {
     ),
     "fp8_recipe": ("fp8=hybrid", lambda cfg: cfg.fp8),
 }
-"""What each setting needs to have an effect: as text, and as a function of the settings."""
+"""Maps each setting to what it needs to have an effect: as text, and as a check of the settings."""
 
 
 def loss_problems(cfg: DistillConfig, vocabulary: int) -> Iterator[Problem]:
@@ -62,7 +62,7 @@ def pair_problems(
 ) -> Iterator[Problem]:
     """Finds layers that are in two pairs, or are not on the last pipeline stage.
 
-    ``cost`` says how long training takes without pipeline parallelism; "" omits this.
+    ``cost``, for an error's fix, says how long training takes without pipeline parallelism.
     """
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
@@ -88,8 +88,8 @@ def pair_problems(
         if shape.num_layers < stages:
             continue  # ``planning.layouts.layout_problems`` reports this
         allowed = last_stage_layers(shape.num_layers, stages)
-        defaults = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
-        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or defaults
+        default_layers = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
+        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or default_layers
         if misplaced := [layer for layer in layers if layer not in allowed]:
             yield Problem(
                 rules.HIDDEN_PAIRS,

@@ -3,7 +3,7 @@
 A loss is over the whole vocabulary, or over the teacher's top-k tokens and the tail, which is all
 other tokens. The tail counts as one class, or a few sampled tokens represent it. Values and
 gradients are computed together, a chunk of tokens at a time, so no float32 tensor of a whole
-batch's logits exists. The module ``vocabulary`` explains shapes and ``group``.
+batch's logits exists. Each of the tp ranks in ``group`` has logits [n, vocabulary/tp] of n tokens.
 
 ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) hold several float32 tensors of
 a whole batch's logits. They lack the factor T², and they renormalise the top-k, which ignores the
@@ -16,8 +16,8 @@ with the partial derivatives g_i = ∂f / ∂q_i has
     ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i).                                               (1)
 
 A constant added to all g_i cancels, because Σ_i q_i = 1. The comments in each divergence below
-state g, without index, and the gradient (1). The loss is T²·f, which gives gradients of about the
-same size at any T (Hinton et al., arXiv:1503.02531). The derivative of z / T by z is 1 / T, so
+state f, g (without indices) and the gradient (1). The loss is T²·f, which gives gradients of about
+the same size at any T (Hinton et al., arXiv:1503.02531). The derivative of z / T by z is 1 / T, so
 ∂(T²·f) / ∂z_j is (1) times T.
 """
 
@@ -69,8 +69,8 @@ class LogitsLoss:
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
 """A divergence f [n, 1], and a function that returns the gradient (1) [n, classes]. Classes are
-tokens, or the top-k and the tail. The function overwrites tensors that it needs, so it can be
-called only once."""
+tokens, or the top-k and the tail. The function can be called only once, because it overwrites its
+own inputs."""
 
 
 def _forward_kl(
@@ -112,8 +112,8 @@ def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | N
 
 
 DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-"""Maps each of ``LOGITS_LOSSES`` to its function of log p and log q [n, classes]. The functions
-overwrite their arguments."""
+"""Maps each of ``LOGITS_LOSSES`` to its function. The functions overwrite their arguments log p and
+log q [n, classes]."""
 
 
 def _top_k_divergence(
@@ -135,8 +135,8 @@ def _top_k_divergence(
 
     def gradient() -> Tensor:
         class_gradient = compute_class_gradient()
-        # q_j / q_tail. ``student.tail`` is log q of each token, but -inf for top-k tokens, so their
-        # fraction is 0.
+        # q_j / q_tail. ``student.tail`` is log q of each token, but -inf for top-k tokens. So the
+        # fraction of top-k tokens is 0.
         tail_fractions = student.tail.sub_(log_tail).exp_()
         token_gradient = tail_fractions.mul_(class_gradient[:, -1:])
         top_k_gradient = class_gradient[:, :-1] * student.is_local
@@ -153,8 +153,8 @@ def _sampled_forward_kl(
     p is replaced by an estimate p̂, which is exact for the top-k and gives each sample an equal
     fraction of the tail's probability. E[p̂] = p. The cross-entropy -Σ p̂·log q and its gradient
     q - p̂ are linear in p̂, so they are unbiased estimates. The entropy of p is exact, because
-    ``tail_entropy`` [n, 1] is. Sparse Logit Sampling (arXiv:2503.16870) samples all tokens; the
-    exact top-k here lowers the variance.
+    ``tail_entropy`` [n, 1] is exact. Sparse Logit Sampling (arXiv:2503.16870) has no exact top-k:
+    it samples all tokens, which gives estimates with more variance.
     """
     log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
     log_p, log_tail = log_probs[:, :-1], log_probs[:, -1:]
@@ -173,8 +173,8 @@ class LossTargets(NamedTuple):
     """Targets and weights of the loss for n rows of the student's logits."""
 
     teacher: Tensor | TopK
-    """The teacher's logits [n, vocabulary/tp], or its top-k tokens [n, …], whose log-probabilities
-    are at the loss's temperature."""
+    """The teacher's logits [n, vocabulary/tp], or its top-k tokens [n, …]. The log-probabilities of
+    the top-k are at the loss's temperature."""
     labels: Tensor | None = None
     """Ids [n] of the next tokens; ``None`` omits the LM loss."""
     weights: tuple[float, float] = (1.0, 0.0)
@@ -212,8 +212,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes KD losses [n, 1] without T², and LM losses [n, 1] (``None`` without labels).
 
-    If needed, the gradient of their weighted sum overwrites the logits ``student``. There is no
-    separate output argument, because the compiler would check whether it shares memory with them.
+    If needed, the gradient of their weighted sum overwrites the logits ``student``. The gradient is
+    not a separate output argument: the compiler would check if it shares memory with ``student``.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
@@ -259,7 +259,7 @@ def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Distillation(torch.autograd.Function):
-    """Losses per token. The forward pass also computes the gradient of their weighted sum."""
+    """KD and LM losses per token. The forward pass also computes their weighted sum's gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -284,7 +284,7 @@ class _Distillation(torch.autograd.Function):
             losses[0, rows] = kd_loss
             if lm_loss is not None:
                 losses[1, rows] = lm_loss
-        ctx.save_for_backward(logits if needs_gradient else None)  # they contain the gradient now
+        ctx.save_for_backward(logits if needs_gradient else None)  # ``logits`` is the gradient now
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
         ctx.mark_non_differentiable(losses)
@@ -293,29 +293,10 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The saved gradient is scaled in place, so that memory holds it only once. Autograd then
+        # The saved gradient is scaled in place, so that there is no second copy. Autograd then
         # refuses a second backward pass, because a saved tensor has changed.
         (gradient,) = ctx.saved_tensors
         return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None
-
-
-def distillation_loss(
-    student: Tensor,
-    teacher: Tensor | TopK,
-    loss: LogitsLoss,
-    group: ProcessGroup | None = None,
-    reuse_logits: bool = False,
-) -> Tensor:
-    """Computes the KD loss per token [n] in float32, equal on all ranks.
-
-    The student's logits [n, vocabulary/tp] must be finite. ``teacher`` is as in ``LossTargets``.
-    ``reuse_logits`` overwrites the student's logits with the gradient, which saves memory. Only one
-    backward pass is possible.
-
-    Raises:
-        RecipeError: The shapes differ, or the loss cannot use samples of the teacher's tail.
-    """
-    return combined_loss(student, LossTargets(teacher), loss, group, reuse_logits)[0]
 
 
 def combined_loss(
@@ -327,11 +308,15 @@ def combined_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes the KD loss, the LM loss, and one gradient of their weighted sum.
 
-    ``distillation_loss`` explains the other arguments and the errors.
+    The student's logits [n, vocabulary/tp] must be finite. ``reuse_logits`` overwrites the logits
+    with the gradient, which saves memory. Only one backward pass is possible.
 
     Returns:
         The weighted sum per token [n], which is differentiable; and the KD and LM losses [2, n],
         which are not differentiable. The LM loss is 0 without labels.
+
+    Raises:
+        RecipeError: The shapes differ, or the loss cannot use samples of the teacher's tail.
     """
     teacher = targets.teacher
     if isinstance(teacher, TopK):
@@ -341,7 +326,7 @@ def combined_loss(
                 "samples of the tokens outside its top-k.",
                 f"use {TAIL_DRAWS_LOSS}, or a teacher that was cached with tail_draws=0",
             )
-        teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]  # tokens
+        teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]  # only n
     else:
         targets = targets._replace(teacher=teacher.detach())
         teacher_shape, student_shape = teacher.shape, student.shape
@@ -355,6 +340,21 @@ def combined_loss(
     return result
 
 
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    loss: LogitsLoss,
+    group: ProcessGroup | None = None,
+    reuse_logits: bool = False,
+) -> Tensor:
+    """Computes the KD loss per token [n] in float32, equal on all ranks.
+
+    ``teacher`` is logits [n, vocabulary/tp] or a top-k, as in ``LossTargets``. The other arguments
+    and the errors are those of ``combined_loss``.
+    """
+    return combined_loss(student, LossTargets(teacher), loss, group, reuse_logits)[0]
+
+
 def token_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -363,7 +363,7 @@ def token_cross_entropy(
 ) -> Tensor:
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
-    ``distillation_loss`` explains ``reuse_logits``.
+    ``reuse_logits`` overwrites the logits with the gradient.
     """
     # The LM loss is the forward KL from a teacher that gives the label a probability of 1, and all
     # other tokens, the tail, a probability of 0.

@@ -3,7 +3,7 @@
 A live teacher runs in every training step. A cached teacher's logits are read from files instead.
 The student's ``compute_language_model_loss`` is replaced by a function that computes the losses on
 logits. ModelOpt's ``DistillationModel`` runs a live teacher, and computes the loss on hidden
-states. The model returns losses [1 + terms, batch, sequence]: the weighted total, then each term.
+states. ``KDModel`` returns losses [1 + terms, batch, sequence]: the weighted sum, then each term.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LANGUAGE_MODEL_LOSS = (
     "LanguageModule.compute_language_model_loss"
 )
 LOSS_HASH = "01ec0b6356cd"
-"""``Patch.source_hash`` of ``LANGUAGE_MODEL_LOSS``."""
+"""Fingerprint of the source of ``LANGUAGE_MODEL_LOSS``. A patch refuses another source."""
 MODELOPT_FORWARD = "modelopt.torch.distill.distillation_model:DistillationModel.forward"
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",
@@ -78,7 +78,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        # Validation may measure the KL, but its total is the LM loss alone.
+        # The validation loss is the LM loss alone. A KL is only measured, so its weight is 0.
         kl_weight = {"kd": 0.0} if self._teacher.runs_in_validation else {}
         self._validation_reduction = LossReduction(Objective({"lm": 1.0, **kl_weight}))
         self._cached_top_k: TopK | None = None
@@ -118,7 +118,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             The means of ``LossReduction.last_means``, and ``teacher_loss`` if it was measured.
         """
         reduction = self._reduction
-        # Rank 0 logs the losses and saves ``finite_means``, but may be on another pipeline stage.
+        # Rank 0 logs the losses and saves ``finite_means``, but can be on another pipeline stage.
         losses, reduction.finite_means, self.teacher_loss = _from_last_stage(
             [reduction.last_means, reduction.finite_means, self.teacher_loss]
         )
@@ -147,10 +147,10 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             if not self._teacher.runs_in_validation:
                 return torch.stack([lm_loss, lm_loss])  # the total, and its only term
             # Validation always measures the forward KL at temperature 1, as evaluation and healing
-            # do. The KD loss of training may be another one.
-            flat, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
-            kl = distillation_loss(flat, teacher, LogitsLoss(), nemo.tensor_group())
-            return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])
+            # do. The KD loss of training may be another divergence.
+            student, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
+            kl = distillation_loss(student, teacher, LogitsLoss(), nemo.tensor_group())
+            return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])  # total, LM, KL
 
         reason = "training minimises the losses of the recipe"
         apply_to(core, Patch(LANGUAGE_MODEL_LOSS, reason, LOSS_HASH, replace_with(compute_losses)))
@@ -162,9 +162,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
-        # The teacher's weights are loaded, so they need no initialisation. The student is
-        # initialised, because this marks its weights as tensor-parallel. Without these marks, the
-        # gradient norm would count only one rank's shard of a weight.
+        # The teacher needs no initialisation, because its weights are loaded. The student's weights
+        # are loaded later, too, but initialisation marks them as tensor-parallel. Without these
+        # marks, the gradient norm would count only one rank's shard of a weight.
         config.perform_initialization = False
         settings = {
             # ModelOpt calls the function with these arguments.
@@ -198,7 +198,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             dtype=self.config.params_dtype,
         )
-        # Pairs count layers from 1 over all stages. Names count them from 0 on this stage.
+        # Pairs count layers from 1 over all stages. Layer names count from 0 on this stage.
         student_first, teacher_first = (
             last_stage_layers(config.num_layers, config.pipeline_model_parallel_size).start
             for config in (self.config, teacher_config)
@@ -216,6 +216,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))  # only NeMo's own tensors
         if parallel_state.is_pipeline_last_stage():
+            # A loader of Lightning may return (batch, batch index, loader index).
             samples = loaded[0] if isinstance(loaded, tuple) else loaded
             for name in samples:
                 if name.startswith(TEACHER_PREFIX):
@@ -265,7 +266,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     ) -> tuple[Tensor, ...]:
         """Returns three losses [batch, sequence]: the weighted sum of KD and LM, then KD, then LM.
 
-        ``weights`` are those of KD and LM. Without labels the LM loss is 0.
+        ``weights`` are the weights of KD and LM, in this order. Without labels the LM loss is 0.
         """
         targets = LossTargets(
             self._cached_top_k or core.teacher_logits.flatten(0, 1),
@@ -284,9 +285,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         mean = torch.stack(list(losses.values())).mean(dim=0)
         if not self.config.sequence_parallel:
             return mean
-        # Each rank has the losses of a contiguous shard of the sequence. They are padded with zeros
-        # to the whole sequence, and added over the ranks. In the backward pass each rank gets
-        # only its shard's gradient.
+        # Each rank has the losses of a contiguous shard of the sequence. Each shard is padded with
+        # zeros to the whole sequence, and the results are added over the ranks. In the backward
+        # pass each rank gets only the gradient of its own shard.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))
@@ -294,7 +295,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Stores the teacher's mean LM loss on the micro batch, if it has unmasked tokens.
+        """Stores the teacher's mean LM loss on a micro batch that has unmasked tokens.
 
         Raises:
             RecipeError: The loss is near that of a uniform guess.
@@ -318,6 +319,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the student only; ``nn.Module`` would require the teacher's weights."""
+        # Removes the prefixes of wrappers, which ``core_module`` does not have.
         state = {name.replace("module.", ""): value for name, value in state_dict.items()}
         return self.core_module.load_state_dict(state, *args, **kwargs)
 
@@ -358,8 +360,8 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                # ModelOpt's hooks warn if a layer still has an output of an earlier forward pass,
-                # as it has after a validation of the student alone.
+                # After a validation of the student alone, a layer still has an output. ModelOpt's
+                # hooks would warn about this output of an earlier forward pass.
                 layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()

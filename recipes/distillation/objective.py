@@ -48,7 +48,7 @@ def layer_pairs(
 
     By default, each student layer is compared with the teacher layer that it comes from, if both
     are on the last of ``hidden_pipeline_stages`` stages. ``student_kept`` and ``teacher_kept`` are
-    the models' ``KeptLayers.kept_layers``.
+    the models' ``kept_layers``: for each layer, its number in the model before all pruning.
 
     Raises:
         RecipeError: No pairs are configured, and none can be derived.
@@ -58,15 +58,15 @@ def layer_pairs(
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
     student_last_stage = last_stage_layers(num_student_layers, min(stages, num_student_layers))
     teacher_last_stage = last_stage_layers(num_teacher_layers, min(stages, num_teacher_layers))
-    # Kept layers have the numbers that they had in the model before all pruning.
+    # A teacher without kept layers was not pruned. A student of equal depth has the same layers.
     teacher_kept = teacher_kept or range(1, num_teacher_layers + 1)
     if student_kept is None and num_student_layers == num_teacher_layers:
         student_kept = teacher_kept
     teacher_layer_of = {original: layer for layer, original in enumerate(teacher_kept, start=1)}
-    if missing := [layer for layer in student_kept or () if layer not in teacher_layer_of]:
+    if only_student := [layer for layer in student_kept or () if layer not in teacher_layer_of]:
         raise RecipeError(
-            f"the student has the layers {missing} of the model before pruning, but the teacher "
-            "does not have them.",
+            f"the student has the layers {only_student} of the model before pruning, but the "
+            "teacher does not have them.",
             "set intermediate_layer_pairs, for example [[24,30]]",
         )
     pairs = [
@@ -89,14 +89,14 @@ class TeacherSource:
     """Source of the teacher's logits: a checkpoint (a live teacher), a cache, or neither."""
 
     checkpoint: Path | None = None
-    pairs: Pairs = ()
+    pairs: Pairs = ()  # empty without a loss on hidden states
     cache: TeacherCache | None = None
     runs_in_validation: bool = False
     """Whether a live teacher also runs in validation."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the source that a config requires; an empty one if LM is the only term."""
+        """Returns the source that a config requires; an empty source if LM is the only term."""
         if not uses_teacher(vars(cfg)):
             return cls()
         source = inputs["teacher"]
@@ -114,9 +114,9 @@ class TeacherSource:
 
 
 def _require_same_text(cache: Input, data: Input) -> None:
-    """Checks that a teacher was cached for the training text.
+    """Checks that a teacher was cached for the training text, by the content of the text.
 
-    The check before a run only compares settings of the text, not its content.
+    The check before a run compares only the settings of the text.
     """
     if cache.manifest.input_content.get("data") != data.manifest.content_hash():
         raise RecipeError(
@@ -137,7 +137,7 @@ class Objective:
     hidden_loss: str = "cosine"
     """One of ``HIDDEN_LOSSES``."""
     dynamic: bool = False
-    """Whether weights change in each step, see ``weights_after``."""
+    """Whether ``weights_after`` computes other weights for each step."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Objective:
@@ -155,7 +155,7 @@ class Objective:
         """Returns each term's weight, given the means of the terms in the previous step.
 
         With ``dynamic`` the hidden loss is scaled to the size of the weighted KD loss. The sum of
-        both is scaled to the size of the LM loss. The configured weights multiply the scaled terms.
+        these two is scaled to the size of the LM loss. Configured weights multiply scaled terms.
         Before the first step ``means`` is empty, and the weights are the configured weights.
 
         The means are of a global batch. NeMo's own balancer uses the means of each micro batch, so
@@ -164,8 +164,8 @@ class Objective:
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
-        first = next(iter(weights))  # KD; the hidden loss without KD; the LM loss if it is alone
-        # Weighted sum of the terms with a teacher (KD, hidden), divided by the weight of ``first``.
+        first = next(iter(weights))  # the first of KD, hidden and LM that the loss has
+        # Weighted sum of KD and hidden terms, divided by their common factor, ``weights[first]``.
         teacher_terms = means[first]
         if "kd" in weights and "hidden" in weights:
             weights["hidden"] *= weights["kd"] * _scale_factor(means["kd"], means["hidden"])
@@ -181,9 +181,9 @@ def _scale_factor(size: float, mean: float) -> float:
     return size / mean if mean > 0 else 1.0
 
 
-# This class replaces ModelOpt's HiddenStateCosineLoss and MSELoss
-# (modelopt/torch/distill/plugins/megatron.py), which compute in the activations' dtype, and return
-# a tuple that only ModelOpt's own reduction understands.
+# This class replaces HiddenStateCosineLoss and MSELoss of ModelOpt
+# (modelopt/torch/distill/plugins/megatron.py). They compute in the activations' dtype, and return a
+# tuple that only ModelOpt's own reduction understands.
 class HiddenLoss(_Loss):
     """Distance of the student's hidden states from the teacher's, per token.
 
@@ -214,7 +214,7 @@ class HiddenLoss(_Loss):
             generator = torch.Generator().manual_seed(PROJECTION_SEED)
             # Initialised on the CPU, since a GPU's generator has other numbers for the same seed.
             initial = torch.randn(teacher_size, student_size, generator=generator, device="cpu")
-            # The factor keeps the variance of the states.
+            # With this factor, projected states have the variance of the student's states.
             self.projection.weight.data.copy_(initial * student_size**-0.5)
             if sequence_parallel:
                 self.projection.weight.sequence_parallel = True
@@ -233,7 +233,7 @@ class HiddenLoss(_Loss):
         targets = teacher[0] if isinstance(teacher, tuple) else teacher
         if self.projection is not None:
             states = self.projection(states.to(self.projection.weight.dtype))
-        # Just below 1, bfloat16 numbers are 1/256 apart, so a cosine of 0.999 would round to 1.
+        # Distances are in float32: as bfloat16, a cosine of 0.999 would round to 1.
         states, targets = states.float(), targets.detach().float()
         return DISTANCES[self._distance](states, targets).t()
 
@@ -256,7 +256,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """Number of unmasked tokens of the last global batch."""
         self.finite_means: dict[str, float] = {}
         """``last_means`` of the last step whose means were all finite. Dynamic weights of the next
-        step depend on them."""
+        step depend on these means."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""
@@ -275,7 +275,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        # A NaN or infinite loss must make the gradients NaN: all ranks see the gradients' norm.
+        # A NaN or infinite loss makes the gradients NaN, so that all ranks see a NaN gradient norm.
         loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
         report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])
@@ -295,7 +295,7 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(sums, group=group)
         means = sums[1:] / sums[0].clamp_min(1)  # ``sums[0]`` is the number of tokens
-        # One transfer from the GPU for all numbers.
+        # ``tolist`` transfers all numbers from the GPU at once.
         self.last_tokens, *values = torch.cat([sums[:1], means]).tolist()
         self.last_means = dict(zip(("loss", *self._objective.weights), values, strict=True))
         if all(math.isfinite(mean) for mean in self.last_means.values()):

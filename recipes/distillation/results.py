@@ -21,8 +21,8 @@ class TrainingResult:
     final_hidden: float | None
     final_lm: float | None
     val_loss: float | None
-    """LM loss of the last validation, which may be some steps before the last step; ``None`` if
-    there was no validation."""
+    """LM loss of the last validation, which can be before the last step; ``None`` if there was no
+    validation."""
     steps: int
     skipped_steps: int
     """Steps without an update of the weights, because the gradient was not finite."""
@@ -39,10 +39,10 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """Reads the field that the results of pruning and of training have in common."""
+    """The field that the results of pruning and of training have in common."""
 
     kept_layers: list[int] | None = None
-    """As in ``TrainingResult``."""
+    """For each layer, its number in the model before all pruning; ``None`` if unknown."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DistillationResult(TrainingResult):
     teacher_loss: float | None
     """LM loss of a live teacher on the first micro batch; ``None`` without a live teacher."""
     stopped: str = ""
-    """Reason and step of an early stop; empty if there was none."""
+    """Reason and step of an early stop; empty if training did not stop early."""
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,16 @@ FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8"
 """Maps each FP8 scaling recipe to the lowest CUDA compute capability with which TransformerEngine
 supports it."""
 TERMS = ("kd", "hidden", "lm")
-"""Terms of the loss: on logits, on hidden states, and next-token (LM). Each term is logged by this
-name, and ``…_weight`` is the setting of its weight."""
+"""Names of the loss's terms in logs: on logits, on hidden states, and next-token (LM). The settings
+``kd_weight``, ``hidden_weight`` and ``lm_weight`` are the weights of the terms."""
 RESOURCE = {"resource": True}
-"""Metadata of settings that do not change a stage's result. They change speed, memory, disk space,
-or when the stage fails."""
+"""Metadata of settings that do not change the result of a stage. They change the stage's speed,
+memory or disk space, or the number of failures that it tolerates."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
-"""Below this range the teacher's distribution is a single token. Above this range it is uniform."""
+"""With a lower temperature one token gets all probability, with a higher all get the same."""
 Weight = Annotated[float, between(0, 1e6)]
 """Weight of a term of the loss."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -84,10 +84,10 @@ class TrainingConfig(StageConfig):
     adam_beta2: Beta = 0.95
     """Decay rate of the gradient's mean square."""
     clip_grad: Positive = 1.0
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    """Largest norm of the gradient; a larger gradient is scaled down to this norm."""
     mask_document_ends: bool = True
-    """Excludes the first token of each document from the loss, because it cannot be predicted from
-    the document before it. The first token of a conversation is always excluded."""
+    """Excludes the first token of each document from the loss, because the text before it is from
+    another document. The first token of a conversation is always excluded."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
@@ -104,8 +104,8 @@ class TrainingConfig(StageConfig):
     seed: Seed = 1234
     """Seed of the order of sequences."""
     weights: dict[str, BlendWeight] = field(default_factory=dict)
-    """Relative number of training tokens of each source; by default the ``#weight`` of each source
-    of ``prepare_data``. Without weights, longer sources count more."""
+    """Relative number of training tokens of each source. Default: the weights that ``sources`` of
+    ``prepare_data`` set (``my.jsonl#weight=0.7``). Without weights, longer sources count more."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
@@ -118,8 +118,8 @@ class TrainingConfig(StageConfig):
     TransformerEngine, so it needs GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Data-parallel ranks over which the experts of an MoE are split (EP). An interrupted training
-    does not resume after a change from 1 to more or back, because Megatron then uses another
-    optimizer."""
+    cannot resume after a change from 1 to more, or from more to 1, because Megatron then uses
+    another optimizer."""
     num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
     """Copies of the optimizer's state. With one copy per node, weights are gathered within a node,
     and only gradient shards are reduced between nodes."""
@@ -135,7 +135,7 @@ class TrainingConfig(StageConfig):
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
-    """Number of global batches in a validation; fewer if there is less text."""
+    """Largest number of global batches in a validation. Less text gives fewer batches."""
     checkpoint_interval: Count = field(default=100, metadata=RESOURCE)
     """Steps between checkpoints. A killed run resumes from the last checkpoint."""
     keep_checkpoints: Count = field(default=2, metadata=RESOURCE)
@@ -162,8 +162,8 @@ class TrainingConfig(StageConfig):
     @property
     def recomputes_feed_forward(self) -> bool:
         """Whether ``selective`` recomputation includes the feed-forward network."""
-        has_module = any(module in self.recompute_modules for module in FEED_FORWARD)
-        return self.recompute_granularity == "selective" and has_module
+        has_feed_forward = any(module in self.recompute_modules for module in FEED_FORWARD)
+        return self.recompute_granularity == "selective" and has_feed_forward
 
     @property
     def splits_sequence(self) -> bool:
@@ -178,7 +178,7 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Number of likeliest tokens, per position, that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of tokens, per position, that are sampled from those outside the top-k. With samples,
+    """Number of tokens, per position, that are sampled from outside the top-k. With samples,
     losses and gradients of ``forward_kl`` are unbiased estimates of those over the whole
     vocabulary. With 0, all tokens outside the top-k together count as one class."""
     temperature: Temperature = 1.0
@@ -186,7 +186,7 @@ class CacheLogitsConfig(StageConfig):
     seq_length: Count = 256
     """Tokens per sequence; must equal ``seq_length`` of ``distill``."""
     num_sequences: Count | None = None
-    """Number of sequences to cache: the first ones that training with this ``seed`` reads.
+    """Number of sequences to cache: the first that training with this ``seed`` reads.
     Default: all sequences."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
@@ -203,9 +203,9 @@ class CacheLogitsConfig(StageConfig):
 
 
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
-    """Returns the bytes per token in a teacher's cache. ``logit_cache`` explains the format."""
+    """Returns the bytes per token of text that a cached teacher takes on disk."""
     id_bytes = 2 if vocabulary <= SMALL_VOCABULARY else 4
-    # Log-probabilities of the top-k and of the tail; the tail's entropy only with draws.
+    # Log-probabilities of the top-k tokens and of the tail. With draws, also the tail's entropy.
     float16_numbers = top_k + 1 + (1 if draws else 0)
     return (top_k + draws) * id_bytes + float16_numbers * 2
 
@@ -242,8 +242,8 @@ class DistillConfig(TrainingConfig):
     jsd_beta: Fraction = 0.5
     """The teacher's weight in the mean distribution of ``jsd``, between 0 and 1."""
     top_k: Count | None = None
-    """Number of the teacher's likeliest tokens that stay separate classes in the KD loss; all
-    others become one class. Default: the whole vocabulary, or the ``top_k`` of a cached teacher."""
+    """Number of the teacher's likeliest tokens that stay separate classes in the KD loss. All other
+    tokens become one class. Default: the whole vocabulary, or the ``top_k`` of a cached teacher."""
     hidden_weight: Weight = 0.0
     """Weight of the loss on hidden states; 0 omits it."""
     hidden_loss: Annotated[str, one_of(*HIDDEN_LOSSES)] = "cosine"
@@ -252,9 +252,9 @@ class DistillConfig(TrainingConfig):
     """``[student layer, teacher layer]`` pairs, counted from 1. Default: each layer of the student
     with the teacher's layer that it comes from, if both are on the last pipeline stage."""
     hidden_pipeline_stages: Count | None = None
-    """Number of pipeline stages for the default pairs, which are on the last stage. Default:
-    ``pipeline_model_parallel_size``. After a change to fewer stages, set this to the old number of
-    stages to keep the same pairs."""
+    """Number of pipeline stages for the default pairs, whose layers are all on the last stage.
+    Default: ``pipeline_model_parallel_size``. After a change to fewer stages, set this to the old
+    number of stages to keep the same pairs."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
@@ -289,7 +289,7 @@ def hidden_state_bytes(cfg: DistillConfig, student_layers: int, teacher_layers: 
         return 0
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
     max_pairs = min(
-        len(last_stage_layers(layers, min(stages, layers)))
+        len(last_stage_layers(layers, min(stages, layers)))  # a stage has at least one layer
         for layers in (student_layers, teacher_layers)
     )
     pairs = len(cfg.intermediate_layer_pairs) or max_pairs

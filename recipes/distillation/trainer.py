@@ -66,21 +66,21 @@ def train(
     work = out.parent.parent  # also gets the training checkpoints
     start_model = _restore_for_training(cfg, start)
     model = KDModel(start_model, objective)
-    with nemo.outside_slurm():
+    with nemo.outside_slurm():  # else the trainer would expect one rank per task of a Slurm job
         trainer = _trainer(cfg)
-    # Callbacks are added here, because NeMo would copy those that the trainer's constructor gets.
-    # The first two must run before the trainer's own callback saves a checkpoint. ``StepLogger``
-    # sends the losses to rank 0, which stores them in the checkpoint.
+    # Callbacks are added here, because NeMo would copy callbacks that its trainer's constructor
+    # gets. The first two must run before the trainer's own callback saves a checkpoint:
+    # ``StepLogger`` sends the losses to rank 0, which stores them in the checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
     save = partial(_save_trained, cfg, model, start_model, start)
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Also before the callback that saves checkpoints; see ``SaveStudents``.
+        # Also before the callback that saves checkpoints, so that no checkpoint lacks a student.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if isinstance(cfg, DistillConfig) and objective.teacher.runs_in_validation:
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
-    # Weights must be gathered before Lightning moves them from a GPU to the CPU when training has
-    # ended. There they do not share Megatron's buffers, so their shards cannot be gathered.
+    # After training, Lightning moves the weights from a GPU to the CPU, out of Megatron's buffers.
+    # Shards of weights can be gathered only in these buffers, so this callback gathers them first.
     trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
@@ -104,7 +104,7 @@ def train(
         )
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
-        # Students are linked, not moved: if the run is killed before it writes the manifest, a
+        # Students are linked, not moved: if a run is killed before the manifest is written, a
         # restart empties the artifact's folder, but not the work folder.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
@@ -113,7 +113,7 @@ def _restore_for_training(cfg: TrainingConfig, start: Path) -> Any:
     """Returns NeMo's model of a checkpoint, without weights, with a config for this training."""
     model = nemo.restore_model(start)
     model.config.seq_length = cfg.seq_length
-    # Omits the loss that balances the load of experts. Megatron computes it for each micro batch,
+    # Omits the loss that balances the load of experts. Megatron computes this loss per micro batch,
     # also on masked tokens, so results would depend on the size of micro batches.
     model.config.moe_aux_loss_coeff = 0.0
     _set_recompute(model.config, cfg.recompute_granularity)
@@ -133,7 +133,7 @@ def _set_environment(cfg: TrainingConfig) -> None:
         # TransformerEngine's norms leave this many multiprocessors to NCCL.
         "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
         "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
-        # NeMo uses this as the timeout of collectives.
+        # NeMo uses this variable as the timeout of collectives.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
     }
     if cfg.compile:
@@ -147,7 +147,7 @@ def _save_trained(
 ) -> None:
     """Writes the trained model without the optimizer, with weights in ``cfg.dtype``.
 
-    The caller must gather the weights before this. ``model`` was built from ``start_model``. The
+    The caller must first gather the weights. ``model`` was built from ``start_model``. The
     tokenizer and the Hugging Face config are copied from the initial checkpoint ``start``.
     """
     saved_config = start_model.__io__.config  # NeMo's record of the config, which checkpoints store
@@ -197,9 +197,9 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     """Loads the optimizer's float32 main weights from a checkpoint more precise than bfloat16.
 
-    Otherwise main weights would be copies of bfloat16 weights, and small updates would at first not
-    change the bfloat16 weights. Megatron's ``reload_model_params(state)`` is not used: it matches
-    names by substring, so it would also find the teacher's weights.
+    Otherwise main weights would be copies of the model's bfloat16 weights, which are rounded.
+    Megatron's ``reload_model_params(state)`` is not used: it matches names by substring, and
+    would also find the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
     to_read = {}  # the weights that the model has in lower precision than the checkpoint
@@ -207,7 +207,7 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             # The tensor to read into becomes float32.
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
-            # A ``ShardedTensorFactory`` has no dtype; it makes its tensors from ``data``.
+            # The other type, ``ShardedTensorFactory``, has no dtype: it makes tensors of ``data``.
             if isinstance(item, ShardedTensor):
                 item.dtype = torch.float32
             to_read[name] = item
@@ -218,7 +218,7 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
         for group, main_group in groups:
             for weight, main_weight in zip(group, main_group, strict=True):
                 if (exact_weight := exact.get(names.get(weight, ""))) is not None:
-                    # This rank's range of the flattened weight.
+                    # ``shard`` is this rank's range of the flattened weight.
                     shard = opt._get_model_param_range_map(weight)["param"]
                     main_weight.copy_(exact_weight.flatten()[shard.start : shard.end])
 
@@ -240,7 +240,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
             overlap_param_gather=True,
         ),
         process_group_backend=collective_backend(),
-        # NeMo's progress bar gathers on rank 0 only, and hangs with several gloo ranks.
+        # NeMo's progress bar gathers on rank 0 only, so it hangs with several gloo ranks.
         replace_progress_bar=False,
         ckpt_async_save=True,
         ckpt_assume_constant_structure=True,
@@ -259,7 +259,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
             grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
             fp8=cfg.fp8,
             fp8_recipe=cfg.fp8_recipe,
-            # With delayed scaling all layers must have the same precision.
+            # With the recipe ``delayed``, all layers must have the same precision.
             first_last_layers_bf16=cfg.fp8 is not None and cfg.fp8_recipe != "delayed",
             num_layers_at_start_in_bf16=1,
             num_layers_at_end_in_bf16=1,
@@ -324,7 +324,7 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 def _resume(checkpoints: Path, start: Path, keep: int) -> Any:
     """Returns NeMo's settings: resume from the newest complete checkpoint, else load ``start``.
 
-    Deletes incomplete checkpoints, because NeMo would choose one if it is the newest, and fail.
+    Deletes incomplete checkpoints, because NeMo would fail if the newest checkpoint is incomplete.
     Also deletes all but the newest ``keep`` checkpoints, since ``keep`` may be lower than before.
     Rank 0 chooses for all ranks: on a network file system, nodes may list different checkpoints for
     some seconds.

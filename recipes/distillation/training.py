@@ -37,12 +37,12 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Fewest steps with which training on a CPU is compiled by default. With fewer steps, compiling
+"""Fewest steps for which training on a CPU is compiled by default. With fewer steps, compiling
 saves no time."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory with checkpoints of training, in the stage's work directory."""
 VALIDATE = "validate"
-"""Task name of validation in the metrics file."""
+"""Name of validation as a task in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"
 """Key, in the metrics file, of the fraction of the KL added by pruning that remains after healing
 (a least-squares fit of the pruned model's weights)."""
@@ -59,9 +59,9 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
 
 
 def with_hidden_stages(cfg: DistillConfig) -> DistillConfig:
-    """Sets ``hidden_pipeline_stages``, which the default layer pairs depend on, to its default.
+    """Sets ``hidden_pipeline_stages``, if the layer pairs depend on it, to its default.
 
-    A stage's fingerprint then has it. ``pipeline_model_parallel_size`` is not in the fingerprint.
+    The stage's fingerprint then has this number, but not ``pipeline_model_parallel_size`` itself.
     """
     uses_default_pairs = cfg.hidden_weight > 0 and not cfg.intermediate_layer_pairs
     if not uses_default_pairs or cfg.hidden_pipeline_stages:
@@ -111,16 +111,17 @@ def weight_problems(
 ) -> Iterator[Problem]:
     """Finds weights of unknown sources, and text of another run whose sources have no weights.
 
-    The user sets ``weights`` at the path ``name`` below ``stages``. ``data`` is the name of the
-    stage that prepares the text, or that stage's directory in another run.
+    The user sets ``weights`` in ``stages.<name>``. ``data`` is the name of the stage that prepares
+    the text, or the directory of such a stage in another run.
     """
     prepare_data, manifest = chain.stages.get(data), manifest_of(data)
     if isinstance(prepare_data, PrepareDataConfig):
-        known = prepare_data.training_names()
-    elif manifest is not None:  # of another run
-        known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
-        if len(known) > 1 and not weights:
-            example = ", ".join(f"{source}: 1" for source in known)
+        sources = prepare_data.training_names()
+    elif manifest is not None:  # ``data`` is a directory of another run
+        text = manifest.result(DatasetResult)
+        sources = [source.source for source in text.source_tokens["train"]]
+        if len(sources) > 1 and not weights:
+            example = ", ".join(f"{source}: 1" for source in sources)
             yield Problem(
                 rules.SOURCE_WEIGHTS,
                 f"weights is empty, so longer sources of {data} count more: weights of "
@@ -130,12 +131,12 @@ def weight_problems(
     else:
         return  # the names of the sources are not known yet
     for source in weights:
-        if source not in known:
+        if source not in sources:
             yield Problem(
                 rules.DATA_SOURCES,
                 f"weights has '{source}', which is not a training source of {data}."
-                f"{did_you_mean(source, known)}",
-                f"use one of: {', '.join(known)}",
+                f"{did_you_mean(source, sources)}",
+                f"use one of: {', '.join(sources)}",
             )
 
 
@@ -155,15 +156,15 @@ def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
 
 
 def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    if cfg.compile and _runs_on_this_cpu(chain) and (missing := missing_compiler()):
-        file, fix = missing
+    if cfg.compile and _runs_on_this_cpu(chain) and (file_and_fix := missing_compiler()):
+        file, fix = file_and_fix
         yield Problem(
             rules.COMPILER, f"compile=true, but there is no {file}", f"{fix}; or do not set compile"
         )
 
 
 def _recompute_problems(cfg: TrainingConfig, is_moe: bool) -> Iterator[Problem]:
-    """Finds ``recompute_modules`` that the model does not have: Megatron would ignore them."""
+    """Finds ``recompute_modules`` that the model does not have, which Megatron would ignore."""
     dense, experts = FEED_FORWARD
     present, absent = (experts, dense) if is_moe else (dense, experts)
     if cfg.recompute_granularity == "selective" and absent in cfg.recompute_modules:
@@ -249,13 +250,13 @@ def training_workload(
         global_batch_size=cfg.global_batch_size,
         steps=cfg.max_steps,
         bf16=bf16,
-        # A row-wise and a column-wise copy of each weight in FP8 (``_fp8_workspaces`` in
-        # TransformerEngine's modules).
+        # TransformerEngine stores a row-wise and a column-wise FP8 copy of each weight
+        # (``_fp8_workspaces`` of its modules), with one byte per number.
         weight_copy_bytes=2 if cfg.fp8 else 0,
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 or not bf16 else 2,
         validation_batches=cfg.limit_val_batches,
-        # ``max`` avoids a division by 0: ``max_steps`` is 0 in a round of successive halving that
-        # the stage's check refuses.
+        # ``max`` avoids a division by 0: plans also get settings with ``max_steps`` 0, from a round
+        # of successive halving, before the check of that stage refuses them.
         validations=cfg.max_steps // max(min(cfg.val_check_interval, cfg.max_steps), 1),
         checkpoints=cfg.max_steps // cfg.checkpoint_interval,
         terms=terms,
@@ -321,7 +322,7 @@ def trained_sources(
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
-    """Returns why a distillation stops after ``step``, or "" if it continues.
+    """Returns why a distillation stops after ``step``; "" if the distillation continues.
 
     It stops once healing and training together have recovered enough of the KL added by pruning.
     All validations measure the KL to the teacher on the same sequences. Only records of the metrics
@@ -346,6 +347,6 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
 
 def initial_kl_fraction(file: Path) -> float:
-    """Reads the fraction of the KL added by pruning that remains after healing; 1 without it."""
+    """Reads the fraction of the KL added by pruning that remains after healing; 1 if not stored."""
     values = (record.get(INITIAL_KL) for record in read_records(file))
     return next((float(value) for value in values if value is not None), 1.0)

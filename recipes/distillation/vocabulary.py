@@ -1,9 +1,9 @@
 """Operations on vocabulary-parallel logits: log-softmax, sums, top-k, samples of the tail.
 
 The tail is all tokens outside the top-k. Logits have the shape [n, vocabulary/tp] for n positions
-of a text. ``group`` is the tensor-parallel ranks. Each rank holds vocabulary/tp columns, in the
-order of ranks, as in Megatron's output layer. ``group=None`` means tp=1: this rank has the whole
-vocabulary.
+of a text. ``group`` is the process group of the tensor-parallel ranks. Each rank holds
+vocabulary/tp columns, in the order of ranks, as in Megatron's output layer. ``group=None`` means
+tp=1: this rank has the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from recipes.core.errors import RecipeError
 from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""Largest size of a chunk's float32 logits, in bytes, by device type. 4 MB fit in a CPU's cache."""
+"""Largest size in bytes of a chunk's float32 logits, by device type. A CPU's cache holds 4 MB."""
 LOG_ZERO = -1e30
 """Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
 
 
 class TopK(NamedTuple):
-    """The teacher's likeliest tokens and their log-probabilities. A cached teacher stores these."""
+    """The teacher's likeliest tokens and their log-probabilities, as a logit cache stores them."""
 
     indices: Tensor
     """Ids in the whole vocabulary [n, k], int64, the likeliest first."""
@@ -44,7 +44,7 @@ class TopK(NamedTuple):
 
     @classmethod
     def concatenate(cls, items: Sequence[TopK]) -> TopK:
-        """Concatenates each of the tensors along its first dimension."""
+        """Concatenates the tensors of each field along their first dimension."""
         fields = zip(*items, strict=True)
         return cls(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
 
@@ -52,8 +52,8 @@ class TopK(NamedTuple):
 def chunks(logits: Tensor) -> Iterator[slice]:
     """Yields one slice of rows for each chunk of logits [n, vocabulary/tp].
 
-    All tensor-parallel ranks get the same slices, which depend only on shape and device type. They
-    need the same slices, because they communicate in each chunk.
+    The slices depend only on shape and device type. So they are the same on all tensor-parallel
+    ranks, which communicate in each chunk.
     """
     row_bytes = 4 * logits.shape[-1]  # in float32
     rows = max(1, CHUNK_BYTES[logits.device.type] // row_bytes)
@@ -92,10 +92,10 @@ def log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) 
 
 
 class Split(NamedTuple):
-    """A distribution, split into k selected tokens and a tail of all others."""
+    """A distribution, split into k selected tokens and a tail of all other tokens."""
 
     log_probs: Tensor  # [n, k + 1], the tail last; equal on all ranks
-    tail: Tensor  # [n, vocabulary/tp] log-probabilities of this rank, -inf for selected tokens
+    tail: Tensor  # [n, vocabulary/tp] this rank's log-probabilities, -inf for selected tokens
     columns: Tensor  # [n, k] columns of the selected tokens; arbitrary if not on this rank
     is_local: Tensor  # [n, k] whether a selected token is on this rank
 
@@ -131,11 +131,11 @@ def split_tail(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -
     """
     columns, is_local = local_columns(indices, log_probs.shape[-1], group)
     selected = select(log_probs, columns, is_local, group)
-    # Adding -inf removes a selected token from the tail. For tokens of other ranks, 0 is added.
+    # Adding -inf removes a selected token from the tail. At arbitrary columns, 0 is added.
     offsets = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
     tail = log_probs.scatter_add_(1, columns, offsets)
-    # The tail's probabilities are summed, because 1 - sum(selected) would round a small tail to 0.
-    return Split(torch.cat([selected, log_sum_exp(tail, group)], 1), tail, columns, is_local)
+    log_tail = log_sum_exp(tail, group)  # 1 - sum(selected) would round a small tail to 0
+    return Split(torch.cat([selected, log_tail], 1), tail, columns, is_local)
 
 
 @torch.no_grad()
@@ -148,8 +148,8 @@ def top_k(
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
-    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. Each
-    sample is the token at a quantile of the tail's distribution over the tokens in order of id.
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. A
+    sample is the first token, by id, whose cumulative fraction of the tail exceeds the quantile.
 
     Raises:
         RecipeError: ``k`` is below 1, or above the size of the vocabulary.
@@ -166,7 +166,7 @@ def top_k(
         all_log_probs = log_softmax(logits[rows], temperature, group)
         values, ids = all_log_probs.topk(min(k, width), dim=-1)
         if group is not None:
-            # The candidates are the top-k of each rank, which has ids from rank · width on.
+            # The candidates are the top-k of each rank. The ids of a rank start at rank · width.
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         split = split_tail(all_log_probs, ids, group)
@@ -190,16 +190,17 @@ def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tupl
     cumulative = probs.cumsum(dim=-1)
     local_mass = cumulative[:, -1:]
     masses = local_mass if group is None else gather(local_mass.contiguous(), group)  # [n, ranks]
-    ends = masses.cumsum(dim=-1)  # cumulative mass at the last column of each rank
+    ends = masses.cumsum(dim=-1)  # cumulative mass after the last column of each rank
+    starts = ends - masses  # cumulative mass before the first column of each rank
     targets = quantiles.to(tail) * ends[:, -1:]  # cumulative mass of the selected tokens
     target_ranks = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
-    rank_start, rank_mass = (ends - masses)[:, rank, None], masses[:, rank, None]
+    rank_start, rank_mass = starts[:, rank, None], masses[:, rank, None]
     # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
     local_targets = (targets - rank_start).minimum(rank_mass * (1 - 1e-6)).clamp_(min=0)
     columns = torch.searchsorted(cumulative, local_targets, right=True)
     columns = columns.clamp_(max=tail.shape[-1] - 1)
-    # A sample that is on another rank has the id 0 here. So the sum over ranks has all ids.
+    # A sample of another rank gets the id 0 here. So the sum over ranks has the ids of all samples.
     ids = (columns + rank * tail.shape[-1]).masked_fill_(target_ranks != rank, 0)
     if group is not None:
         all_reduce(ids, group=group)

@@ -1,7 +1,7 @@
 """Replaces reading and writing of NeMo checkpoints by checks of the tensors' keys and shapes.
 
 The tensors of a rehearsal are fake: they have no values. The shapes in a model's checkpoint follow
-from its architecture. Those in a training run's checkpoint are kept in memory, for resuming.
+from the architecture. The state in a training run's checkpoint is kept in memory, for resuming.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ def _load_content_metadata(folder: str, **kwargs: object) -> Any:
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Fills a state dict with fake tensors, after comparing its shapes with the checkpoint."""
+    """Fills a state dict with fake tensors, after comparing the shapes with the checkpoint."""
     state = sharded_state_dict
-    # As in Megatron, a factory splits a tensor for loading, and merges the loaded shards.
+    # As in Megatron, a factory splits a tensor before loading, and merges the shards afterwards.
     factories, _ = extract_matching_values(
         state, lambda item: isinstance(item, ShardedTensorFactory), return_lists_as_dicts=True
     )
     apply_factories(state)
     saved = _saved_runs.get(Path(checkpoint_dir))
     if saved:
-        # As in Megatron, items of all other types come from the common state.
+        # As in Megatron, only items of these types are loaded. All others are in the common state.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
@@ -118,7 +118,7 @@ def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
 
 
 def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, ShardedTensor]:
-    """Returns the checkpoint's tensors by key, without storage, as the original does."""
+    """Returns the tensors of a model's checkpoint by key. They have shapes but no storage."""
     checkpoint = Path(checkpoint_dir).parent
     dtype = getattr(torch, nemo.read_config(checkpoint)["torch_dtype"])
     return {
@@ -130,11 +130,11 @@ def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, Shar
 def _read_weights(
     weights: Path, stack_axes: Mapping[str, int]
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
-    """Yields (key, index, weight without values), as ``streaming.read_weights`` does.
+    """Yields (key, index in the stack under this key, weight without values).
 
     Args:
         weights: Folder of the weights in a model's checkpoint.
-        stack_axes: Number of leading axes (layer, expert) of the stack under each key.
+        stack_axes: Number of axes (layer, expert) by which the weights under each key are stacked.
     """
     for key, stack in _load_tensors_metadata(str(weights)).items():
         axes = stack_axes[key]
@@ -146,8 +146,8 @@ def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
     """Raises ``CheckpointError`` unless the tensor's key and global shape are stored."""
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
-    # Axis 0 of such a tensor is the padded vocabulary, whose size depends on the tensor-parallel
-    # size. So Megatron allows another size of this axis.
+    # Axis 0 of a tensor with ``allow_shape_mismatch`` is the padded vocabulary. Its size depends on
+    # the tensor-parallel size, so Megatron allows another size of this axis.
     first_axis = 1 if item.allow_shape_mismatch else 0
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
     if shape[first_axis:] != stored_shape[first_axis:]:
@@ -163,9 +163,9 @@ def _save(
     content_metadata: Any = None,
     **kwargs: Any,
 ) -> AsyncRequest | None:
-    """Checks the tensors to save, and keeps the state of a training run, so that it can resume.
+    """Checks the tensors to save. Keeps the state of a training run, so that the run can resume.
 
-    Returns a request without work for an asynchronous save; ``None`` for a synchronous one.
+    Returns a request without work for an asynchronous save; ``None`` for a synchronous save.
     """
     apply_factories(sharded_state_dict)
     items = nested_values(sharded_state_dict)
@@ -192,11 +192,11 @@ def _save(
 
 
 def _require_converted_shapes(item: ShardedTensor, save: streaming.StreamedSave) -> None:
-    """Converts each weight of a shard, and compares its shape with that of the stacked weights."""
+    """Checks that each weight in a shard has, after conversion, the shape that its key requires."""
     axes = save.leading_axes.get(item.key)  # number of axes that stack layers and experts
-    if axes is None:  # the key's weights do not come from a conversion
+    if axes is None:  # weights under this key do not come from a conversion
         return
-    # ``local_shape`` does not have the prepended axes, in which a shard has size 1.
+    # The prepended axes, in which a shard has size 1, are missing in ``local_shape``.
     sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:axes]
     starts, expected = item.global_offset[:axes], tuple(item.global_shape[axes:])
     ranges = (range(start, start + size) for start, size in zip(starts, sizes, strict=True))

@@ -1,7 +1,7 @@
-"""Replaces CUDA by a device whose tensors are fake: they have a shape and a type, but no memory.
+"""Replaces CUDA by a device of fake tensors, which have a shape and a type, but no memory.
 
-``FakeTensorMode`` and ``_require_one_device`` refuse operations on tensors of different devices.
-This module replaces functions that need values, and functions that fake tensors do not support.
+Operations on tensors of different devices are refused, as on a GPU. Functions that need values, and
+functions that fake tensors do not support, are replaced.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Redirect(TorchFunctionMode):
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)  # needs a driver
+        kwargs.pop("pin_memory", None)  # pinned memory needs a CUDA driver
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = DEVICE
         replacement = REPLACED.get(func)
@@ -59,7 +59,7 @@ def _to(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Makes a tensor on the CPU, then moves it. First converts tensors in a list to numbers."""
+    """Makes a tensor on the CPU, from numbers or tensors of one number, then moves the tensor."""
     if isinstance(data, (list, tuple)):
         data = tree_map_only(Tensor, Tensor.item, data)
     tensor: Tensor = func(data, *args, **kwargs)
@@ -74,9 +74,9 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits a tensor; into equal chunks if the sizes do not add up.
+    """Splits a tensor; into equal chunks if the sizes do not add up to the size of the tensor.
 
-    Such sizes were read from a fake tensor, so they mean nothing.
+    Sizes that do not add up were read from a fake tensor, so they mean nothing.
     """
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
@@ -98,7 +98,7 @@ def _attention(
 ) -> Any:
     """Runs fused attention. On an unknown device, PyTorch would run several unfused operations.
 
-    Ignores options, which change no shape, except that it checks the device of a mask.
+    Options change no shape, so they are ignored. Only the device of a mask is checked.
     """
     tensors = [t for t in (query, key, value, *args, *kwargs.values()) if isinstance(t, Tensor)]
     devices = {str(tensor.device) for tensor in tensors}
@@ -110,7 +110,7 @@ def _attention(
 class _FusedAttention(torch.autograd.Function):
     """Stores the same tensors as flash attention: inputs, output, and one number per query.
 
-    All inputs are [batch, heads, tokens, channels].
+    Queries, keys and values are [batch, heads, tokens, channels].
     """
 
     @staticmethod
@@ -133,7 +133,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _log_sum_exp(func: object, tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """Allocates the exponentials, as PyTorch's kernel does (``aten/native/ReduceOps.cpp``)."""
+    """Allocates the tensor of exponentials that PyTorch's kernel (``ReduceOps.cpp``) allocates."""
     return (tensor - tensor.amax(dim, keepdim=True)).exp_().sum(dim, keepdim).log_()
 
 
@@ -152,8 +152,8 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _set_item,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
-"""Maps functions to replacements, which get the original as first argument. The length of a
-``bincount`` depends on values, so it is 1 here."""
+"""Maps functions to replacements, which get the original as first argument. The length of the
+result of ``bincount`` depends on values, so this length is 1 here."""
 
 
 def _read_real_number(real: Tensor) -> Any:
@@ -164,7 +164,7 @@ def _read_real_number(real: Tensor) -> Any:
 def _all_indices(index: Tensor | None) -> list[Tensor | None]:
     """Returns the indices that replace one index of ``aten.index``.
 
-    A mask becomes one index per dimension of the mask, as if it selected all elements.
+    A mask becomes one index per dimension of the mask, as if the mask selected all elements.
     """
     if index is None or index.dtype != torch.bool:
         return [index]
@@ -175,7 +175,7 @@ INDEXING = {"index", "index_put", "_index_put_impl"}
 """Operations whose indices may be on the CPU while the tensor is on the GPU."""
 MIXING = {
     *("copy", "_to_copy", "_foreach_copy", "slice_scatter", "select_scatter"),
-    *("fill", "index_fill", "floor_divide"),  # element-wise, but PyTorch does not tag them so
+    *("fill", "index_fill", "floor_divide"),  # element-wise, but without PyTorch's tag for this
 }
 """Other operations that accept tensors of two devices."""
 
@@ -183,7 +183,7 @@ MIXING = {
 @cache
 def _is_elementwise(name: str) -> bool:
     """Returns whether an operation is element-wise, by PyTorch's tags."""
-    packet = getattr(aten, name, None) or getattr(aten, f"{name}_")
+    packet = getattr(aten, name, None) or getattr(aten, f"{name}_")  # some exist only in place
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
@@ -205,11 +205,11 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) < 2:
         return
-    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")  # "aten::add_" becomes "add"
     if name in INDEXING:
         is_legal = tensors[0].device == DEVICE
     elif name.startswith("_foreach_") and name not in MIXING:
-        # Element-wise operations on lists of tensors.
+        # Element-wise operations on lists: 0-dimensional tensors may be on another device.
         is_legal = len({tensor.device for tensor in tensors if tensor.dim() > 0}) < 2
     else:
         is_legal = name in MIXING or _is_elementwise(name)
@@ -245,7 +245,7 @@ class _FakeCuda(TorchDispatchMode):
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
-        # A write in place makes the number unknown, unless it is a collective (not in ``aten``).
+        # A write in place makes the number unknown, unless a collective (not in ``aten``) writes.
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)
@@ -263,8 +263,8 @@ class _FakeCuda(TorchDispatchMode):
     def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
         """Moves a tensor to the fake device, and stores its number if it is known.
 
-        PyTorch may keep a fake tensor's value in a real tensor, ``constant``, which it would move
-        to a real CUDA device. So the constant is removed during the move.
+        PyTorch may keep a fake tensor's value in a real tensor, ``constant``, and would move this
+        constant to a real CUDA device. So the constant is removed during the move.
         """
         constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)

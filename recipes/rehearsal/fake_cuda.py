@@ -19,13 +19,13 @@ from recipes.backend.patches import Patch, apply, constant, replace_with, wrap
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""The fake device. Its type is PyTorch's placeholder for third-party devices, which ``install``
-renames to ``NAME``."""
+"""The fake device. Its type, ``privateuseone``, is PyTorch's placeholder for third-party devices.
+``install`` renames this type to ``NAME``."""
 CAPABILITY = (9, 0)
 """Compute capability of Hopper GPUs."""
 MEMORY_BYTES = 80 << 30
-"""80 GiB, the memory that stages see. It does not limit a rehearsal: the launcher compares the
-rehearsed peak with the memory of the recipe's GPU."""
+"""The GPU memory that stages see, 80 GiB. A rehearsal can exceed this size: the launcher compares
+the rehearsed peak with the memory of the recipe's GPU."""
 PROPERTIES = SimpleNamespace(
     name="rehearsal", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY_BYTES
 )
@@ -58,7 +58,7 @@ def patches() -> Iterator[Patch]:
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
-    """The backend module of the fake device, as ``torch.cuda`` is that of CUDA."""
+    """PyTorch's module for the fake device. The module for CUDA is ``torch.cuda``."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Returns the dtypes of automatic mixed precision."""
@@ -119,7 +119,7 @@ FUNCTIONS = {
     "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "device_count": ("efd183354fc3", replace_with(_count_devices)),
     "Stream": ("f5b9547b4660", replace_with(FakeStream)),
-    "Event": ("cc34c59c482f", replace_with(FakeStream)),  # also replaces events
+    "Event": ("cc34c59c482f", replace_with(FakeStream)),
     "init": ("85035f109983", constant(None)),
     "_lazy_init": ("f6316f9c5c9b", constant(None)),
     "_lazy_call": ("237e5407a66c", constant(None)),
@@ -134,4 +134,4 @@ FUNCTIONS = {
     "memory_stats": ("4f345f0de187", constant(None)),
     "set_stream": ("6f7a1ab4ffc3", constant(None)),
 }
-"""Maps names in ``torch.cuda`` to (fingerprint of the original, replacement). See ``Patch``."""
+"""Maps names in ``torch.cuda`` to fields of a patch: (fingerprint of the original, replacement)."""

@@ -23,9 +23,9 @@ Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 class _RealFile:
-    """Wraps an open safetensors file or a lazy slice of it, to read real tensors in fake mode.
+    """Wraps an open safetensors file, or one lazy tensor of it, to read real tensors in fake mode.
 
-    Fake mode is torch's ``FakeTensorMode``, which would make each tensor that is read fake.
+    Fake mode is torch's ``FakeTensorMode``, in which safetensors would return fake tensors.
     """
 
     def __init__(self, file: Any) -> None:
@@ -52,7 +52,7 @@ class _RealFile:
         return tensor
 
     def get_slice(self, name: str) -> _RealFile:
-        """Returns a tensor whose slices are read on access."""
+        """Returns a tensor whose slices are read only on access."""
         return _RealFile(self._file.get_slice(name))
 
 
@@ -69,10 +69,10 @@ def _open(original: Any, *args: Any, **kwargs: Any) -> _RealFile:
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file of zeros. It is sparse: only the header takes disk space.
+    """Writes a sparse safetensors file of zeros, in which only the header takes disk space.
 
     The library itself would write every byte. A file has the length of the header in 8 bytes, the
-    header in JSON, and the data. See https://huggingface.co/docs/safetensors.
+    header in JSON, and the data (https://huggingface.co/docs/safetensors).
     """
     dtype_names = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -39,11 +39,11 @@ class JobInput:
     """An input of a rehearsed stage."""
 
     kind: str
-    """Type of the artifact, see ``Kind`` in ``recipes/stages/contract.py``."""
+    """Type of the artifact, such as ``dataset`` (``Kind`` in ``recipes/stages/contract.py``)."""
     shape: dict[str, Any]
-    """Architecture of the input's model. For a list of shapes, this is the teacher's."""
+    """Architecture of the input's model. If the input is a list of shapes: of the teacher."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the stage that made the input, as far as they are in ``CACHE_FIELDS``."""
+    """Those settings of the stage that made the input whose names are in ``CACHE_FIELDS``."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class RankJob:
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training, and that evaluates candidates on this
-    rank's device; ``None`` without such a search."""
+    """Settings of the search that starts this training, if the search also evaluates candidates on
+    this rank's device; otherwise ``None``."""
 
     @property
     def stage(self) -> str:
@@ -101,8 +101,8 @@ def jobs_of(
         stages: All stages of the run, by name.
         names: Names of the stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse; ranks that a stage does not have are ignored. Default:
-            ``distinct_ranks``.
+        ranks: Ranks to rehearse; ranks that a stage does not have are ignored. By default, of all
+            ranks that run the same code, only one is rehearsed.
     """
     jobs = []
     for name in names:
@@ -136,7 +136,7 @@ def jobs_of(
 
 
 def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
-    """Returns ``distinct_ranks`` for a stage's settings. A parallel size that is not set is 1."""
+    """Calls ``distinct_ranks`` for a stage's settings. A parallel size that is not set is 1."""
     return distinct_ranks(
         world,
         tensor=settings.get("tensor_model_parallel_size", 1),
@@ -153,7 +153,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
     if not isinstance(config, SuccessiveHalvingConfig):
         return config
     round_sizes = config.round_sizes(config.max_candidates()) or [1]  # one candidate has no rounds
-    training = training_of(config, round_sizes, 0)
+    training = training_of(config, round_sizes, round_number=0)
     model = config.inputs["checkpoint"]
     # ``jobs_of`` replaces the student by the largest candidate.
     inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}
@@ -163,7 +163,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
 def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
     """Returns settings with fewer steps and samples; ``None`` if the stage uses no device.
 
-    A data-parallel replica gets one micro batch, or a few in training.
+    Each data-parallel replica gets one micro batch; in training, it may get a few.
     """
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     micro_batch = settings.get("micro_batch_size", 1)
@@ -171,8 +171,7 @@ def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
         settings |= _reduced_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
-        settings |= {"num_sequences": replicas * micro_batch}
-        settings |= {"sequences_per_shard": micro_batch}
+        settings |= {"num_sequences": replicas * micro_batch, "sequences_per_shard": micro_batch}
     elif isinstance(config, ScoreConfig):
         replicas = config.resources.ranks // config.pipeline_model_parallel_size
         settings |= {"block_sizes": [], "num_calibration_samples": replicas * micro_batch}
@@ -201,7 +200,7 @@ def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
     replica_ranks = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     # Sequences in one micro batch of every data-parallel replica.
     sequences = config.resources.ranks // replica_ranks * config.micro_batch_size
-    # With one micro batch more than pipeline stages, the schedule reaches its steady state.
+    # With one micro batch more than pipeline stages, the pipeline schedule reaches a steady state.
     micro_batches = min(config.global_batch_size // sequences, pipeline + 1)
     without_stop = {"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}
     return {
@@ -212,7 +211,7 @@ def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
         "val_check_interval": STEPS,
         "limit_val_batches": 1,
         "checkpoint_interval": STEPS,
-        "profile_steps": [],  # a profiler would keep weights alive
+        "profile_steps": [],  # a profiler would keep weights in memory
         "compile": False,  # the fake device has no compiler
     }
 
@@ -243,8 +242,8 @@ class RehearsalResult:
     error: str | None = None
     """End of the traceback; ``None`` if the stage did not fail."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes on the device by label (see ``MemoryTracker``), when their sum is largest."""
+    """Bytes on the device by label (such as ``weights``), at the time of their largest sum."""
     host: int = 0
-    """Peak bytes of tensors in host memory; the peak is often in the save of a checkpoint."""
+    """Peak bytes of tensors in host memory, often while a checkpoint is saved."""
     channels: list[Channel] = field(default_factory=list)
     """The rank's collectives and point-to-point messages."""

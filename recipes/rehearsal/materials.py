@@ -40,7 +40,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """Writes all inputs of a job below a run's directory, and returns them by role."""
     by_role = {role: _input(job, source, run_dir / role) for role, source in job.inputs.items()}
     hashes = {role: source.manifest.content_hash() for role, source in by_role.items()}
-    # Training checks in the manifest of a cached teacher that the teacher read the same text.
+    # Training with a cached teacher checks in the teacher's manifest that the text is the same.
     for source in by_role.values():
         source.manifest.input_content = hashes
     return by_role
@@ -50,7 +50,7 @@ def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns a job's settings. Changes ``weights`` and ``hf_path`` for the generated inputs."""
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         # With weights, each text source must have a cached sequence. But all sequences of the
-        # generated cache have the number 0, which is in the first source.
+        # generated cache have the number 0, so only the first source has cached sequences.
         return {**job.config, "weights": {}}
     if "hf_path" not in job.config:
         return job.config
@@ -89,7 +89,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
         _write_logit_cache(source, job.config["global_batch_size"], artifact)
     else:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
-        if shape != teacher:  # the artifact of a pruned model has the kept indices, too
+        if shape != teacher:  # a pruned model, whose artifact also has the kept indices
             kept_layers = list(range(1, shape.num_layers + 1))
             select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
             manifest.metrics = asdict(KeptLayers(kept_layers))
@@ -108,12 +108,12 @@ def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
 
 
 def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
-    """Writes the files beside a model's weights: ``config.json`` and any tokenizer."""
+    """Writes the files beside a model's weights: ``config.json``, and a tokenizer for bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True)
-    # The ``config.json`` files of this repository have only the model's shape.
+    # The ``config.json`` files of this repository lack a dtype: they have only the model's shape.
     settings = {"torch_dtype": "bfloat16", **as_transformers_4(config, "a rehearsal")}
     write_json(folder / "config.json", settings)
     tokens = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -128,30 +128,31 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
 
     Each source in a split has as many sequences as a stage with the settings ``config`` can read.
     """
-    counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
-    sequences = max(config.get(name) or 1 for name in counts)
+    count_names = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
+    sequences = max(config.get(name) or 1 for name in count_names)
     sources = list(config.get("weights") or ["rehearsal"])
-    # There is one more sequence, because a sequence that spans two sources is not used. There is
+    # A source has one more sequence, because a sequence that spans two sources is not used. It has
     # one more token, because the last token of a sequence needs a next token.
     source_tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     split_tokens = len(sources) * source_tokens
     for split in SPLITS:
         builder = IndexedDatasetBuilder(f"{artifact / split}.bin", dtype=np.int32)
         builder.sequence_lengths.append(split_tokens)
-        builder.document_indices.append(1)  # the document ends after the first sequence
+        builder.document_indices.append(1)  # to Megatron, the document is one sequence
         builder.data_file.truncate(split_tokens * np.dtype(np.int32).itemsize)
         builder.finalize(f"{artifact / split}.idx")
+    tokens_by_source = [SourceTokens(name, source_tokens) for name in sources]
     return DatasetResult(
-        dict.fromkeys(SPLITS, 1),
-        dict.fromkeys(SPLITS, split_tokens),
-        sources,
-        {split: [SourceTokens(name, source_tokens) for name in sources] for split in SPLITS},
+        documents=dict.fromkeys(SPLITS, 1),
+        tokens=dict.fromkeys(SPLITS, split_tokens),
+        sources=sources,
+        source_tokens=dict.fromkeys(SPLITS, tokens_by_source),
         document_end=0,
     )
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
-    """Writes a cached teacher of one shard with a number of sequences. All values are zero."""
+    """Writes a shard of zeros with a number of sequences, and an index with ``source.config``."""
     index = CacheIndex(source.shape["vocab_size"], **source.config, shards=1)
     write_index(artifact, index)
     tensors = {
@@ -165,9 +166,9 @@ def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None
 def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
     """Returns ``Importance.widths`` in which all scores of channels and heads are zero."""
     widths = {}
-    for i in range(1, shape.num_layers + 1):
-        widths[f"layers.{i}.ffn_hidden_size"] = torch.zeros(shape.ffn_hidden_size)
-        widths[f"layers.{i}.num_attention_heads"] = torch.zeros(shape.num_attention_heads)
+    for layer in range(1, shape.num_layers + 1):
+        widths[f"layers.{layer}.ffn_hidden_size"] = torch.zeros(shape.ffn_hidden_size)
+        widths[f"layers.{layer}.num_attention_heads"] = torch.zeros(shape.num_attention_heads)
     widths["hidden_size"] = torch.zeros(shape.hidden_size)
     return widths
 

@@ -20,7 +20,7 @@ from recipes.evaluation import predictions
 from recipes.rehearsal.fake_cuda import DEVICE
 
 TEMPORARY = ("activations", "logits")
-"""Labels of tensors that get no other label."""
+"""Default labels, which a tensor keeps if it gets no other label."""
 PARENT = "parent"
 """Label of the memory of a search, the parent process of a training run on the same GPU."""
 BLOCK = 512
@@ -39,9 +39,9 @@ class _Allocation:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the memory that operations allocate, until it is freed.
+    """Counts the memory that operations have allocated and that is not freed yet.
 
-    Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default is
+    Each tensor on the device has a label, which ``label`` or ``labeled`` sets. The default label is
     "logits" if the size of the last dimension is ``vocabulary``, otherwise "activations".
 
     Args:
@@ -56,7 +56,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self._vocabulary = vocabulary
-        self._label: str | None = None  # set in a block of ``labeled``
+        self._label: str | None = None  # label of new tensors in a block of ``labeled``
         self._live: dict[int, _Allocation] = {}  # by address of the storage, on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -139,7 +139,7 @@ class MemoryTracker(TorchDispatchMode):
         for allocation in self._live.values():
             allocation.label = PARENT
         self.now = Counter({PARENT: self._total})
-        self._change_total(PARENT, self._reserved - self._total)
+        self._change_total(PARENT, self._reserved - self._total)  # adds the cached memory
         self.reset_peak()
 
     def reset_peak(self) -> None:
@@ -149,7 +149,7 @@ class MemoryTracker(TorchDispatchMode):
 
 def install_labels(memory: MemoryTracker) -> None:
     """Installs hooks that label weights, gradients and optimizer states at their first use."""
-    # Not a set of ids, because a new module may get the id of a freed one.
+    # Not a set of ids, because a new module may get the id of a freed module.
     seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     has_stepped = False
 
@@ -162,7 +162,7 @@ def install_labels(memory: MemoryTracker) -> None:
         nonlocal has_stepped
         _label_states(memory, optimizer)
         if not has_stepped:
-            # The states that an optimizer allocates in its first step get their label only now. So
+            # The optimizer has allocated these states in its first step without their label. So
             # the peak is measured in later steps.
             memory.reset_peak()
         has_stepped = True
@@ -174,10 +174,10 @@ def install_labels(memory: MemoryTracker) -> None:
     release = replace_with(memory.release_cache)
     target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "loaded states need a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
-    # No fingerprint: the original is the function of ``fake_cuda``, which checked PyTorch's.
+    # No fingerprint: the original is from ``fake_cuda``, which checked PyTorch's function.
     apply([Patch("torch.cuda:empty_cache", "cached memory is counted", "", release)])
     head = replace_with(_labeling_head(memory, predictions.float32_head))
-    # ``scoring`` has its own reference, because it imports the function by name.
+    # ``scoring`` imports the function by name, so its own reference is patched, too.
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
         apply([Patch(f"{module}:float32_head", "the head's weight gets a label", "", head)])
     nn.modules.module.register_module_forward_pre_hook(before_forward)
@@ -187,7 +187,7 @@ def install_labels(memory: MemoryTracker) -> None:
 def _labeling_head(
     memory: MemoryTracker, original: Callable[[Tensor], Any]
 ) -> Callable[[Tensor], Any]:
-    """Returns a ``float32_head`` that labels the weight of the output head and its float32 copy.
+    """Returns a ``float32_head`` that labels the output head's weight and the float32 copy.
 
     Module hooks do not see this weight: evaluations multiply by it outside of any module.
     """
@@ -202,7 +202,8 @@ def _labeling_head(
 
 def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
     """Labels an optimizer's states and main weights."""
-    for main_weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+    main_weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    for main_weight in main_weights:
         states = optimizer.state.get(main_weight, {}).values()  # indexing would create an entry
         memory.label("optimizer", (state for state in states if isinstance(state, Tensor)))
         # With precision 32, a main weight is a view of the model's weight and takes no memory.
@@ -211,7 +212,7 @@ def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
 
 
 def _label_weights(memory: MemoryTracker, module: nn.Module) -> None:
-    """Labels a module's weights and, if it is Megatron's data-parallel wrapper, its gradients."""
+    """Labels the weights of a module, and the gradients of Megatron's data-parallel wrapper."""
     for name, weight in module.named_parameters():
         memory.label("teacher" if TEACHER_MODULE in name else "weights", [weight])
     if isinstance(module, DistributedDataParallel):

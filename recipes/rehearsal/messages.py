@@ -1,9 +1,9 @@
 """Checks and records a rank's collectives and point-to-point messages without sending them.
 
-Tensors must meet the requirements of NCCL. These are in torch's ``ProcessGroupNCCL.cpp``:
-``_allgather_base``, ``_reduce_scatter_base``, ``alltoall_base`` and ``check_gpu_single_tensor``. A
-rehearsed rank runs alone, on fake tensors, which have no values. The module ``agreement`` compares
-the ranks' records afterwards.
+Tensors must meet the requirements of NCCL, as in ``_allgather_base``, ``_reduce_scatter_base``,
+``alltoall_base`` and ``check_gpu_single_tensor`` of torch's ``ProcessGroupNCCL.cpp``. A rehearsed
+rank runs alone, on fake tensors, which have no values. The module ``agreement`` compares the
+records of all rehearsed ranks afterwards.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from recipes.rehearsal.agreement import WORLD, Call, Channel
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
 
 FAKE = "fake"
-"""torch's backend whose collectives do nothing."""
+"""Name of torch's backend whose collectives do nothing."""
 MAX_CALLERS = 3
-"""Largest number of callers in a call site. Each caller is in another file."""
+"""Largest number of callers that ``_site`` returns. Each caller is in another file."""
 SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
 """Substrings of paths of files that are not listed as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
@@ -36,16 +36,16 @@ ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
 MESSAGES = ("send", "recv_")
 """Operators of c10d for messages between two ranks; all other operators are collectives."""
 EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
-"""By collective: index of the argument whose shapes must be equal on all ranks; by default 0."""
+"""By collective: index of the argument whose shapes must be equal on all ranks; 0 for others."""
 WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
-"""Collectives in which no argument has equal shapes on all ranks."""
+"""Collectives without an argument whose shapes must be equal on all ranks."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
-"""Channels of this rank by name: its process groups, and its messages to and from other ranks."""
+"""Records of this rank's calls, by name: of process groups, and of messages between two ranks."""
 _backends: dict[str, str | None] = {}
 """The requested backend of each process group, by the group's name."""
 _reduction = ""
-"""Operation of the running reduction, after a space (`` SUM``); empty if none is running."""
+"""Operation of the running reduction, with a space before it (`` SUM``); otherwise empty."""
 
 
 class MessageError(Exception):
@@ -101,7 +101,7 @@ def _channel(group: Any) -> Channel:
 
 
 def _describe_ranks(ranks: list[int]) -> str:
-    """Lists ranks, such as "ranks 0, 3, 4". Shortens equally spaced ones to "ranks 0 to 6 by 2"."""
+    """Lists ranks: "ranks 0, 3, 4", or shorter if equally spaced: "ranks 0 to 6 by 2"."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
     if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
         return f"ranks {ranks[0]} to {ranks[-1]}" + (f" by {step}" if step > 1 else "")
@@ -138,7 +138,7 @@ def _short(file: str) -> str:
 
 
 def _all_gather_object(outputs: list[Any], value: Any, group: Any = None) -> None:
-    """Assumes that every rank's object equals this rank's."""
+    """Assumes that the objects of all ranks equal this rank's object."""
     _record(group or distributed.group.WORLD, "all_gather_object")
     outputs[:] = [value] * len(outputs)
 
@@ -146,7 +146,7 @@ def _all_gather_object(outputs: list[Any], value: Any, group: Any = None) -> Non
 def _gather_object(
     value: Any, outputs: Any = None, dst: int | None = None, group: Any = None, **kwargs: object
 ) -> None:
-    """Assumes, as ``_all_gather_object`` does, that all objects are equal."""
+    """Assumes that the objects of all ranks equal this rank's object."""
     _record(group or distributed.group.WORLD, f"gather_object to {dst or 0}")
     if outputs is not None:
         outputs[:] = [value] * len(outputs)
@@ -160,7 +160,7 @@ def _broadcast_object_list(
 
 
 def _reduce(original: Any, group: Any, *tensors_and_options: Any) -> Any:
-    """Runs a reduction. Sets ``_reduction``, because c10d's operators hide the operation."""
+    """Runs a reduction. Sets ``_reduction``, since c10d's operators hide the operation (SUM)."""
     global _reduction
     _reduction = f" {tensors_and_options[-1].reduceOp.op.name}"
     try:
@@ -205,13 +205,13 @@ def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
     names = (argument.name for argument in func._schema.arguments)
     arguments = dict(zip(names, args, strict=False))
     root = f" from {arguments['root_rank']}" if "root_rank" in arguments else ""
-    # Only the tensors whose shapes must be equal on all ranks.
+    # The record has only the tensors whose shapes must be equal on all ranks.
     tensors = args[EQUAL_ARGUMENT.get(name, 0)] if name not in WITHOUT_EQUAL_SHAPES else ()
     _record(group, f"{name.strip('_')}{_reduction}{root} {_describe(tensors)}".rstrip())
 
 
 def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
-    """Records an all-to-all as messages: the rows sent to each rank, and those received from it.
+    """Records an all-to-all as messages: rows to each rank, and rows from each rank.
 
     The number of rows may differ between pairs of ranks, so each pair is compared separately.
     """
@@ -275,7 +275,7 @@ def _require(name: str, is_met: bool, what: str) -> None:
         raise MessageError(f"{name}: {what}")
 
 
-# Each check below gets the operator's name and arguments, and the number of ranks of its group.
+# Each check below gets the operator's name, its arguments, and the number of ranks of the group.
 
 
 def _check_gather_base(name: str, args: Args, size: int) -> None:
@@ -336,18 +336,18 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a replacement of a coalesced collective: runs ``collective`` by (output, input)."""
+    """Returns a function that runs ``collective`` for each pair (output, input) of tensors."""
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
-        _, last_work = results[-1]  # as the coalesced operator returns
+        _, last_work = results[-1]  # a coalesced operator returns one ``Work``
         return last_work
 
     return run_each
 
 
 def _all_reduce_list(tensors: Sequence[Tensor], group: Any, operation: Any, *args: Any) -> Any:
-    """Runs one all-reduce of all tensors; returns its work, for which the caller waits."""
+    """Runs one all-reduce of all tensors; returns c10d's ``Work``, for which the caller waits."""
     sparse_indices = None
     _, work = torch.ops.c10d.allreduce_(tensors, group, operation, sparse_indices, *args)
     return work
@@ -359,7 +359,7 @@ COALESCED: dict[str, Callable[..., Any]] = {
     "allreduce_coalesced_": _all_reduce_list,
 }
 """Replacements of coalesced operators, by name."""
-
+# Reasons of patches.
 GROUPS = "groups have ranks that are not running"
 PICKLED = "objects are pickled into tensors, and fake tensors have no data"
 HIDDEN = "operators of c10d hide the operation of a reduction, which must be equal on all ranks"

@@ -34,7 +34,7 @@ def install() -> None:
 
 
 def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) -> None:
-    """Sets placeholder losses of 1. In a real run, the last pipeline stage sends its losses."""
+    """Sets placeholder losses of 1, in place of the losses that the last pipeline stage sends."""
     original(self, objective)
     self.last_means = dict.fromkeys(("loss", *objective.weights), 1.0)
 
@@ -44,8 +44,8 @@ def _without_context_parallelism(
 ) -> None:
     """Makes each rank attend only to its own shard of the sequence.
 
-    Megatron's own attention refuses a ``context_parallel_size`` above 1, so it is 1 during the
-    call. All inputs and outputs still have the shapes of context parallelism.
+    Megatron's own attention refuses a ``context_parallel_size`` above 1, so this size is 1 while
+    the attention is built. Inputs and outputs still have the shapes of context parallelism.
     """
     context_parallel_size = config.context_parallel_size
     config.context_parallel_size = 1
@@ -81,7 +81,7 @@ def _with_equal_experts(
     """
     original(self, routing_map)  # sets ``num_out_tokens``, which does not depend on values
     tokens_per_expert, remainder = divmod(self.num_out_tokens, self.num_experts)
-    # The tokens that this rank sends to each expert. The first ``remainder`` experts get one more.
+    # The number of tokens for each expert. The first ``remainder`` experts get one more.
     sent = tokens_per_expert + (np.arange(self.num_experts) < remainder)
     sent_to_local: np.ndarray = sent[self.local_expert_indices]
     ranks = self.tp_size * self.ep_size
@@ -100,7 +100,7 @@ def _permute(
     """Returns a row per pair of token and expert, and each row's probability and token index.
 
     Megatron's function reads the token indices from ``routing_map``, which has no values here. So
-    they are not initialized: only the shapes matter.
+    the indices are not initialized: only the shapes matter.
     """
     indices = routing_map.new_empty(num_out_tokens, dtype=torch.int64)
     row_probs = probs.T.contiguous().flatten().index_select(0, indices)
@@ -108,7 +108,7 @@ def _permute(
 
 
 NO_MASK = "with TransformerEngine, NeMo needs no attention mask"
-"""Reason to set ``HAVE_TE``: a rehearsal represents a run on GPUs, which has TransformerEngine."""
+"""Reason to set NeMo's ``HAVE_TE``. A rehearsal represents a GPU run, with TransformerEngine."""
 PATCHES = (
     *patches(
         "megatron.core.",

@@ -57,8 +57,8 @@ def rehearse(job: RankJob) -> RehearsalResult:
             install_labels(memory)
             with device.fake_tensors(), memory, messages.MessageChecker():
                 if job.search is not None:
-                    # In a real run, the search still holds the memory of this evaluation while
-                    # its child process trains on the same GPU.
+                    # In a real run, the search still holds the memory of this evaluation while a
+                    # child process of the search trains on the same GPU.
                     _measure_candidate(job.search, inputs, run_dir)
                     memory.label_as_parent()
                 if job.resumed:
@@ -87,7 +87,7 @@ def _measure_candidate(
     """
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
-    # The measurement uses only the candidate's name, so its numbers are placeholders.
+    # The measurement uses only the candidate's name, so all numbers are placeholders.
     candidate = Candidate(
         "candidate", parameters=0, shape=shape, proxy=0, perplexity=0, kl_to_teacher=0
     )
@@ -101,11 +101,11 @@ def _measure_candidate(
 
 
 def _stop_after_one_step(run: Callable[[], object]) -> None:
-    """Runs a training whose deadline has passed: it saves a checkpoint after one step and stops.
+    """Runs a training whose deadline has passed, so that it stops after one step and a checkpoint.
 
     Then frees all memory of the training, as the end of a process would.
     """
-    os.environ[DEADLINE] = "0"  # in seconds since 1970
+    os.environ[DEADLINE] = "0"  # a time in 1970
     with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
@@ -120,10 +120,10 @@ def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
     A float32 optimizer holds views of weights. The autograd graph of the views has hooks that refer
-    to the model. In the caller of this function, the loop variable would keep an object alive.
+    to the model. The loop is in its own function, so that its variable keeps no object alive.
     """
     for instance in gc.get_objects():
-        # ``isinstance`` would raise an error at the proxy of a freed object.
+        # ``isinstance`` would raise an error if an instance is the proxy of a freed object.
         if issubclass(type(instance), DistributedOptimizer):
             vars(instance).clear()
 

@@ -1,8 +1,8 @@
 """Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS PROCESSES``.
 
 A rehearsal runs one rank of a stage on fake tensors. ``JOBS`` is a JSON file with a list of
-``RankJob``. At most ``PROCESSES`` jobs run at a time. Prints each job's ``RehearsalResult`` as a
-line of JSON, in the order of the list.
+``RankJob``. At most ``PROCESSES`` jobs run at a time. The worker prints the ``RehearsalResult`` of
+each job as a line of JSON, in the order of the list.
 
 The libraries are imported once. Each job runs in a forked process, so that it cannot change the
 global variables of other jobs.
@@ -39,7 +39,7 @@ PRELOADED = (
 )
 """Modules that stages import only when they run. Importing them before the forks saves time."""
 Rehearse = Callable[[RankJob], RehearsalResult]
-Task = Callable[[], RehearsalResult]
+Task = Callable[[], RehearsalResult]  # rehearses one job
 
 
 def main(file: Path, processes: int) -> None:
@@ -58,15 +58,15 @@ def main(file: Path, processes: int) -> None:
 def prepare() -> Rehearse:
     """Replaces CUDA, imports the modules of stages, and returns the function that rehearses a job.
 
-    The process can then only rehearse.
+    Afterwards, this process can be used only for rehearsals.
     """
     from recipes.rehearsal import fake_cuda, files, messages
 
     fake_cuda.install()
     messages.install()
     files.install()
-    # Imported after the calls above: when they are imported, some libraries look for a device, or
-    # copy references to torch functions.
+    # This import comes after the calls above, because some of the imported libraries look for a
+    # device, or copy references to torch functions.
     from recipes.rehearsal import patches, rank
 
     patches.install()
@@ -98,7 +98,7 @@ def _start(task: Task) -> tuple[BaseProcess, Connection]:
 
 
 def _receive(child: BaseProcess, receiver: Connection) -> RehearsalResult:
-    """Waits for the result of a fork, and for the fork's end."""
+    """Waits for the result of a fork, then for the end of the fork."""
     result: RehearsalResult | None = None
     with suppress(EOFError):  # the fork died before it sent a result
         result = receiver.recv()
