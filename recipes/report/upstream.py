@@ -19,8 +19,8 @@ from recipes.distillation.results import DistillationResult
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
     """Returns the manifests of all stages that the inputs depend on, without the inputs themselves.
 
-    Each stage recorded the fingerprints of its inputs. A result that was computed again with other
-    settings has another fingerprint, and is left out.
+    Each stage recorded the fingerprints of its inputs. If an input was computed again with other
+    settings, its new result has another fingerprint, and is left out.
 
     Returns:
         Manifests by stage name. If the name is taken by an input or by another stage, the key is
@@ -31,8 +31,8 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
     manifests = ((path.name, read_manifest(path)) for path in folders)  # None if not complete
     by_fingerprint = {m.fingerprint: (name, m) for name, m in manifests if m is not None}
     input_names = {item.directory.name for item in inputs.values()}
-    # Fingerprints of stages.
     visited = {item.manifest.fingerprint for item in inputs.values()}
+    # Fingerprints of the stages that the inputs, and then these stages themselves, read.
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
     while queue:
@@ -63,7 +63,8 @@ def _run_directories(runs: Iterable[Path]) -> list[Path]:
 def phases_of(model: Manifest, earlier: Iterable[Manifest]) -> list[Manifest]:
     """Returns the distillations that made a model one after the other, from first to last.
 
-    The list is empty if no distillation made the model. ``earlier`` are the stages upstream of it.
+    The list is empty if no distillation made the model. ``earlier`` are all stages upstream of the
+    model.
     """
     by_fingerprint = {manifest.fingerprint: manifest for manifest in earlier}
     phases: list[Manifest] = []
