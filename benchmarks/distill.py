@@ -167,11 +167,12 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     length_override = f"data.seq_length={shape.seq_length}"
     launch(run_dir, scratch, method.stages, settings, length_override, *method.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
+    plan = complete_manifest(scratch / "plan").result(PlanResult)
     return TrainingRun(
-        [step["time"] for step in steps],
-        [step["loss"] for step in steps],
-        complete_manifest(scratch / "distill").peak_rss_bytes,
-        complete_manifest(scratch / "plan").result(PlanResult).tokens_per_second["distill"],
+        ends=[step["time"] for step in steps],
+        losses=[step["loss"] for step in steps],
+        peak_rss_bytes=complete_manifest(scratch / "distill").peak_rss_bytes,
+        planned_tokens_per_second=plan.tokens_per_second["distill"],
     )
 
 
@@ -212,7 +213,7 @@ def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
         reference = METHODS[name].reference
         if reference is not None and reference in results:
             loss, expected = result.first_loss, results[reference].first_loss
-            # "not <=" instead of ">", because a NaN must be reported, too.
+            # "not <=" also catches NaN.
             if not abs(loss - expected) <= LOSS_TOLERANCE * expected:
                 yield f"{name}: first loss {loss:.4f}, but {reference} {expected:.4f}"
 

@@ -116,12 +116,12 @@ def train(
     launch(base, out, stages, settings, length_override, *overrides)
     training = complete_manifest(out / "distill").result(TrainingResult)
     return StudentResult(
-        variant.name,
-        seed,
-        training.tokens,
-        training.tokens / training.tokens_per_second,
-        training.val_loss,
-        complete_manifest(out / "evaluate").result(EvaluationResult),
+        variant=variant.name,
+        seed=seed,
+        tokens=training.tokens,
+        seconds=training.tokens / training.tokens_per_second,
+        validation_loss=training.val_loss,
+        evaluation=complete_manifest(out / "evaluate").result(EvaluationResult),
     )
 
 

@@ -85,10 +85,10 @@ def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _backend_override(current: str, backend: str, value: str) -> str:
-    """Returns the override that selects ``backend`` for a precision or type of KV cache.
+    """Returns the override that selects ``backend`` instead of the backend ``current``.
 
-    A change between OpenVINO and TensorRT-LLM needs other stages, and so another config of the
-    Hydra group ``engine``.
+    ``value`` is the precision or KV cache dtype to support. A change between OpenVINO and
+    TensorRT-LLM needs other stages, and so another config of the Hydra group ``engine``.
     """
     if "openvino" not in (current, backend):
         return f"backend={backend}"

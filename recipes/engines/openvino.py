@@ -132,7 +132,7 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
 
     if cfg.precision == "fp32":
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
-    if cfg.precision == "int8":
+    if cfg.precision != "int4":  # that is, int8
         return {"quantization_config": OVWeightQuantizationConfig(bits=8)}
     # A ratio of 1.0 compresses all layers to 4 bits. If a layer's number of inputs is no multiple
     # of the group size, "adjust" lowers the layer's group size to the largest power of 2 that

@@ -43,8 +43,9 @@ def llama_command(file: Path, port: int, context: int, threads: int) -> list[str
     """
     if not has_llama_server():
         raise NO_LLAMA_SERVER
-    command = [LLAMA_SERVER]
-    if shutil.which(LLAMA_SERVER) is None:  # then the package xllamacpp is installed
+    if shutil.which(LLAMA_SERVER):
+        command = [LLAMA_SERVER]
+    else:  # then the package xllamacpp is installed
         command = [sys.executable, "-m", llama_server.__name__]
     command += ["-m", str(file), "--host", HOST, "--port", str(port)]
     # -c: tokens of the context; -np: requests at a time; -t: CPU threads.

@@ -71,7 +71,7 @@ def write_card(
         "recipe": recipe,
         "licence": model_licence(folder),
         "model": model,
-        # Manifests whose architectures the card shows, by label.
+        # Manifests whose architectures the card shows, by label. The teacher's may be missing.
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "needs_transformers_4": shape is not None and is_refused_by_transformers_5(shape),
         "experts": shape.num_moe_experts if shape else 0,
@@ -166,10 +166,11 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
     The list is empty if the model's layers or the teacher's number of layers are not known.
     """
     kept_layers = inputs["checkpoint"].result(KeptLayers).kept_layers
-    shape = inputs["teacher"].architecture if "teacher" in inputs else None
-    if kept_layers is None or shape is None:
+    teacher_shape = inputs["teacher"].architecture if "teacher" in inputs else None
+    if kept_layers is None or teacher_shape is None:
         return []
-    return [layer for layer in range(1, shape["num_layers"] + 1) if layer not in kept_layers]
+    teacher_layers = range(1, teacher_shape["num_layers"] + 1)
+    return [layer for layer in teacher_layers if layer not in kept_layers]
 
 
 def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
