@@ -2,10 +2,9 @@
 
     python -m benchmarks.average RUN/distill OUT
 
-The students are those at the steps of the setting ``student_steps``, and the final student. After a
-constant learning rate, their mean can replace the decay of the learning rate (WSM,
-arXiv:2507.17634). OUT becomes the directory of a complete stage, so that
-``stages.evaluate.inputs.distilled=OUT`` evaluates the mean.
+The students are those of the setting ``student_steps``, and the final student. If the learning rate
+was constant, their mean can replace its decay (WSM, arXiv:2507.17634). OUT becomes the directory of
+a complete stage: ``stages.evaluate.inputs.distilled=OUT`` evaluates the mean.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def require_weights(variant: Variant, data: Path) -> None:
     """Checks that a variant without its own text sets weights if the text has several sources.
 
     Weights in ``data.sources`` of the run that prepared the text do not apply to other runs.
-    Without weights, longer sources would count more, and no message would say so. Raises
-    ``RecipeError`` without weights.
+    Without weights, longer sources would count more, and no message would say so. Therefore this
+    function raises ``RecipeError`` if weights are missing.
     """
     sources = complete_manifest(data).result(DatasetResult).source_tokens["train"]
     if len(sources) > 1 and not any("stages.distill.weights=" in o for o in variant.overrides):

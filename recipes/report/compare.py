@@ -263,7 +263,7 @@ def _row(
 
 
 def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
-    """Yields each engine's setting at the smallest batch and prompt, and its student's latency."""
+    """Yields each engine's smallest batch and prompt, and the student's decode latency in ms."""
     manifest = run.find("speed_results")
     if manifest is None:
         return

@@ -85,7 +85,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from ``low`` to ``high``; if ``logarithmic``, both are log10 of the end's value."""
+    """A scale from ``low`` to ``high``; if ``logarithmic``, both are log10 of the values there."""
 
     low: float
     high: float
