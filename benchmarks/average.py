@@ -2,9 +2,9 @@
 
     python -m benchmarks.average RUN/distill OUT
 
-The students are those of the setting ``student_steps`` and the final one. With a constant learning
-rate, their mean can replace the decay of the learning rate (WSM, arXiv:2507.17634). OUT becomes the
-directory of a complete stage: ``stages.evaluate.inputs.distilled=OUT`` evaluates the mean.
+The students are those of the setting ``student_steps``, and the final student. If the learning rate
+was constant, their mean can replace its decay (WSM, arXiv:2507.17634). OUT becomes the directory of
+a complete stage: ``stages.evaluate.inputs.distilled=OUT`` evaluates the mean.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def average(checkpoints: Sequence[Path]) -> dict[str, torch.Tensor]:
         weights = dict(hf_weights(checkpoint))
         for name, weight in weights.items():
             sums[name] = sums[name] + weight.float() if name in sums else weight.float()
-    return {
+    return {  # ``weights`` are those of the last checkpoint
         name: (sums[name] / len(checkpoints)).to(weight.dtype) for name, weight in weights.items()
     }
 

@@ -4,8 +4,8 @@
     python -m benchmarks.convert --billions 7
 
 The compared programs are called sides. ``transformers``, the baseline, loads and saves the model.
-``to-nemo`` converts the model, and ``to-hf`` converts it back. ``verify`` compares logits and
-weights of the Hugging Face model with those of the NeMo checkpoint.
+``to-nemo`` converts the model to a NeMo checkpoint, and ``to-hf`` converts the checkpoint back.
+``verify`` compares logits and weights of the model with those of the checkpoint.
 
 Sides run one after the other, each in its own process. The baseline runs first in one repeat and
 last in the next. The table has the shortest time and the lowest peak of all repeats. Times exclude
@@ -35,7 +35,7 @@ from recipes.core.errors import RecipeError
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
 """The first side is the baseline."""
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
-"""Sides with ``--billions``; the first is the baseline. No side has its files in the page cache."""
+"""Sides with ``--billions``; the first is the baseline. They start without a warm page cache."""
 LAYER = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -46,7 +46,7 @@ LAYER = {
 }
 """Sizes of a layer of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
-"""Billions of parameters of such a layer. ``--billions`` does not count embeddings."""
+"""Billions of parameters of this layer. ``--billions`` does not count embeddings."""
 SAMPLE_SECONDS = 0.005
 """Time between two readings of the memory."""
 
@@ -94,7 +94,7 @@ def memory() -> dict[str, int]:
 def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
     """Calls ``work`` and returns its ``seconds``, ``cpu_seconds``, ``anonymous`` and ``resident``.
 
-    The last two are the rise of ``memory`` to its peak, in bytes.
+    ``anonymous`` and ``resident`` are the rise of both kinds of memory to their peaks, in bytes.
     """
     before = memory()
     peak = dict(before)
@@ -130,7 +130,7 @@ def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str
 
 
 def flush(folder: Path, drop_cache: bool = False) -> None:
-    """Waits until files are on the disk; ``drop_cache`` also drops them from the page cache."""
+    """Waits until files are on the disk. ``drop_cache`` then drops them from the page cache."""
     for path in folder.rglob("*"):
         if not path.is_file():
             continue
@@ -172,8 +172,8 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
 def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
     """Writes a random Llama in bfloat16.
 
-    The tokenizer and the config are those of the Llama in ``like``, except for the fields ``shape``
-    of the config.
+    The tokenizer and the config are those of the Llama in ``like``. ``shape`` replaces fields of
+    the config.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -186,13 +186,13 @@ def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]
     config.save_pretrained(folder)
     with torch.device("meta"):  # only the names and shapes of the weights are needed
         model = AutoModelForCausalLM.from_config(config)
-    # A generator, so that at most two shards are in memory.
+    # A generator, so that ``write_weights`` has at most two shards in memory.
     weights = ((name, torch.randn(p.shape).bfloat16()) for name, p in model.named_parameters())
     write_weights(weights, folder)
 
 
 def require_same_weights(folder: Path, back: Path) -> None:
-    """Raises ``RecipeError`` if names or bits of the bfloat16 weights in both folders differ."""
+    """Raises ``RecipeError`` unless both folders have the same names and bits of weights."""
     import torch
 
     from nemo_convert.hf import Weights
@@ -201,7 +201,7 @@ def require_same_weights(folder: Path, back: Path) -> None:
     if original.names() != converted.names():
         raise RecipeError(f"the names of the weights in {back} and {folder} differ", fix="")
     for name in original.names():
-        # Comparing integers compares bits: 0 and -0 differ, and a NaN equals itself.
+        # As integers, 0 and -0 differ, and a NaN equals itself.
         bits, converted_bits = (w.read(name).view(torch.int16) for w in (original, converted))
         if not torch.equal(bits, converted_bits):
             raise RecipeError(f"{name} differs after a conversion to NeMo and back", fix="")

@@ -6,8 +6,8 @@ length, on the CPU. Each method runs in its own process, with the environment va
 speed affects all equally. A step's time is measured from the end of the previous step to its own
 end. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
 
-The baselines (the loops and ModelOpt) train on the same sequences. NeMo's methods share another set
-of sequences. So losses of the first step are compared only within each of these two groups.
+The baselines (the loops and ModelOpt) train on one set of sequences, NeMo's methods on another set.
+So losses of the first step are compared only between baselines, and between NeMo's methods.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DistillMethod:
 
     Attributes:
         reference: Method on the same batches whose first loss this method must reproduce, if any.
-            Methods with a cached teacher have none, because the cache has only the largest
+            Methods with a cached teacher have no reference, because the cache has only the largest
             probabilities.
         stages: Stages of the launcher; empty for a baseline.
         overrides: Further overrides of the launcher.
@@ -100,9 +100,9 @@ METHODS = {
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
-"""Methods by name. ``nemo`` and ``megatron`` run the stage ``distill``, ``megatron`` without this
-repository's patches of Megatron (``cpu_speed_patches``). ``cached``: with a cached teacher.
-``compiled``: with ``stages.distill.compile``. ``loop`` and ``modelopt`` are ``BASELINES``."""
+"""Methods by name. ``nemo`` and ``megatron`` run the stage ``distill``; ``megatron`` does so
+without the patches of ``cpu_speed_patches``. ``cached``: with a cached teacher. ``compiled``: with
+``stages.distill.compile``. ``loop`` and ``modelopt`` are ``BASELINES``."""
 for patch in SPEED_PATCH_NAMES:  # adds nemo-cached-compiled with all patches but this one
     other_patches = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{other_patches}]")
@@ -113,7 +113,7 @@ DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatr
 
 @dataclass(frozen=True)
 class Result:
-    """A method's results over all rounds. Speeds are in tokens/s, of steps after warm-up."""
+    """A method's results over all rounds. Speeds are those of steps after warm-up, in tokens/s."""
 
     tokens_per_second: float
     """Median over rounds of the median speed of a round's steps."""
@@ -123,7 +123,7 @@ class Result:
     peak_rss_bytes: int
     planned_tokens_per_second: float | None
     ratios: dict[str, float]
-    """``tokens_per_second`` divided by that of each baseline that ran."""
+    """``tokens_per_second`` divided by the baseline's, by name of each baseline that ran."""
     first_loss: float
     """Loss of the first step in the last round."""
     last_loss: float
@@ -132,8 +132,7 @@ class Result:
 def run_method(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     """Distils the student of ``run_dir`` once.
 
-    Raises:
-        RecipeError: The method failed, or a library that it needs is missing.
+    Raises ``RecipeError`` if the method failed, or if a library that the method needs is missing.
     """
     method = METHODS[name]
     if method.stages:
@@ -168,21 +167,22 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     length_override = f"data.seq_length={shape.seq_length}"
     launch(run_dir, scratch, method.stages, settings, length_override, *method.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
+    plan = complete_manifest(scratch / "plan").result(PlanResult)
     return TrainingRun(
-        [step["time"] for step in steps],
-        [step["loss"] for step in steps],
-        complete_manifest(scratch / "distill").peak_rss_bytes,
-        complete_manifest(scratch / "plan").result(PlanResult).tokens_per_second["distill"],
+        ends=[step["time"] for step in steps],
+        losses=[step["loss"] for step in steps],
+        peak_rss_bytes=complete_manifest(scratch / "distill").peak_rss_bytes,
+        planned_tokens_per_second=plan.tokens_per_second["distill"],
     )
 
 
 def speeds(run: TrainingRun, shape: Shape) -> list[float]:
-    """Returns the tokens/s of the steps after warm-up, or of the last step if there are only two.
+    """Returns the tokens/s of each step after warm-up.
 
-    Step 1 has no start time, because only the ends of steps are recorded.
+    Step 1 never counts: its start is unknown, because only the ends of steps are recorded.
     """
     tokens = shape.micro_batch * shape.seq_length
-    warm_up_steps = min(WARM_UP_STEPS, shape.steps - 1)
+    warm_up_steps = min(WARM_UP_STEPS, shape.steps - 1)  # of two steps, the last one counts
     ends = run.ends[warm_up_steps - 1 :]  # the first is when the last warm-up step ended
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
@@ -213,7 +213,7 @@ def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
         reference = METHODS[name].reference
         if reference is not None and reference in results:
             loss, expected = result.first_loss, results[reference].first_loss
-            # "not <=" instead of ">", because a NaN must be reported, too.
+            # "not <=" also catches NaN.
             if not abs(loss - expected) <= LOSS_TOLERANCE * expected:
                 yield f"{name}: first loss {loss:.4f}, but {reference} {expected:.4f}"
 

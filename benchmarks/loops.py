@@ -41,7 +41,7 @@ class LoopInputs:
     batches: Tensor
     """Tokens, int64 [steps, micro batch, sequence]."""
     bfloat16: bool
-    """Whether models run in autocast to bfloat16; otherwise, all is in float32."""
+    """Whether models run in autocast to bfloat16. If not, they run in float32."""
 
 
 def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ def train_in_loop(inputs: LoopInputs, record: TrainingRun) -> None:
 def train_with_modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
     """Trains with ModelOpt's ``KDTrainer``. Adds each step to ``record``.
 
-    Raises:
-        RecipeError: accelerate, which the trainer needs, is not installed.
+    Raises ``RecipeError`` if accelerate, which the trainer needs, is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise RecipeError("accelerate is not installed", "install it with make install")
@@ -123,7 +122,8 @@ def train_with_modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
             settings,
             distill_config={
                 "teacher_model": inputs.teacher,
-                "criterion": {("", ""): LMLogitsLoss()},  # "" is the output of the whole model
+                # The compared modules of student and teacher; "" is the whole model.
+                "criterion": {("", ""): LMLogitsLoss()},
             },
             train_dataset=[{"input_ids": s, "labels": s} for s in inputs.batches.flatten(0, 1)],
             callbacks=[RecordSteps()],
@@ -136,7 +136,7 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, TrainingRun], None], bool]] = {
     "loop-bf16": (train_in_loop, True),
     "modelopt-bf16": (train_with_modelopt, True),
 }
-"""Function of each baseline, and whether it trains in bfloat16."""
+"""Training function of each baseline, and whether the models run in bfloat16."""
 
 
 def run_baseline(name: str, shape: Shape, run_dir: Path) -> TrainingRun:

@@ -1,9 +1,9 @@
 """Times the operations of a distillation step, except linear layers, in bfloat16 on a CPU.
 
 ``python -m benchmarks.operations`` times PyTorch's fused attention, the attention of the stage
-``distill``, norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. Start it
-with the environment variables of ``conf/cluster/local.yaml``. The variable
-``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` disables AMX.
+``distill``, norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. Set the
+environment variables of ``conf/cluster/local.yaml`` first. To measure without AMX, also set
+``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Times:
-    """Shortest times of an operation, in milliseconds."""
+    """Shortest times of an operation's passes, in milliseconds."""
 
     forward: float
     forward_backward: float
@@ -68,7 +68,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
 
     def loss(student_logits: Tensor) -> Tensor:
         targets = LossTargets(teacher_logits, labels, (1.0, 0.2))  # KD and next-token weights
-        return combined_loss(student_logits, targets, LogitsLoss())[0]
+        return combined_loss(student_logits, targets, LogitsLoss())[0]  # the weighted sum
 
     return {
         "attention, PyTorch's": (lambda q, k, v: attend(q, k, v, SCALE), [query, key, key]),
@@ -87,8 +87,8 @@ def measure(
 ) -> Times:
     """Times an operation on random inputs.
 
-    With ``compile_too``, also times compiled passes if a compiler is installed. The time to compile
-    does not count.
+    With ``compile_too``, also times compiled passes, without the time to compile, if a compiler is
+    installed.
     """
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))  # the gradient of the output
@@ -118,7 +118,7 @@ def main() -> None:
     torch.manual_seed(0)
     table = plain_table("milliseconds", "operation", "forward", "forward and backward", "compiled")
     for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
-        is_attention = name.startswith("attention")
+        is_attention = name.startswith("attention")  # has no function that can be compiled
         times = measure(function, shapes, args.repeats, compile_too=not is_attention)
         compiled = "" if times.compiled is None else f"{times.compiled:.2f}"
         table.add_row(name, f"{times.forward:.2f}", f"{times.forward_backward:.2f}", compiled)

@@ -22,7 +22,7 @@ from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 
 SIZE_FACTORS = (1, 10)
-"""Sizes of the texts, in units of ``--megabytes``."""
+"""Sizes of the two texts, as multiples of ``--megabytes``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PreparationRun:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Writes JSON lines of different documents until the file has at least ``size`` bytes."""
+    """Writes one document per line, as JSON, until the file has at least ``size`` bytes."""
     from omegaconf import OmegaConf
 
     from recipes.data.corpus import read_source
@@ -69,15 +69,15 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])  # the first call initialises the tokenizer
     main_process = run_and_measure(lambda: prepare(cfg, tokenizer, folder, MetricsLog(None)))
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    corpus_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))  # of all splits
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     # With one process, the main process tokenizes. ``ru_maxrss`` is in KiB.
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return PreparationRun(
-        num_bytes // TOKEN_BYTES,
-        main_process["seconds"],
-        main_process["anonymous"],
-        tokenizer_memory,
+        tokens=corpus_bytes // TOKEN_BYTES,
+        seconds=main_process["seconds"],
+        main_memory=main_process["anonymous"],
+        tokenizer_memory=tokenizer_memory,
     )
 
 

@@ -10,13 +10,13 @@ the run directory ``OUT/NAME-SEED``. All variants start from the same student an
 schedule. The same command resumes an interrupted benchmark.
 
 A variant that overrides ``data`` prepares its own training text. Other variants train on the text
-of ``--run-dir``. If this text has several sources, they must set ``stages.distill.weights``.
+of ``--run-dir``. They must set ``stages.distill.weights`` if this text has several sources.
 
 All variants are evaluated on the held-out text of ``--run-dir``. A variant's own training text does
 not contain these held-out documents, except if it comes prepared in ``data.prefix``.
 
 Choose a variant by its validation loss. This loss is measured on the validation text of the
-variant's data, so compare only variants with the same data. Held-out text is for reporting.
+variant's data, so compare only variants with the same data. Do not choose by held-out text.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class StudentResult:
 def parse_variant(text: str) -> Variant:
     """Parses ``NAME OVERRIDE ...``.
 
-    Raises:
-        RecipeError: The name is missing or cannot be a folder's name, or an override sets
-            ``teacher``.
+    Raises ``RecipeError`` if NAME is missing or no folder name, or an OVERRIDE sets ``teacher``.
     """
     name, *overrides = shlex.split(text) or [""]
     if not name or "=" in name or "/" in name:
@@ -118,23 +116,21 @@ def train(
     launch(base, out, stages, settings, length_override, *overrides)
     training = complete_manifest(out / "distill").result(TrainingResult)
     return StudentResult(
-        variant.name,
-        seed,
-        training.tokens,
-        training.tokens / training.tokens_per_second,
-        training.val_loss,
-        complete_manifest(out / "evaluate").result(EvaluationResult),
+        variant=variant.name,
+        seed=seed,
+        tokens=training.tokens,
+        seconds=training.tokens / training.tokens_per_second,
+        validation_loss=training.val_loss,
+        evaluation=complete_manifest(out / "evaluate").result(EvaluationResult),
     )
 
 
 def require_weights(variant: Variant, data: Path) -> None:
-    """Checks that a variant sets weights if the text that it shares has several sources.
+    """Checks that a variant without its own text sets weights if the text has several sources.
 
     Weights in ``data.sources`` of the run that prepared the text do not apply to other runs.
-    Without weights, longer sources would count more, without a message.
-
-    Raises:
-        RecipeError: The text has several sources, and the variant sets no weights.
+    Without weights, longer sources would count more, and no message would say so. Therefore this
+    function raises ``RecipeError`` if weights are missing.
     """
     sources = complete_manifest(data).result(DatasetResult).source_tokens["train"]
     if len(sources) > 1 and not any("stages.distill.weights=" in o for o in variant.overrides):
@@ -162,18 +158,18 @@ def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
     The overall perplexity is the geometric mean over sources. The KL is the mean over sources.
     ``results`` has one result per seed.
     """
-    seeds = [by_source(result, role) for result in results]
-    losses = [fmean([quality.loss for quality in seed.values()]) for seed in seeds]
-    kls = [fmean([quality.kl_to_teacher for quality in seed.values()]) for seed in seeds]
+    qualities = [by_source(result, role) for result in results]  # one dict per seed
+    losses = [fmean([q.loss for q in by_name.values()]) for by_name in qualities]
+    kls = [fmean([q.kl_to_teacher for q in by_name.values()]) for by_name in qualities]
     return [
         with_spread([math.exp(loss) for loss in losses]),
-        *(with_spread([seed[source].perplexity for seed in seeds]) for source in seeds[0]),
+        *(with_spread([q[source].perplexity for q in qualities]) for source in qualities[0]),
         with_spread(kls, ".3f"),
     ]
 
 
 def with_spread(values: Sequence[float], style: str = ".1f") -> str:
-    """Formats the mean over seeds and, if there are several seeds, the standard deviation."""
+    """Formats the mean of values, one per seed, and the standard deviation of several values."""
     text = format(fmean(values), style)
     return f"{text} ± {format(stdev(values), style)}" if len(values) > 1 else text
 

@@ -42,7 +42,7 @@ SIDES = {
     "packed, float32": (True, "32"),
     "packed, bfloat16": (True, "bf16-mixed"),
 }
-"""For each side, whether it uses ``PackedLM``, and the precision."""
+"""By side: whether the side uses ``PackedLM``, and its precision."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Settings:
     pack_tokens: int = 512
     """Tokens per forward pass of ``PackedLM``."""
     repeats: int = 1
-    """How often each task is answered."""
+    """How often each side answers each task."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Answers:
         return [item.metrics[self.metric] for item in self.items]
 
     def count_equal(self, other: Answers) -> int:
-        """Counts items that have the same score in ``other``."""
+        """Counts items that have the same score in both answers."""
         return sum(a == b for a, b in zip(self.scores, other.scores, strict=True))
 
     def largest_difference(self, other: Answers) -> float:
@@ -126,7 +126,8 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
     """Returns the answers by side and task, for the precisions that this processor supports."""
-    precisions = ("32", cpu_profile("precision"))  # the latter is "32" without bfloat16 GEMMs
+    # Without bfloat16 GEMMs, the processor's precision is "32", too.
+    precisions = ("32", cpu_profile("precision"))
     sides = [side for side, (_, precision) in SIDES.items() if precision in precisions]
     return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
@@ -167,7 +168,14 @@ def main() -> None:
     parser.add_argument("--pack-tokens", type=int, default=Settings.pack_tokens)
     parser.add_argument("--repeats", type=int, default=Settings.repeats)
     args = parser.parse_args()
-    settings = Settings(**{**vars(args), "model": model_folder(args.model)})
+    settings = Settings(
+        model=model_folder(args.model),
+        tasks=args.tasks,
+        limit=args.limit,
+        parts=args.parts,
+        pack_tokens=args.pack_tokens,
+        repeats=args.repeats,
+    )
     screen().print(draw(measure(settings)))
 
 

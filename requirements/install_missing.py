@@ -2,11 +2,12 @@
 
     python install_missing.py [--exact] LOCK COMMAND...
 
-``LOCK`` is a file in ``requirements/``. ``COMMAND`` must install a requirements file without its
-dependencies, such as ``pip install --no-deps -r``. The file's name is appended to it.
+``LOCK`` is a file in ``requirements/``. ``COMMAND``, such as ``pip install --no-deps -r``, must
+install the packages of a requirements file, but not their dependencies. The name of this file is
+appended to the command.
 
-An installed version fits if pyproject.toml allows it and the requirements of all installed packages
-of the lock allow it. With ``--exact`` only the version in the lock fits.
+Without ``--exact``, an installed version fits if it is allowed by pyproject.toml and by all
+installed packages of the lock. With ``--exact``, only the version in the lock fits.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import Version
 
 PIN = re.compile(r"^([\w.-]+)==(\S+) ; (.+?) \\\n(?:    .*\n?)+", re.M)
-"""Matches a pinned package: a line with its name, version and marker (groups 1 to 3), and the
-indented lines with its hashes."""
+"""Matches a line such as ``numpy==2.0.1 ; python_version >= '3.11' \\``, with name, version and
+marker as groups 1 to 3, and the indented lines with hashes below it."""
 MAX_PASSES = 5
 """Largest number of passes that install packages. A newly installed package may conflict with other
-packages. The next pass replaces these."""
+packages. Then the next pass replaces those packages."""
 
 
 def installed_version(name: str) -> str | None:
@@ -55,12 +56,9 @@ def satisfies(requirement: Requirement) -> bool:
 
 
 def direct_requirements(project: Path) -> list[Requirement]:
-    """Returns the requirements of the build and of all extras.
+    """Returns the requirements of the build and of all extras in ``project``, a pyproject.toml.
 
-    An extra can include another one by requiring the project itself. Such requirements are omitted.
-
-    Args:
-        project: The file pyproject.toml.
+    An extra can include another extra by requiring the project itself. Such lines are omitted.
     """
     content = tomllib.loads(project.read_text(encoding="utf-8"))
     extras = content["project"]["optional-dependencies"].values()
@@ -72,9 +70,7 @@ def direct_requirements(project: Path) -> list[Requirement]:
 def unfit_packages(pins: dict[str, str], direct: list[Requirement]) -> Iterator[str]:
     """Yields packages that are missing, out of range, or in conflict with another package.
 
-    Args:
-        pins: The lock's version of each package.
-        direct: Requirements in pyproject.toml.
+    ``pins`` has the lock's version of each package, ``direct`` the requirements of pyproject.toml.
     """
     # The extras of each package that pyproject.toml requires. "" means no extra.
     extras = {canonicalize_name(r.name): r.extras or {""} for r in direct}
@@ -94,7 +90,7 @@ def unfit_packages(pins: dict[str, str], direct: list[Requirement]) -> Iterator[
 
 
 def main(lock: Path, command: list[str], exact: bool) -> None:
-    """Installs until everything fits. Prints packages that had another version than the lock's.
+    """Installs until everything fits. Without ``exact``, prints which versions were not the lock's.
 
     Exits with an error message if packages still do not fit after ``MAX_PASSES``.
     """

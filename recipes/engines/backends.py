@@ -56,7 +56,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
             yield from fp8_problems(chain.hardware, *tensorrt_llm.FP8_REQUIREMENT)
         checkpoint = cfg.inputs.get("checkpoint", "")
         source = chain.stages.get(checkpoint)
-        yield from first_problems(
+        yield from first_problems(  # the problems of the first shape that has any
             tensorrt_llm.problems(cfg, shape, source) for shape in chain.shapes_of(checkpoint)
         )
 
@@ -72,6 +72,7 @@ def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
     else:  # the engines of a search have no checkpoint
         return
     needed = cfg.precision if cfg.precision in CALIBRATED_FORMATS else None
+    # ``engine_problems`` reports precisions that the backend does not support.
     if needed != quantized_to and cfg.precision in PRECISIONS[cfg.backend]:
         source = f"a quantize stage with format={needed}" if needed else "an unquantized model"
         state = f"quantized to {quantized_to}" if quantized_to else "not quantized"
@@ -84,10 +85,10 @@ def _format_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _backend_override(current: str, backend: str, value: str) -> str:
-    """Returns the override that selects ``backend`` for a precision or type of KV cache.
+    """Returns the override that selects ``backend`` instead of the backend ``current``.
 
-    A change between OpenVINO and TensorRT-LLM needs other stages, and so another config of the
-    Hydra group ``engine``.
+    ``value`` is the precision or KV cache dtype to support. A change between OpenVINO and
+    TensorRT-LLM needs other stages, and so another config of the Hydra group ``engine``.
     """
     if "openvino" not in (current, backend):
         return f"backend={backend}"
@@ -97,7 +98,7 @@ def _backend_override(current: str, backend: str, value: str) -> str:
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if a sequence is too long for the model, or a prompt for the sequence."""
+    """Checks that ``max_input_len`` < ``max_seq_len`` <= the model's positions."""
     positions = chain.teacher.max_position_embeddings
     max_seq_len = cfg.max_seq_len or positions
     if max_seq_len > positions:
@@ -139,8 +140,8 @@ def request_problems(
     """
     if engine.backend == "openvino":  # has no limits
         return
-    # In ``max_num_tokens``, all prompts of a batch must fit. Otherwise TensorRT-LLM computes them
-    # in several steps, and the measured decoding rate is too low.
+    # All prompts of a batch together must not exceed ``max_num_tokens``. Otherwise TensorRT-LLM
+    # computes them in several steps, and the measured decoding rate is too low.
     needed = {
         "max_batch_size": shape.batch_size,
         "max_input_len": shape.prompt_tokens,
@@ -169,20 +170,20 @@ def engine_of(source: str, chain: Chain) -> BuildEngineConfig | None:
 
 
 def built_engine(manifest: Manifest) -> BuildEngineConfig:
-    """Returns the settings of a built engine. Settings that its manifest lacks get defaults."""
+    """Returns the settings of a built engine; defaults for settings that its manifest lacks."""
     names = {item.name for item in fields(BuildEngineConfig)}
     settings = {name: value for name, value in manifest.config.items() if name in names}
     return BuildEngineConfig(**settings)
 
 
 def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> bool:
-    """Returns whether one of the named inputs is an engine of TensorRT-LLM."""
+    """Returns whether any of the ``inputs`` with these names is an engine of TensorRT-LLM."""
     engines = (engine_of(inputs.get(name, ""), chain) for name in names)
     return any(engine and engine.backend != "openvino" for engine in engines)
 
 
 def engine_devices(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> int:
-    """Returns the devices of the largest engine among the named inputs; 1 without engines."""
+    """Returns the devices of the largest engine among these ``inputs``; 1 without engines."""
     engines = (engine_of(inputs.get(name, ""), chain) for name in names)
     return max((engine.tensor_parallel_size for engine in engines if engine), default=1)
 

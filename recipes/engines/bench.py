@@ -94,8 +94,8 @@ class TensorRtLlmWorker(Worker):
 
         ``load_seconds`` is the time outside the requests: imports, loading and warm-up.
         ``peak_memory_bytes`` includes the memory that TensorRT-LLM reserves for the KV cache, which
-        is most of a GPU's. Raises ``RecipeError`` if ``trtllm-bench`` failed, or as
-        ``parse_trtllm_report`` does.
+        is most of the GPU's memory. Raises ``RecipeError`` if ``trtllm-bench`` failed, or if its
+        report is not about this batch.
         """
         shape = RequestShape(len(prompts), len(prompts[0]), new_tokens)
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
 
 
 def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
-    """Returns the command that times a batch; ``--streaming`` measures the time to first token."""
+    """Returns the command that times a batch. ``--streaming`` adds the time to the first token."""
     is_engine = model.backend == "tensorrt_llm"  # otherwise the PyTorch backend runs a checkpoint
     # An engine does not include the tokenizer, so the tokenizer comes from the model's folder.
     tokenizer_folder = model.folder if is_engine else model.path
@@ -187,7 +187,7 @@ def gpu_memory_samples() -> Iterator[list[int]]:
     """Yields a list of memory samples, to which a thread appends until the context ends.
 
     A sample is the bytes in use on all visible GPUs together, minus those in use before the
-    context. The first sample is 0, so that there is a maximum.
+    context. The first sample is 0, so that the list is never empty.
     """
     samples, stop = [0], threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -215,7 +215,7 @@ def gpu_memory_samples() -> Iterator[list[int]]:
 
 
 def cpu_threads() -> int:
-    """Returns the number of threads that the launcher set for this process, or else of cores."""
+    """Returns the number of threads that the launcher set for this process; if none, of cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
@@ -237,9 +237,8 @@ def measure(
 ) -> list[BenchmarkRow]:
     """Measures all models on all shapes. Returns a row for each shape and model.
 
-    In each turn, each model gets one batch. Each shape has ``repetitions`` turns that are measured,
-    and before them one turn that warms up the workers that need it. ``start`` starts a model's
-    worker.
+    In each turn, each model gets one batch. Each shape has one turn that warms up the workers that
+    need it, and then ``repetitions`` measured turns. ``start`` starts a model's worker.
     """
     total_turns = len(shapes) * (repetitions + 1)
     turns = 0  # finished turns of all shapes
@@ -289,13 +288,13 @@ def speedups(
     models: Sequence[TimedModel],
     roofline: Callable[[TimedModel], Roofline],
 ) -> list[Speedup]:
-    """Returns the student's speed-ups over the teacher, sorted by backend as ``models`` is.
+    """Returns the student's speed-ups over the teacher, in the order of the backends in ``models``.
 
-    ``roofline`` returns the rates of the machine that bound a model's speed.
+    ``roofline`` returns the machine's peak rates, which bound the speed of a model.
     """
 
     def roofline_seconds(model: TimedModel, row: BenchmarkRow) -> tuple[float, float]:
-        """Returns a model's least seconds for the prefill and for a decoding step of a row."""
+        """Returns the least seconds that a model needs for a row's prefill and decoding step."""
         arch, storage, rates = model.architecture, model.storage, roofline(model)
         context = RequestShape(row.batch_size, row.prompt_tokens, row.new_tokens).context
         prefill = prefill_seconds(arch, row.batch_size, row.prompt_tokens, storage, rates)

@@ -1,9 +1,9 @@
 """Loads one model and times batches, in its own process, so that its memory can be measured.
 
 ``bench.CpuWorker`` starts this module as ``python -m recipes.engines.bench_worker``. The process
-writes the loading time to standard output. Then it reads one batch of requests per line,
-``{"prompts": …, "new_tokens": …}``, and answers with the batch's timing and the peak memory. Only
-the baseline, transformers, needs torch.
+writes the loading time to standard output. Then it reads batches of requests, one per line, such as
+``{"prompts": [[5, 6], [7, 8]], "new_tokens": 32}``. It answers each line with the batch's timing
+and the peak memory. Only the baseline, transformers, needs torch.
 """
 
 from __future__ import annotations

@@ -16,25 +16,25 @@ from recipes.planning.hardware import cpuinfo
 REPEATS, MIN_REPEATS = 5, 3
 """Number of measured runs of an operation, and the least number if the operation is slow."""
 MAX_TOTAL_SECONDS = 0.5
-"""An operation is slow if its runs take this long in total, such as GEMMs of a data type that the
+"""An operation is slow if its runs take this long in total. GEMMs are slow in a data type that the
 processor emulates."""
 TOKENS = 1024
 """Tokens of a batch: the rows of each linear layer's input."""
 MIN_CPU_FRACTION = 0.8
-"""A measurement is undisturbed if its threads ran for more than this fraction of the time. In the
-remaining time other programs used the cores."""
+"""A measurement is undisturbed if its threads had the cores for more than this fraction of the
+time. Otherwise other programs used the cores too much."""
 COPY_BYTES = 1 << 28
 """Size of the copied buffer: 256 MiB, much larger than any cache."""
 
 LAYERS, MEASURED_LAYERS = 30, 2
-"""Layers of SmolLM2-135M, and the number of layers that are measured in turn, so that no cache
-holds their weights. The constants below are of the same model."""
+"""Layers of SmolLM2-135M, and the number of layers that are measured. They run in turn, so that no
+cache holds their weights. The sizes below are also those of SmolLM2-135M."""
 LAYER_SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """Numbers of inputs and outputs of the four linear layers of a transformer layer: QKV, attention
 output, gate with up projection, and down projection."""
 HEAD_SHARD_SHAPE, HEAD_SHARDS = (576, 6144), 8
-"""Numbers of inputs and outputs of a shard of the output head, and the number of shards. One shard
-is measured, and its time is multiplied."""
+"""Numbers of inputs and outputs of a shard of the output head, and the number of shards. Only one
+shard is measured, and its time is multiplied by the number."""
 
 
 def best_seconds(
@@ -45,9 +45,9 @@ def best_seconds(
 ) -> float:
     """Returns the shortest time of ``repeats`` runs, in the seconds of ``clock``, after a warm-up.
 
-    The shortest is the best estimate, because other programs can only make a run longer. Slow
-    operations get fewer runs, see ``MIN_REPEATS``. With the device ``cuda``, a run includes waiting
-    for the GPU.
+    The shortest is the best estimate, because other programs can only make a run longer. A slow
+    operation gets fewer runs, but at least ``MIN_REPEATS``. With the device ``cuda``, a run
+    includes waiting for the GPU.
     """
 
     def run() -> float:
@@ -66,13 +66,13 @@ def best_seconds(
 
 def best_cpu_seconds(operation: Callable[[], object], device: str = "cpu") -> float:
     """Returns the shortest CPU time of several runs, summed over threads."""
-    return best_seconds(operation, device, time.process_time, 3 * REPEATS)
+    return best_seconds(operation, device, clock=time.process_time, repeats=3 * REPEATS)
 
 
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
     """Returns the bytes per second of a copy. A byte counts twice: it is read and written.
 
-    ``seconds`` is ``best_seconds`` or ``best_cpu_seconds``.
+    ``seconds`` is the function that times the copy: ``best_seconds`` or ``best_cpu_seconds``.
     """
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -103,9 +103,9 @@ def _torch_threads(number: int) -> Iterator[None]:
 def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Returns a function that runs the GEMMs of a distillation step, and their FLOPs.
 
-    ``shapes`` has the numbers of inputs and outputs of each linear layer. A layer has four GEMMs of
-    equal FLOPs, which are measured together, because those of the backward pass are half as fast on
-    a processor with AMX.
+    ``shapes`` has the numbers of inputs and outputs of each linear layer. A linear layer has four
+    GEMMs of equal FLOPs. They are measured together, because on a processor with AMX the GEMMs of
+    the backward pass are half as fast as those of the forward pass.
     """
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -135,8 +135,8 @@ def _training_rate(dtype: torch.dtype) -> float:
     GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads must be
     busy, because they share caches and memory: two threads do not reach twice the rate of one.
     """
-    # CPU time is summed over threads, so FLOPs divided by it are the rate of one thread.
-    smallest_gemms, flops = _gemms([min(LAYER_SHAPES)], dtype)
+    # CPU time is summed over threads, so FLOPs per CPU second are the rate of one thread.
+    smallest_gemms, flops = _gemms([min(LAYER_SHAPES)], dtype)  # 576 by 576
     if (seconds := best_cpu_seconds(smallest_gemms)) > MAX_TOTAL_SECONDS:
         # The processor emulates this data type. Measuring all GEMMs would take minutes.
         return flops / seconds
@@ -150,7 +150,7 @@ def _training_rate(dtype: torch.dtype) -> float:
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
     """Returns the rates for planning training runs, and whether the measurement was undisturbed.
 
-    Programs that disturb it change the rates little, because the rates are measured in CPU time.
+    Disturbances by other programs change the rates little, because rates are per CPU second.
     """
     with _torch_threads(threads):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -164,7 +164,7 @@ def training_rates(threads: int) -> tuple[TrainingRates, bool]:
 
 
 def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRates:
-    """Measures the rates of copies, and of a feed-forward GEMM of a model in each dtype."""
+    """Measures the rates of a copy, and of a GEMM of a model's feed-forward layer in each dtype."""
 
     def gemm_rate(dtype: torch.dtype) -> float:
         x = torch.randn(TOKENS, arch.hidden_size, dtype=dtype, device=device)

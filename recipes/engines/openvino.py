@@ -100,7 +100,7 @@ def load_engine(engine: Path) -> OVModelForCausalLM:
 def _full_disk_errors(out: Path) -> Iterator[None]:
     """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
 
-    Free space cannot tell the cause, because OpenVINO has already deleted its partial file.
+    Free space is not checked: OpenVINO has already deleted its partial file, so there is space.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def _temporary_files(parent: Path) -> Iterator[None]:
     """Makes ``tempfile`` create files in a new folder in ``parent``; deletes it after the context.
 
     optimum writes the whole engine to a temporary file. It deletes the file only when the
-    interpreter exits normally, which a forked or killed process does not.
+    interpreter exits normally. A forked or killed process does not exit normally.
     """
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=parent) as folder:
@@ -132,14 +132,15 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
 
     if cfg.precision == "fp32":
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
-    settings: dict[str, Any] = {"bits": 8}
-    if cfg.precision == "int4":
-        # A ratio of 1.0 compresses all layers to 4 bits. If a layer's number of inputs is not a
-        # multiple of the group size, "adjust" lowers its group size to the largest power of 2 that
-        # divides the number of inputs. If that is below 32, the layer keeps 8 bits.
-        settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
-        settings["group_size"] = cfg.group_size
-    return {"quantization_config": OVWeightQuantizationConfig(**settings)}
+    if cfg.precision != "int4":  # that is, int8
+        return {"quantization_config": OVWeightQuantizationConfig(bits=8)}
+    # A ratio of 1.0 compresses all layers to 4 bits. If a layer's number of inputs is no multiple
+    # of the group size, "adjust" lowers the layer's group size to the largest power of 2 that
+    # divides the number of inputs. If this power is below 32, the layer keeps 8 bits.
+    int4 = OVWeightQuantizationConfig(
+        bits=4, ratio=1.0, group_size_fallback="adjust", group_size=cfg.group_size
+    )
+    return {"quantization_config": int4}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
@@ -149,8 +150,8 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Several chat templates are a dict by name. transformers 4.57 would write each to the path that
-    # its name contains (CVE-2026-9856).
+    # ``chat_template`` is a dict of templates by name if there are several. transformers 4.57 would
+    # write each template to the path that its name contains (CVE-2026-9856).
     has_several_templates = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not has_several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
@@ -165,7 +166,7 @@ def read_properties(engine: Path) -> dict[str, str]:
 
 
 def weight_types(engine: Path) -> dict[str, int]:
-    """Returns the number of stored values by OpenVINO's name of their type, most frequent first."""
+    """Maps OpenVINO's name of a type to the number of its stored values, most frequent first."""
     import openvino
 
     counts: Counter[str] = Counter()

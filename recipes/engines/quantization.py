@@ -59,8 +59,9 @@ def quantize_folder(
     with torch.no_grad():
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
     config = (out / "config.json").read_text(encoding="utf-8")
-    copy_side_files(folder, out)  # tokenizer, templates and card, but also the source's config
-    write_text_atomically(out / "config.json", config)  # the quantized model's config again
+    # Copies tokenizer, templates and card. It also overwrites the quantized model's config.
+    copy_side_files(folder, out)
+    write_text_atomically(out / "config.json", config)
     algorithm, expected = declared_quantization(out), QUANT_ALGOS[cfg.format]
     if algorithm != expected:
         raise RecipeError(
@@ -75,7 +76,7 @@ def _quality(
 ) -> QuantizationQuality:
     """Compares ``model`` with its original in ``folder``, on held-out text.
 
-    ModelOpt only simulates the quantization, so ``model`` needs no low-precision kernels.
+    ``model`` needs no low-precision kernels, because ModelOpt only simulates the quantization.
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     original = load_causal_lm(folder, SERVED_DTYPE).to(device())

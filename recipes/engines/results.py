@@ -63,10 +63,10 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-up of the student over the teacher in one backend, measured and by the roofline.
+    """Measured speed-ups of the student over the teacher in one backend, and the roofline's.
 
-    If a measured speed-up is below the roofline's, something besides FLOPs and memory traffic takes
-    time.
+    The roofline counts only FLOPs and memory traffic. If a measured speed-up is lower, something
+    else takes time, too.
     """
 
     backend: str
@@ -77,7 +77,7 @@ class Speedup:
     prefill: float
     """The teacher's median time to the first token, divided by the student's."""
     prefill_roofline: float | None
-    """``None`` in FP8, because the rate of FP8 GEMMs is not measured."""
+    """``None`` for a student in FP8, because the rate of FP8 GEMMs is not measured."""
     decode: float
     """The student's median rate after the first token, divided by the teacher's."""
     decode_roofline: float
@@ -85,7 +85,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together. ``Hardware`` has fields of the same names."""
+    """Measured rates of all threads together, for the fields of ``Hardware`` with these names."""
 
     flops_per_second: float
     """FLOP/s in bfloat16."""
@@ -105,13 +105,13 @@ class MachineRates:
     """Name of the processor or GPU."""
     threads: int
     flops_per_second: dict[str, float]
-    """FLOP/s by dtype."""
+    """FLOP/s by the name of the dtype, such as ``bfloat16``."""
     bytes_per_second: float
 
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Speed of teacher and student. The models took turns, so disturbances affect all of them."""
+    """Speed of teacher and student, measured in turns, so that disturbances affect both."""
 
     machine: MachineRates
     rows: list[BenchmarkRow]
@@ -122,7 +122,7 @@ class BenchmarkResults:
         return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
 
     def teacher_precision(self, backend: str) -> str:
-        """Returns the teacher's precision in a backend. A quantized student has another one."""
+        """Returns the teacher's precision in a backend; a student's may differ by quantization."""
         teachers = (row for row in self.rows if row.role == "teacher" and row.backend == backend)
         return next(teachers).precision
 
@@ -141,7 +141,7 @@ class EngineQuality:
     """Loss of the engine minus loss of the source model, in nats, paired by sequence."""
 
     def served_text(self) -> ServedText:
-        """Returns the comparison with the source model as ``student`` and the engine as served."""
+        """Returns this quality, with the engine as served model and the source as student."""
         return ServedText(
             student_perplexity=self.source.perplexity,
             served_perplexity=self.engine.perplexity,
@@ -167,7 +167,7 @@ class EngineComparison:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A built engine. The last four fields are ``EngineComparison``'s; ``None`` without one."""
+    """A built engine. If it was not compared, the fields of ``EngineComparison`` are ``None``."""
 
     backend: str
     precision: str

@@ -1,4 +1,4 @@
-"""Compares the answers of a served engine or GGUF file with the answers of the student.
+"""Compares the answers of a served model, an engine or GGUF file, with those of the student.
 
 llama.cpp and TensorRT-LLM run as servers, to which lm-eval's client for OpenAI-compatible
 completions sends requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs
@@ -68,11 +68,11 @@ def server_of(artifact: Input) -> tuple[str, str]:
 def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsLog) -> ServedResult:
     """Evaluates the served model, then the student that it was built from, on the same items.
 
-    Writes the answers to each task to the folder ``samples`` in ``out``.
+    Writes both models' answers to each task to the folder ``samples`` in ``out``.
     """
     artifact, folder = inputs["artifact"], inputs["checkpoint"].artifact
     server, precision = server_of(artifact)
-    # ``allow_unused``: the revisions are usually those of ``evaluate_tasks``, with more tasks.
+    # ``allow_unused``: the revisions are usually those of ``evaluate_tasks``, which has more tasks.
     tasks = harness_tasks.load_tasks(
         cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions, cfg.name, allow_unused=True
     )
@@ -83,8 +83,8 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     length = _max_length(cfg, artifact, folder)
     fix = f"raise stages.{cfg.name}.max_length and the engine's limits, or remove the task"
     harness_tasks.require_room_for_text(tasks, length, fix)
-    # Losses on text are measured here only in llama.cpp. ``build_engine`` has measured those of
-    # OpenVINO. trtllm-serve returns no log-probabilities of a prompt.
+    # Losses on text are measured here only in llama.cpp. ``build_engine`` has measured OpenVINO's.
+    # In TensorRT-LLM they are unknown: trtllm-serve returns no log-probabilities of a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
     served: dict[str, list[Item]] = {}
@@ -104,7 +104,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     progress = partial(log.progress, "requests, student")
     student_lm = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
-    # Part of the key with which the student's answers are cached.
+    # Part of the key of the student's cached answers: the model, its dtype and the maximum length.
     identity = f"{inputs['checkpoint'].manifest.content_hash()} {dtype} {length}"
     answers, _ = answer_tasks(cfg, "student", student_lm, lambda: identity, tasks, log)
     (out / "samples").mkdir()
@@ -135,7 +135,7 @@ def served_lm(
 
     ``folder`` is the student's Hugging Face folder, which has the tokenizer. ``length`` is the
     maximum number of tokens of a prompt together with its answer. ``text_length`` is the number of
-    tokens of a sequence of held-out text.
+    tokens of a sequence of held-out text; 0 if no losses on text are needed.
     """
     server, _ = server_of(artifact)
     if server == "openvino":

@@ -48,7 +48,7 @@ class ProgressLM(LM):
 
 
 class ServedLM(ProgressLM, LocalCompletionsAPI):
-    """Sends requests to a server. Texts become the same tokens as in ``HFLM``, for the student."""
+    """Sends requests to a server. Tokenizes as ``HFLM`` does, which answers for the student."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class ServedLM(ProgressLM, LocalCompletionsAPI):
         """Returns the body of a request that generates text, or else only scores a prompt.
 
         The base class ignores ``do_sample=False`` and some names of the maximum number of new
-        tokens. ``HFLM``, which answers for the student, does not. So this method translates them.
+        tokens. ``HFLM`` accepts these settings, so this method translates them for the base class.
         """
         if generate:
             settings = kwargs["gen_kwargs"] or {}
@@ -91,7 +91,7 @@ class ServedLM(ProgressLM, LocalCompletionsAPI):
 
 
 class EngineLM(ProgressLM, HFLM):
-    """Evaluates an engine in this process."""
+    """Evaluates an engine in this process, and reports progress."""
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
@@ -124,7 +124,7 @@ class LlamaCppLM(ServedLM):
     """
 
     def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields of a request. All earlier tokens are penalized, as in transformers."""
+        """Returns the request's fields, which penalize all earlier tokens, as in transformers."""
         return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
 
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
@@ -150,8 +150,8 @@ class LlamaCppLM(ServedLM):
     def _generate(self, context: Sequence[int], token: int, top: int) -> dict[str, Any] | None:
         """Makes the server generate ``token`` after a context.
 
-        Returns the token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
-        likeliest tokens; ``None`` if the server withholds the token.
+        Returns the token's ``id`` and ``logprob``, and in ``top_logprobs`` the ``id`` and
+        ``logprob`` of the ``top`` likeliest tokens; ``None`` if the server withholds the token.
         """
         request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
         request |= {"logprobs": top, "logit_bias": {str(token): FORCING_BIAS}}
@@ -179,7 +179,7 @@ class LlamaCppLM(ServedLM):
         """Returns each sequence's mean loss, in nats, over the predictions in its mask."""
         losses = []
         for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
-            # Token 0 is not predicted, so the mask's first value is for token 1.
+            # The first token, 0, is not predicted, so the mask's first value is for token 1.
             targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
             log_probabilities = [self.token_score(ids[:n], ids[n])[0] for n in targets]
             losses.append(-sum(log_probabilities) / len(log_probabilities))
@@ -190,7 +190,7 @@ class LlamaCppLM(ServedLM):
 def generation_settings(folder: Path) -> dict[str, Any]:
     """Returns a folder's generation settings that differ from transformers' defaults.
 
-    Without ``generation_config.json``, there are none.
+    Without a file ``generation_config.json``, the dict is empty.
     """
     if not (folder / GENERATION_CONFIG).exists():
         return {}

@@ -39,25 +39,25 @@ def has_llama_server() -> bool:
 def llama_command(file: Path, port: int, context: int, threads: int) -> list[str]:
     """Returns the command that serves a GGUF file, for one request at a time.
 
-    Raises:
-        RecipeError: llama.cpp's server is not installed.
+    Raises ``RecipeError`` if llama.cpp's server is not installed.
     """
     if not has_llama_server():
         raise NO_LLAMA_SERVER
-    command = [LLAMA_SERVER]
-    if shutil.which(LLAMA_SERVER) is None:  # then the package xllamacpp is installed
+    if shutil.which(LLAMA_SERVER):
+        command = [LLAMA_SERVER]
+    else:  # then the package xllamacpp is installed
         command = [sys.executable, "-m", llama_server.__name__]
     command += ["-m", str(file), "--host", HOST, "--port", str(port)]
-    # Tokens of the context, requests at a time, CPU threads.
+    # -c: tokens of the context; -np: requests at a time; -t: CPU threads.
     return [*command, "-c", str(context), "-np", "1", "-t", str(threads)]
 
 
 def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) -> list[str]:
     """Returns the command that serves the engine in a folder with TensorRT-LLM.
 
-    With the backend ``tensorrt_llm``, an engine contains no tokenizer, so the command names the
-    folder ``tokenizer``. With ``tensorrt_llm_pytorch``, the command names the number of ``ranks``,
-    the GPUs that share the engine.
+    An engine of the backend ``tensorrt_llm`` contains no tokenizer, so the command names the folder
+    ``tokenizer``. For ``tensorrt_llm_pytorch``, the command has the number of ``ranks``, that is,
+    of GPUs that share the engine.
     """
     command = ["trtllm-serve", engine]
     if backend == "tensorrt_llm":
@@ -95,7 +95,7 @@ def serving(
     import requests  # slow to import, and plans import this module
 
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
-    # Without this, requests, also those of lm-eval, would go to the proxy in ``http_proxy``.
+    # Otherwise requests to the server, also lm-eval's, would go to the proxy in ``http_proxy``.
     for variable in ("no_proxy", "NO_PROXY"):
         hosts = os.environ.get(variable)
         os.environ[variable] = f"{hosts},{HOST}" if hosts else HOST

@@ -80,8 +80,8 @@ class BuildEngineConfig(StageConfig):
         Only OpenVINO's ``int4`` uses ``group_size``. TensorRT-LLM's ``int4`` (``W4A16``) has
         one scale per output channel.
         """
-        has_groups = self.backend == "openvino" and self.precision == "int4"
-        return self.group_size if has_groups else None
+        uses_groups = self.backend == "openvino" and self.precision == "int4"
+        return self.group_size if uses_groups else None
 
     @property
     def storage(self) -> Storage:
@@ -103,7 +103,7 @@ class QuantizeConfig(StageConfig):
     format: Annotated[str, one_of(*CALIBRATED_FORMATS)] = "fp8"
     """``fp8`` (weights and activations) or ``int4_awq`` (weights)."""
     kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
-    """``fp8`` also calibrates scales of the KV cache."""
+    """With ``fp8``, scales of the KV cache are calibrated, too."""
     seq_length: Count = 256
     """Tokens of a calibration or held-out sequence."""
     num_sequences: Count = 128
@@ -125,8 +125,8 @@ class EvaluateServedConfig(EvaluateTasksConfig):
     """Held-out sequences on which the perplexity of a GGUF file is measured, in llama.cpp. The
     perplexity of an OpenVINO engine is measured by ``build_engine``."""
     max_length: Count = 4096
-    """Maximum tokens of a prompt, for served model and student. A longer prompt loses its first
-    tokens."""
+    """Maximum tokens of a prompt, for the served model and the student. A longer prompt loses its
+    first tokens."""
     threads: Threads | None = field(default=None, metadata={"resource": True})
     """CPU threads of llama.cpp; by default as many as the launcher assigns to a process."""
     start_seconds: Count = field(default=900, metadata={"resource": True})

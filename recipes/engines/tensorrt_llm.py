@@ -61,7 +61,7 @@ LAUNCHER = "TENSORRT_LLM_LAUNCHER"
 """Environment variable with the command that starts TensorRT-LLM's programs, such as mpirun with
 options."""
 LLM_OPTIONS = "llm_options.yaml"
-"""File in the artifact of the PyTorch backend for ``--extra_llm_api_options`` of TensorRT-LLM."""
+"""File in the PyTorch backend's artifact. TensorRT-LLM reads it by ``--extra_llm_api_options``."""
 QUANTIZATION = "hf_quant_config.json"
 """File in which ModelOpt writes how a checkpoint is quantized."""
 
@@ -71,8 +71,8 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields a problem for each shape and setting that the builder or its kernels do not support.
 
-    ``source`` is the config of the stage that made the checkpoint; ``None`` if it is not in this
-    run.
+    ``source`` is the config of the stage that made the checkpoint; ``None`` if that stage is not in
+    this run.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
@@ -199,7 +199,7 @@ def require(backend: str) -> None:
 
 
 def declared_quantization(folder: Path) -> str | None:
-    """Returns a checkpoint's value of ``QUANT_ALGOS``; ``None`` if it is not quantized."""
+    """Returns a checkpoint's algorithm, a value of ``QUANT_ALGOS``; ``None`` if not quantized."""
     file = folder / QUANTIZATION
     return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
 
@@ -212,9 +212,10 @@ def require_quantization(folder: Path, precision: str) -> None:
     algorithm = declared_quantization(folder)
     expected = QUANT_ALGOS[precision] if precision in CALIBRATED_FORMATS else None
     if algorithm != expected:
-        fix = "set inputs.checkpoint to the stage before quantize, or precision to its format"
         if expected:
             fix = f"set inputs.checkpoint to a quantize stage with format={precision}"
+        else:
+            fix = "set inputs.checkpoint to the stage before quantize, or precision to its format"
         raise RecipeError(
             f"precision={precision} needs a checkpoint with quantization {expected or 'none'}, but "
             f"{folder} has {algorithm or 'none'}",
@@ -227,10 +228,10 @@ def build_request(
 ) -> dict[str, Any]:
     """Returns the content of the file from which ``trtllm_build_worker`` builds an engine.
 
-    Each key except ``engine_dir`` maps to the arguments of a class of TensorRT-LLM. The engine is
-    built with the LLM class, which also reads ModelOpt's checkpoints. The conversion scripts in
-    TensorRT-LLM's examples are not in its package. The arguments are the stage's config, the
-    model's Hugging Face folder, the engine's folder, and the model's number of positions.
+    Each key except ``engine_dir`` maps to the arguments of a class of TensorRT-LLM. The class LLM
+    builds the engine, because it also reads ModelOpt's checkpoints, and because TensorRT-LLM's
+    package does not have the conversion scripts of its examples. ``folder`` is the Hugging Face
+    folder, ``out`` the engine's folder, and ``positions`` the model's number of positions.
     """
     max_seq_len = cfg.max_seq_len or positions
     # The settings of ``trtllm-bench build``.
@@ -240,8 +241,8 @@ def build_request(
         quantization["quant_algo"] = QUANT_ALGOS[cfg.precision]
     if cfg.kv_cache_dtype == "fp8":
         quantization["kv_cache_quant_algo"] = "FP8"
-        # FP8 attention would read a bfloat16 cache as FP8. ``trtllm-bench`` sets it in all FP8
-        # engines, because there they always have an FP8 KV cache.
+        # Not set for a bfloat16 cache, because FP8 attention would read the cache as FP8. FP8
+        # engines of ``trtllm-bench`` always have an FP8 cache, so ``trtllm-bench`` always sets it.
         plugins["use_fp8_context_fmha"] = True
     return {
         "engine_dir": str(out),

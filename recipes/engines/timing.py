@@ -29,7 +29,7 @@ class TimedModel:
     path: Path
     """Engine or Hugging Face folder that the backend loads."""
     folder: Path
-    """Hugging Face folder of the model; equal to ``path`` in the baseline, transformers."""
+    """Hugging Face folder of the model. In the baseline, transformers, ``path`` is this folder."""
     architecture: Architecture
     tensor_parallel_size: int = 1
 
@@ -50,7 +50,7 @@ class RequestShape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a batch of requests takes. All requests start and end together."""
+    """Times of a batch of requests, from its start. All requests start and end together."""
 
     first_seconds: float
     """Time to the first new token."""

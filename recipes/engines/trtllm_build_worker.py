@@ -1,8 +1,8 @@
 """Builds one engine with TensorRT-LLM's Python API, inside NVIDIA's image.
 
 ``tensorrt_llm.build`` starts this module as
-``python -m recipes.engines.trtllm_build_worker REQUEST.json``. ``build_request`` returns the
-content of the file. The calls follow TensorRT-LLM's own ``tensorrt_llm/bench/build/build.py``.
+``python -m recipes.engines.trtllm_build_worker REQUEST.json``. ``tensorrt_llm.build_request`` makes
+the file's content. The calls follow TensorRT-LLM's own ``tensorrt_llm/bench/build/build.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(request: dict[str, Any]) -> None:
     build_config = BuildConfig(**request["build_config"])
     for name, value in request["plugin_config"].items():
         setattr(build_config.plugin_config, name, value)
-    # Algorithms of weights and KV cache, by QuantConfig's name of the argument.
+    # Maps an argument of QuantConfig, for weights or KV cache, to its algorithm.
     algorithms = {name: QuantAlgo(value) for name, value in request["quant_config"].items()}
     llm = LLM(**request["llm"], build_config=build_config, quant_config=QuantConfig(**algorithms))
     llm.save(request["engine_dir"])

@@ -55,7 +55,7 @@ class RunRow:
     """A row of the page's table: the distilled model of one run, and the cost of the run."""
 
     number: str
-    """Number that marks the run in plots."""
+    """Label of the run's marks in plots."""
     name: str
     recipe: str
     comparable: bool
@@ -66,7 +66,7 @@ class RunRow:
     best run, and for runs that cannot be compared with it."""
     evaluation: EvaluationResult
     tasks: Mapping[str, float]
-    """Mean score of the tasks that all runs have in common, by role."""
+    """Mean score of the tasks that all runs have in common, by role, such as ``distilled``."""
     disk: int | None
     """Bytes of the exported folder."""
     latency: float | None
@@ -102,13 +102,13 @@ def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
 
 
 def describe_best(rows: Sequence[RunRow]) -> str:
-    """Says which run is best, by which criterion, and which runs are not significantly worse."""
+    """Returns a sentence with the best run, the criterion, and runs not significantly worse."""
     [best] = [row for row in rows if row.is_best]
     not_worse = [row.name for row in rows if _is_not_worse(row)]
     perplexity = best.evaluation.distilled.perplexity
     criterion = f"the lowest loss on the same held-out text, perplexity {perplexity:.2f}"
-    noise = f"; not significantly worse at 95%: {', '.join(not_worse)}" if not_worse else ""
-    return f"best: {best.name}, {criterion}{noise}"
+    ties = f"; not significantly worse at 95%: {', '.join(not_worse)}" if not_worse else ""
+    return f"best: {best.name}, {criterion}{ties}"
 
 
 def _is_not_worse(row: RunRow) -> bool:
@@ -122,8 +122,7 @@ def _is_not_worse(row: RunRow) -> bool:
 def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Returns the template variables of the page that compares the runs.
 
-    Raises:
-        RecipeError: Fewer than two runs were evaluated on the same text.
+    Raises ``RecipeError`` if fewer than two runs were evaluated on the same text.
     """
     text_key = common_text(runs)
     evaluated = [run for run in runs if run.evaluation is not None]
@@ -138,14 +137,15 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     best = min(same_text, key=_loss_order)
     tasks, other_tasks = split_tasks(evaluated)
     # All rows show the latency of one setting: the fastest setting of the first run with latencies.
-    latencies = next(filter(None, (dict(_latencies(run)) for run in same_text)), {})
+    run_latencies = (dict(_latencies(run)) for run in same_text)
+    latencies = next(filter(None, run_latencies), {})
     fastest = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
         _row(str(number), names[run.path], run, best if run in same_text else None, tasks, fastest)
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
-    # The page shows a teacher only if all runs have the same one.
+    # The page shows a teacher only if all runs have the same teacher.
     first, *teachers = [row.evaluation.teacher for row in comparable]
     teacher = first if all(_is_same_teacher(first, other) for other in teachers) else None
     return {
@@ -188,8 +188,8 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
     """Returns each run's name by its path. The name is the last folders of the path.
 
-    All names have the same number of folders: the smallest that makes the names unique. It is at
-    least two if any run's folder is a number, as in a sweep.
+    All names have the same number of folders: the smallest number that makes the names unique, but
+    at least two if any run's folder is a number, as in a sweep.
     """
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
     max_depth = max(len(run.path.parts) for run in runs)
@@ -207,10 +207,10 @@ def _loss_order(run: RunRecord) -> tuple[bool, float]:
 def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
     """Returns the tasks whose scores can be compared, and all other tasks.
 
-    Scores can be compared if every run that measured tasks measured this task in the same way.
+    Scores of a task can be compared if all runs with task results measured it in the same way.
     """
     manifests = filter(None, (run.find("task_results") for run in runs))
-    keys = [_task_keys(manifest) for manifest in manifests]
+    keys = [_task_keys(manifest) for manifest in manifests]  # one dict per run
     names = list(dict.fromkeys(name for run_keys in keys for name in run_keys))
     # A run without the task has the key ``None``.
     common = [name for name in names if len({run_keys.get(name) for run_keys in keys}) == 1]
@@ -237,12 +237,12 @@ def _row(
     run: RunRecord,
     best: RunRecord | None,
     tasks: Sequence[str],
-    latency: LatencySetting | None,
+    setting: LatencySetting | None,
 ) -> RunRow:
     """Returns a run's row.
 
     ``best`` is the best run; ``None`` if ``run`` cannot be compared with it. ``tasks`` are those
-    that all runs have in common. ``latency`` is ``None`` if no run has latencies.
+    that all runs have in common. ``setting`` is that of the row's latency; ``None`` without one.
     """
     results, exported = run.find("task_results"), run.exported
     trainings = (m.result_if("distill", DistillationResult) for m in run.stages.values())
@@ -256,14 +256,14 @@ def _row(
         evaluation=_evaluation(run),
         tasks=results.result(TaskResults).means(tasks) if results else {},
         disk=exported.total_bytes() if exported else None,
-        latency=dict(_latencies(run)).get(latency) if latency else None,
+        latency=dict(_latencies(run)).get(setting) if setting else None,
         tokens=sum(training.tokens for training in trainings if training) or None,
         hours=sum(map(machine_hours, run.stages.values())),
     )
 
 
 def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
-    """Yields the student's decode latency per engine, in ms, at the smallest batch and prompt."""
+    """Yields each engine's smallest batch and prompt, and the student's decode latency in ms."""
     manifest = run.find("speed_results")
     if manifest is None:
         return
@@ -304,10 +304,10 @@ def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dic
 def _teacher_mark(row: RunRow, quality: str) -> list[Mark]:
     """Returns the mark of a run's teacher in a plot of quality against parameters.
 
-    The list is empty if the quality was not measured.
+    The list is empty if the quality was not measured, and for KL: the teacher's KL to itself is 0.
     """
     teacher = row.evaluation.teacher
     value = row.tasks.get("teacher") if quality == "tasks" else teacher.perplexity
-    if quality == "kl" or value is None:  # the teacher's KL to itself is 0
+    if quality == "kl" or value is None:
         return []
     return [Mark("teacher", "teacher", teacher.parameters, value, reference=True)]

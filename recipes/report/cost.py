@@ -52,8 +52,8 @@ def cost_sections(
 ) -> dict[str, object]:
     """Returns the template variables of the sections ``cost`` and ``provenance``.
 
-    ``earlier`` has the manifests of all stages upstream of the report's ``inputs``, by name.
-    ``passes`` is the result of ``model_flops``.
+    ``inputs`` are the report's. ``earlier`` has the manifests of all stages upstream of them, by
+    name. ``passes`` is the result of ``model_flops``.
     """
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
@@ -89,7 +89,7 @@ def distillations(
 ) -> list[tuple[str, Manifest, DistillationResult]]:
     """Returns name, manifest and result of all distillations, in the order in which they started.
 
-    ``stages`` has the manifests of any stages, by name.
+    ``stages`` has manifests by name, also those of other stages.
     """
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
     phases = [(name, manifest, result) for name, manifest, result in results if result]
@@ -128,17 +128,17 @@ def model_flops(
     for name, manifest in earlier.items():
         rows += _earlier_flops(name, manifest, earlier, teacher)
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
-    final = student
+    evaluated = student
     if "sizes" in manifests:  # then the evaluated model is the student with added layers
         rows += _added_layers_flops(manifests["sizes"], teacher)
-        final = _shape(manifests["sizes"]) or student
+        evaluated = _shape(manifests["sizes"]) or student
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
     # The evaluation runs three models. The pruned model has the student's shape.
-    pruned_flops, final_flops, teacher_flops = (
-        tokens * _forward_flops(arch, evaluation) for arch in (student, final, teacher)
+    pruned_flops, student_flops, teacher_flops = (
+        tokens * _forward_flops(arch, evaluation) for arch in (student, evaluated, teacher)
     )
-    return [*rows, ModelFlops("Evaluation", tokens, pruned_flops + final_flops, teacher_flops)]
+    return [*rows, ModelFlops("Evaluation", tokens, pruned_flops + student_flops, teacher_flops)]
 
 
 def _added_layers_flops(manifest: Manifest, teacher: Architecture) -> list[ModelFlops]:
@@ -167,13 +167,13 @@ def _earlier_flops(
         # A pass without some layers costs as much as a full pass over fewer tokens.
         full_pass_tokens = tokens + ABLATED_FRACTION * passes * config["seq_length"]
         flops = full_pass_tokens * _forward_flops(teacher, manifest)
-        return [ModelFlops(name, tokens, 0, flops)]
+        return [ModelFlops(name, tokens, student=0, teacher=flops)]
     if corrected := manifest.result_if("correct_teacher", TrainingResult):
         flops = TRAINING_FACTOR * corrected.tokens * _forward_flops(teacher, manifest)
-        return [ModelFlops(name, corrected.tokens, 0, flops)]
+        return [ModelFlops(name, corrected.tokens, student=0, teacher=flops)]
     if cached := manifest.result_if("cache_logits", CacheResult):
         flops = cached.tokens * _forward_flops(teacher, manifest)
-        return [ModelFlops(name, cached.tokens, 0, flops)]
+        return [ModelFlops(name, cached.tokens, student=0, teacher=flops)]
     healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
     if healed and student:
         tokens = healed.calibration_tokens
@@ -191,7 +191,8 @@ def _distillation_flops(
 ) -> list[ModelFlops]:
     """Returns the FLOPs of a distillation; an empty list for other stages.
 
-    ``earlier`` shows whether the teacher was live. A cache of its logits has its own FLOPs.
+    With a cache of the teacher's logits, the stage in ``earlier`` that wrote the cache has the
+    teacher's FLOPs.
     """
     training, student = distilled.result_if("distill", DistillationResult), _shape(distilled)
     if training is None or student is None:

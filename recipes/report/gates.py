@@ -1,7 +1,7 @@
 """Gates: requirements on measured values of a run, such as ``recovered.sciq >= 0.95``.
 
-A gate is parsed as NAME OP NUMBER, and never executed as code. Its name is one of the metrics
-below. A metric of a benchmark has the benchmark's name after a dot.
+A gate is parsed as NAME OP NUMBER, and never executed as code. NAME is one of the metrics below. A
+metric of a benchmark has the benchmark's name after a dot.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-# NAME may have one dot, before a benchmark's name. NUMBER may have a sign and an exponent.
 _GATE = re.compile(
-    r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"
-    r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+    r"\s*(?P<name>[A-Za-z_]\w*(?:\.[\w-]+)?)\s*(?P<operator>>=|<=|>|<)\s*"  # "recovered.sciq >= "
+    r"(?P<threshold>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"  # "0.95", ".5" or "-1.5e-3"
 )
 TEXT_METRICS: dict[str, Callable[[EvaluationResult], float | None]] = {
     "recovered": lambda e: e.recovered,
@@ -72,7 +71,7 @@ minimum in the baseline, transformers."""
 
 @dataclass(frozen=True)
 class Gate:
-    """A measured value's name and required range."""
+    """A metric, and the range in which its measured value must be."""
 
     name: str
     """Name of a metric, such as ``perplexity``, ``recovered.sciq`` or ``speedup.decode``."""
@@ -86,7 +85,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate with the measured value, which is ``None`` if the value is undefined or unknown."""
+    """A gate and the measured value; ``None`` if the value is undefined or was not measured."""
 
     gate: Gate
     measured: float | None
@@ -99,11 +98,11 @@ class Verdict:
 
     @property
     def measured_text(self) -> str | None:
-        """The value, with enough digits to show on which side of the threshold it is."""
+        """The value, with enough digits to show on which side of the threshold the value is."""
         if self.measured is None:
             return None
         texts = (f"{self.measured:.{digits}g}" for digits in range(4, 18))
-        # The last text always has this verdict, because 17 digits identify every float.
+        # The shortest text with the same verdict. 17 digits identify every float, so one exists.
         return next(t for t in texts if replace(self, measured=float(t)).passed == self.passed)
 
     def __str__(self) -> str:
@@ -120,8 +119,7 @@ class Verdict:
 def parse_gate(text: str) -> Gate:
     """Parses a gate of the form ``NAME OP NUMBER``. Does not check that the metric exists.
 
-    Raises:
-        RecipeError: The text does not have this form.
+    Raises ``RecipeError`` if the text does not have this form.
     """
     match = _GATE.fullmatch(text)
     if not match:
@@ -135,7 +133,7 @@ def parse_gate(text: str) -> Gate:
 def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
     """Returns the names of all metrics that stages measure, as in gates.
 
-    Each stage is given by its settings and the type of its artifact, such as ``eval_results``.
+    ``stages`` has each stage's settings, and the type of its artifact, such as ``eval_results``.
     """
     names: list[str] = []
     for config, kind in stages:
@@ -181,7 +179,7 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
     """
     if manifest.kind == "eval_results":
         evaluation = manifest.result(EvaluationResult)
-        yield from ((name, metric(evaluation)) for name, metric in TEXT_METRICS.items())
+        yield from ((name, read(evaluation)) for name, read in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
             yield from ((f"{name}.{task}", read(scores)) for name, read in TASK_METRICS.items())

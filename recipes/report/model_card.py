@@ -40,14 +40,14 @@ def write_card(
         folder: The exported Hugging Face folder, with the teacher's card.
         teacher: Path, hub id or address of the teacher.
         recipe: Name of the recipe.
-        stages: The inputs of ``export_hf``. All but ``checkpoint`` and ``evaluation`` are optional,
-            and add lines to the card.
+        stages: The inputs of ``export_hf``. Only ``checkpoint`` and ``evaluation`` are required;
+            the others add lines to the card.
         earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
     inputs = {name: item.manifest for name, item in stages.items()}
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     shape = Architecture(**model.architecture) if model.architecture else None
-    # The last part of a path or address, without the options after ``#``.
+    # The last part of the teacher's path or address, without the options after ``#``.
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name = plain(f"{teacher_name}-{recipe}")
     manifests = [*earlier.values(), *inputs.values()]
@@ -71,7 +71,7 @@ def write_card(
         "recipe": recipe,
         "licence": model_licence(folder),
         "model": model,
-        # Manifests whose architectures the card shows, by label.
+        # Manifests whose architectures the card shows, by label. The teacher's may be missing.
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "needs_transformers_4": shape is not None and is_refused_by_transformers_5(shape),
         "experts": shape.num_moe_experts if shape else 0,
@@ -94,15 +94,15 @@ def write_card(
 
 
 def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
-    """Returns whether the text of the evaluation shares no document with any training text.
+    """Returns whether no document of the evaluation's text is in any training text.
 
     ``manifests`` are those of all stages that made the model.
     """
     datasets_used = [manifest for manifest in manifests if manifest.stage == "prepare_data"]
     evaluated = evaluation.inputs.get("data")
-    # A dataset's own splits share no document. A dataset with the input ``held_out`` shares no
-    # document with the held-out split of that input. Text of ``data.prefix``, which has a
-    # ``sample``, was not compared with held-out text.
+    # A dataset's splits share no document with each other. A dataset with the input ``held_out``
+    # shares no document with the held-out split of that input. A result with a ``sample`` is text
+    # of ``data.prefix``, which was not compared with held-out text.
     return bool(datasets_used) and all(
         evaluated in (dataset.fingerprint, dataset.inputs.get("held_out"))
         and not dataset.result(DatasetResult).sample
@@ -111,7 +111,7 @@ def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
 
 
 def _origin(manifests: Sequence[Manifest]) -> str:
-    """Describes how the stages made a model: "pruned, then distilled with NeMo from ..."."""
+    """Describes how stages made a model, as in "pruned, then adjusted by least squares"."""
     by_stage = {manifest.stage: manifest for manifest in manifests}
     steps = []
     if pruned := by_stage.get("prune"):
@@ -131,7 +131,7 @@ def _origin(manifests: Sequence[Manifest]) -> str:
 
 
 def _pruning_criteria(pruned: Manifest, teacher: Manifest) -> Iterator[str]:
-    """Yields how ``prune`` chose layers, if it removed any, and the same for widths."""
+    """Yields how ``prune`` chose the removed layers, if any, and the removed widths, if any."""
     shape = pruned.architecture or {}
     teacher_shape = teacher.architecture or shape
     changed = {axis for axis, size in teacher_shape.items() if size != shape[axis]}
@@ -163,27 +163,28 @@ def _added_layers(model: Manifest) -> list[int]:
 def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
     """Returns the teacher's layers that the model does not have, counted from 1.
 
-    The list is empty if the layers of the model or the teacher are not known.
+    The list is empty if the model's layers or the teacher's number of layers are not known.
     """
     kept_layers = inputs["checkpoint"].result(KeptLayers).kept_layers
-    shape = inputs["teacher"].architecture if "teacher" in inputs else None
-    if kept_layers is None or shape is None:
+    teacher_shape = inputs["teacher"].architecture if "teacher" in inputs else None
+    if kept_layers is None or teacher_shape is None:
         return []
-    return [layer for layer in range(1, shape["num_layers"] + 1) if layer not in kept_layers]
+    teacher_layers = range(1, teacher_shape["num_layers"] + 1)
+    return [layer for layer in teacher_layers if layer not in kept_layers]
 
 
 def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
     """Returns the name, licence and note of each text source, without duplicates.
 
-    The card is public, so the name of a local file does not have its folder.
+    The card is public, so the name of a local file does not include the file's folder.
     """
     sources: dict[tuple[str, str, str], None] = {}  # an ordered set
     for text in texts:
         for entry in text.sources:
             path = parse_source(entry).path
             name = path if "://" in path else Path(path).name
-            # Like ``plain``, but keeps the brackets of file patterns. A space between "]" and "("
-            # prevents that Markdown reads them as a link.
+            # Replaces Markdown syntax by spaces, as ``plain`` does, but not the brackets of file
+            # patterns. Inserts a space into "](", because Markdown would make a link of it.
             name = re.sub(r"[`<>|\s]+|(?<=\])(?=\()", " ", name)
             sources[name, text.licence(entry), NOT_COMPARED if text.sample else ""] = None
     return list(sources)
@@ -193,8 +194,8 @@ def _licence_fields(folder: Path, restricted: Iterable[str]) -> dict[str, Any]:
     """Returns the header's fields on the licence.
 
     The fields are those of the teacher's card, which is in ``folder``. ``license_name`` also names
-    the licences of the training text that forbid commercial use, which are ``restricted``. If the
-    student is later used as a teacher, the plan of that run reads the restriction from this field.
+    the ``restricted`` licences: those of training text that forbid commercial use. If the student
+    is later used as a teacher, the plan of that run reads the restriction from ``license_name``.
     """
     keys = ("license", "license_name", "license_link")
     fields: dict[str, Any] = {}
@@ -222,10 +223,10 @@ def _one_line(text: str) -> str:
 def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterator[EvalResult]:
     """Yields the student's results for ``model-index``, the hub's list of results in a card.
 
-    Each source of held-out text becomes a dataset of the hub. ``tasks`` is ``None`` if no
-    benchmarks were run.
+    Each source of held-out text is listed as a dataset. ``tasks`` is the manifest of
+    ``evaluate_tasks``; ``None`` if no benchmarks were run.
     """
-    result = partial(EvalResult, task_type="text-generation")
+    make_result = partial(EvalResult, task_type="text-generation")
     qualities = {name: source.distilled for name, source in evaluation.sources.items()}
     for name, quality in (qualities or {"held-out text": evaluation.distilled}).items():
         source = _one_line(name)
@@ -233,8 +234,8 @@ def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterat
         # ``dataset_name`` differs. So each source needs its own ``dataset_config``.
         dataset = {"dataset_type": "text", "dataset_name": source, "dataset_config": source}
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
-        yield result(**dataset, metric_type="perplexity", metric_value=perplexity)
-        yield result(**dataset, metric_type="kl_to_teacher", metric_value=kl)
+        yield make_result(**dataset, metric_type="perplexity", metric_value=perplexity)
+        yield make_result(**dataset, metric_type="kl_to_teacher", metric_value=kl)
     if tasks is None:
         return
     limit = tasks.config.get("limit")
@@ -246,4 +247,4 @@ def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterat
             "dataset_split": task.split,
             "dataset_args": {"num_fewshot": task.num_fewshot, "limit": limit},
         }
-        yield result(**benchmark, metric_type=_one_line(task.metric), metric_value=score)
+        yield make_result(**benchmark, metric_type=_one_line(task.metric), metric_value=score)

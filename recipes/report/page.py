@@ -1,7 +1,7 @@
 """Renders a run's report from manifests and logged metrics.
 
-Every number comes from a manifest, or from a file whose hash is in a manifest. Only the training
-curves come from the metrics log, which has no hash. The page shows rounded numbers. The tooltip of
+Training curves come from the metrics log, which has no hash. All other numbers come from a
+manifest, or from a file whose hash is in a manifest. The page shows rounded numbers. The tooltip of
 a number has its exact value.
 """
 
@@ -72,7 +72,7 @@ LOSS_TERMS = {
     "loss": ("total", "total"),
 }
 """Label and CSS class of each term of the training loss, by its name in the log. The class sets
-only the line's color, even if it is named after a model."""
+only the line's color, although classes are named after models."""
 CURVES = {
     "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
@@ -114,13 +114,14 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
-    final = manifests.get("sizes", manifests["distilled"])  # with added layers, if there are any
+    # The student after ``add_layers``, if this stage ran, else after the distillation.
+    final = manifests.get("sizes", manifests["distilled"])
     teacher_size, student_size = manifests["teacher"].parameters, final.parameters
     distilled = inputs["distilled"]
-    # The stage that made the student before the first distillation, such as ``prune`` or ``heal``.
     first_phase = (phases_of(distilled.manifest, earlier.values()) or [distilled.manifest])[0]
+    # The stage that made the student before the first distillation, such as ``prune`` or ``heal``.
     fingerprint = first_phase.inputs.get("student")
-    student = next((m for m in earlier.values() if m.fingerprint == fingerprint), None)
+    initial_student = next((m for m in earlier.values() if m.fingerprint == fingerprint), None)
     phases = distillations({**earlier, distilled.directory.name: distilled.manifest})
     texts = datasets([*earlier.values(), manifests["data"]])
     losses = {
@@ -147,7 +148,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "generations": _generations(inputs["evaluation"]),
         "distillation": _training_plots(distilled),
         "phases": phases if len(phases) > 1 else [],
-        "healed": student.result_if("heal", HealResult) if student else None,
+        "healed": initial_student.result_if("heal", HealResult) if initial_student else None,
         **(_layers(pruned) if pruned else {}),
         "serve": list(run_servers(inputs)),
         "settings": distilled.manifest.config,
@@ -197,7 +198,7 @@ def _loss_terms(steps: list[Record]) -> Iterator[Series]:
 
     Leaves out a curve that equals an earlier one, as the total does if the loss has one term.
     """
-    previous: list[list[Point]] = []
+    previous: list[list[Point]] = []  # points of the curves so far
     for key, (label, style) in LOSS_TERMS.items():
         points = _points(steps, key)
         if any(y for _, y in points) and points not in previous:
@@ -206,7 +207,7 @@ def _loss_terms(steps: list[Record]) -> Iterator[Series]:
 
 
 def _points(records: list[Record], key: str) -> list[Point]:
-    """Returns pairs of the number of completed steps and a value, for records with the value."""
+    """Returns the completed steps and the value ``key`` of each record that has this value."""
     with_value = (record for record in records if record.get(key) is not None)
     return [(float(record["done"]), float(record[key])) for record in with_value]
 

@@ -85,7 +85,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from ``low`` to ``high``; these are log10 of the ends if ``logarithmic`` is set."""
+    """A scale from ``low`` to ``high``; if ``logarithmic``, both are log10 of the values there."""
 
     low: float
     high: float
@@ -100,7 +100,7 @@ class Axis:
         """Returns about ``count`` round values within the axis."""
         if self.logarithmic:
             values = self._decade_ticks()
-            # If there are fewer than two, the ticks are evenly spaced values, as on a linear axis.
+            # With fewer than two values, the ticks are evenly spaced, as on a linear axis.
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
         exact_step = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(exact_step))
@@ -131,7 +131,7 @@ def axis_over(
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    # Equal values have no range. Their size gives the margin then, as an axis needs a length.
+    # An axis needs a length, but equal values have no range. Then their size sets the margin.
     margin = (high - low) * pad or abs(high) * pad or 1.0
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
@@ -196,7 +196,7 @@ def line_plot(
     zero: bool = False,
     x_dimension: Dimension = STEPS,
 ) -> Markup:
-    """Draws lines, ``height`` pixels high. If ``zero`` is set, the y axis includes zero."""
+    """Draws lines in a plot of ``height`` pixels. If ``zero`` is set, the y axis includes zero."""
     x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
     elements = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
@@ -220,7 +220,7 @@ def line_plot(
 
 
 def _moving_mean(points: Sequence[Point]) -> list[Point]:
-    """Returns the centred moving mean; the window is shorter at both ends, so no point is lost."""
+    """Returns the centred moving mean of all points. The window is shorter at both ends."""
     reach = max(1, len(points) // SMOOTHING // 2)  # half of the window
     sums = [0.0, *accumulate(y for _, y in points)]  # at index i: the sum of the first i values
     means = []
@@ -243,15 +243,15 @@ def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Ma
 
 
 def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int]) -> Markup:
-    """Draws the score of each layer, numbered from 1, as a bar; hollow bars are not ``kept``."""
+    """Draws a bar with the score of each layer, numbered from 1; hollow if not in ``kept``."""
     skewed = is_skewed(scores.values())
     bar_bottom = min(scores.values()) / 2 if skewed else 0.0
     y_axis = axis_over([bar_bottom, *scores.values()], logarithmic=skewed)
-    # Without a margin below the bars.
+    # Removes the margin below the bars.
     y_axis = replace(y_axis, low=math.log10(bar_bottom) if skewed else 0.0)
     last_layer = max(scores)
     slot = 100 / last_layer  # width of a bar and its free space, in percent of the plot
-    # Layer 1 and the multiples of ``label_step``, of which there are at most 12, have a label.
+    # Layer 1 and multiples of ``label_step`` have a label. There are at most 12 such multiples.
     label_step = next(n for n in (1, 2, 5, 10, 20, last_layer) if last_layer / n <= 12)
     elements = [y_grid(y_axis)]
     for layer, score in sorted(scores.items()):
@@ -280,8 +280,8 @@ def interval_plot(
 ) -> Markup:
     """Draws a row per metric or model, each with one or more values and their 95% intervals.
 
-    ``rows`` maps a row's label to tuples of a model's CSS class, its value, and half the width of
-    the value's interval, or ``None`` without an interval. ``text_of`` formats a value.
+    ``rows`` maps a row's label to tuples of a model's CSS class, the model's value, and half the
+    width of the value's interval, ``None`` without an interval. ``text_of`` formats a value.
     """
     rows = {
         label: [

@@ -20,7 +20,8 @@ UNCOMPARED_SETTINGS = ("stage", "inputs", "resources", "title", "description", "
 """Settings that only name a stage or say where it runs. Comparisons of runs leave them out."""
 
 TextKey = tuple[str, object, int, int | None, str]
-"""Hash of the held-out text, sequence length, sequence count, prediction count, and precision."""
+"""Hash of the held-out text, sequence length, sequence count, prediction count, and precision of an
+evaluation, in this order."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunRecord:
     losses: tuple[float, ...] = field(default=(), repr=False)
     """The distilled model's loss on each held-out sequence, in nats; empty if not measured."""
     input_datasets: tuple[Manifest, ...] = field(default=(), repr=False)
-    """Data sets of other runs that the evaluations read."""
+    """Manifests of data sets of other runs that the evaluations read."""
 
     def find(self, kind: str) -> Manifest | None:
         """Returns the manifest of the first stage with this ``Manifest.kind``, if there is one."""
@@ -65,10 +66,10 @@ class RunRecord:
         data_hash = evaluation.input_content.get("data", "")  # of all files of the data set
         datasets = (m for m in self.stages.values() if m.kind == "dataset")
         evaluated = (m for m in (*datasets, *self.input_datasets) if m.content_hash() == data_hash)
-        files = next((data.files for data in evaluated), {})
-        # Runs with other training text can be compared, so the key has only hashes of the held-out
-        # files. If the data set is missing, for example because it was computed again, the key has
-        # ``data_hash`` instead.
+        files = next((dataset.files for dataset in evaluated), {})
+        # The key has only hashes of the held-out files, so that runs with different training text
+        # can be compared. If the data set is missing, for example because it was computed again,
+        # the key has ``data_hash`` instead.
         heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
             " ".join(heldout) or data_hash,
@@ -82,8 +83,7 @@ class RunRecord:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Returns the run directories among and below the paths, in order, without duplicates.
 
-    Raises:
-        RecipeError: A path is not a directory, or contains no run.
+    Raises ``RecipeError`` if a path is not a directory, or contains no run.
     """
     run_dirs: dict[Path, None] = {}
     for path in paths:
@@ -108,7 +108,7 @@ def runs_below(path: Path) -> list[Path]:
 
     def sort_key(run: Path) -> list[tuple[int, str]]:
         names = run.relative_to(path).parts
-        return [(int(name) if name.isdigit() else -1, name) for name in names]
+        return [(int(name) if name.isdigit() else -1, name) for name in names]  # -1: before numbers
 
     return sorted(runs, key=sort_key)
 
@@ -116,11 +116,8 @@ def runs_below(path: Path) -> list[Path]:
 def read_run(path: Path) -> RunRecord:
     """Reads the results of a run.
 
-    A stage whose settings were changed after it ran counts as incomplete, because its result does
-    not belong to the last plan.
-
-    Raises:
-        RecipeError: A manifest is damaged.
+    A stage counts as incomplete if its settings were changed after it ran, because its result does
+    not belong to the last plan. Raises ``RecipeError`` if a manifest is damaged.
     """
     plan = read_last_plan(path)
     states = stage_states(path)
@@ -130,21 +127,21 @@ def read_run(path: Path) -> RunRecord:
         if state.result is not None and state.status is Status.COMPLETE
     }
     incomplete = tuple(name for name in states if name not in stages)
-    evaluations = [path / name for name, m in stages.items() if m.kind == "eval_results"]
-    files = (folder / ARTIFACT / "results.json" for folder in evaluations)
+    evaluation_dirs = [path / name for name, m in stages.items() if m.kind == "eval_results"]
+    files = (folder / ARTIFACT / "results.json" for folder in evaluation_dirs)
     results = next((read_json(file) for file in files if file.is_file()), {})
     losses = tuple(map(float, results.get("sequence_losses", {}).get("distilled", ())))
-    inputs = (read_request(folder).inputs.get("data") for folder in evaluations)
-    data_folders = (data.directory for data in inputs if data is not None)
+    data_inputs = (read_request(folder).inputs.get("data") for folder in evaluation_dirs)
+    data_folders = (data.directory for data in data_inputs if data is not None)
     manifests = (read_manifest(folder) for folder in data_folders if folder.parent != path)
     input_datasets = tuple(manifest for manifest in manifests if manifest is not None)
     return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses, input_datasets)
 
 
 def common_text(runs: Sequence[RunRecord]) -> TextKey | None:
-    """Returns the key of the text that most runs were evaluated on; ``None`` if none were.
+    """Returns the key of the text that most runs were evaluated on, the first of equal frequency.
 
-    Of equally frequent texts, it is the first.
+    Returns ``None`` if no run was evaluated.
     """
     texts = Counter(run.text_key() for run in runs if run.evaluation is not None)
     return texts.most_common(1)[0][0] if texts else None
@@ -165,7 +162,7 @@ def paired_difference(
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
-    """Returns the names of settings that differ, each with its value in every run.
+    """Returns the names of settings that differ between runs, each with its value in every run.
 
     The value is ``None`` for a run without the setting.
     """

@@ -22,6 +22,7 @@ from recipes.report.plots import Dimension, Mark, Series, interval_plot, line_pl
 from recipes.report.upstream import phases_of
 from recipes.search.results import LatencyResult, SearchResult
 
+# A tick of 150.0 M is shown as 150 M.
 PARAMETERS = Dimension("parameters", lambda v: with_prefix(v, "KMBT").replace(".0 ", " "))
 TOKENS = Dimension("tokens", lambda v: with_prefix(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: with_prefix(v, "kMGTP", "B").replace(".0 ", " "))
@@ -32,8 +33,8 @@ ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=T
 EVALUATION_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Maps a model's role in the measurement of speed to its role in the evaluation."""
 MAX_LABELS = 8
-"""If a search has more candidates, its plot labels only the chosen one and the Pareto front,
-because labels would overlap."""
+"""If a search has more candidates, its plot labels only the chosen candidate and those on the
+Pareto front, because more labels would overlap."""
 
 
 def sections(
@@ -44,7 +45,7 @@ def sections(
     ``manifests`` are those of the report's inputs, and ``earlier`` those of all stages upstream of
     them, by name.
     """
-    # Templates use these results as they are.
+    # Inputs whose results the templates use as they are.
     result_types = {"plan": PlanResult, "served": ServedResult}
     content: dict[str, object] = {
         name: manifests[name].result(result_type)
@@ -108,8 +109,9 @@ def task_curves(
     for number, (name, task) in enumerate(results.tasks.items()):
         if not task.steps:
             continue
+        # By training tokens.
         scores = {start + step * step_tokens: score for step, score in task.steps.items()}
-        scores = {0: task.pruned, **scores, total: task.distilled}  # by training tokens
+        scores = {0: task.pruned, **scores, total: task.distilled}
         student = [(tokens, score.value) for tokens, score in scores.items()]
         teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(total))]
         lines = [
@@ -120,7 +122,7 @@ def task_curves(
 
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
-    """Returns the measurements, the scale of the bars, and the best speed-up in decoding."""
+    """Returns the measurements, the bars' scale, and the row of the best speed-up in decoding."""
     bar_lengths = [1.0]  # each bar has a mark at a speed-up of 1
     for speedup in results.speedups:
         bar_lengths += [speedup.prefill, speedup.prefill_roofline or 0]
@@ -138,9 +140,9 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     ``earlier`` has the manifests of all stages upstream of the report's inputs.
     """
     candidates = search.candidates
-    # Perplexities are comparable only after the same training. So only candidates with the most
-    # training can be on the Pareto front; if none was trained, only reconstructed ones, if any.
-    # Training starts without reconstruction, so ``healed`` says nothing after training.
+    # Perplexities are comparable only between equal states: training tokens, and reconstruction if
+    # there was no training. Training does not start from the reconstructed weights, so ``healed``
+    # is ignored after it. Only candidates in the largest state can be on the Pareto front.
     states = [(c.tokens, c.healed and not c.tokens) for c in candidates]
     marks = []
     for candidate, state in zip(candidates, states, strict=True):
@@ -154,7 +156,10 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
             reference=state != max(states),
         )
         marks.append(mark)
-    axes = [axis.name for axis in fields(Architecture)]
+    sizes_by_axis = {
+        axis.name: {getattr(candidate.shape, axis.name) for candidate in candidates}
+        for axis in fields(Architecture)
+    }
     latency_models = (
         manifest.result(LatencyResult)
         for manifest in earlier.values()
@@ -162,7 +167,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     )
     return {
         "search": search,
-        "search_axes": [a for a in axes if len({getattr(c.shape, a) for c in candidates}) > 1],
+        "search_axes": [axis for axis, sizes in sizes_by_axis.items() if len(sizes) > 1],
         "search_plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
         "latency": next(latency_models, None),
     }
@@ -208,7 +213,7 @@ def trade_offs(
 ) -> Iterator[tuple[str, str, Markup]]:
     """Yields title, note and plot of perplexity against parameters, disk size and latency.
 
-    Of the engines' measurements, ``rows``, plots show those of the smallest batch and prompt.
+    ``rows`` are the measurements of speed. Plots show those of the smallest batch and prompt.
     """
     quality = evaluation.models()
     sized = [quality_mark(role, role, evaluation, q.parameters) for role, q in quality.items()]
@@ -238,8 +243,8 @@ def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
 
 
 def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
-    """Returns the smallest batch size and its shortest prompt, which show latency best.
+    """Returns the smallest batch size, and the length of the shortest prompt with this batch size.
 
-    Returns ``None`` if nothing was measured.
+    This setting shows latency best. Returns ``None`` if nothing was measured.
     """
     return min((row.setting for row in rows), default=None)

@@ -19,7 +19,8 @@ GENAI_CODE = (
     'print(g.LLMPipeline({engine}, "CPU"{properties}).generate("Hello", max_new_tokens=64))'
 )
 OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
-"""Optimum does not detect the task. Without a weight format it quantises large models to 8 bits."""
+"""Both are needed: Optimum does not detect the task, and writes large models in 8 bits by default.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ServerCommand:
 def folder_servers(folder: str, shape: Architecture | None) -> Iterator[ServerCommand]:
     """Yields commands of servers that load a Hugging Face folder directly.
 
-    ``shape`` is ``None`` if it is unknown. Then vLLM is assumed to support the model.
+    ``shape`` is ``None`` if the model's shape is unknown. Then vLLM is assumed to support it.
     """
     if shape is None or _is_loaded_by_vllm(shape):
         yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
@@ -43,7 +44,7 @@ def folder_servers(folder: str, shape: Architecture | None) -> Iterator[ServerCo
 
 
 def _is_loaded_by_vllm(shape: Architecture) -> bool:
-    """Whether vLLM supports the shape. For Qwen2 it requires a head size of hidden size / heads."""
+    """Whether vLLM supports the shape. For Qwen2, heads * head size must be the hidden size."""
     query_width = shape.num_attention_heads * shape.kv_channels
     return shape.hf_architecture != "Qwen2ForCausalLM" or query_width == shape.hidden_size
 
@@ -54,8 +55,8 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
     export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
     yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
-    # llama.cpp's converter writes the usual architecture of a family. Some width-pruned shapes need
-    # another one, see ``architecture_name``. For them there is no command.
+    # llama.cpp's converter always writes a family's usual architecture. Some width-pruned shapes
+    # need another architecture, so there is no command for them. Other families are not checked.
     usual_name = ARCHITECTURES.get(shape.hf_architecture)  # ``None`` for other families
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
@@ -66,7 +67,7 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
 def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
     """Yields commands for the inputs of a report, to be run in the run's directory.
 
-    Paths of inputs from other runs are absolute; all others are relative to the run's directory.
+    Paths of inputs from other runs are absolute; other paths are relative to the run's directory.
     """
     exported = inputs["exported"]
     run_dir = exported.directory.parent

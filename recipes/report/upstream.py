@@ -19,20 +19,17 @@ from recipes.distillation.results import DistillationResult
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
     """Returns the manifests of all stages that the inputs depend on, without the inputs themselves.
 
-    Each stage recorded the fingerprints of its inputs. A result that was computed again with other
-    settings has another fingerprint, and is left out.
-
-    Returns:
-        Manifests by stage name. If the name is taken by an input or by another stage, the key is
-        the name and the start of the fingerprint.
+    Each stage recorded the fingerprints of its inputs. If an input was computed again with other
+    settings, its new result has another fingerprint, and is left out. The keys are stage names,
+    with the start of the fingerprint if an input or another stage has the same name.
     """
     runs = _run_directories(item.directory.parent for item in inputs.values())
     folders = [path for run in runs for path in sorted(run.iterdir()) if path.is_dir()]
-    manifests = ((path.name, read_manifest(path)) for path in folders)  # None if not complete
+    manifests = ((path.name, read_manifest(path)) for path in folders)  # ``None``: not complete
     by_fingerprint = {m.fingerprint: (name, m) for name, m in manifests if m is not None}
     input_names = {item.directory.name for item in inputs.values()}
-    # Fingerprints of stages.
     visited = {item.manifest.fingerprint for item in inputs.values()}
+    # Fingerprints of stages that the inputs take inputs from.
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
     while queue:
@@ -47,7 +44,7 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
 
 
 def _run_directories(runs: Iterable[Path]) -> list[Path]:
-    """Returns the runs, and all runs that their stages take inputs from, directly or indirectly."""
+    """Returns the runs, and all runs from which they take inputs, directly or indirectly."""
     queue, visited = list(runs), list[Path]()
     while queue:
         run = queue.pop().resolve()
@@ -63,7 +60,8 @@ def _run_directories(runs: Iterable[Path]) -> list[Path]:
 def phases_of(model: Manifest, earlier: Iterable[Manifest]) -> list[Manifest]:
     """Returns the distillations that made a model one after the other, from first to last.
 
-    The list is empty if no distillation made the model. ``earlier`` are the stages upstream of it.
+    The list is empty if no distillation made the model. ``earlier`` are all stages upstream of the
+    model.
     """
     by_fingerprint = {manifest.fingerprint: manifest for manifest in earlier}
     phases: list[Manifest] = []
