@@ -155,7 +155,7 @@ class ChatTokenizer:
     def _tagged_tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Returns ids and loss mask by the template's tags; ``None`` if a blank answer is not found."""
+        """Reads the loss mask from the template's tags; ``None`` if a blank answer is not found."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         output = render(self._tokenizer, messages, **options)
         ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]

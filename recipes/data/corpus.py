@@ -44,20 +44,19 @@ LIMITED_STRETCHES = 8
 """Approximate minimum number of stretches that are read if a limit truncates the source. A single
 truncated stretch might lack training text, which is last in each stretch."""
 _JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
-"""Is inserted into the fix of an error about a ``.json`` file."""
+"""Part of the fix in errors about ``.json`` files."""
 LEFT_OUT = "left out"
 """If a record is no usable conversation, its text is the JSON ``{LEFT_OUT: reason}``."""
 NOT_A_CONVERSATION, HAS_TOOLS = "not a conversation", "has tools"
 """Reasons to leave a record out. They name the counts in reports."""
 TextOf = Callable[[Any, str], str]
-"""Returns the text of a record (first argument). The second is its location, for error messages."""
+"""Function that returns the text of a record. Arguments: record, and its location for errors."""
 _HUB_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors of ``datasets``: of the network, of access, of names and of damaged files."""
 _HUB_FIX = "correct the split or config of the source, or check the network and HF_TOKEN"
-_UNREADABLE_FILE_ERRORS = (
-    *(OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError),
-    *(zipfile.BadZipFile, RuntimeError),  # of a wheel that is damaged, encrypted or too new
-)
+_FORMAT_ERRORS = (EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError)
+_WHEEL_ERRORS = (zipfile.BadZipFile, RuntimeError)  # the wheel is damaged, encrypted or too new
+_UNREADABLE_FILE_ERRORS = (OSError, *_FORMAT_ERRORS, *_WHEEL_ERRORS)
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,8 @@ class _FileReader:
                 if self._records_read <= self._records_to_skip:
                     continue
                 text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
-                # JSON may contain half of a surrogate pair, which tokenizers refuse: write "?".
-                if text := text.encode("utf-8", "replace").decode():
+                # JSON may contain half of a surrogate pair, which tokenizers refuse.
+                if text := text.encode("utf-8", "replace").decode():  # writes "?" instead
                     yield Document(text, self._position_in_stretch(record.offset))
             self._records_to_skip = 0
             self._bytes_before += file.size

@@ -190,7 +190,7 @@ def text_of_fields(fields: str, record: object) -> str | None:
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
     values = [value for name in fields.split(",") for value in _values(name, record)]
-    texts: list[Any] = [_text(value) for value in values if value is not None]
+    texts: list[Any] = [_text(value) for value in values if value is not None]  # None: not text
     return "\n".join(texts) if values and None not in texts else None
 
 
@@ -232,7 +232,7 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     flat_messages = list(chain.from_iterable(lists))
     if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat_messages):
         return _messages_of_dialogue(flat_messages)
-    has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # a string may be JSON
+    has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # "[]" is JSON without tools
     has_tool_calls = any(isinstance(m, dict) and m.get("tool_calls") for m in messages)
     if has_tools or has_tool_calls:
         raise HasToolsError("it has tools or tool calls, which are not supported; leave it out")

@@ -310,7 +310,7 @@ def source_documents(entry: str) -> int | None:
 
 
 def source_bytes(entry: str) -> int | None:
-    """Returns the bytes of a source's files; ``None`` if they are compressed or not here."""
+    """Returns the bytes of a source's files; ``None`` if they are compressed or not local."""
     source = parse_source(entry)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None

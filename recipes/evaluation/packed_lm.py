@@ -37,7 +37,7 @@ from recipes.evaluation.settings import GENERATION_BATCH
 
 
 def leave_length_to_tasks(settings: GenerationConfig) -> None:
-    """Resets a model's generation settings, in place, that conflict with tasks or ``HFLM``."""
+    """Resets, in place, a model's generation settings that conflict with tasks or ``HFLM``."""
     # Each task sets the length and the texts at which generation stops.
     settings.update(max_new_tokens=None, stop_strings=None)
     # HFLM expects one sequence per prompt, as a tensor.

@@ -91,10 +91,10 @@ def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
 def share_prefixes(
     questions: Iterable[Question], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
-    """Yields prefixes that consecutive questions share, such as few-shot examples.
+    """Yields pairs of a prefix, such as few-shot examples, and the consecutive questions with it.
 
-    Each prefix comes with its questions, whose contexts start after the prefix. The last pair is an
-    empty prefix with all questions that share none. A prefix takes an additional forward pass. So
+    The contexts of the yielded questions start after the prefix. The last pair is an empty prefix
+    and all questions without a shared prefix. A prefix takes an additional forward pass. So
     it is shared only if sharing saves at least ``pass_tokens``, the tokens of a forward pass.
     """
     # A question joins the group of the previous question if both start with the same tokens.
