@@ -47,14 +47,14 @@ def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 def _repetitions(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     """Yields a problem and a fix for each source that repeats an earlier one."""
-    earlier: set[Source] = set()
+    earlier_texts: set[Source] = set()
     for source in cfg.all_sources():
         # Sources that differ only in these options contain the same text.
         text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
-        if text in earlier:
+        if text in earlier_texts:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
             yield what, "remove one of the two entries"
-        earlier.add(text)
+        earlier_texts.add(text)
 
 
 def first_records_problem(

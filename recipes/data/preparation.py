@@ -155,8 +155,8 @@ def prepare(
                     # After an error, closing ``encoded`` tells the other ranks to stop.
                     with sources.encode(source, state.reader_state, state.documents) as encoded:
                         for fraction in _write_source(cfg, name, source, encoded, chat, store):
-                            finished = (state.finished_sources + fraction) / len(named_sources)
-                            log.progress("tokenize", round(100 * finished), 100, source=source)
+                            progress = (state.finished_sources + fraction) / len(named_sources)
+                            log.progress("tokenize", round(100 * progress), 100, source=source)
                     store.finish_source(cfg)
             except StoppedByDeadlineError as error:
                 broadcast(error)

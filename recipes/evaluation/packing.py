@@ -94,8 +94,8 @@ def share_prefixes(
     """Yields pairs of a prefix, such as few-shot examples, and the consecutive questions with it.
 
     The contexts of the yielded questions start after the prefix. The last pair is an empty prefix
-    and all questions without a shared prefix. A prefix takes an additional forward pass. So
-    it is shared only if sharing saves at least ``pass_tokens``, the tokens of a forward pass.
+    and all questions without a shared prefix. A prefix takes an additional forward pass. So it is
+    shared only if sharing saves at least ``pass_tokens``, the tokens of a forward pass.
     """
     # A question joins the group of the previous question if both start with the same tokens.
     groups: list[list[Question]] = []
@@ -144,8 +144,8 @@ def packs_of_rank(
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.
 
-    ``requests`` are those of all ranks. The model accepts ``max_length`` input tokens. A pack has
-    up to ``pass_tokens`` input tokens, or is a single longer question.
+    ``requests`` must be the same on every rank. The model accepts ``max_length`` input tokens. A
+    pack has up to ``pass_tokens`` input tokens, or is a single longer question.
     """
     questions = group_by_context(requests, max_length)
     groups = [
