@@ -20,10 +20,10 @@ from recipes.data.tokenizer import Encoded
 ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""Date for templates that write today's date, so that prepared text does not depend on the day. The
-default of Llama 3.1's template."""
+"""Date for templates that write today's date, so that prepared text does not depend on the day. It
+is the default of Llama 3.1's template."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Jinja tag with which some templates mark the start of an answer."""
+"""``{% generation %}``, the Jinja tag with which some templates mark the start of an answer."""
 
 # Reasons to leave a conversation out. They name the counts in reports.
 NO_ANSWER = "no answer"
@@ -74,23 +74,23 @@ class ChatTokenizer:
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Returns one tokenized conversation per text.
 
-        A text is the JSON of a conversation's messages, or of a mapping with the reason to leave
-        the conversation out (``corpus.LEFT_OUT``).
+        A text is the JSON of a conversation's messages, or the JSON ``{LEFT_OUT: reason}`` if the
+        conversation is left out.
         """
         return [self._encode_content(json.loads(text)) for text in texts]
 
     def _encode_content(self, messages: Any) -> Encoded:
         from jinja2 import TemplateError
 
-        if isinstance(messages, dict):
+        if isinstance(messages, dict):  # ``{LEFT_OUT: reason}``
             return Encoded.left_out_because(messages[LEFT_OUT])
         if all(message["role"] != ASSISTANT or _is_blank(message) for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
         questions = [message["content"] for message in messages if message["role"] == "user"]
         if questions and not any(map(str.isalnum, questions[0])):
             return Encoded.left_out_because(NO_QUESTION)
-        # A template may render every text of a message, such as ``reasoning_content``. The
-        # tokenizer would read the name of a special token in it as that token.
+        # A template may render every text of a message, such as ``reasoning_content``. If a text
+        # has the name of a special token, the tokenizer would encode the name as that token.
         values = (value for message in messages for value in message.values())
         texts = [value for value in values if isinstance(value, str)]
         if any(token in text for text in texts for token in self._special_tokens):
@@ -110,7 +110,7 @@ class ChatTokenizer:
         return self._truncate(ids.astype(np.int32), loss_mask)
 
     def _truncate(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
-        """Truncates a conversation that is too long for a sequence after its last answer that fits.
+        """Truncates a conversation that is too long, after the last answer that fits in a sequence.
 
         ``ids`` is int32 [n], including ``end``, and ``loss_mask`` bool [n].
         """
@@ -136,13 +136,13 @@ class ChatTokenizer:
         ids = render(self._tokenizer, messages)
         loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
-            # From a blank answer, a student would learn to end its turn at once.
+            # A blank answer is not in the loss: a student would learn to end its turn at once.
             if message["role"] != ASSISTANT or _is_blank(message):
                 continue
             span = self._answer_span(messages, number, ids)
             if span is None:
                 # For example, Qwen3's template removes the reasoning from earlier answers. A model
-                # never generates such an answer, so it is not in the loss.
+                # never generates an answer without its reasoning, so it is not in the loss.
                 continue
             start, stop = span
             # Tokens after the last ``eos_token``, such as a line break, are not in the answer.
@@ -155,17 +155,18 @@ class ChatTokenizer:
     def _tagged_tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Does the work of ``_tokens_and_mask`` for a template that marks the answers."""
+        """Reads the loss mask from the template's tags; ``None`` if a blank answer is not found."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         output = render(self._tokenizer, messages, **options)
         ids, loss_mask = output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT and _is_blank(message):
-                # Templates cannot render the empty prompt of a first answer.
+                # Removes the blank answer from the mask. Templates cannot render an empty prompt.
                 span = self._answer_span(messages, number, ids) if number else None
                 if span is None:
                     return None
-                loss_mask[slice(*span)] = [False] * (span[1] - span[0])
+                start, stop = span
+                loss_mask[start:stop] = [False] * (stop - start)
         return ids, loss_mask
 
     def _answer_span(
@@ -192,7 +193,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: bool) -> A
 def _with_stripped_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the messages, without spaces and line breaks around answers.
 
-    The template's text before an answer and a space could become one token.
+    Otherwise, a space before an answer could become one token with the template's last characters.
     """
     return [
         m | {"content": m["content"].strip()} if m["role"] == ASSISTANT else m for m in messages
@@ -214,13 +215,12 @@ def pack(
     is prepended to the next conversation. So the last sequence is not padded, and a later call may
     fill it.
 
-    Args:
-        conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
-        written_tokens: Tokens already in the split; sequences start at multiples of ``seq_length``.
-        seq_length: Tokens per sequence.
-        end: Id of the padding token, which is excluded from the loss.
+    A conversation has at most ``seq_length`` tokens. The split already has ``written_tokens``, and
+    its sequences start at multiples of ``seq_length``. ``end`` is the id of the padding token,
+    which is excluded from the loss.
     """
-    # The first sequence is the unfinished one at the end of the split. It may have no free tokens.
+    # The first sequence is the unfinished one at the end of the split. It has the tokens up to the
+    # next multiple of ``seq_length``, or none.
     sequences: list[list[Encoded]] = [[]]
     free_tokens = [-written_tokens % seq_length]  # by sequence
     for conversation in sorted(conversations, key=lambda item: -len(item.ids)):

@@ -20,7 +20,7 @@ from recipes.data.sources import DIALOGUE, Source, parse_source, source_problem,
 from recipes.data.token_files import require_document_end, require_first_tokens, require_token_files
 
 CHECKED_RECORDS = 100
-"""Records at the start of a source, or text files, that ``first_records_problem`` checks."""
+"""``first_records_problem`` checks this number of records, or of text files, of a source."""
 CHECKED_BYTES = 1 << 16
 """Bytes at the start of a text file whose encoding ``first_records_problem`` checks."""
 PYARROW_TYPES = (".jsonl.zst", ".parquet")
@@ -46,15 +46,15 @@ def source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _repetitions(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields a problem for each source that repeats an earlier one, each with a fix."""
-    seen: set[Source] = set()
+    """Yields a problem and a fix for each source that repeats an earlier one."""
+    earlier_texts: set[Source] = set()
     for source in cfg.all_sources():
         # Sources that differ only in these options contain the same text.
         text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
-        if text in seen:
+        if text in earlier_texts:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
             yield what, "remove one of the two entries"
-        seen.add(text)
+        earlier_texts.add(text)
 
 
 def first_records_problem(
@@ -62,10 +62,10 @@ def first_records_problem(
 ) -> tuple[str, str] | None:
     """Returns what is wrong with the first records of a source, and the fix.
 
-    Checks the file type of conversations and, if the file is on this machine, its first records.
-    For a source that the teacher writes, checks the file with prompts.
+    Checks whether this type of file can hold conversations. Also checks the first records of a file
+    on this machine. For a source that the teacher writes, checks the file with prompts.
 
-    ``text_field`` and ``chat`` are those of ``read_source``. If ``strict``, all conversations must
+    ``chat`` says whether all records must be conversations. If ``strict``, all conversations must
     be usable; otherwise, at least one.
     """
     parsed = parse_source(source)
@@ -79,15 +79,15 @@ def first_records_problem(
         return f"'{parsed.path}' has no conversations", fix
     if parsed.file_type not in FILES_WITH_FIELDS:  # plain text, which may be one huge record
         return _encoding_problem(parsed)
-    # A login node does not have pyarrow. A wheel, which may not be downloaded yet, has no files.
+    # A login node does not have pyarrow.
     is_readable = parsed.file_type not in PYARROW_TYPES or find_spec("pyarrow") is not None
-    if not (is_readable and parsed.local_files()):
+    if not (is_readable and parsed.local_files()):  # a wheel has no local files
         return None
     try:
         reader = read_source(source, text_field, chat=chat, leave_out=not strict)
         texts = [document.text for document in islice(reader, CHECKED_RECORDS)]
         if chat and texts and all(isinstance(json.loads(text), dict) for text in texts):
-            # All records are left out. Without ``leave_out``, the first raises an error.
+            # Each text is ``{LEFT_OUT: reason}``. Without ``leave_out``, the first raises an error.
             next(iter(read_source(source, text_field, chat=True)))
     except RecipeError as error:
         return error.what, error.fix
@@ -100,6 +100,7 @@ def _encoding_problem(source: Source) -> tuple[str, str] | None:
         with path.open("rb") as file:
             start = file.read(CHECKED_BYTES)
         try:
+            # Unlike ``bytes.decode``, accepts a last character that is incomplete.
             codecs.getincrementaldecoder("utf-8")().decode(start)
         except UnicodeDecodeError as error:
             is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -119,8 +120,8 @@ def prefix_problems(
     """
     if not cfg.prefix:
         return
-    unsupported_by_fix = {"data.sources=[]": cfg.sources, "data.format=text": cfg.chat_sources()}
-    fixes = [fix for fix, sources in unsupported_by_fix.items() if sources]
+    fixes = ["data.sources=[]"] if cfg.sources else []
+    fixes += ["data.format=text"] if cfg.chat_sources() else []
     if fixes:
         yield "data.prefix cannot be combined with sources or conversations", " ".join(fixes)
     source = parse_source(cfg.prefix)
@@ -131,7 +132,8 @@ def prefix_problems(
             require_token_files(cfg.prefix_path)
             return
         require_first_tokens(cfg.prefix_path, 1 + max(vocabulary.values()))
-        end = vocabulary.get(cfg.document_end or default_document_end(vocabulary, eos_token) or "")
+        end_token = cfg.document_end or default_document_end(vocabulary, eos_token)
+        end = vocabulary.get(end_token or "")
         if end is not None:
             names = {token_id: token for token, token_id in vocabulary.items()}
             require_document_end(cfg.prefix_path, end, lambda token: names.get(token, "unknown"))

@@ -44,20 +44,19 @@ LIMITED_STRETCHES = 8
 """Approximate minimum number of stretches that are read if a limit truncates the source. A single
 truncated stretch might lack training text, which is last in each stretch."""
 _JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
-"""Last words of the fix in an error about a ``.json`` file."""
+"""Part of the fix in errors about ``.json`` files."""
 LEFT_OUT = "left out"
-"""The text of a record that is no usable conversation is ``{LEFT_OUT: reason}`` as JSON."""
+"""If a record is no usable conversation, its text is the JSON ``{LEFT_OUT: reason}``."""
 NOT_A_CONVERSATION, HAS_TOOLS = "not a conversation", "has tools"
-"""Reasons. Reports count the records that are left out, under these names."""
+"""Reasons to leave a record out. They name the counts in reports."""
 TextOf = Callable[[Any, str], str]
-"""A function of a record and its location (for error messages) that returns a document's text."""
+"""Function that returns the text of a record. Arguments: record, and its location for errors."""
 _HUB_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors of ``datasets``: of the network, of access, of names and of damaged files."""
 _HUB_FIX = "correct the split or config of the source, or check the network and HF_TOKEN"
-_UNREADABLE_FILE_ERRORS = (
-    *(OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError),
-    *(zipfile.BadZipFile, RuntimeError),  # of a wheel that is damaged, encrypted or too new
-)
+_FORMAT_ERRORS = (EOFError, ValueError, OverflowError, zlib.error, csv.Error, ijson.JSONError)
+_WHEEL_ERRORS = (zipfile.BadZipFile, RuntimeError)  # the wheel is damaged, encrypted or too new
+_UNREADABLE_FILE_ERRORS = (OSError, *_FORMAT_ERRORS, *_WHEEL_ERRORS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Reader(Protocol):
     """Iterates over a source's documents, or over those after an earlier reader's ``state``."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents that do not precede the reader's start."""
+        """Yields all documents, or those after the last one of the earlier reader."""
 
     def state(self) -> Any:
         """Returns JSON values with which a later reader resumes after the last yielded document."""
@@ -106,12 +105,12 @@ def read_source(
         state: State of an earlier reader, to resume after its last document.
         chat: Whether all records must be conversations.
         leave_out: Whether a record that is no usable conversation becomes a document with
-            ``LEFT_OUT``. If not, it is an error.
-        limit_bytes: Approximate number of bytes that the caller will read; see
-            ``LIMITED_STRETCHES``.
+            the text ``{LEFT_OUT: reason}``. If not, an error is raised.
+        limit_bytes: Approximate number of bytes that the caller will read. If the source has more,
+            stretches are shorter, so that ``LIMITED_STRETCHES`` of them are read.
     """
     parsed = parse_source(source)
-    columns = {MESSAGES, TOOLS}
+    columns = {MESSAGES, TOOLS}  # of a table; its other columns are not read
     if chat:
         text_of: TextOf = _conversation_or_reason if leave_out else _conversation
     elif parsed.format == DIALOGUE:
@@ -149,9 +148,9 @@ class _FileReader:
         self._open_file: IO[bytes] | None = None
 
     def __iter__(self) -> Iterator[Document]:
-        first = self._file_index
-        for self._file_index, file in enumerate(self._files[first:], first):
-            self._records_read = 0
+        for index in range(self._file_index, len(self._files)):
+            file = self._files[index]
+            self._file_index, self._records_read = index, 0
             for record in self._read(file):
                 self._require_record(file, record)
                 self._records_read += 1
@@ -159,7 +158,7 @@ class _FileReader:
                     continue
                 text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
                 # JSON may contain half of a surrogate pair, which tokenizers refuse.
-                if text := text.encode("utf-8", "replace").decode():
+                if text := text.encode("utf-8", "replace").decode():  # writes "?" instead
                     yield Document(text, self._position_in_stretch(record.offset))
             self._records_to_skip = 0
             self._bytes_before += file.size
@@ -200,8 +199,8 @@ class _FileReader:
         """Returns ``Document.position_in_stretch`` of a record at ``offset`` of the open file."""
         if offset is None:
             return None
-        # The integer part is the index of the stretch, the fractional part the position in it.
-        return (self._bytes_before + offset) * self._number_of_stretches / self._total_bytes % 1
+        stretches = (self._bytes_before + offset) * self._number_of_stretches / self._total_bytes
+        return stretches % 1  # without the number of whole stretches before the record
 
     def state(self) -> list[int]:
         return [self._file_index, self._records_read]
@@ -214,7 +213,7 @@ class _FileReader:
 
 def _conversation(record: object, where: str) -> str:
     try:
-        # Messages may have other keys, with any values, such as times.
+        # Messages may have other keys with values that are not JSON, such as times.
         return json.dumps(messages_of(record), ensure_ascii=False, default=str)
     except ValueError as error:
         raise RecipeError(
@@ -258,7 +257,7 @@ def _text(fields: str, record: object, where: str) -> str:
 
 
 def _columns(fields: str) -> set[str]:
-    """Returns the columns of a table that may hold the fields; see ``text_of_fields``."""
+    """Returns the columns that may hold fields: ``a.b`` is a column, or a field of column ``a``."""
     names = fields.split(",")
     return {*names, *(name.split(".")[0] for name in names)}
 
@@ -298,7 +297,7 @@ class _HubReader:
         """Returns the next row; ``None`` at the end."""
         try:
             return next(rows, None)
-        except TypeError as error:  # ``datasets`` gives all files the columns of the first file
+        except TypeError as error:  # ``datasets`` expects the first file's columns in all files
             what = f"the files of dataset {self._name} have columns of different types: {error}"
             fix = "download its files, and use them as sources: FOLDER/*.parquet"
             raise RecipeError(what, fix) from error
@@ -328,7 +327,8 @@ def split_digest(text: str, *, chat: bool = False) -> bytes:
     """Returns the digest that decides a document's split.
 
     Conversations with the same question have the same digest, whatever the answers, so a question
-    of held-out text is never trained on. The question is all that precedes the first answer.
+    of held-out text is never trained on. The question is all that precedes the first answer. If it
+    has no message of the user, the whole conversation decides.
     """
     if chat:
         question = list(takewhile(lambda m: m["role"] != "assistant", json.loads(text)))
@@ -350,7 +350,7 @@ def split_number(document: Document, document_digest: bytes) -> float:
 
 
 def split_of(number: float, fractions: Mapping[str, float]) -> str:
-    """Returns the split of the document with a ``split_number``.
+    """Returns the split of a document whose ``split_number`` is ``number``.
 
     The splits of ``fractions`` take consecutive ranges of numbers from 0, and ``train`` takes the
     remainder.

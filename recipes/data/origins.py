@@ -18,7 +18,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
     """Returns the origin of each source.
 
     Reads the origins from the JSON file if it exists, so a resumed process has the same commits.
-    Otherwise, writes them to it.
+    Otherwise, writes the file.
     """
     if file.exists():
         return {source: Origin(**origin) for source, origin in read_json(file).items()}
@@ -42,7 +42,7 @@ def pin_commit(source: str, origin: Origin) -> str:
 
 @cache
 def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | None]:
-    """Returns each source's licence from its options, or from its card on the hub; or ``None``.
+    """Returns each source's licence from its options or its card on the hub; ``None`` if unknown.
 
     Sends no more requests after an error, so a plan waits for an unreachable hub only once.
     ``seconds`` is the timeout of each request.
@@ -64,7 +64,7 @@ def origin_of(entry: str, timeout: float | None = None) -> Origin:
         RecipeError: The hub does not have the dataset, or cannot be reached.
     """
     source = parse_source(entry)
-    # The library ``datasets`` also accepts the path of a local folder as the name of a dataset.
+    # The library ``datasets`` accepts a local folder as the name of a dataset: it has no commit.
     if source.hub is None or Path(source.hub.name).exists():
         return Origin(source.licence)
     from huggingface_hub import HfApi
@@ -78,7 +78,7 @@ def origin_of(entry: str, timeout: float | None = None) -> Origin:
         ) from error
     card = info.card_data.to_dict() if info.card_data else {}
     licence = card.get("license")
-    # If the hub does not list a licence, it is "other", and another field has its name.
+    # "other" means a licence that the hub does not list. Then ``license_name`` has its name.
     if licence in (None, "other"):
         licence = card.get("license_name") or licence
     licence = ", ".join(licence) if isinstance(licence, list) else licence

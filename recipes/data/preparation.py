@@ -40,7 +40,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 HELD_OUT = "heldout.digests"
 """File with the digests of all held-out documents, sorted."""
 EARLIER = "earlier.digests"
-"""``HELD_OUT`` of the input ``held_out``, if there is one. Its documents are held out here, too."""
+"""Copy of the input ``held_out``'s file ``HELD_OUT``. Its documents are held out here, too."""
 SAVE_SECONDS = 10.0
 """Minimum time between two saves. A killed process loses the work since the last save."""
 
@@ -74,7 +74,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """``DatasetResult.conversations``."""
+    """Counts by source and by name, as in ``DatasetResult.conversations``."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Sources:
     tokenizer: DocumentTokenizer
     chat: ChatTokenizer | None
     paths: Mapping[str, str]
-    """Source or file to read instead of a source."""
+    """Source or file to read instead of a source, by the source as written in the config."""
 
     def open(self, source: str, reader_state: Any) -> Reader:
         """Opens a source after the last document of the reader that had this state."""
@@ -131,13 +131,8 @@ def prepare(
     repeat them. Only rank 0 drops duplicates and assigns splits, so the result is the same for any
     number of ranks and processes. Other ranks tokenize, and return an empty state.
 
-    Args:
-        cfg: The stage's config.
-        tokenizer: Tokenizes texts.
-        folder: Folder of the files.
-        log: Metrics file.
-        chat: Tokenizes conversations; ``None`` if no source has any.
-        paths: Source or file to read instead of a source, by the source as written in the config.
+    ``chat`` tokenizes conversations; ``None`` if no source has any. ``paths`` has the source or
+    file to read instead of a source, by the source as written in the config.
     """
     sources = _Sources(cfg, tokenizer, chat, paths or {})
     if rank() != 0:
@@ -146,7 +141,7 @@ def prepare(
     fetch_wheels(cfg.all_sources(), log)
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
-        if state == PreparationState():
+        if state == PreparationState():  # nothing is written yet
             sources.require_readable()
         ledger.exclude(cfg.excluded_documents)
         ledger.read_held_out(folder / EARLIER)
@@ -155,12 +150,13 @@ def prepare(
             store = _Store(ledger, writer, state)
             try:
                 for name, source in named_sources[state.finished_sources :]:
+                    # Tells the other ranks what to encode next.
                     broadcast((state.finished_sources, state.reader_state, state.documents))
-                    # After an error, closing the generator tells the other ranks to stop.
+                    # After an error, closing ``encoded`` tells the other ranks to stop.
                     with sources.encode(source, state.reader_state, state.documents) as encoded:
                         for fraction in _write_source(cfg, name, source, encoded, chat, store):
-                            total = (state.finished_sources + fraction) / len(named_sources)
-                            log.progress("tokenize", round(100 * total), 100, source=source)
+                            progress = (state.finished_sources + fraction) / len(named_sources)
+                            log.progress("tokenize", round(100 * progress), 100, source=source)
                     store.finish_source(cfg)
             except StoppedByDeadlineError as error:
                 broadcast(error)
@@ -236,9 +232,10 @@ class _Store:
         """Saves that the current source is finished.
 
         Raises:
-            RecipeError: All held-out sources are finished, and one of them is too short. Nothing
-                was saved, so a resumed run checks again.
+            RecipeError: All held-out sources are finished, and one of them is too short. The end of
+                the source is not saved, so a resumed run checks again.
         """
+        # The held-out sources are the first sources.
         if self.state.finished_sources + 1 == len(cfg.heldout_sources):
             try:
                 require_heldout_sources(cfg, self.state.sources.get("heldout", {}))
@@ -265,9 +262,9 @@ def _write_source(
 ) -> Iterator[float]:
     """Writes a source's documents up to its limits; yields the finished fraction of the source."""
     state, is_chat = store.state, cfg.is_chat(source)
-    only_heldout = source in cfg.heldout_sources
-    fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
-    max_documents = None if only_heldout else cfg.max_documents
+    is_heldout_source = source in cfg.heldout_sources
+    fractions = {"heldout": 1.0} if is_heldout_source else cfg.fractions()
+    max_documents = None if is_heldout_source else cfg.max_documents
     max_tokens = cfg.token_limit(source)
     for encoded_documents, batch in batches:
         new_documents: list[tuple[str, Encoded]] = []  # with their splits
@@ -299,7 +296,7 @@ def _write_source(
 def _pack_splits(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], name: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Yields each split's conversations, packed by ``pack``. Updates the counts of ``name``."""
+    """Yields each split's conversations in packed order. Updates the counts of source ``name``."""
     counts = Counter(store.state.conversations.get(name, {}))
     for split in SPLITS:
         usable = [

@@ -21,7 +21,7 @@ assigned to splits as a whole, so they must be small compared to a source."""
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
 BUFFER_BYTES = 1 << 20
-"""Bytes of a decompressed file that are buffered."""
+"""Bytes of a decompressed file that are buffered at a time."""
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are read at once."""
 MESSAGES = "messages"
@@ -52,20 +52,20 @@ class Record:
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
     """Yields the paragraphs of a text, which are separated by blank lines."""
-    lines = list[bytes]()  # of the current paragraph, which starts at byte ``start``
-    start = offset = 0
+    lines = list[bytes]()  # of the current paragraph
+    paragraph_start = line_start = 0  # positions of their first bytes in the file
     for line in file:
         blank = not line.strip()
-        if lines and (blank or offset - start > LONGEST_PARAGRAPH):
-            yield Record(_decode(b"".join(lines)), "", start)
+        if lines and (blank or line_start - paragraph_start > LONGEST_PARAGRAPH):
+            yield Record(_decode(b"".join(lines)), where="", offset=paragraph_start)
             lines = []
         if not blank:
             if not lines:
-                start = offset
+                paragraph_start = line_start
             lines.append(line)
-        offset += len(line)
+        line_start += len(line)
     if lines:
-        yield Record(_decode(b"".join(lines)), "", start)
+        yield Record(_decode(b"".join(lines)), where="", offset=paragraph_start)
 
 
 def _decode(text: bytes) -> str:
@@ -79,9 +79,10 @@ def _whole_file(file: IO[bytes]) -> Iterator[Record]:
 def _json_records(file: Any) -> Iterator[Record]:
     """Yields the items of a JSON list, or the values of a JSON mapping with their keys."""
     if file.peek(1024).startswith(codecs.BOM_UTF8):
-        file.read(len(codecs.BOM_UTF8))
+        file.read(len(codecs.BOM_UTF8))  # skips the byte-order mark
     first_character = file.peek(1024).lstrip()[:1]
     # For ``ijson``, "item" selects the items of the outer list, and "" selects the outer mapping.
+    # Without ``use_float``, numbers would be ``Decimal``.
     if first_character == b"[":
         items = ((None, value) for value in ijson.items(file, "item", use_float=True))
     elif first_character == b"{":
@@ -114,7 +115,7 @@ def _zstd_lines(file: IO[bytes]) -> Iterator[Record]:
 
 
 def parquet_rows(file: IO[bytes], columns: Collection[str] = ()) -> Iterator[Record]:
-    """Yields a table's rows. Reads only ``columns``, or all if the table has none of these."""
+    """Yields a table's rows. Reads only ``columns``; if the table has none of them, all columns."""
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
@@ -129,9 +130,8 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns.
 
     Raises:
-        ValueError: A row does not have one cell per column; or the delimiter is a tab, and a cell
-            contains a tab or a line break. In many .tsv files, a quotation mark is an ordinary
-            character. The reader would join all rows between two such marks into one cell.
+        ValueError: A row does not have one cell per column. Or the delimiter is a tab, and a cell
+            contains a tab or a line break.
     """
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -143,6 +143,8 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
                 f"row {number} has {len(row)} cells, "
                 f"but the first line names {len(columns)} columns"
             )
+        # In many .tsv files, a quotation mark is an ordinary character. Then ``csv`` joins all rows
+        # between two such marks into one cell.
         if delimiter == "\t" and any(mark in cell for cell in row for mark in "\t\n\r"):
             raise ValueError(
                 f"row {number}, up to line {rows.line_num}, has a tab or a line break in quotes; "
@@ -188,7 +190,7 @@ def text_of_fields(fields: str, record: object) -> str | None:
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
     values = [value for name in fields.split(",") for value in _values(name, record)]
-    texts: list[Any] = [_text(value) for value in values if value is not None]
+    texts: list[Any] = [_text(value) for value in values if value is not None]  # None: not text
     return "\n".join(texts) if values and None not in texts else None
 
 
@@ -213,9 +215,9 @@ def _text(value: Any) -> str | None:
 def messages_of(record: object) -> list[dict[str, Any]]:
     """Returns the messages of a conversation, each with ``role`` and ``content``.
 
-    A record may also be a dialogue, whose messages have ``sender`` and ``text``. Its list of
-    messages may contain lists of messages. The first speaker becomes the user, the second the
-    assistant.
+    A record may also be a dialogue, whose messages have ``sender`` and ``text``. The list of a
+    dialogue's messages may contain lists of messages. The first speaker becomes the user, the
+    second the assistant.
 
     Raises:
         HasToolsError: The record has tools or tool calls.
@@ -230,7 +232,7 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     flat_messages = list(chain.from_iterable(lists))
     if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat_messages):
         return _messages_of_dialogue(flat_messages)
-    has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # may be JSON in a string
+    has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # "[]" is JSON without tools
     has_tool_calls = any(isinstance(m, dict) and m.get("tool_calls") for m in messages)
     if has_tools or has_tool_calls:
         raise HasToolsError("it has tools or tool calls, which are not supported; leave it out")
@@ -250,14 +252,16 @@ def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]
     """Replaces senders by roles, and joins consecutive messages of a sender by line breaks."""
     allowed_types = (("sender", (str, int), "str or int"), ("text", (str,), "str"))
     for number, message in enumerate(messages, 1):
-        for key, allowed, names in allowed_types:
-            if not isinstance(message[key], allowed):
-                raise ValueError(f"'{key}' of message {number} is {message[key]!r}, not {names}")
-    # In order of their first message.
+        for key, types, type_names in allowed_types:
+            if not isinstance(message[key], types):
+                what = f"'{key}' of message {number} is {message[key]!r}, not {type_names}"
+                raise ValueError(what)
+    # The different senders, in the order of their first messages.
     senders = dict.fromkeys(message["sender"] for message in messages)
     if len(senders) > len(SPEAKERS):
         raise ValueError(f"{len(senders)} people speak, not two")
-    roles = dict(zip(senders, SPEAKERS, strict=False))  # there may be only one sender
+    # The keys of ``SPEAKERS`` are roles. There may be only one sender.
+    roles = dict(zip(senders, SPEAKERS, strict=False))
     return [
         {"role": roles[sender], "content": "\n".join(message["text"] for message in turn)}
         for sender, turn in groupby(messages, key=lambda message: message["sender"])
@@ -265,13 +269,12 @@ def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a conversation as plain text, one line per message; an empty text for one message.
+    """Returns a conversation as plain text, one line per message.
 
-    Raises:
-        ValueError: The record is not a conversation, see ``messages_of``.
+    Raises ``ValueError`` if ``messages_of`` does.
     """
     messages = messages_of(record)
-    if len(messages) == 1:  # no dialogue
+    if len(messages) == 1:  # no dialogue; readers skip an empty text
         return ""
     lines = []
     for message in messages:

@@ -65,7 +65,8 @@ class DatasetResult:
     seq_length: int | None = None
     """Tokens of a packed sequence; ``None`` if there are no conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counts by source: conversations used, shortened, and left out by reason; and tokens."""
+    """By source, then by name: the numbers of ``used`` and ``shortened`` conversations and of those
+    left out for each reason; ``tokens``, ``padding tokens`` and ``answer tokens``."""
     sample: str = ""
     """First tokens of ``data.prefix``, decoded. If the tokenizer fits, the text is readable."""
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -81,17 +82,17 @@ class DatasetResult:
         # The position in the split at which each source ends.
         ends = list(accumulate(entry.tokens for entry in train))
         source_indices = (bisect_right(ends, int(number) * seq_length) for number in numbers)
-        sequences = Counter(source_indices)
-        counted = [
+        sequences = Counter(source_indices)  # number of sequences by index of the source
+        new_train = [
             replace(entry, tokens=sequences[index] * seq_length)
             for index, entry in enumerate(train)
         ]
-        return replace(self, source_tokens=self.source_tokens | {"train": counted})
+        return replace(self, source_tokens=self.source_tokens | {"train": new_train})
 
     def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
-        """Returns how much of each source a run uses that trains on ``tokens`` tokens.
+        """Returns how much of each source a run with ``tokens`` training tokens uses.
 
-        If there are no weights by source, a source's weight is its number of tokens.
+        If ``weights``, by source, is empty, a source's weight is its number of tokens.
         """
         available = {entry.source: entry.tokens for entry in self.source_tokens["train"]}
         weights = weights or available

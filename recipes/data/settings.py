@@ -40,9 +40,9 @@ class PrepareDataConfig(StageConfig):
     heldout_sources: list[str] = field(default_factory=list, metadata={"path": True})
     """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
-    """Type of records, unless the source states it: ``text``, or ``chat``, which is
-    ``{"messages": [{"role", "content"}, …]}`` with loss and metrics on the assistant's words alone.
-    A source with ``#text=FIELD`` is text."""
+    """Type of records in sources without ``#format``: ``text`` or ``chat``. With ``chat``, a record
+    is ``{"messages": [{"role", "content"}, …]}``, and only the assistant's words count in loss and
+    metrics. A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
     """Field with a record's text, unless the source has the option ``text``."""
     document_end: SpecialToken | None = None
@@ -55,14 +55,14 @@ class PrepareDataConfig(StageConfig):
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)
-    """Documents to leave out of all sources, as hexadecimal digests: see
+    """Documents to leave out of all sources, as hexadecimal digests from
     ``recipes.data.corpus.digest``. Documents of ``prefix`` are never left out."""
     max_documents: Count | None = None
     """Number of documents to read from each source; all by default. Held-out sources are read
     completely."""
     max_tokens: Tokens | None = None
-    """Number of tokens to use from each source, in all splits together. The last document is not
-    truncated."""
+    """Number of tokens to use from each source, in all splits together; does not limit held-out
+    sources. The last document is not truncated."""
     seq_length: Count = 256
     """Tokens per sequence. Every split must have at least one sequence. A conversation is never
     divided between sequences."""
@@ -75,7 +75,7 @@ class PrepareDataConfig(StageConfig):
         """Returns how many tokens of a source are used at most; infinite without a limit."""
         parsed = parse_source(source)
         limits = [math.inf]
-        # In a teacher source, the option ``tokens`` is the number of tokens that are generated.
+        # If the teacher writes the source, the option ``tokens`` says how many it generates.
         if parsed.tokens and not parsed.by_teacher:
             limits.append(float(parsed.tokens))
         if self.max_tokens and source in self.sources:  # does not limit held-out sources

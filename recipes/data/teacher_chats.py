@@ -26,16 +26,16 @@ from recipes.data.corpus import read_source
 
 MIN_BATCH = 32
 """Smallest number of conversations in a batch. A generation step costs nearly the same for many
-sequences as for one. The generated text depends on the batch size, because each batch has its own
-random seed."""
+sequences as for one. Each batch has its own random seed, so the generated text depends on the batch
+size."""
 BATCH_TOKENS = 1 << 15
 """Maximum tokens of a batch of more than ``MIN_BATCH`` conversations."""
 MAX_EMPTY_BATCHES = 5
-"""The stage fails if so many batches at the start have no finished conversation."""
+"""The stage fails if this number of batches, from the first, has no finished conversation."""
 BLANK = "\0"
-"""Placeholder for a user's message."""
+"""Placeholder for a user's message in a rendered template."""
 FILE = "chats.jsonl"
-"""All conversations of a request, in its folder of the cache."""
+"""File with all conversations of a request, in the request's folder of the cache."""
 Messages = list[dict[str, Any]]
 
 
@@ -76,7 +76,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
 
     Raises:
         RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation, or
-            there are none from all prompts.
+            none of ``request.prompts`` leads to a finished conversation.
         StoppedByDeadlineError: The deadline has passed. The finished batches are stored.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
@@ -107,15 +107,15 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
 
 
 def _documents(request: ChatRequest) -> Iterator[Any]:
-    """Yields the conversations of ``request.prompts``, each with the JSON of its messages."""
+    """Yields a document for each conversation of ``request.prompts``: the JSON of its messages."""
     assert request.prompts is not None
     return iter(read_source(request.prompts, "", chat=True))
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields what ``_write_batch`` returns for each batch. Stores it in a file of ``folder``.
+    """Yields the result of ``_write_batch`` for each batch.
 
-    A batch that already has a file is read from it instead.
+    Stores each result in a file of ``folder``. If the file exists, reads the result from it.
     """
     all_openings = iter(_openings(request, writer)) if request.prompts else None
     size = request.batch_size()
@@ -246,7 +246,7 @@ def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> 
     Shorter continuations are padded after the end-of-turn token.
     """
     # Padding is masked, so any token works. But transformers warns if a prompt ends with the
-    # padding token, so this is the smallest id with which no prompt ends.
+    # padding token. So the padding token is the smallest id that ends no prompt.
     last_tokens = {prompt[-1] for prompt in prompts}
     pad = next(token for token in count() if token not in last_tokens)
     longest = max(map(len, prompts))

@@ -2,8 +2,8 @@
 
 The text is a pair of Megatron's files: tokens in ``.bin``, and an index in ``.idx``. Each split is
 a range of documents, as with Megatron's setting ``split``, and gets its own index. The ``.bin`` of
-a split is a link to the whole ``.bin``, so no token is copied. Functions import NumPy only if they
-need it, because planning calls others on login nodes, which do not have NumPy.
+a split is a link to the whole ``.bin``, so no token is copied. Only the functions that need NumPy
+import it, because planning calls the other functions on login nodes, which do not have NumPy.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 sequences and of document boundaries. The arrays ``lengths``, ``pointers`` and ``documents`` of
 ``TokenFiles`` follow it."""
 DTYPES = {4: "i", 5: "q", 8: "H"}
-"""Supported data types of tokens by Megatron's code: int32, int64 and uint16. ``array``, ``struct``
-and NumPy all use these names."""
+"""Supported data types of tokens (int32, int64 and uint16): Megatron's code, and the name that
+``array``, ``struct`` and NumPy all use."""
 BLOCK = 1 << 24
 """Tokens that ``require_valid`` checks at once: 32 to 128 MiB of memory."""
 SAMPLED_TOKENS = 200
@@ -50,9 +50,10 @@ class TokenFiles:
     lengths: np.ndarray
     """Tokens of each sequence, int32 [sequences]."""
     pointers: np.ndarray
-    """First byte of each sequence, int64 [sequences]."""
+    """Position of each sequence's first byte in ``.bin``, int64 [sequences]."""
     documents: np.ndarray
-    """First sequence of each document, then the number of sequences, int64 [documents + 1]."""
+    """Index of each document's first sequence; last, the number of sequences. int64
+    [documents + 1]."""
     tokens: np.ndarray
     """All tokens [tokens]."""
 
@@ -102,7 +103,7 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
                 f"{index} has {index.stat().st_size:,} bytes, but {sequences:,} sequences in "
                 f"{boundaries - 1:,} documents take {expected:,}"
             )
-        # The last sequence has the last entries of ``lengths`` (4 bytes each) and ``pointers``.
+        # Reads the last entries of ``lengths`` (4 bytes each) and of ``pointers`` (8 bytes each).
         file.seek(_HEADER.size + 4 * (sequences - 1))
         [last_length] = struct.unpack("<i", file.read(4))
         file.seek(_HEADER.size + 12 * sequences - 8)
@@ -183,8 +184,9 @@ def require_first_tokens(prefix: Path, vocabulary: int) -> None:
 
 def _require_range(prefix: Path, lowest: int, largest: int, vocabulary: int) -> None:
     if lowest < 0 or largest >= vocabulary:
+        invalid_token = lowest if lowest < 0 else largest
         raise _problem(
-            f"{prefix}.bin has token {largest if lowest >= 0 else lowest}, "
+            f"{prefix}.bin has token {invalid_token}, "
             f"but the model's tokenizer has {vocabulary:,} ids",
             "tokenize the text with this model's tokenizer, or set data.sources instead",
         )
@@ -200,8 +202,8 @@ def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) 
     ``name_of`` returns the text of a token, for the error message.
 
     Raises:
-        RecipeError: At least two documents were checked, and all end with the same other token. Or
-            the index is damaged, or ``require_token_files`` raises an error.
+        RecipeError: At least two documents have tokens, and all checked documents end with the same
+            token, which is not ``end``. Or the files are damaged.
     """
     last_tokens = _last_tokens(prefix)
     all_are_equal = len(last_tokens) > 1 and len(set(last_tokens)) == 1
@@ -215,7 +217,7 @@ def require_document_end(prefix: Path, end: int, name_of: Callable[[int], str]) 
 
 
 def _last_tokens(prefix: Path) -> list[int]:
-    """Returns the last token of each of the first ``CHECKED_ENDS`` documents that have tokens."""
+    """Returns the last tokens of the first ``CHECKED_ENDS`` documents, but not of empty ones."""
     code, sequences, boundaries, total = require_token_files(prefix)
     index, data = paths_of(prefix).values()
     itemsize = struct.calcsize(DTYPES[code])
@@ -229,14 +231,14 @@ def _last_tokens(prefix: Path) -> list[int]:
             numbers.fromfile(index_file, count)
             return numbers
 
-        # ``documents`` follows ``pointers``. Its entry 1 is where the first document stops: before
-        # this sequence. Documents without tokens stop where the previous document does.
+        # ``documents`` follows ``pointers``. Its entries from 1 are the sequences before which the
+        # documents stop. An empty document stops at the same byte as the previous document.
         checked = min(CHECKED_ENDS, boundaries - 1)
         for sequence in read_pointers(8 * (sequences + 1), checked):
             if not 0 <= sequence <= sequences:
                 raise _damaged_index(prefix)
-            is_end = sequence == sequences
-            stop = total * itemsize if is_end else read_pointers(8 * sequence, 1)[0]
+            at_file_end = sequence == sequences
+            stop = total * itemsize if at_file_end else read_pointers(8 * sequence, 1)[0]
             if not 0 <= stop <= total * itemsize:
                 raise _damaged_index(prefix)
             if stop:
@@ -253,18 +255,17 @@ def split_ranges(
 ) -> dict[str, range]:
     """Returns a range of documents for each split: ``train`` first, then ``fractions`` in order.
 
-    Args:
-        files: The files.
-        fractions: Fraction of the tokens of each split but ``train``, which gets the remainder.
-        max_documents: Number of documents to use, from the first; ``None`` uses all.
-        max_tokens: Number of tokens to use, rounded up to whole documents; ``None`` uses all.
+    ``fractions`` has the fraction of the tokens of each split but ``train``, which gets the
+    remainder. The splits have the first ``max_documents`` documents, or the first ``max_tokens``
+    tokens if these are fewer, rounded up to whole documents. ``None`` means no limit.
     """
     all_documents = len(files.documents) - 1
     limit = min(all_documents, max_documents or all_documents)
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))  # at least one document
     tokens = files.start(limit)
-    end_fraction = 1 - sum(fractions.values())  # of the tokens, at the end of the current split
+    # Fraction of the tokens that precede the end of the current split.
+    end_fraction = 1 - sum(fractions.values())
     ranges = {"train": range(min(limit, _document_at(files, tokens * end_fraction)))}
     for split, fraction in fractions.items():
         end_fraction += fraction
@@ -276,7 +277,7 @@ def split_ranges(
 
 
 def _document_at(files: TokenFiles, position: float) -> int:
-    """Returns the first document that starts at or after a position, counted in tokens."""
+    """Returns the number of the first document that starts at token ``position`` or later."""
     import numpy as np
 
     sequence = np.searchsorted(files.pointers, position * files.tokens.itemsize)
@@ -288,13 +289,13 @@ def write_split(files: TokenFiles, documents: range, target: Path) -> int:
 
     ``target`` is the path of the split's files without the suffix. Returns the number of tokens.
     """
-    # Range of sequences. Their pointers do not change, because ``.bin`` is the whole file.
+    # The split's sequences. Their pointers do not change, because ``.bin`` is the whole file.
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
     boundaries = files.documents[documents.start : documents.stop + 1] - first
     index, data = paths_of(target).values()
     with index.open("wb") as file:
         file.write(_HEADER.pack(MAGIC, 1, files.dtype_code, stop - first, len(boundaries)))
-        for array in (files.lengths[first:stop], files.pointers[first:stop], boundaries):
-            array.tofile(file)
+        for numbers in (files.lengths[first:stop], files.pointers[first:stop], boundaries):
+            numbers.tofile(file)
     data.symlink_to(paths_of(files.prefix)[".bin"].resolve())
     return files.start(documents.stop) - files.start(documents.start)

@@ -75,16 +75,16 @@ def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = 
     Args:
         tokens: int64 [..., n].
         end: Token after every document; ``None`` masks no prediction.
-        loss_mask: bool [..., n], which tokens are targets; see ``read_loss_mask``. If it is set,
-            ``end`` has no effect.
+        loss_mask: bool [..., n], which tokens of conversations are targets. If it is set, ``end``
+            has no effect.
 
     Returns:
         bool [..., n - 1]. Entry i is for the prediction of token i + 1.
     """
     if loss_mask is not None:
         return loss_mask[..., 1:]
-    before = tokens[..., :-1]
-    return torch.ones_like(before, dtype=torch.bool) if end is None else before != end
+    previous = tokens[..., :-1]  # the token before each predicted token
+    return torch.ones_like(previous, dtype=torch.bool) if end is None else previous != end
 
 
 def sequences_by_source(
@@ -112,24 +112,23 @@ def sequences_by_source(
 def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -> None:
     """Checks that each held-out source has a whole sequence.
 
-    Checks nothing with the input ``held_out``, because models are then evaluated on its text.
-
-    ``tokens`` has the number of tokens by source, in the order of the split ``heldout``. The
-    held-out sources come first, so later sources may be missing.
+    Checks nothing if the stage has the input ``held_out``: then models are evaluated on its text.
+    ``tokens`` has the number of tokens by source, in the order of the split ``heldout``. Only the
+    held-out sources are needed, and these come first.
 
     Raises:
         RecipeError: A held-out source has no whole sequence.
     """
     heldout = [SourceTokens(*item) for item in tokens.items()]
-    missing = _without_sequence(heldout, _heldout_names(cfg), cfg.seq_length)
-    if missing and "held_out" not in cfg.inputs:
+    too_short = _without_sequence(heldout, _heldout_names(cfg), cfg.seq_length)
+    if too_short and "held_out" not in cfg.inputs:
         raise RecipeError(
-            f"no whole sequence of seq_length={cfg.seq_length} in heldout: {', '.join(missing)}",
-            f"give each of these sources more text, or {_shorter_sequences(cfg.seq_length)}",
+            f"no whole sequence of seq_length={cfg.seq_length} in heldout: {', '.join(too_short)}",
+            f"give each of these sources more text, or {_seq_length_fix(cfg.seq_length)}",
         )
 
 
-def _shorter_sequences(seq_length: int) -> str:
+def _seq_length_fix(seq_length: int) -> str:
     """Returns a fix for sources without a whole sequence."""
     return (
         "lower data.seq_length. Sequences start at multiples of seq_length, so "
@@ -142,13 +141,13 @@ def warn_of_short_sources(
 ) -> None:
     """Prints a warning for each split in which a source has no whole sequence."""
     for split, entries in source_tokens.items():
-        # Sources without text in the split have no entry, for example if it repeats other text.
+        # A source without text in the split, such as one that repeats another, has no entry.
         expected = _heldout_names(cfg) if split == "heldout" else cfg.training_names()
         names = [*(entry.source for entry in entries), *expected]
-        if missing := _without_sequence(entries, names, cfg.seq_length):
+        if too_short := _without_sequence(entries, names, cfg.seq_length):
             effect = "cannot have a weight" if split == "train" else "nothing is measured on them"
             what = f"no whole sequence of seq_length={cfg.seq_length} in {split}"
-            print(f"warning: {what}: {', '.join(missing)}; {effect}", flush=True)
+            print(f"warning: {what}: {', '.join(too_short)}; {effect}", flush=True)
 
 
 def _heldout_names(cfg: PrepareDataConfig) -> list[str]:
@@ -177,7 +176,7 @@ def read_sequences(
     require_seq_length(data, seq_length)
     text = data.manifest.result(DatasetResult)
     by_source = sequences_by_source(text.source_tokens[split], seq_length, count)
-    # ``numbers`` are indices in the split, ``spans`` are ranges of the sequences that are read.
+    # ``numbers`` are sequence indices in the split. ``spans`` are ranges of indices in ``numbers``.
     spans, numbers = {}, list[int]()
     for name, source_numbers in by_source.items():
         spans[name] = slice(len(numbers), len(numbers) + len(source_numbers))
@@ -185,7 +184,7 @@ def read_sequences(
     if not numbers:
         raise RecipeError(
             f"no source of {data.directory} has a whole sequence of {seq_length} tokens in {split}",
-            f"give one of the sources more text, or {_shorter_sequences(seq_length)}",
+            f"give one of the sources more text, or {_seq_length_fix(seq_length)}",
         )
     tokens = _select(read_tokens(data.artifact, split), seq_length, numbers).long()
     whole_mask = read_loss_mask(data.artifact, split)
@@ -280,8 +279,8 @@ def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np
     """Returns the sequence indices ``numbers``, int64 [n], in the random order of an epoch.
 
     The order depends on ``seed``, ``epoch`` and ``total``, the number of sequences in the split.
-    Two sequences have the same relative order in any ``numbers``. So training on cached logits of
-    an epoch's first sequences has the same batches as without a cache.
+    The relative order of two sequences does not depend on the others in ``numbers``. So training on
+    cached logits of an epoch's first sequences has the same batches as without a cache.
     """
     sort_keys = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = numbers[np.argsort(sort_keys[numbers], kind="stable")]

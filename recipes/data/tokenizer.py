@@ -27,8 +27,8 @@ from recipes.data.settings import default_document_end
 AHEAD = 4
 """Batches queued per worker process, so that no worker waits for text."""
 LONGEST_WAIT = timedelta(days=1)
-"""Timeout of collectives. It is long because the watchdog (``resources.hang_timeout``) detects
-hangs."""
+"""Timeout of collectives. It is long, because the watchdog (``resources.hang_timeout``) detects
+hangs earlier."""
 ItemT = TypeVar("ItemT")
 
 
@@ -120,14 +120,14 @@ def encode_all(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        processes, context, _initialize_worker, (encoder, os.getpid())
+        processes, context, initializer=_initialize_worker, initargs=(encoder, os.getpid())
     ) as pool:
         queue: deque[tuple[Future[list[Encoded]], ItemT]] = deque()
-        source = iter(batches)
+        remaining_batches = iter(batches)
         try:
             while True:
                 # Fill the queue, then wait for its oldest batch.
-                for texts, item in islice(source, AHEAD * processes - len(queue)):
+                for texts, item in islice(remaining_batches, AHEAD * processes - len(queue)):
                     queue.append((pool.submit(_encode_in_worker, texts), item))
                 if not queue:
                     return
@@ -162,10 +162,10 @@ def encode_on_ranks(
             # Ranks above 0 yield nothing. The last group may have fewer batches than ranks.
             yield from zip(encoded_by_rank or [], items, strict=False)
         except GeneratorExit:  # the caller on rank 0 stops early
-            broadcast(False)
+            broadcast(False)  # tells the other ranks to stop
             raise
         report_progress()
-        if not broadcast(True):  # whether to continue
+        if not broadcast(True):  # rank 0's value: whether to continue
             return
 
 
@@ -219,7 +219,7 @@ def _encode_in_worker(texts: list[str]) -> list[Encoded]:
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
     """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
-    The default ``document_end`` is that of ``default_document_end``.
+    ``default_document_end`` chooses the token after each document if ``document_end`` is not set.
 
     Raises:
         RecipeError: The vocabulary does not have the token, or there is no ``tokenizer.json``.
@@ -239,7 +239,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             f"the tokenizer in {folder} has no token {end or tokenizer.eos_token or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
-    # A tokenizer may define ``bos_token`` but not add it. A short text shows whether it does.
+    # A tokenizer that defines ``bos_token`` may not add it to text. A short text shows this.
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
     return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, vocabulary[end])

@@ -77,8 +77,8 @@ def load_tasks(
         allow_unused: Whether ``revisions`` may have datasets that no task uses.
 
     Raises:
-        RecipeError: A task is unknown, cannot be read or is unsuitable (see ``_task``), or
-            ``revisions`` has a dataset that no task uses.
+        RecipeError: A task is unknown, cannot be read or is refused by ``_task``, or ``revisions``
+            has a dataset that no task uses.
     """
     revisions = revisions or {}
     root = Path(lm_eval.tasks.__file__).parent
@@ -162,14 +162,15 @@ def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
     """Returns the hub datasets from which the tasks were loaded, as ``OWNER/NAME@COMMIT``."""
     splits = (split for subtask in subtasks for split in subtask.dataset.values())
     files = {file for split in splits for file in split.download_checksums or ()}
-    return sorted({match["dataset"] for file in files if (match := HUB_FILE.match(file))})
+    matches = (HUB_FILE.match(file) for file in files)
+    return sorted({match["dataset"] for match in matches if match})
 
 
 def _task(name: str, source: str, subtasks: Subtasks, stage: str) -> Task:
     """Returns a task with its metric and source.
 
-    Raises ``RecipeError`` if the subtasks have no common metric that is a mean and where higher is
-    better, or if one of them samples text or runs code.
+    Raises ``RecipeError`` if a subtask samples text or runs code, or if the subtasks have no common
+    metric that is a mean over items and better if higher.
     """
     first = next(iter(subtasks.values()))
     higher_is_better = first.higher_is_better()
@@ -218,7 +219,7 @@ def _generation_settings(subtask: ConfigurableTask) -> Mapping[str, Any]:
 def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
     """Raises ``RecipeError`` if a task's generated text may leave no tokens for the prompt.
 
-    ``length`` is the maximum number of tokens of a prompt and its answer; ``fix`` is the error's.
+    ``length`` is the maximum number of tokens of a prompt and its answer. ``fix`` is for the error.
     """
     for task in tasks:
         for subtask in task.subtasks.values():
@@ -234,8 +235,8 @@ def require_room_for_text(tasks: Iterable[Task], length: int, fix: str) -> None:
 def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     """Returns the task's items with the model's answers.
 
-    Only the first ``limit`` items of each subtask are answered; with ``None``, all. ``seed`` is for
-    the choice of few-shot examples.
+    The model answers the first ``limit`` items of each subtask, or all if ``limit`` is ``None``.
+    ``seed`` is for the choice of few-shot examples.
     """
     for subtask in task.subtasks.values():
         _exclude_items_from_examples(subtask, limit)
@@ -256,8 +257,8 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
 def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -> None:
     """Makes lm-eval draw few-shot examples from the items after the first ``limit``.
 
-    If too few items remain, lm-eval draws from all items except the evaluated one. Does nothing if
-    the examples come from another split than the items.
+    If too few items remain, lm-eval draws from all items except the one that it evaluates. Does
+    nothing if the examples come from another split than the items.
     """
     items, num_fewshot = list(subtask.eval_docs), subtask.config.num_fewshot
     if not num_fewshot or list(subtask.fewshot_docs()) != items:

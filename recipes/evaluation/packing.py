@@ -18,10 +18,8 @@ from recipes.core.errors import RecipeError
 Request = tuple[object, list[int], list[int]]
 """A request of lm-eval: an id, the tokens of the context, and the tokens of the continuation."""
 MIN_SHARED_TOKENS = 64
-"""Consecutive questions form a group if at least this many of their first tokens are equal.
-
-Fewer may be equal by chance, such as those of "Question:".
-"""
+"""Consecutive questions form a group if at least this many of their first tokens are equal. Fewer
+may be equal because all questions start with the same words, such as "Question:"."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,11 @@ def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
 def share_prefixes(
     questions: Iterable[Question], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
-    """Yields prefixes that consecutive questions share, such as few-shot examples.
+    """Yields pairs of a prefix, such as few-shot examples, and the consecutive questions with it.
 
-    Each prefix comes with its questions, whose contexts start after the prefix. The last pair is an
-    empty prefix with all questions that share none. A prefix takes an additional forward pass. So
-    it is shared only if this saves at least ``pass_tokens`` tokens, the size of a forward pass.
+    The contexts of the yielded questions start after the prefix. The last pair is an empty prefix
+    and all questions without a shared prefix. A prefix takes an additional forward pass. So it is
+    shared only if sharing saves at least ``pass_tokens``, the tokens of a forward pass.
     """
     # A question joins the group of the previous question if both start with the same tokens.
     groups: list[list[Question]] = []
@@ -141,17 +139,13 @@ def pack_tokens(pack: Iterable[Question]) -> int:
 def packs_of_rank(
     requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
 ) -> Iterator[tuple[tuple[int, ...], list[list[Question]]]]:
-    """Forms the packs of all requests, and yields those of one rank by their shared prefixes.
+    """Yields pairs of a shared prefix and the packs of rank ``rank`` that follow it.
 
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.
 
-    Args:
-        requests: All requests, the same on every rank.
-        max_length: Number of input tokens that the model accepts.
-        pass_tokens: Maximum number of input tokens of a pack.
-        rank: The rank whose packs are yielded.
-        ranks: Number of ranks.
+    ``requests`` must be the same on every rank. The model accepts ``max_length`` input tokens. A
+    pack has up to ``pass_tokens`` input tokens, or is a single longer question.
     """
     questions = group_by_context(requests, max_length)
     groups = [
@@ -217,7 +211,7 @@ def attention_bias(
     """Returns the attention bias [1, 1, n, prefix_tokens + n] of n tokens after a shared prefix.
 
     A token attends to the prefix, to itself, and to earlier tokens of its question's context and of
-    its own continuation. There the bias is 0. Elsewhere it is the minimum of the model's ``dtype``.
+    its own continuation. For these the bias is 0, for others the minimum of the model's ``dtype``.
     ``segments`` has the n tokens' (question, segment) numbers from ``pack_layout``.
     """
     question, segment = torch.tensor(segments).T
@@ -225,7 +219,7 @@ def attention_bias(
     same_segment = (segment[:, None] == segment) | (segment == 0)
     visible = (question[:, None] == question) & same_segment
     causal = torch.ones_like(visible).tril()
-    # Padding adds columns of False on the left: no token of the prefix is hidden.
+    # ``pad`` adds columns of False on the left: no token of the prefix is hidden.
     hidden = pad(~(visible & causal), (prefix_tokens, 0))
     bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
     return bias[None, None]  # for all sequences and heads

@@ -28,7 +28,7 @@ TEACHER = "teacher"
 """Role of the model with which all others are compared."""
 CHANCE_FRACTION = 0.8
 """A teacher's loss must be below this fraction of ln(vocabulary), the loss of a uniform guess. A
-pretrained model's loss is usually below half of it."""
+pretrained model's loss is usually below half of ln(vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Predictor:
 def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns a head that maps hidden states [n, width] to logits [n, vocabulary] in float32.
 
-    Between 16 and 32, bfloat16 has only multiples of 0.125. So in bfloat16, several likely tokens
-    would get equal logits.
+    Between 16 and 32, bfloat16 has only multiples of 0.125. So bfloat16 would give several likely
+    tokens equal logits.
     """
     # ``head`` refers only to these two, so that the weight in the model's dtype can be freed.
     dtype, float32_weight = weight.dtype, weight.float()
@@ -96,8 +96,8 @@ def compute_states(
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        # The last position has no next token. No variable for the states of all positions: it would
-        # keep them on the GPU during the next forward pass.
+        # The last position has no next token. No variable refers to the states of all positions,
+        # because it would keep them on the GPU during the next forward pass.
         states.append(model.run_layers(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
         progress(start + len(batch))
     return FinalStates(torch.cat(states), model.head, model.vocabulary)
@@ -126,19 +126,19 @@ def compare_predictions(
     metrics_of: dict[str, list[Tensor]] = {role: [] for role in models}
     teacher, all_targets = models[TEACHER], text.targets
     for rows in chunks(len(all_targets), teacher.vocabulary):
-        teacher_scores = log_probabilities(teacher, rows)
-        targets = all_targets[rows, None].to(teacher_scores.device)
-        teacher_tokens = teacher_scores.argmax(-1)
+        teacher_log_p = log_probabilities(teacher, rows)
+        targets = all_targets[rows, None].to(teacher_log_p.device)
+        teacher_tokens = teacher_log_p.argmax(-1)
         for role, model in models.items():
-            scores = teacher_scores if role == TEACHER else log_probabilities(model, rows)
-            losses = -scores.gather(-1, targets).squeeze(-1)
-            agreements = (scores.argmax(-1) == teacher_tokens).float()
+            log_q = teacher_log_p if role == TEACHER else log_probabilities(model, rows)
+            losses = -log_q.gather(-1, targets).squeeze(-1)
+            agreements = (log_q.argmax(-1) == teacher_tokens).float()
             if role == TEACHER:
                 kl = torch.zeros_like(losses)
             else:
                 # Σ p·(log p - log q), with p of the teacher and q of the model. ``mul_`` saves
                 # memory: it overwrites the difference, which nothing else uses.
-                kl = (teacher_scores - scores).mul_(teacher_scores.exp()).sum(-1)
+                kl = (teacher_log_p - log_q).mul_(teacher_log_p.exp()).sum(-1)
             # One column per field of ``PredictionMetrics``, in the order of the fields.
             metrics_of[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
     return {
@@ -162,8 +162,8 @@ def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
 def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> None:
     """Refuses a teacher that predicts text no better than chance, such as one with random weights.
 
-    Raises ``RecipeError`` if ``loss``, the next-token loss in nats, is not below
-    ``CHANCE_FRACTION`` of a uniform guess's loss. ``fix`` is appended to the error's fix.
+    Raises ``RecipeError`` if the next-token ``loss``, in nats, is not below ``CHANCE_FRACTION`` of
+    a uniform guess's loss. ``fix`` is appended to the fix in the error.
     """
     chance = math.log(vocabulary)
     limit = CHANCE_FRACTION * chance

@@ -1,7 +1,7 @@
-"""Results of evaluations on text and benchmarks, and paired comparisons of models. Torch-free.
+"""Results of evaluations, and paired comparisons of models. Does not import torch.
 
 Models are compared item by item, where an item is a benchmark's question or a sequence of text.
-They mostly fail on the same items. So the mean of the paired differences has a narrower interval
+Most models fail on the same items. So the mean of the paired differences has a narrower interval
 than the difference of two separate means.
 """
 
@@ -53,7 +53,7 @@ class ModelQuality(TextQuality):
 
 @dataclass(frozen=True)
 class SourceQuality:
-    """Quality of all models on one source's sequences; see ``EvaluationResult`` for the fields."""
+    """The fields of ``EvaluationResult``, for the sequences of one source."""
 
     teacher: TextQuality
     pruned: TextQuality
@@ -77,7 +77,7 @@ class EvaluationResult:
     """Number of next-token predictions in the loss. The first tokens of sequences and documents are
     not predicted. In conversations, only the assistant's answers are predicted."""
     recovered: float | None
-    """(pruned loss - distilled loss) / (pruned loss - teacher's loss); see ``recovered()``."""
+    """(pruned - distilled) / (pruned - teacher), of losses; ``None`` if pruning lost too little."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """Quality by text source; empty if there is only one source."""
     precision: str = "32"
@@ -143,7 +143,7 @@ class TaskScores:
     distilled: Score
     differences: Differences
     recovered: float | None
-    """(distilled - pruned) / (teacher - pruned), of the mean scores; see ``recovered()``."""
+    """(distilled - pruned) / (teacher - pruned), of means; ``None`` if pruning lost too little."""
 
     def models(self) -> dict[str, Score]:
         """Returns the score of each model by its role."""
@@ -244,12 +244,13 @@ class ServedText:
     @classmethod
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
         """Compares the models by their mean loss on each sequence, in nats."""
-        change = difference(served, student)
-        student_perplexity, served_perplexity = (
-            perplexity(fmean(student)),
-            perplexity(fmean(served)),
+        return cls(
+            student_perplexity=perplexity(fmean(student)),
+            served_perplexity=perplexity(fmean(served)),
+            loss_difference=difference(served, student),
+            sequences=len(served),
+            predictions=predictions,
         )
-        return cls(student_perplexity, served_perplexity, change, len(served), predictions)
 
 
 PROGRAMS = {
@@ -284,14 +285,14 @@ class ServedResult:
 
 
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
-    """Compares the served model with the student; keys of ``items``: ``student``, ``served``."""
+    """Compares the models ``student`` and ``served``, which are the keys of ``items``."""
     student, served = items["student"], items["served"]
     scores = _served_scores(metric, metric_values(metric, student), metric_values(metric, served))
     student_answers, served_answers = answer_values(student), answer_values(served)
     answers = None
     if student_answers is not None and served_answers is not None:
         answers = _served_scores(ANSWER_METRIC, student_answers, served_answers)
-    return ServedTask(**vars(scores), answers=answers)
+    return ServedTask(**vars(scores), answers=answers)  # has the fields of ``scores``, too
 
 
 def _served_scores(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
@@ -302,11 +303,11 @@ def _served_scores(metric: str, student: Sequence[float], served: Sequence[float
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Returns the fraction of pruning's loss that distillation recovered, by means over items.
+    """Returns the fraction of the quality lost by pruning that distillation recovered.
 
-    The fraction is (distilled - pruned) / (teacher - pruned). It is ``None`` if pruning lost
-    nothing significant: the 95% interval of pruned minus teacher reaches 0. The arguments are
-    values of the same items. Higher values must be better, so losses must be negated.
+    The fraction is (distilled - pruned) / (teacher - pruned), of means over items. It is ``None``
+    if pruning lost nothing significant: the 95% interval of pruned minus teacher reaches 0. The
+    arguments are values of the same items, where higher is better. So callers negate losses.
     """
     pruned_minus_teacher = difference(pruned, teacher)
     if not pruned_minus_teacher.is_negative:
@@ -320,7 +321,7 @@ def metric_values(metric: str, items: Sequence[Item]) -> list[float]:
 
 
 def score_of(metric: str, items: Sequence[Item]) -> Score:
-    """Returns a model's score by a metric of the items."""
+    """Returns a model's score: the mean of a metric over the items."""
     return Score.of(metric_values(metric, items))
 
 
@@ -334,29 +335,28 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
 
     On the same number of items, log-likelihoods reveal smaller differences than accuracy does. The
     log-likelihoods are not normalised over the choices: that would make them as noisy as accuracy.
-    Returns ``None`` if ``answer_values`` does for a model.
+    Returns ``None`` if ``answer_values`` returns ``None`` for a model.
     """
-    values = [answer_values(items[role]) for role in ROLES]
-    known_values = [row for row in values if row is not None]
+    values_of_roles = [answer_values(items[role]) for role in ROLES]
+    known_values = [values for values in values_of_roles if values is not None]
     return _task_scores(ANSWER_METRIC, *known_values) if len(known_values) == len(ROLES) else None
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
     """Returns the log-likelihood of each item's right answer, in nats.
 
-    Returns ``None`` if the model generates its answers, or if an item does not have one right
-    choice.
+    Returns ``None`` if the model generates answers, or an item does not have one right choice.
     """
     values = []
     for item in items:
         responses = item.response if isinstance(item.response, list) else []
         index = item.target  # of the right choice
-        if not isinstance(index, int):  # The target is text. A single response is of that text.
-            index = 0 if len(responses) == 1 else -1
+        if not isinstance(index, int):  # the target is text, which may be the only choice
+            index = 0 if len(responses) == 1 else -1  # -1: unknown
         response = responses[index] if 0 <= index < len(responses) else None
         if not isinstance(response, list):  # generated text, or an unknown right answer
             return None
-        values.append(float(response[0]))  # the second value says whether it is the greedy choice
+        values.append(float(response[0]))  # ``response`` is [log-likelihood, is greedy]
     return values
 
 
@@ -387,7 +387,7 @@ class AddLayersResult:
     """A student with added layers of its teacher, and the quality of students of all sizes."""
 
     kept_layers: list[int]
-    """As in ``KeptLayers``, for the model with the added layers."""
+    """Numbers of the teacher's layers in the model with the added layers."""
     added_layers: list[int]
     """Numbers of the teacher's layers that were added, without training."""
     sizes: dict[int, SizeQuality]

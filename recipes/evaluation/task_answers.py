@@ -37,8 +37,8 @@ def answer_tasks(
     """Returns a model's answers by task, and the names of the tasks whose answers were cached.
 
     Only rank 0 reads and writes the cache, so that all ranks run the model on the same tasks. On
-    other ranks, the answers are empty. ``identity`` returns a text that identifies the model, such
-    as its hash. It is called only on rank 0. ``name`` is the model's name in the log.
+    other ranks, the returned answers are empty. ``identity`` returns a text that identifies the
+    model, such as a hash. Only rank 0 calls it. ``name`` is the model's name in the log.
     """
     keys: dict[str, dict[str, Any]] = {}
     answers: dict[str, TaskAnswers] = {}
@@ -48,9 +48,9 @@ def answer_tasks(
             keys[task.name] = _cache_key(cfg, model_identity, task)
             if (cached_answers := look_up(keys[task.name])) is not None:
                 answers[task.name] = cached_answers
-    cached = broadcast(list(answers))
+    cached_tasks = broadcast(list(answers))
     for number, task in enumerate(tasks, 1):
-        if task.name not in cached:
+        if task.name not in cached_tasks:
             start = time.monotonic()
             # All ranks take part; each returns all items.
             items = harness_tasks.answer(model, task, cfg.limit, cfg.seed)
@@ -61,7 +61,7 @@ def answer_tasks(
                 except RecipeError as error:  # a shared cache may be read-only
                     print(f"warning: {error.what} The answers are not cached.", flush=True)
         log.progress(f"tasks, {name}", number, len(tasks))
-    return answers, cached
+    return answers, cached_tasks
 
 
 def _cache_key(
@@ -83,12 +83,9 @@ def _cache_key(
 
 
 def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
-    """Raises ``RecipeError`` unless all models answered the same items in the same order.
-
-    ``items`` maps each model to the items with its answers.
-    """
+    """Raises ``RecipeError`` unless all models (the keys) answered the same items in one order."""
     item_lists = {tuple((item.id, item.hash) for item in answers) for answers in items.values()}
-    if len(item_lists) != 1:
+    if len(item_lists) != 1:  # a set, so equal lists count once
         raise RecipeError(
             f"the models answered different items of {task}: its data changed between evaluations",
             f"delete {cache_dir() / FOLDER}",

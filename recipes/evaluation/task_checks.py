@@ -30,12 +30,12 @@ ITEM_SIZES = {
 }
 """By task: number of items, and mean tokens of an item with its choices (SmolLM2's tokenizer)."""
 DEFAULT_SIZES = (1000, 80)
-"""The same numbers, assumed for tasks that are not in ``ITEM_SIZES``."""
+"""Number of items and mean tokens that are assumed for tasks that are not in ``ITEM_SIZES``."""
 GENERATED_TOKENS = {"gsm8k_cot": 256}
 """Maximum number of generated tokens per item, by task. A batch usually runs that long, because one
 of its texts does."""
 MAX_FEWSHOT = {"mmlu": 5, "gsm8k_cot": 8}
-"""Number of available few-shot examples, by task; other tasks have more than anyone uses."""
+"""Number of available few-shot examples, by task; for other tasks, the number is not checked."""
 SUBJECTS = {"mmlu": 57}
 """Number of subtasks, by task; 1 for all others. A subtask has its own limit and examples."""
 
@@ -75,19 +75,20 @@ def _fewshot_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Proble
     """Yields problems of ``num_fewshot``. Stages may share it, so any stage's tasks are valid."""
     stages = [stage for stage in chain.stages.values() if isinstance(stage, EvaluateTasksConfig)]
     tasks_of_stages = {task for stage in stages for task in stage.tasks}
-    for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS, *tasks_of_stages}:
+    valid_names = {*cfg.tasks, *TASKS, *tasks_of_stages}
+    for name in cfg.num_fewshot.keys() - valid_names:
         yield Problem(
             rules.TASKS_FEWSHOT,
             f"stages.{cfg.name}.num_fewshot.{name}: {name} is not in stages.{cfg.name}.tasks",
             f"use one of {', '.join(cfg.tasks)}",
         )
-    for name, most in MAX_FEWSHOT.items():
-        if name in cfg.tasks and cfg.num_fewshot.get(name, 0) > most:
+    for name, available in MAX_FEWSHOT.items():
+        if name in cfg.tasks and cfg.num_fewshot.get(name, 0) > available:
             yield Problem(
                 rules.TASKS_FEWSHOT,
                 f"stages.{cfg.name}.num_fewshot.{name}={cfg.num_fewshot[name]}: {name} has only "
-                f"{most} examples",
-                f"use at most {most}",
+                f"{available} examples",
+                f"use at most {available}",
             )
 
 
@@ -104,12 +105,13 @@ def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[DecodingSteps]]:
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         # All items of an MMLU subject share their few-shot examples, which are processed once. In
-        # other tasks, each item has its own. An example is assumed to be as long as an item.
+        # other tasks, each item has separate ones. An example is assumed to be as long as an item.
         example_sets = min(items, SUBJECTS.get(name, items))
         examples = cfg.num_fewshot.get(name, 0) * example_sets
         tokens += (items + examples) * size
         if new_tokens := GENERATED_TOKENS.get(name):
-            rank_batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
+            batches = math.ceil(items / GENERATION_BATCH)
+            rank_batches = math.ceil(batches / ranks)  # of the rank with the most batches
             context = size + new_tokens / 2  # mean over the decoding steps
             generations.append(DecodingSteps(rank_batches * new_tokens, GENERATION_BATCH, context))
     return tokens / ranks, generations

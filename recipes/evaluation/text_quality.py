@@ -93,6 +93,7 @@ def measure(
     rank_scores = {role: Scores.of(values, rank_text) for role, values in metrics.items()}
     scores = _gather_scores(rank_scores)
     results = {
+        # ``ModelQuality`` has the fields of ``TextQuality``, which ``quality()`` returns.
         role: ModelQuality(**vars(role_scores.quality()), parameters=parameters[role])
         for role, role_scores in scores.items()
     }
@@ -124,7 +125,7 @@ def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:
 def _examples(cfg: EvaluateConfig, text: TextSequences) -> dict[str, Tensor]:
     """Returns the tokens of prompts and of their original continuations.
 
-    They are from ``num_generations`` sequences that are spaced evenly over the text.
+    Takes ``num_generations`` sequences that are spaced evenly over the text.
     """
     stride = max(1, len(text) // max(1, cfg.num_generations))
     examples = text.tokens[::stride][: cfg.num_generations]
@@ -172,16 +173,15 @@ class Scores:
     def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
         """Computes the mean of each metric for each sequence of a text."""
         counts = text.prediction_mask.sum(dim=1).tolist()  # predictions of each sequence
-        return cls(
-            *(
-                [sequence.mean().item() for sequence in values.split(counts)]
-                for values in vars(metrics).values()
-            )
+        means = (  # one list per field
+            [sequence.mean().item() for sequence in values.split(counts)]
+            for values in vars(metrics).values()
         )
+        return cls(*means)
 
-    def __add__(self, more: Scores) -> Scores:
-        """Joins the lists of both, so the result has the sequences of both."""
-        return Scores(*(values + vars(more)[name] for name, values in vars(self).items()))
+    def __add__(self, other: Scores) -> Scores:
+        """Returns the scores of the sequences of ``self``, followed by those of ``other``."""
+        return Scores(*(values + vars(other)[name] for name, values in vars(self).items()))
 
     def quality(self, span: slice = slice(None)) -> TextQuality:
         """Returns the means over a range of sequences; by default over all."""
@@ -204,7 +204,7 @@ def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
     by_rank = gather(scores)
 
     def in_order(role: str, metric: str) -> list[float]:
-        # A row has one value of each rank. In the last row, some ranks may have no value.
+        # A row has one value of each rank. In the last row, the last ranks may have no value.
         rows = zip_longest(*(vars(rank_scores[role])[metric] for rank_scores in by_rank))
         return [value for row in rows for value in row if value is not None]
 
@@ -217,7 +217,7 @@ def score(
 ) -> dict[str, Scores]:
     """Compares models with the teacher on one sequence at a time, with all models in memory.
 
-    ``models`` maps roles, including ``TEACHER``, to models. The result has the same keys.
+    ``models`` maps roles, including ``TEACHER``, to models. Returns the scores of each role.
     """
     scores = {role: Scores() for role in models}
     for index in range(len(text)):
@@ -298,7 +298,7 @@ def with_weights(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
-    # A tied head uses the embedding's weight, so ``weights`` has none for it.
+    # A tied head uses the embedding's weight, so ``weights`` need not have one for the head.
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - optional:
         raise ValueError(
@@ -336,8 +336,8 @@ def _generate(
 ) -> Tensor:
     """Continues prompts [n, prompt_tokens] greedily.
 
-    Returns the new tokens, [n, at most new_tokens]. Texts that end early are filled up with
-    ``pad_token``.
+    Returns the new tokens, [n, at most new_tokens]. Continuations that end earlier than others are
+    padded with ``pad_token``.
     """
     output: Tensor = model.generate(
         prompts.to(model.device),
