@@ -147,11 +147,11 @@ RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 
 """Distinct ranks of both pipeline stages, which start at ranks 0 and 384. Ranks 0 and 1, and 384
 and 385, are tensor-parallel groups. Rank 382 is the first of the first stage's last replica."""
 LARGE = (
-    *("llama3_1_8b_depth", "llama3_1_8b_width", "mistral_nemo_12b_width"),
-    *("qwen3_8b_depth", "qwen3_8b_depth_2.5b", "qwen3_8b_nas"),
+    *("llama3_1_8b_depth", "llama3_1_8b_depth_2.5b", "llama3_1_8b_width", "llama3_1_8b_width_2.5b"),
+    *("mistral_nemo_12b_width", "mistral_nemo_12b_width_2.5b", "qwen3_8b_depth"),
+    *("qwen3_8b_depth_2.5b", "qwen3_8b_nas", "qwen3_8b_nas_2.5b"),
 )
-"""Recipes that distil on several GPUs with tensor parallelism. Each other recipe has the model and
-the parallel sizes of one of them."""
+"""Recipes that distil on several GPUs with tensor parallelism."""
 
 
 def ranks_of(recipe: str, stage: str = "distill") -> list[Case]:
