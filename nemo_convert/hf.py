@@ -134,8 +134,8 @@ def write_weights(
     The files are shards with an index, or one file if one shard suffices.
 
     A thread writes one shard while the caller's thread reads the next, so at most two shards are in
-    memory. The caller's thread must read ``tensors``: a rehearsal (a stage on fake tensors) puts
-    only that thread into fake tensor mode.
+    memory. ``tensors`` must be read in the caller's thread: PyTorch's fake tensor mode, in which
+    rehearsals call this function, applies to one thread.
     """
     from safetensors.torch import save_file
 
@@ -194,10 +194,12 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         copy = Path(temporary)
         copy_side_files(folder, copy)
         config = read_json(folder / "config.json")
-        move_settings(config, copy)
+        move_settings(config, copy)  # may write generation_config.json
         write_json(copy / "config.json", as_transformers_4(config, str(folder)))
         files = weight_files(folder)
-        for file in files if files == [WEIGHTS_FILE] else [INDEX_FILE, *files]:
+        if files != [WEIGHTS_FILE]:
+            files = [INDEX_FILE, *files]
+        for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             (copy / file).symlink_to((folder / file).resolve())
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -105,7 +105,7 @@ def _read_paths(stage: PlannedStage) -> Iterator[Path]:
         # A path in a mounted folder may pass through a link whose target is not mounted.
         for path in _followed_paths(file.absolute()):
             yield from (path, *_link_folders(path))
-    # If ``prepare_data`` has not run yet, its result still lacks the links to these files.
+    # Before ``prepare_data`` runs, there are no links yet to the files of ``prefix``.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
             yield from (path.resolve() for path in paths_of(config.prefix_path).values())
@@ -125,7 +125,8 @@ def _followed_paths(path: Path) -> Iterator[Path]:
     If ``/a`` links to ``/b``, and ``/b/c`` to ``/d``, the paths of ``/a/c`` are ``/a/c``, ``/b/c``
     and ``/d``. A path may occur repeatedly.
     """
-    yield from (path, path.resolve())
+    yield path
+    yield path.resolve()  # replaces all links at once, even if the last target does not exist
     from_root = (*reversed(path.parents), path)
     first_link = next((parent for parent in from_root if parent.is_symlink()), None)
     if first_link and path.exists():  # false for links in a loop, which would recurse forever
@@ -133,11 +134,12 @@ def _followed_paths(path: Path) -> Iterator[Path]:
 
 
 def _link_folders(path: Path) -> Iterator[Path]:
-    """Yields the paths to mount for a folder that has links in it, and may be a link itself.
+    """Yields the paths to mount so that the links in the folder ``path`` work in a container.
 
-    Docker and Pyxis resolve a path that they mount, so in the container the path is not a link. But
-    relative links in the folder start at the folder's real path. So the container needs the link to
-    the folder, the folder, and the folders to which the links in the folder lead.
+    Yields nothing without such links. Relative links start at the real location of ``path``. But
+    Docker and Pyxis resolve what they mount: a mounted link is a plain folder in the container. So
+    if ``path`` is a link, its parent and its target are mounted, as are the targets' parents of the
+    links in it.
     """
     if not any(file.is_symlink() for file in path.rglob("*")):
         return

@@ -55,9 +55,9 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     def compiled_function() -> Callable[..., R]:
         import torch
 
-        # The key of Inductor's on-disk cache (PyTorch 2.13) lacks the instruction set. C++ code for
-        # AVX512 reads past its data when it is built for AVX2: losses are wrong, and no error is
-        # raised. An explicit vector width becomes part of the key.
+        # The key of Inductor's on-disk cache (PyTorch 2.13) lacks the instruction set. So a machine
+        # with AVX2 may find C++ that was generated for AVX512. Built for AVX2, it reads past its
+        # data: losses are wrong, and no error is raised. A vector width becomes part of the key.
         width = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
         options: dict[str, Any] = {"cpp.simdlen": width}
         kernel: Callable[..., R] = torch.compile(function, fullgraph=True, options=options)

@@ -55,7 +55,7 @@ class Requirement:
             return value
         suggestion = did_you_mean(value, self.names) if self.names else ""
         message = f"must be {self.description}{suggestion}"
-        # ``_message`` inserts the message into the template ``MESSAGES[REQUIREMENT]``.
+        # The second argument is a template, the third has its values.
         raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
 
 
@@ -135,7 +135,6 @@ MESSAGES = {
     "list_type": "must be a list, such as [a,b]",
     "string_type": "must be a string",
     "dict_type": "must be a mapping, such as {{a: 1}}",
-    REQUIREMENT: "{must}",
 }
 """Error message for each of pydantic's error types. Braces contain keys of the error's ``ctx``."""
 

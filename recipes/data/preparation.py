@@ -40,7 +40,9 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 HELD_OUT = "heldout.digests"
 """File with the digests of all held-out documents, sorted."""
 EARLIER = "earlier.digests"
-"""Copy of the input ``held_out``'s file ``HELD_OUT``. Its documents are held out here, too."""
+"""Copy of ``HELD_OUT`` from the stage's input ``held_out``. Its documents stay held out."""
+NO_SPLIT = ""
+"""Stands in for the split of a conversation that is left out. The conversation is only counted."""
 SAVE_SECONDS = 10.0
 """Minimum time between two saves. A killed process loses the work since the last save."""
 
@@ -84,25 +86,25 @@ class _Sources:
     cfg: PrepareDataConfig
     tokenizer: DocumentTokenizer
     chat: ChatTokenizer | None
-    paths: Mapping[str, str]
-    """Source or file to read instead of a source, by the source as written in the config."""
+    replacements: Mapping[str, str]
+    """Maps a source of the config to the source or file that is read instead."""
 
     def open(self, source: str, reader_state: Any) -> Reader:
-        """Opens a source after the last document of the reader that had this state."""
+        """Opens a source. ``reader_state`` of an earlier reader resumes after its last document."""
         return read_source(
-            self.paths.get(source, source),
+            self.replacements.get(source, source),
             self.cfg.text_field,
             reader_state,
             chat=self.cfg.is_chat(source),
-            leave_out=True,
+            leave_out=True,  # unusable conversations, with the reason
             limit_bytes=self.cfg.limit_bytes(source),
         )
 
     def encode(self, source: str, reader_state: Any, documents_read: int) -> EncodedBatches:
         """Encodes the documents of a source that follow the first ``documents_read``."""
         encoder = self.chat if self.chat and self.cfg.is_chat(source) else self.tokenizer
-        limit = self.cfg.max_documents if source in self.cfg.sources else None
-        remaining = limit - documents_read if limit else None
+        max_documents = _max_documents(self.cfg, source)
+        remaining = max_documents - documents_read if max_documents else None
         batches = _batches(self.open(source, reader_state), remaining)
         return closing(encode_on_ranks(encoder, batches, self.cfg.processes))
 
@@ -123,7 +125,7 @@ def prepare(
     folder: Path,
     log: MetricsLog,
     chat: ChatTokenizer | None = None,
-    paths: Mapping[str, str] | None = None,
+    replacements: Mapping[str, str] | None = None,
 ) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
@@ -131,10 +133,10 @@ def prepare(
     repeat them. Only rank 0 drops duplicates and assigns splits, so the result is the same for any
     number of ranks and processes. Other ranks tokenize, and return an empty state.
 
-    ``chat`` tokenizes conversations; ``None`` if no source has any. ``paths`` has the source or
-    file to read instead of a source, by the source as written in the config.
+    ``chat`` tokenizes conversations; ``None`` if no source has any. ``replacements`` maps a source
+    of the config to the source or file that is read instead.
     """
-    sources = _Sources(cfg, tokenizer, chat, paths or {})
+    sources = _Sources(cfg, tokenizer, chat, replacements or {})
     if rank() != 0:
         return _encode_for_rank_0(sources)
     named_sources = list(source_names(cfg.all_sources()).items())
@@ -152,7 +154,8 @@ def prepare(
                 for name, source in named_sources[state.finished_sources :]:
                     # Tells the other ranks what to encode next.
                     broadcast((state.finished_sources, state.reader_state, state.documents))
-                    # After an error, closing ``encoded`` tells the other ranks to stop.
+                    # After an error, closing ``encoded`` ends the other ranks' work on this source.
+                    # They then wait for the next message, which is the error.
                     with sources.encode(source, state.reader_state, state.documents) as encoded:
                         for fraction in _write_source(cfg, name, source, encoded, chat, store):
                             progress = (state.finished_sources + fraction) / len(named_sources)
@@ -197,12 +200,13 @@ class _Store:
         self, document: Document, fractions: Mapping[str, float], *, chat: bool
     ) -> str:
         """Returns a document's split. Stores the digest of a held-out document in the ledger."""
-        document_digest = split_digest(document.text, chat=chat)
-        split = split_of(split_number(document, document_digest), fractions)
-        if self.ledger.is_held_out(document_digest):
+        # For a conversation, this is the digest of its question only.
+        split_key = split_digest(document.text, chat=chat)
+        split = split_of(split_number(document, split_key), fractions)
+        if self.ledger.is_held_out(split_key):
             return "heldout"
         if split == "heldout":
-            self.ledger.hold_out(document_digest)
+            self.ledger.hold_out(split_key)
         return split
 
     def add(self, source_name: str, documents: Iterable[tuple[str, Encoded]]) -> None:
@@ -264,21 +268,22 @@ def _write_source(
     state, is_chat = store.state, cfg.is_chat(source)
     is_heldout_source = source in cfg.heldout_sources
     fractions = {"heldout": 1.0} if is_heldout_source else cfg.fractions()
-    max_documents = None if is_heldout_source else cfg.max_documents
+    max_documents = _max_documents(cfg, source)
     max_tokens = cfg.token_limit(source)
     for encoded_documents, batch in batches:
         new_documents: list[tuple[str, Encoded]] = []  # with their splits
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
             if encoded.left_out_reason:
-                new_documents.append(("", encoded))  # in no split, only counted
+                new_documents.append((NO_SPLIT, encoded))
                 continue
-            if store.ledger.add_if_new(digest(document.text, chat=is_chat)):
+            is_new = store.ledger.add_if_new(digest(document.text, chat=is_chat))
+            if is_new:
                 split = store.assign_split(document, fractions, chat=is_chat)
                 new_documents.append((split, encoded))
                 state.tokens += len(encoded.ids)
             if state.tokens >= max_tokens:
                 break
-        if is_chat and chat:
+        if is_chat and chat:  # the result has no documents in ``NO_SPLIT``
             new_documents = list(_pack_splits(chat, new_documents, name, store))
         store.add(name, new_documents)
         if state.tokens >= max_tokens:
@@ -293,6 +298,11 @@ def _write_source(
         )
 
 
+def _max_documents(cfg: PrepareDataConfig, source: str) -> int | None:
+    """Returns how many documents of a source are used at most. Held-out sources have no limit."""
+    return None if source in cfg.heldout_sources else cfg.max_documents
+
+
 def _pack_splits(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], name: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
@@ -304,7 +314,8 @@ def _pack_splits(
         ]
         tokens = sum(len(encoded.ids) for encoded in usable)
         written_bytes, _ = store.writer.sizes[split]
-        packed = list(pack(usable, written_bytes // TOKEN_BYTES, chat.seq_length, chat.end))
+        written_tokens = written_bytes // TOKEN_BYTES  # an incomplete last sequence is filled first
+        packed = list(pack(usable, written_tokens, chat.seq_length, chat.end))
         counts["used"] += len(usable)
         counts["shortened"] += sum(encoded.shortened for encoded in usable)
         counts["tokens"] += tokens
@@ -317,7 +328,7 @@ def _pack_splits(
 
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """Yields batches of at most ``limit`` documents in all, each as its texts and a ``_Batch``."""
+    """Yields the first ``limit`` documents (or all) in batches: the texts, and a ``_Batch``."""
     remaining_documents = islice(reader, limit)
     while True:
         documents, characters = list[Document](), 0

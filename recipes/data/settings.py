@@ -16,9 +16,9 @@ from recipes.data.sources import CHAT, FORMATS, parse_source, source_names, with
 
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
 
-BYTES_PER_TOKEN, BYTES_PER_PARAGRAPH = 4.0, 400.0
-"""Estimated average bytes of a token and of a paragraph of English text. The vocabulary is assumed
-to have at least 50,000 tokens."""
+BYTES_PER_TOKEN, BYTES_PER_DOCUMENT = 4.0, 400.0
+"""Estimated average bytes of a token and of a document in English text. The vocabulary is assumed
+to have at least 50,000 tokens. A document is assumed to be a paragraph, as in text files."""
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Common names of the token that separates documents in pretraining."""
@@ -84,7 +84,7 @@ class PrepareDataConfig(StageConfig):
 
     def limit_bytes(self, source: str) -> float:
         """Estimates how many bytes of a source the limits allow; infinite without limits."""
-        bytes_of_documents = BYTES_PER_PARAGRAPH * (self.max_documents or math.inf)
+        bytes_of_documents = BYTES_PER_DOCUMENT * (self.max_documents or math.inf)
         return min(BYTES_PER_TOKEN * self.token_limit(source), bytes_of_documents)
 
     def all_sources(self) -> list[str]:

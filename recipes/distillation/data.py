@@ -62,7 +62,7 @@ class TrainingSequences(Dataset):
     attention_mask: Tensor | None = None
     """Attention mask that every sample gets; ``None`` gives samples no attention mask."""
     cache: TeacherCache | None = None
-    """Cached teacher, which limits the dataset to the sequences in the cache."""
+    """Cached teacher. Without ``numbers``, the dataset has only the sequences in the cache."""
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -74,16 +74,19 @@ class TrainingSequences(Dataset):
 
     def __post_init__(self) -> None:
         total = self._total = count_sequences(self.tokens, self.seq_length)
-        available = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
             # ``total`` excludes a last sequence that has no next token to predict.
             available = np.array([n for n in self.numbers if n < total])
+        elif self.cache is not None:
+            available = self.cache.sequences
+        else:
+            available = np.arange(total)
         self._numbers_by_source = [available]
         if self.weights:
             by_source = weighted_sequences(self.weights, self.sources, self.seq_length, total)
             self._numbers_by_source = [np.intersect1d(numbers, available) for numbers in by_source]
             for name, numbers in zip(self.weights, self._numbers_by_source, strict=True):
-                if not len(numbers):
+                if not len(numbers):  # only with a cache; else ``weighted_sequences`` has failed
                     raise RecipeError(
                         f"the cached teacher has no sequence of source '{name}'.",
                         "raise num_sequences of cache_logits",
@@ -196,8 +199,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         """Opens the splits. The trainer calls this method.
 
         Raises:
-            RecipeError: The training split has less than one batch, or no source of the validation
-                split has a whole sequence with a next token.
+            RecipeError: The training split has less than one batch, or the validation split has no
+                sequence.
         """
         batch_size = self.data_sampler.global_batch_size
         # One batch more than training uses. A run that was killed after its last step resumes after
@@ -251,12 +254,12 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     def _require_batch(self, sequences: int, batch_size: int) -> None:
         if sequences >= batch_size:
             return
-        if self._cache is None:
-            source, fix = "the training data has", "add text, or lower data.seq_length or"
-        else:
-            source, fix = "the cached teacher has", "raise num_sequences of cache_logits, or lower"
+        source, fix = "training data", "add text, or lower data.seq_length or global_batch_size"
+        if self._cache is not None:
+            source = "cached teacher"
+            fix = "raise num_sequences of cache_logits, or lower global_batch_size"
         raise RecipeError(
-            f"{source} {sequences} sequences of {self.seq_length} tokens, less than one batch of "
-            f"global_batch_size={batch_size}.",
-            f"{fix} global_batch_size",
+            f"the {source} has {sequences} sequences of {self.seq_length} tokens, less than one "
+            f"batch of global_batch_size={batch_size}.",
+            fix,
         )

@@ -35,8 +35,8 @@ def compare_engine(
     ``None``, quality is not measured.
 
     Raises:
-        RecipeError: ``require_compressed`` refuses the engine; or ``require_same`` does, which is
-            called only for ``fp32``.
+        RecipeError: No layer is compressed as configured (``require_compressed``); or the precision
+            is ``fp32``, and logits or tokens differ (``require_same``).
     """
     source, engine_model = load_causal_lm(folder), load_engine(engine)
 
@@ -97,13 +97,15 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> None:
     """Raises ``RecipeError`` unless at least one layer is compressed as configured.
 
-    With ``int4``, OpenVINO silently keeps 8 bits in a layer if the number of the layer's inputs is
-    a multiple of neither the group size nor 32. ``types`` is the result of ``weight_types``.
+    With ``int4``, a layer's number of inputs must be a multiple of the group size or of 32, the
+    smallest group size that OpenVINO falls back to. Other layers silently keep 8 bits.
+
+    ``types`` is the result of ``weight_types``.
     """
     expected = COMPRESSED_TYPES.get(cfg.precision, ())
     fix = "set precision=fp32"
-    if cfg.scale_group is not None:  # the precision uses group_size
-        fix = f"set a group_size that divides the layers' widths; {cfg.group_size} divides none"
+    if cfg.scale_group is not None:  # ``group_size``, if the precision uses groups
+        fix = f"set a group_size that divides the layers' widths; {cfg.scale_group} divides none"
     if expected and not any(types.get(name) for name in expected):
         raise RecipeError(
             f"the engine is not compressed to precision={cfg.precision}: it stores "

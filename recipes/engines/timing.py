@@ -29,7 +29,7 @@ class TimedModel:
     path: Path
     """Engine or Hugging Face folder that the backend loads."""
     folder: Path
-    """Hugging Face folder of the model. In the baseline, transformers, ``path`` is this folder."""
+    """Hugging Face folder of the model; equal to ``path`` if the backend is transformers."""
     architecture: Architecture
     tensor_parallel_size: int = 1
 
@@ -70,7 +70,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Generation:
-    """The continuation of a batch of prompts."""
+    """The continuation of a batch of prompts. ``Worker.generate`` returns only its timing."""
 
     tokens: list[list[int]]
     """New tokens [batch, new]."""

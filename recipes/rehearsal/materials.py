@@ -40,7 +40,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """Writes all inputs of a job below a run's directory, and returns them by role."""
     by_role = {role: _input(job, source, run_dir / role) for role, source in job.inputs.items()}
     hashes = {role: source.manifest.content_hash() for role, source in by_role.items()}
-    # Training with a cached teacher checks in the teacher's manifest that the text is the same.
+    # Training compares its text with the hash of the text in a cached teacher's manifest.
     for source in by_role.values():
         source.manifest.input_content = hashes
     return by_role
@@ -49,8 +49,8 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns a job's settings. Changes ``weights`` and ``hf_path`` for the generated inputs."""
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
-        # With weights, each text source must have a cached sequence. But all sequences of the
-        # generated cache have the number 0, so only the first source has cached sequences.
+        # If text sources have weights, each needs a cached sequence. But all sequences of the
+        # generated cache are sequence 0 of the text, which is in the first source.
         return {**job.config, "weights": {}}
     if "hf_path" not in job.config:
         return job.config
@@ -78,7 +78,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
     elif source.kind == "importance":
         # All scores, and the teacher's loss, are placeholders.
         layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
-        scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=_equal_widths(shape))
+        scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=_width_scores(shape))
         scores.save(artifact)
     elif source.kind == "shapes":  # only the teacher's shape; no candidate needs more memory
         write_json(artifact / SHAPES_FILE, [shape.as_dict()])
@@ -91,7 +91,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
         if shape != teacher:  # a pruned model, whose artifact also has the kept indices
             kept_layers = list(range(1, shape.num_layers + 1))
-            select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
+            select_indices(_width_scores(teacher), teacher, shape, kept_layers).save(artifact)
             manifest.metrics = asdict(KeptLayers(kept_layers))
         manifest.architecture, manifest.parameters = shape.as_dict(), shape.parameters()
     return Input(directory, manifest)
@@ -131,8 +131,8 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     count_names = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in count_names)
     sources = list(config.get("weights") or ["rehearsal"])
-    # A source has one more sequence, because a sequence that spans two sources is not used. It has
-    # one more token, because the last token of a sequence needs a next token.
+    # One sequence is added, because a sequence that spans two sources is not used. One token is
+    # added, which the last sequence of the split predicts last.
     source_tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     split_tokens = len(sources) * source_tokens
     for split in SPLITS:
@@ -163,8 +163,8 @@ def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None
     write_zeros(artifact / SHARD.format(0), shard)
 
 
-def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
-    """Returns ``Importance.widths`` in which all scores of channels and heads are zero."""
+def _width_scores(shape: Architecture) -> dict[str, torch.Tensor]:
+    """Returns scores for ``Importance.widths``: zero for all channels and heads."""
     widths = {}
     for layer in range(1, shape.num_layers + 1):
         widths[f"layers.{layer}.ffn_hidden_size"] = torch.zeros(shape.ffn_hidden_size)

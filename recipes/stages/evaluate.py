@@ -47,8 +47,9 @@ def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
     models = [chain.shape_of(cfg.inputs.get(role)) for role in ("teacher", "pruned", "distilled")]
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
-    cost = comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
-    return replace(cost, ranks_on_node=cfg.resources.devices)
+    bf16 = cfg.precision == "bf16-mixed"
+    cost = comparison_cost(models, bf16, text, chain.hardware)
+    return replace(cost, ranks_on_node=cfg.resources.devices)  # one rank per device
 
 
 def run(cfg: EvaluateConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -35,7 +35,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if chain.teacher.num_moe_experts:
         yield Problem(rules.HEALING, f"{cfg.name} does not support MoE models", "set heal=null")
     stage = chain.stages.get(cfg.inputs.get("checkpoint", ""))
-    if stage is None:  # ``run`` checks a checkpoint of another run
+    if stage is None:  # of another run: ``_require_pruned_from_teacher`` checks it later
         return
     source, teacher = stage.inputs.get("checkpoint"), cfg.inputs.get("teacher")
     if not isinstance(stage, PruneConfig):
@@ -54,7 +54,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing, and of comparing both students with the teacher."""
+    """Estimates the cost of healing, and of comparing pruned and healed model with the teacher."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -103,7 +103,7 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
         kl_pruned=before.kl_to_teacher,
         kl_healed=after.kl_to_teacher,
     )
-    return checkpoint_outcome(result, pruned)
+    return checkpoint_outcome(result, pruned)  # healing keeps architecture and tokenizer
 
 
 def _require_pruned_from_teacher(inputs: Inputs) -> None:
@@ -114,7 +114,8 @@ def _require_pruned_from_teacher(inputs: Inputs) -> None:
     from recipes.pruning.kept import KEPT_FILE
 
     pruned, teacher = inputs["checkpoint"], inputs["teacher"]
-    # In the same run, the user may have accepted (``accept``) a model pruned from an older teacher.
+    # In the same run, fingerprints may differ: with ``accept``, the user keeps the pruned model
+    # although the teacher has changed.
     is_same_run = pruned.directory.parent == teacher.directory.parent
     is_of_teacher = pruned.manifest.inputs.get("checkpoint") == teacher.manifest.fingerprint
     is_pruned = (pruned.artifact / KEPT_FILE).exists()
@@ -138,6 +139,6 @@ STAGE = Stage(
         "teacher": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
-    # 4 bytes per parameter, if the weights are float32.
+    # Upper bound: float32 weights have 4 bytes per parameter.
     disk_bytes=lambda config, chain: 4 * chain.shape_of(config.inputs["checkpoint"]).parameters(),
 )

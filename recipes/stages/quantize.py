@@ -1,7 +1,8 @@
 """Quantizes the exported model with ModelOpt for TensorRT-LLM.
 
 Reads a Hugging Face folder and calibration text. Writes ModelOpt's unified Hugging Face format,
-which TensorRT-LLM, vLLM and SGLang read. OpenVINO compresses weights when it builds an engine.
+which TensorRT-LLM, vLLM and SGLang read. OpenVINO engines do not need this stage: their weights are
+compressed when the engine is built.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the sequences, and of what the format's kernels do not support."""
+    """Checks ``seq_length``, and the GPU and the matrix sizes that the format needs."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if cfg.format == "fp8":
         yield from fp8_problems(chain.hardware, *FP8_REQUIREMENT)
@@ -65,5 +66,6 @@ STAGE = Stage(
     inference_cost=inference_cost,
     single_rank_reason="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
-    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # upper bound: bfloat16
+    # Upper bound: a student as large as the teacher, with 2 bytes (bfloat16) per parameter.
+    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),
 )

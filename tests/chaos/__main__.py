@@ -2,11 +2,11 @@
 
     python -m tests.chaos --kills 100 --seed 1
 
-A campaign first makes an uninterrupted run. Then it makes rounds, which repeat the stages of this
-run. A round starts the launcher and kills one of the run's processes, a few times in each stage.
-Finally it lets the run finish. The weights, metrics, records, report and files must be those of the
-uninterrupted run. No process may remain, and no file may contain a secret of the environment. The
-campaign ends after the first round with a problem. In this case its folder is kept.
+A campaign first makes an uninterrupted run. Each round then repeats the stages of this run. A round
+starts the launcher and kills one of the run's processes, a few times in each stage. Then it lets
+the run finish. The weights, metrics, records, report and files must be those of the uninterrupted
+run. No process may remain, and no file may contain a secret of the environment. The campaign ends
+after the first round with a problem. In this case its folder is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.chaos.chain import differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, Killed, RunCommand
 from tests.support.models import ODD, write_tiny_model
-from tests.support.runs import HEALING, manifest_of
+from tests.support.runs import HEALING_STAGES, manifest_of
 from tests.support.text import write_text
 
 SECRET = "planted-9f1c-secret"
@@ -52,14 +52,14 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
     text = write_text(folder / "text.jsonl")
     model = write_tiny_model(folder / "model", text, **ODD)
     run_overrides = [*overrides(model, text, run_dir, engine="null"), *SETTINGS]
-    stage_seconds: dict[str, float] = {}  # filled after the uninterrupted run
+    stage_seconds: dict[str, float] = {}  # filled below; only ``command.kill`` reads it
     variables = {"TMPDIR": str(temporary), "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
     command = RunCommand(run_overrides, run_dir, stage_seconds, variables)
     exit_status, output = command.finish()
     if exit_status:
         return [f"the uninterrupted run failed: {output}"]
     run_dir.rename(expected_dir)
-    stage_seconds |= {stage: manifest_of(expected_dir, stage).seconds for stage in HEALING}
+    stage_seconds |= {stage: manifest_of(expected_dir, stage).seconds for stage in HEALING_STAGES}
 
     rng, kills, problems = random.Random(arguments.seed), Counter[str](), list[str]()
     while kills.total() < arguments.kills and not problems:
@@ -68,9 +68,9 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         temporary.mkdir()
         shutil.copytree(expected_dir, run_dir, ignore=shutil.ignore_patterns(".lock"))
         # Keeps only the stages before the earliest one of ``--stages``. All others run again.
-        for stage in HEALING[min(map(HEALING.index, arguments.stages)) :]:
+        for stage in HEALING_STAGES[min(map(HEALING_STAGES.index, arguments.stages)) :]:
             shutil.rmtree(run_dir / stage)
-        # A stage for each kill: ``--each`` kills per stage, and at most ``--kills`` in all rounds.
+        # The stage of each kill in this round. All rounds together have at most ``--kills`` kills.
         kill_stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
         for stage in kill_stages[: arguments.kills - kills.total()]:
             if (killed := command.kill(Kill.draw(stage, rng))) is None:
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--each", type=int, default=2, help="kills per stage and round")
-    parser.add_argument("--stages", nargs="+", choices=HEALING, default=HEALING)
+    parser.add_argument("--stages", nargs="+", choices=HEALING_STAGES, default=HEALING_STAGES)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     problems = run_campaign(folder, arguments)

@@ -25,7 +25,7 @@ from recipes.distillation.training import (
 )
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support.launcher import LAUNCHER, wait_until_unused
-from tests.support.runs import HEALING
+from tests.support.runs import HEALING_STAGES
 
 VICTIMS = ("launcher", "stage", "server", "child")
 """Types of processes that can be killed: the launcher, a stage, the fork server from which stages
@@ -159,7 +159,7 @@ class RunCommand:
         artifact, checkpoints = work / ARTIFACT, work / CHECKPOINTS
         # Each start of a stage writes BEGUN anew.
         previous_start = _modification_time(work / BEGUN)
-        stages = [None, *HEALING]  # ``None``: before the first stage
+        stages = [None, *HEALING_STAGES]  # ``None``: before the first stage
 
         def is_later() -> bool:
             return stages.index(self._stage_of(launcher)) > stages.index(kill.stage)

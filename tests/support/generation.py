@@ -86,7 +86,7 @@ def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
     Returns the installed version, and the version in the folder ``packages``.
     """
     process = subprocess.run(
-        # With -P, this file's folder is not on sys.path.
+        # -P keeps this file's folder off sys.path, where its modules could hide installed ones.
         [sys.executable, "-P", __file__, *folders],
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -48,7 +48,7 @@ class Page(HTMLParser):
         assert self._open_tags == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
+        self.handle_startendtag(tag, attrs)  # appends to ``tags``
         if tag not in self.VOID:
             self._open_tags.append(tag)
 
@@ -94,7 +94,7 @@ def table(text: str, name: str) -> str:
 def render_with(inputs: dict[str, Input], folder: Path, **results: Any) -> str:
     """Renders a report into a folder and returns its HTML.
 
-    ``results`` replaces the results of inputs, by the name of the input.
+    Each keyword of ``results`` is an input's name, and its value replaces the input's result.
     """
     changed = {name: with_result(inputs[name], result) for name, result in results.items()}
     return render_page({**inputs, **changed}, folder)

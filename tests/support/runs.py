@@ -19,7 +19,7 @@ STAGES = [
     "report",
 ]
 """Stages of a pruning recipe with ``tasks=null engine=null``, in the order in which they run."""
-HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
+HEALING_STAGES = [*STAGES[:5], "heal", *STAGES[5:]]
 """``STAGES`` with the stage ``heal``, which ``heal=least_squares`` adds."""
 DISTILL = {
     "max_steps": 4,

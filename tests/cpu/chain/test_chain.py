@@ -39,7 +39,7 @@ from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_similar_generation
 from tests.support.notebook import run_notebook
 from tests.support.pages import Page
-from tests.support.runs import HEALING, copy_without, manifest_of
+from tests.support.runs import HEALING_STAGES, copy_without, manifest_of
 from tests.support.transformers_5 import save_by_transformers_5, transformers_5
 
 # Stages that run only with an engine.
@@ -68,9 +68,9 @@ def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     with mock.patch.dict(os.environ, variables | slurm_variables):
         result = run_recipe(*overrides(teacher, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
-    for stage in (*HEALING, *ENGINES):
+    for stage in (*HEALING_STAGES, *ENGINES):
         assert f"{stage}: complete" in result.output
-    assert f"{len(HEALING) + len(ENGINES)} stages ran" in result.output
+    assert f"{len(HEALING_STAGES) + len(ENGINES)} stages ran" in result.output
     return run_dir
 
 
@@ -101,7 +101,7 @@ def test_the_tutorial_runs_unchanged(
 
 
 def test_manifests_are_complete(tiny_run: Path) -> None:
-    for stage in HEALING:
+    for stage in HEALING_STAGES:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
         needs_no_torch = stage in ("plan", "report")

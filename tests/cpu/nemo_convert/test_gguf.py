@@ -27,7 +27,7 @@ from tests.support.sharp_attention import sharpen_attention
 
 NEW_TOKENS = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
-"""Shape of a width-pruned model: the head size is not hidden size / heads."""
+"""Shape of a width-pruned model: the head size is not hidden size / heads, as it is in ``EVEN``."""
 LLAMA3 = {**LLAMA3_ROPE, "factor": 4.0}
 """RoPE scaling of the type that Llama 3.1 uses."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def test_llama_cpp_generates_what_transformers_does(
     folder = write_tiny_model(tmp_path / "hf", text_file, family, **shape)
     sharpen_attention(folder)
     result = write(folder, tmp_path / "model.gguf", "f32")
-    # llama.cpp's Qwen2 does not support the head size of a width-pruned Qwen2.
+    # llama.cpp's Qwen2 does not support the head size of a width-pruned Qwen2, but its Llama does.
     expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, unpruned": "qwen2"}
     assert result.architecture == expected.get(variant, "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -155,7 +155,7 @@ def test_llama_cpp_generates_similarly_with_rounded_matrices(
 @pytest.mark.parametrize(
     ("config", "special_tokens"),
     [
-        (  # transformers then ignores special_tokens_map.json
+        (  # with added_tokens_decoder, transformers ignores special_tokens_map.json
             {
                 "eos_token": "<end>",
                 "added_tokens_decoder": {"288": {"content": "<end>", "special": True}},
@@ -217,7 +217,8 @@ def test_chat_templates_that_gguf_cannot_store_are_refused(
         require_supported_files(folder)
         write(folder, tmp_path / "model.gguf", "f16")
         field = GGUFReader(tmp_path / "model.gguf").fields.get("tokenizer.chat_template")
-        assert (field and field.contents()) == (value and "text")
+        stored_template = field.contents() if field else None
+        assert stored_template == ("text" if value else None)
         return
     for check in (require_supported_files, lambda f: write(f, tmp_path / "model.gguf", "f16")):
         with pytest.raises(RecipeError, match="chat_template="):
@@ -225,7 +226,7 @@ def test_chat_templates_that_gguf_cannot_store_are_refused(
 
 
 def test_the_plan_does_not_check_a_file_that_transformers_ignores(tmp_path: Path) -> None:
-    """With ``add_prefix_space``, LlamaTokenizerFast reads tokenizer.model."""
+    """With ``add_prefix_space``, LlamaTokenizerFast ignores tokenizer.json."""
     Tokenizer(models.Unigram([("<unk>", 0.0)], 0)).save(str(tmp_path / "tokenizer.json"))
     config = {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}
     write_json(tmp_path / TOKENIZER, config)

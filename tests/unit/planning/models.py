@@ -85,12 +85,22 @@ def hybrid_as_dense(layers: int, hidden: int, parameters: float) -> Architecture
         hidden: Hidden size.
         parameters: Published number of parameters.
     """
-    # Without feed-forward layers: width 0. 40 heads of 128 channels in 8 groups. The vocabulary has
-    # 131,072 tokens, and there are as many positions.
-    bare = Architecture("", layers, hidden, 0, 40, 8, 128, 131072, 131072, tied_embeddings=False)
-    width = (parameters - bare.parameters()) / (3 * hidden * layers)  # gate, up, down projection
-    return replace(bare, ffn_hidden_size=int(width))
+    attention_only = Architecture(
+        hf_architecture="",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=0,
+        num_attention_heads=40,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=131072,
+        max_position_embeddings=131072,
+        tied_embeddings=False,
+    )
+    ffn_parameters = parameters - attention_only.parameters()
+    width = ffn_parameters / (3 * hidden * layers)  # gate, up, down projection
+    return replace(attention_only, ffn_hidden_size=int(width))
 
 
 HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
-"""The student of 7 B parameters in Model-Optimizer's tutorial; its teacher Nemotron-Nano-9B-v2."""
+"""Student of 7 B parameters and teacher Nemotron-Nano-9B-v2, from Model-Optimizer's tutorial."""
