@@ -122,6 +122,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     prepare_imports()
     target: Path = arguments.target
     convert.require_new(target)
+    nemo.import_nemo()
     with scratch_beside(target) as scratch:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
         convert.require_sound(checkpoint)

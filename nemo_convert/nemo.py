@@ -10,6 +10,7 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
 import zlib
@@ -162,12 +163,22 @@ def architecture_of(checkpoint: Path) -> Architecture:
     return read_architecture(read_config(checkpoint), str(checkpoint))
 
 
+def import_nemo() -> None:
+    """Imports NeMo's models; raises an interrupt only afterwards, as NeMo's imports ignore it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        enable()
+        from nemo.collections import llm as llm
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def new_model(hf_folder: Path) -> Any:
     """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
     NeMo copies ``hf_folder`` to the context: the folder must be named ``hf`` and have no weights.
     """
-    enable()  # without TransformerEngine, importers need patches
+    import_nemo()
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning import io
 

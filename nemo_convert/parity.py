@@ -239,6 +239,7 @@ def verify(first: Path, second: Path) -> Parity:
     folder, nemo_path = (second, first) if is_nemo[0] else (first, second)
     require_convertible(str(folder))
     require_loadable_generation_config(folder)
+    nemo.import_nemo()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = nemo.open_checkpoint(nemo_path, Path(scratch))
         require_sound(checkpoint)

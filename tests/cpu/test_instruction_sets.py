@@ -19,7 +19,7 @@ NUMERICAL = (
     "backend/test_adamw.py",
     "backend/test_cpu_speed.py",
     "backend/test_training_layers.py",
-    "distillation/test_layouts.py::test_every_layout_has_the_losses_of_one_rank[TP=2]",
+    "distillation/test_layouts.py::test_every_layout_has_the_losses_of_one_rank[PP=2]",
     "distillation/test_logit_cache.py::test_cached_probabilities_equal_those_of_transformers",
     "distillation/test_losses.py",
     "distillation/test_objective.py",

@@ -160,9 +160,14 @@ def test_follower_prints_start_progress_and_end(
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_follower_shows_the_time_left_of_stage_and_run(
-    stage: PlannedStage, log: MetricsLog, clock: list[float], terminal: bool
+    stage: PlannedStage,
+    log: MetricsLog,
+    clock: list[float],
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step takes 10 seconds. The later stages of the run take an hour."""
+    monkeypatch.setenv("TERM", "xterm")  # rich shows no bar in a dumb terminal
     screen = Console(file=StringIO(), width=200, force_terminal=terminal, highlight=False)
     with Follower(stage, screen, run_estimate=lambda seconds: seconds + 3600) as follower:
         for step in (1, 2, 5):
