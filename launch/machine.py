@@ -33,6 +33,7 @@ def chain_of(
     # Resolves interpolations here, because ``as_typed`` converts the profile without its root.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
     hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
+    images = cfg.cluster.get("images") or {}
     if hardware.memory_bytes is None and cfg.cluster.executor == "slurm":
         hardware.memory_bytes = math.inf  # ``None`` would mean the login node's memory
     return replace(
@@ -41,7 +42,7 @@ def chain_of(
         run_dir=run_dir,
         runs_here=cfg.cluster.executor == "local",
         own_python=has_own_python(cfg.cluster),
-        images=cfg.cluster.get("images") or {},
+        images={name: image and str(image) for name, image in images.items()},  # also True or 1
         time_limit=str(cfg.cluster.get("time", "")),
         margin_seconds=cfg.cluster.get("margin_seconds"),
         max_requeues=cfg.cluster.get("max_requeues"),
@@ -109,9 +110,8 @@ def _image_problems(
     configs = {name: chain.stages[name] for name in selected}
     images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
     or_no_engine = ", or set engine=null, which builds no engine"  # the end of a fix
-    for name, image in (cluster.get("images") or {}).items():
-        is_used = image and image in images.values()
-        if is_used and not _image_exists(image, cluster.executor):
+    for name, image in chain.images.items():
+        if image and image in images.values() and not _image_exists(image, cluster.executor):
             alternative = or_no_engine if name == TENSORRT_LLM else ""
             yield Problem(
                 rules.IMAGE,

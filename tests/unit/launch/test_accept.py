@@ -61,7 +61,7 @@ def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
     edit_manifest(run / "distill", seconds=3600.0 * 308.4)  # 1233.6 device-hours, shown rounded
     assert "distill, 1,230 device-hours" in refusal(plan, OTHER_LR)
     # As if another torch were installed.
-    monkeypatch.setattr("launch.plan.result_versions", lambda *_: {"torch": "1.0"})
+    monkeypatch.setattr("launch.plan.result_versions", lambda **_: {"torch": "1.0"})
     assert re.search(r"its version of torch \(\S+ → 1.0\) changed", refusal(plan, SAME_LR))
 
 
