@@ -42,7 +42,8 @@ def chain_of(
         run_dir=run_dir,
         runs_here=cfg.cluster.executor == "local",
         own_python=has_own_python(cfg.cluster),
-        images={name: image and str(image) for name, image in images.items()},  # also True or 1
+        # YAML reads a name such as 1 as a number.
+        images={name: image and str(image) for name, image in images.items()},
         time_limit=str(cfg.cluster.get("time", "")),
         margin_seconds=cfg.cluster.get("margin_seconds"),
         max_requeues=cfg.cluster.get("max_requeues"),

@@ -105,6 +105,7 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
     if target.exists() or target.is_symlink():
         raise RecipeError(f"{target} exists already.", "choose another target")
     source = hf.resolve(arguments.source)
+    nemo.import_nemo()
     with scratch_beside(target) as scratch:
         checkpoint = scratch / target.name
         convert.to_nemo(source, checkpoint)

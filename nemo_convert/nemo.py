@@ -10,13 +10,13 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
-import signal
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from recipes.backend.local_layers import adapt_config
 from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, storage_problem, write_json
+from recipes.core.processes import interrupts_delayed
 
 if TYPE_CHECKING:
     import torch
@@ -164,13 +165,10 @@ def architecture_of(checkpoint: Path) -> Architecture:
 
 
 def import_nemo() -> None:
-    """Imports NeMo's models; raises an interrupt only afterwards, as NeMo's imports ignore it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
+    """Imports NeMo in the main thread. NeMo's imports would ignore an interrupt."""
+    with interrupts_delayed():
         enable()
-        from nemo.collections import llm as llm
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        import_module("nemo.collections.llm")
 
 
 def new_model(hf_folder: Path) -> Any:
@@ -178,7 +176,7 @@ def new_model(hf_folder: Path) -> Any:
 
     NeMo copies ``hf_folder`` to the context: the folder must be named ``hf`` and have no weights.
     """
-    import_nemo()
+    enable()  # without TransformerEngine, importers need patches
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning import io
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 def pipeline_split(num_layers: int, stages: int) -> list[int]:
     """Returns the number of layers on each pipeline stage, split as evenly as Megatron allows.
 
-    In Megatron-Core, all stages but the first and the last must have the same number of layers. The
-    last stage also computes the head and the loss, so it gets the fewest layers. The first stage
-    takes the remainder.
+    In Megatron-Core, all stages but the first and the last must have the same number of layers
+    (``megatron/core/transformer/transformer_block.py``). The last stage also computes the head and
+    the loss, so it gets the fewest layers. The first stage takes the remainder.
 
     Raises:
         ValueError: There are fewer layers than stages.

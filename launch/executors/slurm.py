@@ -122,8 +122,10 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
         # If ``only`` excludes a stage, it is not in ``stages``, but its job needs unchanged inputs.
         config, stage = plan.chain.stages.get(name), stages.get(name)
         new_inputs = sorted(new_jobs & set(config.inputs.values())) if config else []
-        conflict = f", but {', '.join(new_inputs)} must run again before it" if new_inputs else None
-        if stage and not new_inputs:
+        conflict = None
+        if new_inputs:
+            conflict = f", but {', '.join(new_inputs)} must run again before it"
+        elif stage:
             conflict = _conflict(stage, job)
         if conflict is not None:
             raise RecipeError(

@@ -157,7 +157,10 @@ def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
 
 
 def computed_settings(settings: DataclassInstance, where: str) -> Iterator[str]:
-    """Yields an error message for each ``COMPUTED`` setting that the user has set."""
+    """Yields an error message for each ``COMPUTED`` setting that the user has set.
+
+    ``where`` is the path of the settings in the config, such as ``stages.distill``.
+    """
     for item in fields(settings):
         value, path = getattr(settings, item.name), f"{where}.{item.name}"
         if item.metadata.get("computed"):

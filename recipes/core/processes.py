@@ -44,6 +44,21 @@ def die_with_parent() -> None:
 
 
 @contextmanager
+def interrupts_delayed() -> Iterator[None]:
+    """Handles SIGINT and SIGTERM after the block. Must be used in the main thread."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(each, lambda number, _: received.append(number)) for each in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
+    for received_number in received:
+        signal.raise_signal(received_number)
+
+
+@contextmanager
 def sigterm_ignored() -> Iterator[None]:
     """Ignores SIGTERM in a block that waits for a process to end.
 

@@ -65,7 +65,8 @@ def first_records_problem(
     Checks whether this type of file can hold conversations. Also checks the first records of a file
     on this machine. For a source that the teacher writes, checks the file with prompts.
 
-    ``chat`` says whether all records must be conversations. If ``strict``, all conversations must
+    ``text_field`` is the field with a record's text, and ``chat`` says whether all records must be
+    conversations. If ``strict``, all conversations must
     be usable; otherwise, at least one.
     """
     parsed = parse_source(source)

@@ -387,9 +387,9 @@ class AddLayersResult:
     """A student with added layers of its teacher, and the quality of students of all sizes."""
 
     kept_layers: list[int]
-    """Numbers of the teacher's layers in the model with the added layers."""
+    """For each layer of the model with added layers, its number in the model before all pruning."""
     added_layers: list[int]
-    """Numbers of the teacher's layers that were added, without training."""
+    """The numbers in ``kept_layers`` of the layers that were added, without training."""
     sizes: dict[int, SizeQuality]
     """By number of layers, from the student's to one less than the teacher's."""
     teacher_layers: int

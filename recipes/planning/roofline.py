@@ -37,6 +37,9 @@ def prefill_seconds(
 def decode_seconds(
     arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
 ) -> float:
-    """Returns a lower bound of the seconds to generate one token per sequence of a batch."""
+    """Returns a lower bound of the seconds to generate one token per sequence of a batch.
+
+    Each sequence already has ``context`` tokens.
+    """
     flops = decode_flops(arch, batch_size, context)
     return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

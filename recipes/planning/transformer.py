@@ -25,8 +25,8 @@ LOGITS_BYTES = 128 << 20
 FORWARDS_PER_BACKWARD = 2
 """FLOPs of a backward pass, divided by those of a forward pass."""
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
-"""FLOPs per score and channel of a head: 2 for each of 2 forward GEMMs and of 5 backward GEMMs, one
-of which recomputes scores."""
+"""FLOPs per score and channel of a head: 2 for each of 2 forward GEMMs and of 5 backward GEMMs. One
+backward GEMM recomputes the scores."""
 FRAGMENTATION = 1.05
 """Memory that the allocator holds, divided by the memory of tensors. Assumed, not measured."""
 

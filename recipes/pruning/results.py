@@ -49,7 +49,7 @@ class HealResult:
     """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """Layers that pruning kept; ``None`` if unknown."""
+    """Layers that pruning kept, numbered as before all pruning; ``None`` if unknown."""
     calibration_tokens: int
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""

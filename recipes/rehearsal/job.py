@@ -101,8 +101,8 @@ def jobs_of(
         stages: All stages of the run, by name.
         names: Names of the stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse; ranks that a stage does not have are ignored. By default, of all
-            ranks that run the same code, only one is rehearsed.
+        ranks: Ranks to rehearse; ranks that a stage does not have are ignored. By default,
+            those of ``distinct_ranks``: every other rank runs the same code as one of them.
     """
     jobs = []
     for name in names:

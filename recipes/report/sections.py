@@ -45,7 +45,7 @@ def sections(
     ``manifests`` are those of the report's inputs, and ``earlier`` those of all stages upstream of
     them, by name.
     """
-    # Inputs whose results the templates use as they are.
+    # The templates use the results of these inputs unchanged.
     result_types = {"plan": PlanResult, "served": ServedResult}
     content: dict[str, object] = {
         name: manifests[name].result(result_type)
@@ -140,9 +140,9 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     ``earlier`` has the manifests of all stages upstream of the report's inputs.
     """
     candidates = search.candidates
-    # Perplexities are comparable only between equal states: training tokens, and reconstruction if
-    # there was no training. Training does not start from the reconstructed weights, so ``healed``
-    # is ignored after it. Only candidates in the largest state can be on the Pareto front.
+    # A state is (training tokens, whether untrained weights were reconstructed). Perplexities can
+    # be compared only within a state. Only candidates of the largest state can be on the Pareto
+    # front. Training does not start from reconstructed weights, so it makes ``healed`` irrelevant.
     states = [(c.tokens, c.healed and not c.tokens) for c in candidates]
     marks = []
     for candidate, state in zip(candidates, states, strict=True):

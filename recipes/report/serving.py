@@ -19,8 +19,7 @@ GENAI_CODE = (
     'print(g.LLMPipeline({engine}, "CPU"{properties}).generate("Hello", max_new_tokens=64))'
 )
 OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
-"""Both are needed: Optimum does not detect the task, and writes large models in 8 bits by default.
-"""
+"""Optimum does not detect the task, and by default writes large models in 8 bits."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ Kinds = tuple[Kind, ...]
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
     """Returns the architectures that a stage's input may have, the largest first.
 
-    Returns an empty sequence if the search that lists them has not run yet.
+    Returns an empty sequence before the search that lists them has run.
     """
     for name in ("candidates", "shapes"):  # inputs from a search, which may have many shapes
         if name in config.inputs:

@@ -69,7 +69,7 @@ def test_plans_of_both_recipes_and_start_on_one_node(
     settings = probe_settings[2:]
     # Items 1 and 3 of the page's numbered list. Item 4, the run on all nodes, is only planned here.
     # ``test_ranks_get_the_planned_resources[qwen3_8b_depth]`` runs it.
-    [only] = re.findall(r"^1\. `'(.+)'`", PAGE, re.MULTILINE)
+    [only] = re.findall(r"^1\. A with `'(.+)'`", PAGE, re.MULTILINE)
     [few_steps] = re.findall(r"Start with `'(.+)'`", PAGE)
     for dry_run in (one_node, all_nodes, [*all_nodes, few_steps]):
         output = run_successfully(*dry_run, *settings, cwd=tmp_path).output

@@ -211,7 +211,7 @@ def test_failing_stage_cancels_later_jobs(imported: Run, tmp_path: Path) -> None
 def test_a_job_survives_a_failed_node_and_cancel_keeps_the_result(
     original: Run, imported: Run
 ) -> None:
-    """Slurm requeues the job of two nodes, one of which fails. A second job is cancelled."""
+    """After one of a job's two nodes fails, Slurm requeues the job. A second job is cancelled."""
     overrides = ("stages.prepare_data.resources.nodes=2", "only=[prepare_data]")
     assert imported.submit(*overrides).code == 0
     [node, _] = run("scontrol", "show", "hostnames", wait_for_nodes(imported)).split()

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from recipes.core.files import REPO_ROOT
@@ -34,12 +35,13 @@ TIMEOUT_SECONDS = 600
 
 
 @cache
-def _server(python_path: str, *modules: str) -> tuple[socket.socket, Path]:
+def _server(variables: tuple[tuple[str, str], ...], *modules: str) -> tuple[socket.socket, Path]:
     """Starts a fork server, once for the same arguments; returns the server's socket and log."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"
-    environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    defaults = {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **defaults, **dict(variables)}
     return stack.enter_context(fork_server(modules, environment, log)), log
 
 
@@ -54,7 +56,7 @@ def forked(
     errors: Path | None = None,
     status: Path | None = None,
     ranks: int = 0,
-    python_path: str = str(REPO_ROOT),
+    server_variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Callable[[], bool]]:
     """Runs ``python COMMAND`` in a fork; yields a function that returns whether the fork has ended.
 
@@ -67,9 +69,10 @@ def forked(
         errors: File for standard error.
         status: File to which the exit status is written, in decimal.
         ranks: Number of processes with ``RANK`` and ``LOCAL_RANK``; 0 means one without them.
-        python_path: ``PYTHONPATH`` of the fork server, so ``sys.path`` of the program.
+        server_variables: Environment variables of the fork server, which libraries read when they
+            are imported. ``PYTHONPATH`` also sets ``sys.path`` of the program.
     """
-    server, log = _server(python_path, *imports)
+    server, log = _server(tuple(server_variables.items()), *imports)
     request = {
         "command": command,
         "environment": dict(environment),
@@ -92,7 +95,7 @@ def run_forked(
     command: Sequence[str],
     environment: Mapping[str, str],
     cwd: Path,
-    python_path: str = str(REPO_ROOT),
+    server_variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``python COMMAND`` in a fork, and waits as ``subprocess.run`` does; captures its output.
 
@@ -100,7 +103,8 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         out, errors, status = (Path(folder) / name for name in ("output", "errors", "status"))
-        options: dict[str, Any] = {"python_path": python_path, "errors": errors, "status": status}
+        options: dict[str, Any] = {"server_variables": server_variables}
+        options |= {"errors": errors, "status": status}
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with (
             out.open("wb") as output,

@@ -62,12 +62,13 @@ def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
 
     ``arguments`` are ``sys.argv[1:]`` of the code.
     """
-    python_path = f"{transformers_5()}{os.pathsep}{REPO_ROOT}"
+    variables = {"PYTHONPATH": f"{transformers_5()}{os.pathsep}{REPO_ROOT}", "HF_HUB_OFFLINE": "1"}
+    variables |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(code)
         script.flush()
         command = [script.name, *map(str, arguments)]
-        process = run_forked(MODULES, command, os.environ, Path.cwd(), python_path)
+        process = run_forked(MODULES, command, os.environ, Path.cwd(), variables)
     assert process.returncode == 0, process.stderr[-3000:]
 
 

@@ -257,7 +257,7 @@ def _refused_indexes() -> Iterator[Variant]:
     for value in (ABSENT, None, []):
         change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
         yield Variant(f"index with metadata {value}", change, "has no metadata")
-    extra = split_weights(SHARDS, {"model.extra": SHARDS[0]})  # SHARDS[0] has no such tensor
+    extra = split_weights(SHARDS, {"model.extra": SHARDS[0]})  # in the index, but in no shard
     yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
     wrong_shards = split_weights(SHARDS, {QUERY: SHARDS[0], EMBEDDING: SHARDS[1]})
     yield Variant("index with wrong shards", wrong_shards, "the shards disagree about")

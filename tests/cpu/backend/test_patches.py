@@ -59,7 +59,7 @@ def patch_of(library: Any, name: str, **fields: Any) -> Patch:
 
 
 def test_originals_have_the_fingerprints_of_their_patches(tmp_path: Path) -> None:
-    """Checks all patches in a fork of a process that has not applied any patch."""
+    """Checks all patches in a fork of a process without patches."""
     script = tmp_path / "check.py"
     script.write_text(CHECK_ALL_PATCHES)
     done = run_forked(PRELOADED, [str(script)], os.environ, tmp_path)

@@ -179,6 +179,7 @@ def test_code_of_the_model_card_runs_unchanged(
     folder = tiny_run / "export_hf" / ARTIFACT
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     exec(code, {})
     output = capsys.readouterr().out
     assert output.startswith("The capital of France is")

@@ -1,4 +1,4 @@
-"""Fixtures: a pruned run, and reference runs of the distillation in ``tests/support/layouts.py``.
+"""Fixtures: a pruned run, and reference runs of a module's fixture ``command``.
 
 All runs are in the folder ``run`` of their working directory.
 """

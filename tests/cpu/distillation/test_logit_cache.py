@@ -75,20 +75,12 @@ def open_cache(run_dir: Path) -> TeacherCache:
 
 
 @pytest.fixture(scope="module")
-def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a complete run on one rank."""
-    folder = tmp_path_factory.mktemp("cached")
-    run_successfully(*command, cwd=folder)
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def tokens_and_logits(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_and_logits(one_rank: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [n, S + 1] of the cached sequences, and transformers' logits [n, S, vocabulary]."""
-    documents = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
+    documents = IndexedDataset(str(one_rank / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
     # A row has one more token than a sequence, because the targets are shifted by one.
-    rows = [text[n * LENGTH : (n + 1) * LENGTH + 1] for n in open_cache(run).sequences]
+    rows = [text[n * LENGTH : (n + 1) * LENGTH + 1] for n in open_cache(one_rank).sequences]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
@@ -96,9 +88,9 @@ def tokens_and_logits(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.
 
 
 def test_cached_probabilities_equal_those_of_transformers(
-    run: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
+    one_rank: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    cache, (_, logits) = open_cache(run), tokens_and_logits
+    cache, (_, logits) = open_cache(one_rank), tokens_and_logits
     assert len(cache.sequences) == len(set(cache.sequences.tolist())) == SEQUENCES
     expected_log_probs = (logits / TEMPERATURE).log_softmax(dim=-1)
     for number, expected in zip(cache.sequences, expected_log_probs, strict=True):
@@ -134,15 +126,15 @@ def test_cached_probabilities_equal_those_of_transformers(
 
 
 def test_the_manifest_has_the_teachers_loss_and_tail(
-    run: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
+    one_rank: Path, tokens_and_logits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """The loss is over the predictions that training does not mask.
 
     Training masks the prediction after the end of a document.
     """
     tokens, logits = tokens_and_logits
-    metrics = stage_of(run, "cache_logits").manifest.metrics
-    document_end = stage_of(run, "prepare_data").manifest.metrics["document_end"]
+    metrics = stage_of(one_rank, "cache_logits").manifest.metrics
+    document_end = stage_of(one_rank, "prepare_data").manifest.metrics["document_end"]
     unmasked = tokens[:, :-1] != document_end
     loss = torch.nn.functional.cross_entropy(logits[unmasked], tokens[:, 1:][unmasked])
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -154,7 +146,7 @@ def test_the_manifest_has_the_teachers_loss_and_tail(
     # All values have 2 bytes: ``indices``, ``log_probs``, and ``draws`` with one ``tail_entropy``.
     assert metrics["bytes_per_token"] == 2 * TOP_K + 2 * (TOP_K + 1) + 2 * (DRAWS + 1)
     # The artifact also has an index, the headers of shards, and the numbers of sequences.
-    actual_bytes = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
+    actual_bytes = stage_of(one_rank, "cache_logits").manifest.total_bytes() / metrics["tokens"]
     assert metrics["bytes_per_token"] < actual_bytes < 1.15 * metrics["bytes_per_token"]
 
 
@@ -165,7 +157,7 @@ def shards_of(run_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]
 
 
 def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
-    run: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_rank: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Modification time in ns of each shard that the killed run has written, by file name.
     kept_shards: dict[str, int] = {}
@@ -175,13 +167,13 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
         if kept_shards:
             break
         folder = tmp_path / str(attempt)
-        stage = copy_without(run, folder / "run", "cache_logits") / "cache_logits"
+        stage = copy_without(one_rank, folder / "run", "cache_logits") / "cache_logits"
         run_and_kill(*command, cwd=folder, metrics=stage / METRICS, records=2)
         kept_shards = {
             path.name: path.stat().st_mtime_ns
             for path in (stage / WORK / "shards").glob("*.safetensors")
         }
-    expected = shards_of(run)
+    expected = shards_of(one_rank)
     assert 2 <= len(kept_shards) < len(expected) == math.ceil(SEQUENCES / PER_SHARD)
     # A crash of the machine can truncate a shard. A restart must write it again.
     truncated = stage / WORK / "shards" / min(kept_shards)
@@ -213,12 +205,12 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2], ids=["DP=2", "TP=2"])
 def test_two_ranks_write_the_same_cache_as_one(
-    run: Path, command: list[str], tmp_path: Path, tensor_parallel_size: int
+    one_rank: Path, command: list[str], tmp_path: Path, tensor_parallel_size: int
 ) -> None:
-    copy = copy_without(run, tmp_path / "run", "cache_logits")
+    copy = copy_without(one_rank, tmp_path / "run", "cache_logits")
     layout = {"resources.devices": 2, "tensor_model_parallel_size": tensor_parallel_size}
     run_successfully(*command, *settings("cache_logits", **layout), cwd=tmp_path)
-    by_one_rank, by_two_ranks = shards_of(run), shards_of(copy)
+    by_one_rank, by_two_ranks = shards_of(one_rank), shards_of(copy)
     assert by_one_rank.keys() == by_two_ranks.keys()
     for name, (expected, metadata) in by_one_rank.items():
         actual, actual_metadata = by_two_ranks[name]
@@ -236,26 +228,26 @@ def test_two_ranks_write_the_same_cache_as_one(
             assert float(actual_metadata[key]) == pytest.approx(float(value), rel=1e-4)
 
 
-def test_a_cache_of_other_text_is_refused(run: Path) -> None:
-    cache = stage_of(run, "cache_logits")
-    _require_same_text(cache, stage_of(run, "prepare_data"))
+def test_a_cache_of_other_text_is_refused(one_rank: Path) -> None:
+    cache = stage_of(one_rank, "cache_logits")
+    _require_same_text(cache, stage_of(one_rank, "prepare_data"))
     with pytest.raises(RecipeError, match="was cached for other text"):
         # The manifest of a checkpoint stands in for that of other text: its content differs.
-        _require_same_text(cache, stage_of(run, "import_hf"))
+        _require_same_text(cache, stage_of(one_rank, "import_hf"))
 
 
-def test_a_random_teacher_is_refused(run: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_random_teacher_is_refused(one_rank: Path, text_file: Path, tmp_path: Path) -> None:
     hf_teacher = write_tiny_model(tmp_path / "hf", text_file, train=False, **EVEN)
     teacher, shards = tmp_path / "random.nemo", tmp_path / "shards"
     convert.to_nemo(hf_teacher, teacher)
     cfg = CacheLogitsConfig(seq_length=LENGTH, num_sequences=8)
-    data = stage_of(run, "prepare_data")
+    data = stage_of(one_rank, "prepare_data")
     with pytest.raises(RecipeError, match="hardly below chance"):
         cache_logits(cfg, teacher, data, shards, tmp_path, MetricsLog(None))
     assert not list(shards.iterdir())  # no shard was written
 
 
-def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Path) -> None:
+def test_single_sequences_with_a_high_loss_are_accepted(one_rank: Path, tmp_path: Path) -> None:
     """With one sequence per shard, the loss of some shards is above the limit for a teacher.
 
     Only the first shard is compared with the limit, so the teacher is accepted.
@@ -267,8 +259,8 @@ def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Pat
         sequences_per_shard=1,
         precision="32",
     )
-    data = stage_of(run, "prepare_data")
-    teacher = find_checkpoint(run / "import_hf" / ARTIFACT)
+    data = stage_of(one_rank, "prepare_data")
+    teacher = find_checkpoint(one_rank / "import_hf" / ARTIFACT)
     out = tmp_path / "out"
     out.mkdir()
     cache_logits(cfg, teacher, data, tmp_path / "shards", out, MetricsLog(None))

@@ -86,8 +86,9 @@ def require_definition(
     expected, expected_gradient = loss_and_gradient(loss_by_definition, *exact, loss)
     assert (losses.dtype, loss_gradient.dtype) == (torch.float32, dtype)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=atol)
-    rtol, atol = gradient
-    torch.testing.assert_close(loss_gradient.double(), expected_gradient, rtol=rtol, atol=atol)
+    rtol, gradient_atol = gradient
+    gradients = (loss_gradient.double(), expected_gradient)
+    torch.testing.assert_close(*gradients, rtol=rtol, atol=gradient_atol)
 
 
 @EACH_LOSS

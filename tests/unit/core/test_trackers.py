@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,13 @@ def third_step(log: MetricsLog) -> None:
 
 def track(
     stage: PlannedStage, tracker: str, write_records: WriteRecords, last_status: str = FINISHED
-) -> None:
+) -> int:
     """Runs a tracker for one start of a stage, and checks that it writes no secrets.
 
-    The start ends with ``last_status``.
+    The start ends with ``last_status``. Returns the number of files that were written.
     """
-    old_files = files_in(stage.directory.parent.parent)
+    folder = stage.directory.parent.parent
+    old_times = modification_times(folder)
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
     # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
     statuses: Iterator[str | None] = iter([None, last_status])
@@ -105,14 +106,17 @@ def track(
     # Times of records are rounded to milliseconds. No new record may seem older than ``started``.
     time.sleep(0.002)
     follow(stage.directory, started, wait)
-    require_no_secrets(files_in(stage.directory.parent.parent) - old_files)
+    times = modification_times(folder)
+    written = {path for path, modified in times.items() if old_times.get(path) != modified}
+    require_no_secrets(written)
+    return len(written)
 
 
-def files_in(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if path.is_file()}
+def modification_times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def require_no_secrets(files: set[Path]) -> None:
+def require_no_secrets(files: Iterable[Path]) -> None:
     for file in files:
         content = file.read_bytes()
         assert SECRET.encode() not in content, file
@@ -120,7 +124,8 @@ def require_no_secrets(files: set[Path]) -> None:
 
 
 def test_tensorboard_has_every_number_of_every_record(stage: PlannedStage) -> None:
-    track(stage, "tensorboard", first_steps)
+    # The tracker's settings, and at least one other file.
+    assert track(stage, "tensorboard", first_steps) > 1
     [folder] = (stage.directory.parent / "tensorboard" / STAGE).iterdir()
     board = EventAccumulator(str(folder)).Reload()
     tags = board.Tags()["scalars"]
@@ -158,7 +163,7 @@ def test_wandb_resumes_offline_runs(stage: PlannedStage, monkeypatch: pytest.Mon
         return wandb_runs[-1]
 
     monkeypatch.setattr(wandb, "init", init_and_record)
-    track(stage, "wandb", first_steps, "KILLED")
+    assert track(stage, "wandb", first_steps, "KILLED") > 1
     track(stage, "wandb", third_step)
     run_dir = stage.directory.parent
     assert len([*run_dir.glob("wandb/offline-run-*/*.wandb")]) == 2
@@ -186,7 +191,7 @@ def test_mlflow_resumes_a_run_in_a_file(stage: PlannedStage) -> None:
     from mlflow.tracking import MlflowClient
 
     (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
-    track(stage, "mlflow", first_steps, "FAILED")
+    assert track(stage, "mlflow", first_steps, "FAILED") > 1
     client = MlflowClient(tracking_uri=f"sqlite:///{stage.directory.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("nemo-recipes")
     assert experiment is not None
@@ -282,12 +287,14 @@ def test_wandb_is_offline_without_a_login(
     init = mock.Mock()
     monkeypatch.setattr(wandb, "init", init)
     for logged_in, variable, mode in (
-        (False, "", "offline"),
-        (True, "", None),
+        (False, None, "offline"),
+        (True, None, None),
         (False, "disabled", None),
     ):
         monkeypatch.setattr(wandb, "login", mock.Mock(return_value=logged_in))
-        monkeypatch.setenv("WANDB_MODE", variable)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if variable:
+            monkeypatch.setenv("WANDB_MODE", variable)
         track(stage, "wandb", third_step)
         assert init.call_args.kwargs["mode"] == mode
 
@@ -350,7 +357,7 @@ def test_a_requeued_job_continues_its_wandb_run(tmp_path: Path) -> None:
     for env in ({DEADLINE: "1"}, {}):  # a deadline in 1970 has passed
         log = run_worker(tmp_path, SETTINGS["wandb"], **login, **env)
         assert "warning: tracker" not in log
-    require_no_secrets(files_in(tmp_path))
+    require_no_secrets(modification_times(tmp_path))
     folders = [file.parent.name for file in tmp_path.glob("run/wandb/offline-run-*/*.wandb")]
     assert len(folders) == 2
     run_ids = {folder.rpartition("-")[2] for folder in folders}  # offline-run-TIME-ID

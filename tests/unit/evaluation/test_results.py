@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import asdict
 from statistics import fmean
 
@@ -60,6 +61,17 @@ def test_paired_difference_of_100_items() -> None:
     assert paired.detectable == pytest.approx(2.801585 * error, rel=0.02)
     with pytest.raises(ValueError, match="shorter"):
         difference([1.0, 0.0], [1.0])
+
+
+@pytest.mark.parametrize("items", [2, 4, 10])
+def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(items: int) -> None:
+    generator, zeros = random.Random(0), [0.0] * items
+    samples = ([generator.gauss(0, 1) for _ in zeros] for _ in range(4000))
+    intervals = [difference(sample, zeros) for sample in samples]
+    # The true difference is 0.
+    coverage = fmean(not (i.is_negative or i.is_positive) for i in intervals)
+    # 0.012 is 3.5 standard errors of the fraction: sqrt(0.95 * 0.05 / 4000) = 0.0034.
+    assert coverage == pytest.approx(0.95, abs=0.012)
 
 
 @pytest.mark.parametrize(("items", "margin"), [(2, 1.0), (100, 0.03)])

@@ -1,6 +1,6 @@
 """The launcher in an environment with only ``requirements/launcher.txt``, as on a login node.
 
-``tests/slurm/test_login_node.py`` tests jobs and their status.
+``tests/slurm/test_cluster_recipes.py`` tests jobs and their status.
 """
 
 from __future__ import annotations

@@ -288,8 +288,11 @@ def test_plan_is_refused_if_another_command_changed_the_run_meanwhile(
     write_last_plan(plan())
     cfg = compose(*WITHOUT_RUN_DIR, f"run_dir={run}", "skip_rules=[disk]", f"dry_run={dry_run}")
     monkeypatch.setattr("launch.executors.local.start", lambda *args: pytest.fail("started"))
-    for work in (lambda: complete(plan(), "plan"), lambda: write_last_plan(plan())):
-        monkeypatch.setattr("launch.run.require_publishable", lambda *_, work=work, **__: work())
+    for other_command in (
+        lambda *_, **__: complete(plan(), "plan"),
+        lambda *_, **__: write_last_plan(plan()),
+    ):
+        monkeypatch.setattr("launch.run.require_publishable", other_command)
         with pytest.raises(RecipeError, match="changed while this command was planning"):
             start_run(cfg, "llama_width_prune")
 

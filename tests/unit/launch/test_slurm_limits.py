@@ -38,11 +38,9 @@ PARTITIONS = {
 }
 """Partitions of a fake cluster, each with another limit or default."""
 FITTING_CPUS: dict[str, Any] = {"cpus_per_task": 64}  # enough for every job of the recipe
-
-
 PER_GPU = {"partition": "per-gpu"}
 Problems = Callable[..., str]
-"""See the fixture ``problems``."""
+"""Type of the fixture ``problems``."""
 
 
 def sbatch(option: str, **cluster: object) -> dict[str, object]:

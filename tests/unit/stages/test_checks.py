@@ -319,6 +319,25 @@ def test_all_problems_are_listed(chain: Chain, cfg: StageConfig, expected: list[
 
 
 @pytest.mark.parametrize(
+    ("target", "parallel_size"),
+    [
+        # Two ranks cannot share one layer, or 129 channels.
+        ({"target_num_layers": 1}, "pipeline_model_parallel_size"),
+        ({"target_ffn_hidden_size": 129}, "tensor_model_parallel_size"),
+    ],
+)
+def test_distill_checks_the_students_shape(
+    chain: Chain, target: dict[str, int], parallel_size: str
+) -> None:
+    student = PruneConfig(stage="prune", ffn_hidden_size_divisor=1, **target)
+    inputs = {"student": "prune"}
+    cfg = DistillConfig(stage="distill", inputs=inputs, resources=TWO_RANKS, **{parallel_size: 2})
+    stages = {"prune": student, "distill": cfg}
+    chain = with_shapes(replace(chain, stages=stages), stages)
+    assert list(distill.STAGE.problems(cfg, chain))
+
+
+@pytest.mark.parametrize(
     ("inputs", "is_complete"),
     [
         (("search",), True),

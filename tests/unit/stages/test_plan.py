@@ -187,7 +187,7 @@ def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -
         assert names.isdisjoint(result.seconds)
 
 
-def test_tokenization_in_large_recipes_is_compared_with_the_time_limit(plan: MakePlan) -> None:
+def test_tokenization_in_a_large_recipe_is_compared_with_the_time_limit(plan: MakePlan) -> None:
     one_job = ("+cluster.time=04:00:00", "+cluster.max_requeues=0", "only=[prepare_data]")
     with pytest.raises(RecipeError, match=r"prepare_data takes about(?s:.*)\[requeues\]"):
         plan(*one_job, "skip_rules=[disk]", recipe="recipe=llama3_1_8b_depth")
