@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from recipes.core import fingerprint, versions
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import (
     MAX_HASHED_BYTES,
+    MODULES_FILE,
     code_fingerprint,
     digest,
     external_stamp,
@@ -53,9 +55,9 @@ which imports stage: a cycle. shared imports types only for type checkers.
 
 
 def clear_caches() -> None:
-    """Clears the caches of source code."""
+    """Clears the caches of source code in this process."""
     fingerprint.code_fingerprint.cache_clear()
-    fingerprint._read_module.cache_clear()
+    fingerprint._all_modules.cache_clear()
     source_files.cache_clear()
 
 
@@ -66,6 +68,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)
     monkeypatch.setattr(fingerprint, "REPO_ROOT", tmp_path)
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
     clear_caches()
     yield tmp_path
     clear_caches()
@@ -174,10 +177,28 @@ def test_empty_fields_of_newer_pythons_do_not_change_the_fingerprint(
 ) -> None:
     """Python 3.12 added the field ``type_params``, which is empty in code for Python 3.11."""
     before = fingerprint_of("stage")
+    (repo / "cache" / MODULES_FILE).unlink()
     for node_class in (ast.FunctionDef, ast.Module):
         monkeypatch.setattr(node_class, "_fields", (*node_class._fields, "new"))
         monkeypatch.setattr(node_class, "new", [], raising=False)
     assert fingerprint_of("stage") == before
+
+
+def test_hashes_of_unchanged_code_are_read_from_the_cache(
+    repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cached = fingerprint_of("stage"), repo / "cache" / MODULES_FILE
+    content = cached.read_text()
+    monkeypatch.setattr(fingerprint, "_read_module", lambda root, path: ("unused", []))
+    assert fingerprint_of("stage") == expected
+    for other in (content[:-9], "[]", "{}", content.replace(sys.version.split()[0], "3.0")):
+        cached.write_text(other)
+        assert fingerprint_of("stage") != expected, "all modules are read again"
+
+
+def test_fingerprints_do_not_need_the_cache(repo: Path) -> None:
+    (repo / "cache").write_text("a file, so no folder can be made here")
+    assert fingerprint_of("stage") == fingerprint_of("stage")
 
 
 @pytest.mark.parametrize("statement", ["from . import shared", "from .shared import VALUE"])
