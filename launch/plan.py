@@ -208,8 +208,8 @@ def _with_costs(chain: Chain) -> Chain:
         stage = stage_of(config)
         if stage.workload is not None:
             workloads[name] = stage.workload(config, chain)
-        if stage.inference_cost is not None:
-            inference_costs[name] = stage.inference_cost(config, chain)
+        if (cost := stage.inference_cost(config, chain)) is not None:
+            inference_costs[name] = cost
     return replace(chain, workloads=workloads, inference_costs=inference_costs)
 
 

@@ -220,8 +220,8 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), job.config))
     # A rehearsal runs the code for GPUs even if the recipe is for a CPU.
     chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
-    if stage.inference_cost is not None:
-        return stage.inference_cost(config, chain).memory
+    if (cost := stage.inference_cost(config, chain)) is not None:
+        return cost.memory
     if stage.workload is None:
         return None
     workload = stage.workload(config, chain)

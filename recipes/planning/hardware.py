@@ -25,6 +25,8 @@ ATTENTION_RATE = 0.6
 LAYER_PASS_SECONDS = 4.5e-3
 """Time to start the operations of a forward pass through a layer on a CPU, with any number of
 threads."""
+STORAGE_BYTES_PER_SECOND = 5e8
+"""Assumed rate at which a job writes to its storage, with all ranks together."""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
     True: {
         "precision": "bf16-mixed",

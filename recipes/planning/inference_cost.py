@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from nemo_convert.architecture import Architecture
-from recipes.planning.hardware import Hardware
+from recipes.planning.hardware import STORAGE_BYTES_PER_SECOND, Hardware
 from recipes.planning.transformer import (
     LOGITS_BYTES,
     Compute,
@@ -41,6 +41,8 @@ COMPARISON_BUFFERS, ONE_MODEL_BUFFERS = 4, 2
 models, and in one model's loss."""
 PARITY_TOKENS = 128
 """Tokens of the text with which a conversion is verified (``nemo_convert.parity``)."""
+CONVERSION_COPIES = 4
+"""Time of a conversion and its verification, as a multiple of the time to copy the weights."""
 SCORED_FRACTION = 0.24
 """Fraction of a benchmark's tokens whose logits are computed; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
@@ -49,6 +51,10 @@ log-probabilities and a temporary tensor."""
 HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
+ENGINE_BUILD_SECONDS = 47e-9
+"""Seconds per parameter to convert a checkpoint for TensorRT-LLM 1.2 and to build an engine from
+it, on one GPU. Published for Qwen2.5-7B on an RTX 6000 Ada: conversion 120 s, then 236 s in FP8
+(https://ai-box.eu/en/top-story-en/tensorrt-llm-in-numbers-fp16-vs-fp8-on-the-rtx-a6000-ada/2266)."""
 ABLATED_FRACTION = 0.6
 """Mean cost of measuring the loss without a layer, as a fraction of a forward pass. Only the layers
 after the removed layer, and the head, run again."""
@@ -67,8 +73,9 @@ class InferenceCost:
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
     """Bytes of weights and KV cache that all decoding steps of text generation read."""
-    training_seconds: float = 0
-    """Seconds of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
+    extra_seconds: float = 0
+    """Seconds in addition to those of ``compute``: of a search's trainings on GPUs (on a CPU,
+    ``compute`` includes them), of a conversion, or of building a TensorRT engine."""
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
     ranks_on_node: int = 1
@@ -79,7 +86,7 @@ class InferenceCost:
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. Only memory traffic counts in decoding steps."""
         ranks = self.ranks_on_node
-        seconds = hardware.compute_seconds(self.compute, self.bf16, ranks) + self.training_seconds
+        seconds = hardware.compute_seconds(self.compute, self.bf16, ranks) + self.extra_seconds
         generated_bytes = self.generated_bytes * (1 if hardware.on_gpu else ranks)
         return (seconds + generated_bytes / hardware.bytes_per_second) / 3600
 
@@ -320,13 +327,21 @@ def benchmark_cost(
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
-    """Returns the memory of a conversion, which is verified in float32. Its time is not counted."""
+    """Returns the cost of converting a bfloat16 model. The conversion is verified in float32."""
     memory = Memory(
         weights=4 * arch.parameters(),
         logits=4 * PARITY_TOKENS * arch.vocab_size,
         reserved=hardware.reserved_bytes,
     )
-    return InferenceCost(memory, Compute(), bf16=False)
+    seconds = CONVERSION_COPIES * 2 * arch.parameters() / STORAGE_BYTES_PER_SECOND
+    return InferenceCost(memory, Compute(), bf16=False, extra_seconds=seconds)
+
+
+def engine_build_cost(arch: Architecture, storage: Storage, devices: int) -> InferenceCost:
+    """Returns the time of building a TensorRT engine, and the memory of its weights per device."""
+    memory = Memory(weights=stored_bytes(arch, storage) / devices)
+    seconds = ENGINE_BUILD_SECONDS * arch.parameters()
+    return InferenceCost(memory, Compute(), bf16=True, extra_seconds=seconds)
 
 
 def quantization_cost(arch: Architecture, seq_length: int, hardware: Hardware) -> InferenceCost:

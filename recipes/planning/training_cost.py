@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
-from recipes.planning.hardware import Hardware
+from recipes.planning.hardware import STORAGE_BYTES_PER_SECOND, Hardware
 from recipes.planning.transformer import (
     FORWARDS_PER_BACKWARD,
     Compute,
@@ -47,8 +47,6 @@ STATE_BYTES = 12
 HOST_BYTES_PER_SECOND = 2e9
 """Assumed rate at which a rank receives gathered optimizer state, concatenates it and copies it to
 the host's memory."""
-STORAGE_BYTES_PER_SECOND = 5e8
-"""Assumed rate at which all ranks together write a checkpoint to shared storage."""
 
 
 @dataclass(frozen=True)

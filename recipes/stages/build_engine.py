@@ -19,7 +19,17 @@ from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import BUILDERS, engine_problems, model_folder, require_backend
 from recipes.engines.results import EngineResult
 from recipes.engines.settings import BuildEngineConfig
+from recipes.planning.chain import Chain
+from recipes.planning.inference_cost import InferenceCost, engine_build_cost
 from recipes.stages.contract import Stage
+
+
+def inference_cost(cfg: BuildEngineConfig, chain: Chain) -> InferenceCost | None:
+    """Estimates the cost of building a TensorRT engine; ``None`` for the other backends."""
+    if cfg.backend != "tensorrt_llm":
+        return None
+    shape = chain.shape_of(cfg.inputs.get("checkpoint"))
+    return engine_build_cost(shape, cfg.storage, cfg.tensor_parallel_size)
 
 
 def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -55,6 +65,7 @@ STAGE = Stage(
     kind="engine",
     run=run,
     check=engine_problems,
+    inference_cost=inference_cost,
     single_rank_reason="the builder starts its own processes",
     libraries=OPENVINO_LIBRARIES,
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},

@@ -174,9 +174,9 @@ class Stage(Generic[ConfigT]):
     workload: Callable[[ConfigT, Chain], Workload] | None = None
     """Returns the work of a stage that trains, or that runs the teacher over a text. Plans compute
     the stage's time from it. ``None`` for other stages."""
-    inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
+    inference_cost: Callable[[ConfigT, Chain], InferenceCost | None] = lambda config, chain: None
     """Returns the cost of a stage that runs models and has no ``workload``, for plans. The cost of
-    a search includes the training of candidates. ``None`` for other stages."""
+    a search includes the training of candidates. ``None`` if the cost is not estimated."""
     names_accepted_results: bool = False
     """Whether the result is a document that lists the stale results that the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
@@ -211,11 +211,9 @@ class Stage(Generic[ConfigT]):
         The problem's fix is the first of ``smaller_settings`` that is valid and fits into memory.
         ``name`` is the stage's name.
         """
-        if self.inference_cost is None:
-            return
-        hardware, inference_cost = chain.hardware, self.inference_cost
+        hardware = chain.hardware
         available = hardware.memory_of_rank(config.resources.devices)
-        needed = inference_cost(config, chain).memory.total
+        needed = self._memory_bytes(config, chain)
         if needed <= available:
             return
         fix = "use a device with more memory"
@@ -224,8 +222,13 @@ class Stage(Generic[ConfigT]):
             # A change may use more devices. On a CPU, ranks share the memory.
             memory = hardware.memory_of_rank(smaller.resources.devices)
             is_valid = not has_error(self.problems(smaller, chain))
-            if is_valid and inference_cost(smaller, chain).memory.total <= memory:
+            if is_valid and self._memory_bytes(smaller, chain) <= memory:
                 settings = (f"stages.{name}.{key}={value}" for key, value in changes.items())
                 fix = f"set {' '.join(settings)}"
                 break
         yield memory_problem(name, needed, available, hardware.name, fix)
+
+    def _memory_bytes(self, config: ConfigT, chain: Chain) -> float:
+        """Returns the memory that a rank needs, by ``inference_cost``; 0 if it is not estimated."""
+        cost = self.inference_cost(config, chain)
+        return cost.memory.total if cost else 0.0

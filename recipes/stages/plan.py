@@ -66,7 +66,7 @@ class PlanConfig(StageConfig):
     preparation_seconds: dict[str, PositiveOrZero] = field(default_factory=dict)
     """Expected seconds of each stage that tokenizes text of a known size."""
     not_estimated: list[str] = field(default_factory=list)
-    """Stages whose time is not estimated, such as builds of engines."""
+    """Stages whose time is not estimated, such as builds of OpenVINO engines."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """Fields of ``Hardware``: the hardware profile."""
     from_published_config: bool = False

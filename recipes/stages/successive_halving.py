@@ -38,11 +38,11 @@ from recipes.distillation.training import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain
+from recipes.planning.hardware import STORAGE_BYTES_PER_SECOND
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.layouts import shape_layout_problems
 from recipes.planning.rules import Problem, first_problems
 from recipes.planning.training_cost import (
-    STORAGE_BYTES_PER_SECOND,
     peak_memory,
     stopping_seconds,
     token_compute,
@@ -193,7 +193,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         memory=largest(evaluation.memory, peak),
         compute=compute,
         bf16=workload.bf16,
-        training_seconds=seconds,
+        extra_seconds=seconds,
         stopping_seconds=load_seconds + stopping_seconds(workload, chain.hardware),
     )
 

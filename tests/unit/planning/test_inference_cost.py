@@ -19,6 +19,7 @@ from recipes.planning.inference_cost import (
     benchmark_cost,
     comparison_cost,
     conversion_cost,
+    engine_build_cost,
     healing_cost,
     quantization_cost,
     ranking_cost,
@@ -32,7 +33,7 @@ from recipes.planning.training_cost import (
     token_compute,
     validation_seconds,
 )
-from recipes.planning.transformer import LOGITS_BYTES, forward_flops, largest
+from recipes.planning.transformer import LOGITS_BYTES, Storage, forward_flops, largest
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
 from recipes.stages.contract import smaller_settings, with_changes
@@ -122,6 +123,20 @@ def test_weights_in_memory_include_the_float32_heads_of_bfloat16_models() -> Non
     # The original and the quantized model, each in bfloat16 with a float32 copy of its head.
     quantization = quantization_cost(LLAMA, 256, H100).memory
     assert quantization.weights == 2 * (2 * LLAMA.parameters() + HEAD)
+
+
+def test_hours_of_a_conversion_and_of_an_engine_build_equal_hand_counts() -> None:
+    """A conversion takes as long as four copies of 2 bytes per parameter at 500 MB/s.
+
+    An FP8 engine of Qwen2.5-7B, which has 7.6 billion parameters, took 356 s.
+    """
+    parameters = LLAMA.parameters()
+    conversion = conversion_cost(LLAMA, H100)
+    assert conversion.hours(H100) == pytest.approx(4 * 2 * parameters / 5e8 / 3600)
+    for devices in (1, 2):
+        engine = engine_build_cost(LLAMA, Storage("bf16"), devices)
+        assert engine.hours(H100) == pytest.approx(parameters / 7.6e9 * 356 / 3600, rel=0.01)
+        assert engine.memory.weights == pytest.approx(2 * parameters / devices)
 
 
 def test_scoring_keeps_the_input_of_every_layer() -> None:
@@ -348,6 +363,6 @@ def test_ranks_and_devices_shorten_successive_halving(plan: MakePlan) -> None:
         ({"distill": on_two_devices}, (4 * 24 + 2 * 48) * shared_step + 6 * shared_pauses),
     ):
         cost = cost_of(chain, "successive_halving", **changes)
-        evaluation = replace(cost, training_seconds=0.0).hours(chain.hardware)
+        evaluation = replace(cost, extra_seconds=0.0).hours(chain.hardware)
         assert 0 < evaluation < seconds / 3600
         assert cost.hours(chain.hardware) - evaluation == pytest.approx(seconds / 3600)
