@@ -63,6 +63,17 @@ def test_the_folder_of_a_killed_conversion_is_removed(
     assert list(tmp_path.iterdir()) == []
 
 
+PAUSED = """
+import runpy
+import time
+from nemo_convert import parity
+parity.require_sound = lambda checkpoint: time.sleep(100)
+runpy.run_module("nemo_convert", run_name="__main__", alter_sys=True)
+"""
+"""Runs ``nemo_convert``, but ``verify`` waits after it has unpacked a checkpoint. Without this, the
+verification of a tiny model could end before it is stopped."""
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_verify_removes_what_it_unpacked(
     stop: signal.Signals, odd_llama: Path, odd_nemo: Path, tmp_path: Path
@@ -70,7 +81,7 @@ def test_a_stopped_verify_removes_what_it_unpacked(
     nemo.pack(odd_nemo, tmp_path / "packed.nemo")
     unpacked = tmp_path / "tmp"
     unpacked.mkdir()
-    command = [sys.executable, "-m", "nemo_convert", "verify", tmp_path / "packed.nemo", odd_llama]
+    command = [sys.executable, "-c", PAUSED, "verify", tmp_path / "packed.nemo", odd_llama]
     with subprocess.Popen(
         command,
         cwd=REPO_ROOT,

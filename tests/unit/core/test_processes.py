@@ -11,7 +11,7 @@ import time
 import pytest
 
 from recipes.core.files import REPO_ROOT
-from recipes.core.processes import death_message
+from recipes.core.processes import death_message, interrupts_delayed
 
 PARENT = """
 import os, time
@@ -92,6 +92,21 @@ assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 def test_an_import_of_megatron_compiles_nothing() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=REPO_ROOT)
+
+
+def test_an_interrupt_is_raised_after_the_block() -> None:
+    signals, completed = (signal.SIGINT, signal.SIGTERM), []
+    handlers = [signal.getsignal(each) for each in signals]
+
+    def interrupt() -> None:
+        with interrupts_delayed():
+            signal.raise_signal(signal.SIGINT)
+            completed.append("block")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert completed
+    assert [signal.getsignal(each) for each in signals] == handlers
 
 
 def test_the_status_of_a_killed_container_is_that_of_a_killed_process() -> None:
