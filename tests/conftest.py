@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def pytest_configure() -> None:
     prepare_imports()
     del sys.modules["wandb"]  # prepare_imports blocks it, but tests of trackers import it
     os.environ["DOCKER_HOST"] = "unix:///no_docker.sock"  # there is no such socket
+    # A shell's background job ignores Ctrl-C, and so would the programs that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
