@@ -165,7 +165,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
 
 
 def import_nemo() -> None:
-    """Imports NeMo in the main thread. NeMo's imports would ignore an interrupt."""
+    """Imports NeMo. Without the delay, an interrupt could cause another error in its imports."""
     with interrupts_delayed():
         enable()
         import_module("nemo.collections.llm")

@@ -54,8 +54,8 @@ def interrupts_delayed() -> Iterator[None]:
     finally:
         for number, handler in zip(signals, handlers, strict=True):
             signal.signal(number, handler)
-    for received_number in received:
-        signal.raise_signal(received_number)
+    for each in received:
+        signal.raise_signal(each)
 
 
 @contextmanager

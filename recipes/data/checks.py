@@ -66,8 +66,7 @@ def first_records_problem(
     on this machine. For a source that the teacher writes, checks the file with prompts.
 
     ``text_field`` is the field with a record's text, and ``chat`` says whether all records must be
-    conversations. If ``strict``, all conversations must
-    be usable; otherwise, at least one.
+    conversations. If ``strict``, all conversations must be usable; otherwise, at least one.
     """
     parsed = parse_source(source)
     if parsed.prompts:

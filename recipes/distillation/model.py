@@ -286,8 +286,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if not self.config.sequence_parallel:
             return mean
         # Each rank has the losses of a contiguous shard of the sequence. Each shard is padded with
-        # zeros to the whole sequence, and the results are added over the ranks. The backward pass
-        # returns to each rank the gradient of its own shard.
+        # zeros to the whole sequence, and the results are added over the ranks. In the backward
+        # pass, a rank gets only the gradient of the shard that it has.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))

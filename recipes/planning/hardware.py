@@ -64,7 +64,7 @@ class Hardware:
     float32_flops_per_second: Rate = 1.9e11
     """FLOP/s of float32 GEMMs; for a GPU, without tensor cores."""
     measure: bool = False
-    """Whether the plan measures FLOP/s and memory bandwidth of its own machine, and caches them."""
+    """Whether the plan measures this machine's FLOP/s and memory bandwidth; they are cached."""
     memory_bytes: Bytes | None = None
     """Memory of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10

@@ -43,6 +43,8 @@ PUBLISHED = {
 """Published numbers of parameters and training tokens, by large recipe."""
 LARGE = [name for name in ALL_RECIPES if name not in (*SMALL, *SEARCHES)]
 """Recipes for GPUs that prune published models."""
+ENGINES = {"build_teacher_engine", "build_engine"}
+"""Stages that build the engines of ``LARGE``."""
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 
 
@@ -220,12 +222,13 @@ def test_large_recipes_have_published_sizes_and_pass_all_checks_of_a_plan(
     assert (workload.layout.nodes == 1) == has_small_budget
     stages = {"import_hf", "score", "evaluate", "export_hf"}
     stages |= {"evaluate_tasks", "export_teacher", "measure_speed", "evaluate_served"}
-    stages |= {"build_teacher_engine", "build_engine"}
+    stages |= ENGINES
     assert planned.chain.inference_costs.keys() == stages
     for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
         assert cost.memory.total < 80e9 * USABLE_MEMORY_FRACTION
-        assert getattr(config, "precision", "bf16") in {"bf16", "bf16-mixed"}  # bf16: of engines
+        precision = "bf16" if name in ENGINES else "bf16-mixed"
+        assert getattr(config, "precision", precision) == precision
 
 
 @pytest.mark.parametrize("recipe", LARGE)

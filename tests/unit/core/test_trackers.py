@@ -50,13 +50,10 @@ WriteRecords = Callable[[MetricsLog], None]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hides this machine's logins and servers, and gives this process a secret.
-
-    Wandb stores logins in the file ``NETRC``.
-    """
+    """Hides this machine's logins and servers, and gives this process a secret."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # the file with wandb's logins
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(sys, "argv", ["run.py", f"cluster.env.HF_TOKEN={SECRET}"])
 
@@ -106,8 +103,7 @@ def track(
     # Times of records are rounded to milliseconds. No new record may seem older than ``started``.
     time.sleep(0.002)
     follow(stage.directory, started, wait)
-    times = modification_times(folder)
-    written = {path for path, modified in times.items() if old_times.get(path) != modified}
+    written = dict(modification_times(folder).items() - old_times.items())
     require_no_secrets(written)
     return len(written)
 
@@ -289,10 +285,9 @@ def test_wandb_is_offline_without_a_login(
     for logged_in, variable, mode in (
         (False, None, "offline"),
         (True, None, None),
-        (False, "disabled", None),
+        (False, "disabled", None),  # last, because the variable stays set
     ):
         monkeypatch.setattr(wandb, "login", mock.Mock(return_value=logged_in))
-        monkeypatch.delenv("WANDB_MODE", raising=False)
         if variable:
             monkeypatch.setenv("WANDB_MODE", variable)
         track(stage, "wandb", third_step)
