@@ -93,9 +93,9 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 
     If the weights have different dtypes, all become float32, which holds their values exactly.
 
-    Two weights are in memory at a time: the one being written and the next. Megatron's model is
-    built only for its sharded state dict. Its weights stay uninitialized, so they take no physical
-    memory.
+    At most three weights are in memory: the one being written and the next two. Megatron's model
+    is built only for its sharded state dict. Its weights stay uninitialized, so they take no
+    physical memory.
 
     Raises:
         RecipeError: The folder has a fault, such as a tokenizer that cannot be loaded, or a weight

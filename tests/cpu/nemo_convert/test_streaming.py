@@ -1,4 +1,4 @@
-"""Streamed saves read one weight ahead, in order; read and write errors are raised."""
+"""Streamed saves read a few weights ahead, in order; read and write errors are raised."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_convert import hf
 from nemo_convert.streaming import (
+    AHEAD,
     Index,
     _prefetch,
     _shards_by_index,
@@ -36,7 +37,7 @@ def make_weight(key: str, index: Index) -> Tensor:
     return torch.full((2, 3), KEYS.index((key, index))).bfloat16()
 
 
-def test_one_weight_is_read_ahead() -> None:
+def test_a_few_weights_are_read_ahead() -> None:
     started = {key: Event() for key in KEYS}
 
     def source(key: str, index: Index) -> Tensor:
@@ -46,9 +47,9 @@ def test_one_weight_is_read_ahead() -> None:
     for number, (key, tensor) in enumerate(_prefetch(source, KEYS)):
         assert key == KEYS[number]
         assert tensor.tolist() == [[number] * 3] * 2
-        for following in KEYS[number + 1 : number + 2]:  # one key, or none after the last weight
+        for following in KEYS[number + 1 : number + 1 + AHEAD]:  # none after the last weight
             assert started[following].wait(60)  # seconds
-        assert not any(started[later].is_set() for later in KEYS[number + 2 :])
+        assert not any(started[later].is_set() for later in KEYS[number + 1 + AHEAD :])
 
 
 def test_error_of_the_source_is_raised_when_its_weight_is_requested() -> None:
