@@ -142,7 +142,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
 def _prefetch(
     source: Source, keys: Sequence[tuple[str, Index]]
 ) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
-    """Yields ((key, index), weight) in the order of ``keys``; threads read ``AHEAD`` weights ahead."""
+    """Yields ((key, index), weight) in the order of ``keys``; threads read ``AHEAD`` ahead."""
     remaining = iter(keys)
     with ThreadPoolExecutor(AHEAD) as threads:
         futures = deque(threads.submit(source, *key) for key in islice(remaining, AHEAD))
